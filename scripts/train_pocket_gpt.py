@@ -1,0 +1,176 @@
+"""Train pocket-gpt: a GPT-2 of 6 layers and 6.9 million parameters on a mixed corpus.
+
+1. Read the corpus, train the tokenizer, encode (pocket_corpus.py; cached in --work).
+2. Warm-up, then a stable rate; every few minutes a checkpoint, so a killed run resumes exactly.
+3. `--decay-to-tokens N` (or the end of the budget) decays the rate linearly to zero. The weights before the
+   decay stay in --work, so that training can go on from there later with a larger budget.
+4. Save a Hugging Face folder with bf16 weights and a card of what was measured (pocket_card.py).
+
+Matrices inside the blocks are trained with Muon, everything else with AdamW.
+
+    python scripts/train_pocket_gpt.py --corpus FOLDER --tokens 15e6
+    python scripts/train_pocket_gpt.py --corpus FOLDER --smoke        # a toy in about two minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pocket_corpus as corpus
+import torch
+from checkpoints import latest_checkpoint, save_checkpoint
+from muon import Muon
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lenslab.runtime import compute_dtype, default_device
+
+ADAM_LR, MUON_LR, WARMUP_STEPS = 3e-3, 0.02, 100
+
+
+def build_model(vocabulary: int, smoke: bool) -> GPT2LMHeadModel:
+    size = dict(n_layer=2, n_embd=64, n_head=4) if smoke else dict(n_layer=6, n_embd=256, n_head=8)
+    config = GPT2Config(
+        vocab_size=vocabulary,
+        n_positions=corpus.CONTEXT,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",  # gelu_new in one kernel; saved under its usual name
+        **size,
+    )
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(config)
+
+
+def build_optimizers(model: GPT2LMHeadModel) -> list[torch.optim.Optimizer]:
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".h." in n]
+    rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".h." in n)]
+    return [
+        Muon(matrices, lr=MUON_LR, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+
+def backward(model: GPT2LMHeadModel, batch: torch.Tensor, chunk: int = 1024) -> float:
+    """Gradients of the mean next-token loss, the unembedding done in chunks of positions.
+
+    The full logits of a batch are 200 MB, written and read six times; a chunk's stay in the cache.
+    """
+    hidden = model.transformer(batch[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
+    targets, leaf, total = batch[:, 1:].flatten(), hidden.detach().requires_grad_(), 0.0
+    for part, target in zip(leaf.split(chunk), targets.split(chunk), strict=True):
+        logits = model.lm_head(part).float()
+        loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum") / len(targets)
+        loss.backward()
+        total += loss.item()
+    hidden.backward(leaf.grad.to(hidden.dtype))
+    return total
+
+
+def rate(step: int, steps: int, decay_steps: int) -> float:
+    """Warm-up, stable, linear decay to zero (trapezoid)."""
+    return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / max(decay_steps, 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", default="corpus", help="folder CATEGORY/SOURCE.jsonl.gz, or 'hub'")
+    parser.add_argument("--out", type=Path, default=Path("data/models/pocket-gpt"))
+    parser.add_argument("--work", type=Path, default=Path("runs/pocket-gpt"), help="checkpoints and encoded text")
+    parser.add_argument("--tokens", type=float, default=60e6, help="total budget, decay included")
+    parser.add_argument("--decay", type=float, default=0.2, help="share of the budget spent decaying")
+    parser.add_argument("--batch", type=int, default=24, help="windows of 256 tokens per step")
+    parser.add_argument("--checkpoint-minutes", type=float, default=5.0)
+    parser.add_argument("--smoke", action="store_true", help="a toy model on 0.4 million tokens")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.tokens, arguments.work = min(arguments.tokens, 4e5), Path(f"{arguments.work}-smoke")
+
+    try:
+        train, validation = corpus.load_documents(arguments.corpus)
+    except corpus.NoCorpus as error:
+        sys.exit(str(error))
+    tokenizer = corpus.train_tokenizer(train, arguments.work / "tokenizer")
+    streams = corpus.encode_streams(train, tokenizer, arguments.work)
+    windows = corpus.Windows(streams, seed=0, bos=tokenizer.bos_token_id)
+
+    device = default_device()
+    model = build_model(len(tokenizer), arguments.smoke).to(device).train()
+    optimizers = build_optimizers(model)
+    per_step = arguments.batch * corpus.CONTEXT
+    steps = int(arguments.tokens // per_step)
+    decay_steps = int(steps * arguments.decay)
+    curve: list[dict] = []
+    step = 0
+    resumed = latest_checkpoint(arguments.work)
+    if resumed is not None:
+        state = resumed["state"]
+        if state["step"] > steps - decay_steps and state["steps"] != steps:
+            # the newest checkpoint lies inside another run's decay: go on from before it
+            state = torch.load(arguments.work / "predecay.pt", weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        step, curve = state["step"], state["curve"]
+        print(f"resumed at step {step:,}", flush=True)
+
+    def snapshot() -> dict:
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        return {"model": model.state_dict(), "optimizers": states, "step": step, "steps": steps, "curve": curve}
+
+    autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=compute_dtype() is torch.bfloat16)
+    started = saved_at = time.monotonic()
+    first, losses = step, []
+    while step < steps:
+        if step == steps - decay_steps:
+            save_checkpoint(arguments.work, snapshot(), name="predecay.pt")
+        for optimizer, base in zip(optimizers, (MUON_LR, ADAM_LR), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = base * rate(step, steps, decay_steps)
+        rows = [torch.from_numpy(windows(step * arguments.batch + i)) for i in range(arguments.batch)]
+        batch = torch.stack(rows).to(device)
+        with autocast:
+            loss = backward(model, batch)
+        if not math.isfinite(loss):
+            sys.exit(f"loss is {loss} at step {step}: stopped; the last checkpoint is intact")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(loss)
+        step += 1
+        if step % 50 == 0 or step == steps:
+            mean = sum(losses) / len(losses)
+            losses.clear()
+            curve.append({"tokens": step * per_step, "loss": round(mean, 4)})
+            speed = (step - first) * per_step / (time.monotonic() - started)
+            left = (steps - step) * per_step / speed / 60
+            print(f"step {step:,}/{steps:,}  loss {mean:.3f}  {speed:,.0f} tokens/s  {left:.0f} min left", flush=True)
+        if time.monotonic() - saved_at > 60 * arguments.checkpoint_minutes or step == steps:
+            saved_at = time.monotonic()
+            save_checkpoint(arguments.work, snapshot())
+
+    from pocket_card import write_card
+
+    out = arguments.work / "model" if arguments.smoke else arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    model = model.cpu().to(torch.bfloat16)
+    model.config.activation_function = "gelu_new"
+    model.save_pretrained(out)
+    for file in (arguments.work / "tokenizer").iterdir():
+        shutil.copy(file, out)
+    training = {"training_tokens": steps * per_step, "decay_share": arguments.decay, "curve": curve}
+    card = write_card(out, training, validation)
+    print(json.dumps({k: v for k, v in card.items() if k != "curve"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

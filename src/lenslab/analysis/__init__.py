@@ -1,0 +1,1 @@
+"""What is done with models and features: interventions and, later, feature statistics."""

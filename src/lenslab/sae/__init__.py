@@ -1,0 +1,1 @@
+"""Sparse autoencoders: load, save, evaluate."""

@@ -1,0 +1,1 @@
+"""Pictures and tables; nothing here computes a finding."""

@@ -1,0 +1,100 @@
+"""Fixtures every test may use: the shared folder, tiny random models in the formats that users have."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("lenslab", "beartype.beartype")  # shapes in annotations are checked in every test
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from lenslab.paths import REPOSITORY  # noqa: E402
+
+TEXTS = [
+    "A cat sat on the mat.",
+    "def add(a, b):\n    return a + b",
+    "Paris is a city on a river, they say.",
+    "2 + 2 = 4",
+]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of shared fixtures beside the repository; tests that need it skip where it is absent."""
+    folder = REPOSITORY.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("the shared fixtures are not beside this checkout")
+    return folder
+
+
+def make_tokenizer(folder: Path, bos_is_eos: bool = False) -> None:
+    """A byte-level BPE of 300 entries; BOS has id 0, which `if token_id:` would miss."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|end|>"] if bos_is_eos else ["<|bos|>", "<|eos|>", "<|pad|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    names = dict(bos_token=special[0], eos_token=special[-1] if bos_is_eos else special[1], pad_token=special[-1])
+    PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=64, **names).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory) -> Path:
+    """A random GPT-2 of two layers, saved as a Hugging Face folder."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("gpt2-twin")
+    make_tokenizer(folder)
+    torch.manual_seed(0)
+    vocabulary = len(AutoTokenizer.from_pretrained(folder))
+    config = GPT2Config(
+        vocab_size=vocabulary,
+        n_positions=64,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_shared_end_folder(tmp_path_factory) -> Path:
+    """As GPT-2 itself: BOS, EOS and PAD are one token."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("gpt2-one-end")
+    make_tokenizer(folder, bos_is_eos=True)
+    torch.manual_seed(1)
+    vocabulary = len(AutoTokenizer.from_pretrained(folder))
+    GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_positions=64, n_embd=32, n_layer=2, n_head=4)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(gpt2_folder):
+    """The random GPT-2 as `load_model` gives it."""
+    from lenslab.models import load_model
+
+    return load_model(str(gpt2_folder))

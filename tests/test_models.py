@@ -1,0 +1,240 @@
+"""Loading: what is loaded computes what Hugging Face computes, and what cannot be loaded says why."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from lenslab.models import (
+    NotAModel,
+    UnknownHook,
+    check_hooks,
+    generate,
+    hook_names,
+    hook_table,
+    load_model,
+    model_key,
+    model_name,
+    parameter_table,
+    random_twin,
+    stream_hook,
+    summarize,
+)
+from lenslab.paths import data_path
+
+TEXTS = ["The river froze early that year.", "def add(a, b):\n    return a + b", "Yes."]
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory):
+    """A random Llama with grouped-query attention, saved as a Hugging Face folder."""
+    from conftest import make_tokenizer
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("llama-twin")
+    make_tokenizer(folder)
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=len(AutoTokenizer.from_pretrained(folder)),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def reference_logits(folder, row):
+    """Hugging Face alone, one text, no padding: [pos, vocabulary]."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return model(torch.tensor([row])).logits[0]
+
+
+@pytest.mark.parametrize("which", ["gpt2", "llama", "pocket-gpt"])
+@pytest.mark.parametrize("pad_side", ["single", "right", "left"])
+def test_logits_equal_hugging_face(which, pad_side, gpt2_folder, llama_folder):
+    folder = {"gpt2": gpt2_folder, "llama": llama_folder, "pocket-gpt": data_path("models", "pocket-gpt")}[which]
+    model = load_model(folder if which != "pocket-gpt" else "pocket-gpt")
+    rows = [[model.tokenizer.bos_token_id, *model.tokenizer(t, add_special_tokens=False).input_ids] for t in TEXTS]
+    width, pad = max(map(len, rows)), model.tokenizer.pad_token_id
+    with torch.inference_mode():
+        if pad_side == "single":
+            ours = [model(torch.tensor([row]))[0] for row in rows]
+        else:
+            left = [width - len(row) if pad_side == "left" else 0 for row in rows]
+            tokens, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
+            for i, row in enumerate(rows):
+                tokens[i, left[i] : left[i] + len(row)] = torch.tensor(row)
+                mask[i, left[i] : left[i] + len(row)] = 1
+            logits = model(tokens, attention_mask=mask)
+            ours = [logits[i, left[i] : left[i] + len(row)] for i, row in enumerate(rows)]
+    for row, value in zip(rows, ours, strict=True):
+        expected = reference_logits(folder, row)
+        assert (value - expected).abs().max() < 1e-4
+        assert expected.std() > 0.01  # a constant would agree with anything
+
+
+def test_loaded_model_is_in_eval_mode_with_patterns_that_sum_to_one(model):
+    assert not model.training
+    tokens = model.to_tokens("A cat sat")
+    with torch.inference_mode():
+        _, cache = model.run_with_cache(tokens)
+    pattern = cache["blocks.1.attn.hook_pattern"]
+    assert torch.allclose(pattern.sum(-1), torch.ones_like(pattern.sum(-1)), atol=1e-5)
+    assert pattern.triu(1).abs().max() == 0  # causal
+
+
+def test_summary_counts_what_is_there(model, gpt2_folder):
+    config = json.loads((gpt2_folder / "config.json").read_text())
+    summary = summarize(model)
+    d, layers, vocabulary = config["n_embd"], config["n_layer"], config["vocab_size"]
+    block = 12 * d * d + 13 * d  # attention 4 d^2 + 4 d, MLP 8 d^2 + 5 d, two LayerNorms 4 d
+    assert summary.block_parameters == layers * block
+    assert summary.embedding_parameters == (vocabulary + config["n_positions"]) * d
+    assert summary.parameters == summary.block_parameters + summary.embedding_parameters + 2 * d
+    assert summary.parameters == parameter_table(model)["count"].sum()
+    assert (summary.layers, summary.heads, summary.tied_embeddings) == (layers, config["n_head"], True)
+    assert "layers" in summary.to_frame().index
+
+
+def test_parameter_table_of_one_layer_holds_that_layer_only(model):
+    table = parameter_table(model, layer=1)
+    assert len(table) == 12 and table["parameter"].str.contains(".1.", regex=False).all()
+    assert not table["parameter"].str.contains("_original_component").any()
+
+
+def test_random_twin_has_the_shape_but_not_the_weights(model):
+    twin, again, other = random_twin(model), random_twin(model), random_twin(model, seed=1)
+    assert summarize(twin).parameters == summarize(model).parameters
+    assert model_key(twin) == model_key(again) != model_key(other)
+    assert model_key(twin) != model_key(model)
+    assert "twin" in model_name(twin)
+
+
+def test_twin_for_whole_notebooks_is_chosen_by_the_environment(gpt2_folder, model, monkeypatch):
+    monkeypatch.setenv("LENSLAB_MODEL_TWIN", "1")
+    twin = load_model(gpt2_folder)
+    assert model_key(twin) == model_key(random_twin(model))
+    assert model_name(twin) == model_name(model)  # an SAE made for the model must still be accepted
+
+
+def test_model_key_follows_the_weights(gpt2_folder):
+    model = load_model(gpt2_folder)
+    before = model_key(model)
+    assert before == model_key(load_model(gpt2_folder))
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    assert model_key(model) != before
+
+
+def test_model_from_the_environment(gpt2_folder, monkeypatch):
+    monkeypatch.setenv("LENSLAB_MODEL", str(gpt2_folder))
+    assert model_name(load_model()) == gpt2_folder.name
+
+
+def test_every_listed_hook_can_be_captured(model):
+    names = hook_names(model)
+    assert {"blocks.0.hook_resid_pre", "blocks.2.hook_resid_post", "blocks.1.attn.hook_pattern"} <= set(names)
+    assert names["blocks.1.hook_resid_post"] == (1, 2, model.cfg.d_model)
+    seen = []
+    model.run_with_hooks(model.to_tokens("A"), fwd_hooks=[(n, lambda v, hook: seen.append(hook.name)) for n in names])
+    assert len(seen) >= len({n for n in names})
+    assert len(hook_table(model, layer=1)) < len(hook_table(model))
+
+
+def test_unknown_hook_is_refused_with_the_nearest(model):
+    with pytest.raises(UnknownHook, match=r"blocks\.1\.hook_resid_post"):
+        check_hooks(model, ["blocks.1.hook_residpost"])
+    with pytest.raises(UnknownHook, match="3 layers"):
+        check_hooks(model, ["blocks.7.hook_resid_post"])
+
+
+@pytest.mark.parametrize("layer", [-1, 3, True, "1"])
+def test_layers_outside_the_model_are_refused(model, layer):
+    """W1.3: a layer given as "6" silently became layer 0."""
+    with pytest.raises((ValueError, TypeError)):
+        stream_hook(model, layer)
+
+
+def test_streams_add_up(model):
+    """What the residual stream is: each block adds its attention and its MLP (W1.1: pre is not post)."""
+    with torch.inference_mode():
+        _, cache = model.run_with_cache(model.to_tokens("A cat sat on the mat."))
+    for layer in range(model.cfg.n_layers):
+        pre, attention, mid, mlp, post = (
+            cache[stream_hook(model, layer, s)]
+            for s in ("residual_pre", "attention", "residual_mid", "mlp", "residual")
+        )
+        assert torch.allclose(pre + attention, mid, atol=1e-5) and torch.allclose(mid + mlp, post, atol=1e-5)
+        assert not torch.allclose(pre, post, atol=1e-3)
+
+
+def test_generation_is_greedy_or_seeded(model):
+    assert generate(model, "A cat", max_new_tokens=6) == generate(model, "A cat", max_new_tokens=6, seed=5)
+    warm = [generate(model, "A cat", max_new_tokens=12, temperature=1.0, seed=s) for s in (0, 0, 1)]
+    assert warm[0] == warm[1] != warm[2]
+    state = torch.random.get_rng_state()
+    texts = generate(model, ["A cat", "2 + 2"], max_new_tokens=3, temperature=1.0)
+    assert [t.startswith(p) for t, p in zip(texts, ["A cat", "2 + 2"], strict=True)] == [True, True]
+    assert torch.equal(state, torch.random.get_rng_state())  # global randomness is left alone
+
+
+def test_generation_refuses_what_does_not_fit(model):
+    with pytest.raises(ValueError, match="context"):
+        generate(model, "A cat", max_new_tokens=100)
+    with pytest.raises(ValueError, match="empty prompt"):
+        generate(model, " ")
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(NotAModel, match=r"config\.json"):
+        load_model(tmp_path)
+    with pytest.raises(NotAModel, match="no folder"):
+        load_model(tmp_path / "missing")
+
+
+def test_a_folder_without_weights_or_with_a_pickle(gpt2_folder, tmp_path):
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(gpt2_folder / file, tmp_path)
+    with pytest.raises(NotAModel, match="no weights"):
+        load_model(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(NotAModel, match="safe_serialization"):
+        load_model(tmp_path)
+
+
+def test_a_cut_off_download(gpt2_folder, tmp_path):
+    shutil.copytree(gpt2_folder, tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(NotAModel, match="cut-off"):
+        load_model(tmp_path / "cut")
+
+
+def test_a_hub_name_without_network_says_what_to_do():
+    with pytest.raises(NotAModel, match="hf download"):
+        load_model("nobody/no-such-model")
+
+
+def test_a_folder_without_tokenizer(gpt2_folder, tmp_path):
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(gpt2_folder / file, tmp_path)
+    with pytest.raises(NotAModel, match="tokenizer"):
+        load_model(tmp_path)
+
+
+def test_tinystories_tells_a_story(shared):
+    """A trained model of another architecture, from a local folder."""
+    model = load_model(shared / "fixtures" / "tinystories-656k")
+    text = generate(model, "Once upon a time, there was a little", max_new_tokens=30)
+    assert len(text.split()) > 20 and generate(random_twin(model), "Once upon a time", max_new_tokens=5) != text
