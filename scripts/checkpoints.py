@@ -38,11 +38,33 @@ def save_checkpoint(folder: Path, state: dict, name: str | None = None) -> Path:
     return file
 
 
+def load_checkpoint(file: Path) -> dict:
+    """A checkpoint whose hash matches. Raises ValueError where the file is missing or damaged."""
+    stored = file.with_suffix(".sha256")
+    if not file.exists() or not stored.exists() or stored.read_text().strip() != digest(file):
+        raise ValueError(f"checkpoint {file.name} is missing or damaged (its hash does not match)")
+    return torch.load(file, weights_only=True)
+
+
+def drop_later_checkpoints(folder: Path, step: int) -> None:
+    """Forget what was saved after `step`: the run goes on from there, and would else take them for its newest."""
+    for file in sorted(folder.glob("step-*.pt")):
+        if int(file.stem.split("-")[1]) > step:
+            file.unlink()
+            file.with_suffix(".sha256").unlink(missing_ok=True)
+
+
 def latest_checkpoint(folder: Path) -> dict | None:
-    """{'file', 'state'} of the newest checkpoint whose hash matches, or None."""
-    for file in sorted(folder.glob("step-*.pt"), reverse=True):
-        stored = file.with_suffix(".sha256")
-        if stored.exists() and stored.read_text().strip() == digest(file):
-            return {"file": file, "state": torch.load(file, weights_only=True)}
-        print(f"checkpoint {file.name} is damaged (its hash does not match): using the one before it", flush=True)
+    """{'file', 'state'} of the newest checkpoint whose hash matches, or None where there is none.
+
+    Raises ValueError when there are checkpoints and all are damaged: starting over would look like resuming.
+    """
+    files = sorted(folder.glob("step-*.pt"), reverse=True)
+    for file in files:
+        try:
+            return {"file": file, "state": load_checkpoint(file)}
+        except ValueError as error:
+            print(f"{error}: trying the one before it", flush=True)
+    if files:
+        raise ValueError(f"All {len(files)} checkpoints in {folder.name} are damaged: move them away to start over.")
     return None

@@ -4,7 +4,8 @@
    category `python`, from the standard library of the Python that runs this.
 2. A document is held out when the first 32 bits of its SHA-256 fall in the lowest 2 of 100 classes.
 3. A byte-level BPE is trained on a sample balanced over categories.
-4. Each category becomes one stream of ids, documents joined by EOS; a window is BOS and the next 255 ids.
+4. Each category becomes one stream of ids, documents joined by EOS; a window is BOS and the next 256 ids: 256
+   inputs and as many targets.
 5. Window g of a run depends only on the seed and on g: a resumed run reads what the uninterrupted one would.
 """
 
@@ -164,12 +165,15 @@ def encode_streams(train: dict[str, list[str]], tokenizer, cache: Path) -> dict[
 
 
 class Windows:
-    """Window g of the run, for any g: `[pos]` ids starting with BOS. Stateless but for a cached plan."""
+    """Window g of the run, for any g: `[CONTEXT + 1]` ids starting with BOS. Stateless but for a cached plan.
+
+    One id more than the context, so that the last position has a target and its embedding is trained.
+    """
 
     def __init__(self, streams: dict[str, np.ndarray], seed: int, bos: int, n_special: int = 3):
         self.names = [c for c in sorted(streams) if len(streams[c]) > CONTEXT]
         self.streams, self.seed, self.bos, self.n_special = streams, seed, bos, n_special
-        self.sizes = {c: len(streams[c]) // (CONTEXT - 1) for c in self.names}
+        self.sizes = {c: len(streams[c]) // CONTEXT for c in self.names}
         shares = np.array([MIX.get(c, 0.1) for c in self.names])
         self.shares = shares / shares.sum()
         self.plan = np.zeros((0, 2), dtype=np.int32)
@@ -197,14 +201,14 @@ class Windows:
         name = self.names[c]
         epoch, offset = divmod(int(k), self.sizes[name])
         slot = int(np.random.default_rng([self.seed, 3, int(c), epoch]).permutation(self.sizes[name])[offset])
-        window = np.empty(CONTEXT, dtype=np.int64)
+        window = np.empty(CONTEXT + 1, dtype=np.int64)
         window[0] = self.bos
-        window[1:] = self.streams[name][slot * (CONTEXT - 1) : (slot + 1) * (CONTEXT - 1)]
+        window[1:] = self.streams[name][slot * CONTEXT : (slot + 1) * CONTEXT]
         random = np.random.default_rng([self.seed, 4, g])
         if random.random() < REPEAT_SHARE:
             length = int(random.integers(24, 120))
             span = window[1 : 1 + length]
             if random.random() < 0.5:
                 span = random.integers(self.n_special, VOCABULARY, size=length)
-            window[1:] = np.resize(span, CONTEXT - 1)
+            window[1:] = np.resize(span, CONTEXT)
         return window

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pocket_corpus as corpus
 import torch
-from checkpoints import latest_checkpoint, save_checkpoint
+from checkpoints import drop_later_checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
 from muon import Muon
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -107,16 +107,20 @@ def main() -> None:
     model = build_model(len(tokenizer), arguments.smoke).to(device).train()
     optimizers = build_optimizers(model)
     per_step = arguments.batch * corpus.CONTEXT
-    steps = int(arguments.tokens // per_step)
+    steps = math.ceil(arguments.tokens / per_step)
     decay_steps = int(steps * arguments.decay)
+    plan = {"steps": steps, "decay_from": steps - decay_steps}
     curve: list[dict] = []
     step = 0
     resumed = latest_checkpoint(arguments.work)
     if resumed is not None:
         state = resumed["state"]
-        if state["step"] > steps - decay_steps and state["steps"] != steps:
-            # the newest checkpoint lies inside another run's decay: go on from before it
-            state = torch.load(arguments.work / "predecay.pt", weights_only=True)
+        if state["step"] > state.get("decay_from", steps) and state["steps"] != steps:
+            # the newest checkpoint lies inside the decay of another budget: go on from before that decay
+            state = load_checkpoint(arguments.work / "predecay.pt")
+            drop_later_checkpoints(arguments.work, state["step"])
+        if state["step"] > steps:
+            sys.exit(f"{state['step'] * per_step:,} tokens were already seen: ask for more with --tokens.")
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -125,7 +129,7 @@ def main() -> None:
 
     def snapshot() -> dict:
         states = [optimizer.state_dict() for optimizer in optimizers]
-        return {"model": model.state_dict(), "optimizers": states, "step": step, "steps": steps, "curve": curve}
+        return {"model": model.state_dict(), "optimizers": states, "step": step, "curve": curve} | plan
 
     autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=compute_dtype() is torch.bfloat16)
     started = saved_at = time.monotonic()

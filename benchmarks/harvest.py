@@ -1,0 +1,143 @@
+"""Harvesting activations: ours against SAELens's ActivationsStore and a bare Hugging Face forward.
+
+The same job for all: the residual stream after block 3 of pocket-gpt for the same 256 windows of 256 tokens, 16
+windows a pass, no gradients, float32 everywhere or bf16 autocast everywhere (as the machine computes faster).
+
+    python benchmarks/harvest.py            # writes results/harvest.json
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compare import main
+
+HOOK, LAYER, WINDOWS, BATCH = "blocks.3.hook_resid_post", 3, 256, 16
+MODEL = Path(__file__).parents[1] / "data" / "models" / "pocket-gpt"
+
+
+def tokens() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 8192, (WINDOWS, 256), generator=generator)
+    ids[:, 0] = 0  # BOS
+    return ids
+
+
+def fast_bf16() -> bool:
+    from lenslab.runtime import has_fast_bf16
+
+    return has_fast_bf16()
+
+
+def ours():
+    """lenslab.activations.harvest, results in memory."""
+    from lenslab.activations import TokenBatch, harvest
+    from lenslab.models import load_model
+
+    model, ids = load_model("pocket-gpt"), tokens()
+    real = torch.ones_like(ids, dtype=torch.bool)
+    real[:, 0] = False
+    batch = TokenBatch(ids, real, torch.ones_like(real), ("",) * len(ids))
+
+    def run() -> int:
+        harvest(model, batch, HOOK, batch_size=BATCH)
+        return ids.numel()
+
+    return run
+
+
+def _saelens_store():
+    from datasets import Dataset
+    from sae_lens import ActivationsStore
+
+    from lenslab.models import load_model
+
+    return ActivationsStore(
+        model=load_model("pocket-gpt"),
+        dataset=Dataset.from_dict({"tokens": tokens().repeat(4, 1).tolist()}),
+        streaming=False,
+        hook_name=HOOK,
+        hook_head_index=None,
+        context_size=256,
+        d_in=256,
+        n_batches_in_buffer=8,
+        total_training_tokens=10**9,
+        store_batch_size_prompts=BATCH,
+        train_batch_size_tokens=4096,
+        prepend_bos=False,
+        normalize_activations="none",
+        device=torch.device("cpu"),
+        dtype="float32",
+        autocast_lm=fast_bf16(),
+    )
+
+
+def saelens():
+    """SAELens's store, its pass of the model alone: no mixing buffer, which ours has not either."""
+    store = _saelens_store()
+
+    @torch.no_grad()
+    def run() -> int:
+        return sum(len(store.get_raw_llm_batch()[0]) for _ in range(WINDOWS // BATCH))
+
+    return run
+
+
+def saelens_as_shipped():
+    """SAELens's store as its trainer reads it: through the mixing buffer."""
+    store = _saelens_store()
+
+    @torch.no_grad()
+    def run() -> int:
+        return sum(len(store.next_batch()) for _ in range(WINDOWS * 256 // 4096))
+
+    return run
+
+
+def hugging_face():
+    """A forward hook and an exception that stops the run: the least that any library can do."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="eager").eval()
+    ids, autocast, kept = tokens(), fast_bf16(), []
+
+    class Stop(Exception):
+        pass
+
+    def hook(module, inputs, output):
+        kept.append((output[0] if isinstance(output, tuple) else output).float())
+        raise Stop
+
+    model.transformer.h[LAYER].register_forward_hook(hook)
+
+    @torch.inference_mode()
+    def run() -> int:
+        kept.clear()
+        for start in range(0, WINDOWS, BATCH):
+            try:
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                    model(ids[start : start + BATCH], use_cache=False)
+            except Stop:
+                pass
+        return torch.cat(kept).shape[:2].numel()
+
+    return run
+
+
+if __name__ == "__main__":
+    main(
+        __file__,
+        claim="harvest is faster than SAELens's ActivationsStore (goal 1.5x) and within 0.9x of a bare forward pass",
+        unit="tokens/s",
+        ours="lenslab",
+        contestants={
+            "lenslab": ours,
+            "saelens": saelens,
+            "saelens-as-shipped": saelens_as_shipped,
+            "hugging-face": hugging_face,
+        },
+    )

@@ -1,0 +1,210 @@
+"""Do the notebooks keep to the policy, and does comparing their printed text mean anything?
+
+- `policy`: what can be read off the files (also a test): built from their source, executed, short, small, printing.
+- `stability`: executed with 1 and 2 threads and on other instruction sets, every compared cell prints the same.
+- `sensitivity`: executed on the random-weight twin, at least 40 % of the compared cells print something else;
+  else the comparison would pass whatever the model does.
+
+The last two execute everything several times (`make check-notebooks`, minutes) and write what they measured to
+`benchmarks/results/notebooks.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+from notebook_execution import (
+    REFERENCE,
+    code_cells,
+    execute,
+    find_notebooks,
+    printed,
+    progress,
+    read_source,
+    same_source,
+)
+
+from lenslab.paths import REPOSITORY, write_json
+from lenslab.runtime import machine_summary
+from lenslab.show.images import PLOTLY_MIME
+
+LIMIT_BYTES, PRINT_SHARE, SHORT_LINES, SHORT_SHARE, LONGEST_OUTPUT, SENSITIVE_SHARE = 1_500_000, 0.6, 12, 0.9, 40, 0.4
+MAY_DEFINE = ("phase_4",)  # builds an SAE before the reader's eyes
+MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:work|root|home|Users|tmp|var|opt|usr)/[\w.]")
+TOO_PRECISE = re.compile(r"(?<![\w.])-?\d+\.\d{5,}")
+NETWORK = re.compile(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//[^"'>]+\.(?:js|css)""", re.IGNORECASE)
+
+# One line per condition: threads, then instruction sets. Torch's own kernels, oneDNN and MKL each choose theirs.
+CONDITIONS = {
+    "1 thread": {"OMP_NUM_THREADS": "1"},
+    "2 threads": {"OMP_NUM_THREADS": "2"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"},
+    "default": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
+}
+
+
+def policy(source: Path, built: Path) -> tuple[list[str], dict]:
+    """What breaks the policy, a sentence each, and the numbers it was judged by."""
+    if not built.exists():
+        return [f"{built.name} does not exist: run `make notebooks`"], {}
+    notebook = nbformat.read(built, as_version=4)
+    cells = code_cells(notebook)
+    texts, sources = [printed(cell) for cell in cells], [cell.source for cell in cells]
+    outputs = [output for cell in cells for output in cell.outputs]
+    lengths = [len(text.strip().splitlines()) for text in sources]
+    definitions = sum(len(re.findall(r"^\s*(?:async )?(?:def|class) ", text, re.MULTILINE)) for text in sources)
+    figures = [output.data for output in outputs if PLOTLY_MIME in output.get("data", {})]
+    facts = {
+        "bytes": built.stat().st_size,
+        "code_cells": len(cells),
+        "printing": round(sum(map(bool, texts)) / max(len(cells), 1), 3),
+        "within_12_lines": round(sum(n <= SHORT_LINES for n in lengths) / max(len(cells), 1), 3),
+        "definitions": definitions,
+        "figures": len(figures),
+    }
+    faults = []
+    if not same_source(notebook, read_source(source)):
+        faults.append("differs from its source: run `make notebooks`")
+    if facts["bytes"] > LIMIT_BYTES:
+        faults.append(f"{facts['bytes'] / 1e6:.2f} MB, more than {LIMIT_BYTES / 1e6}")
+    if facts["printing"] < PRINT_SHARE:
+        faults.append(f"{facts['printing']:.0%} of the code cells print a result, fewer than {PRINT_SHARE:.0%}")
+    if facts["within_12_lines"] < SHORT_SHARE:
+        faults.append(f"{facts['within_12_lines']:.0%} of the code cells are within {SHORT_LINES} lines")
+    if definitions > 1 and not source.stem.startswith(MAY_DEFINE):
+        faults.append(f"{definitions} definitions: helpers live in the package")
+    if any(output.output_type == "error" for output in outputs):
+        faults.append("a cell ends in an error")
+    if [cell.execution_count for cell in cells] != list(range(1, len(cells) + 1)):
+        faults.append("not executed from top to bottom")
+    if missing := sum("image/png" not in data for data in figures):
+        faults.append(f"{missing} figures have no PNG beside them: `make notebooks` with Chromium")
+    faults += _cell_faults(notebook)
+    return faults, facts
+
+
+def _cell_faults(notebook: NotebookNode) -> list[str]:
+    faults, number, before = [], 0, None
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            number += 1
+            text, html = printed(cell), json.dumps([o.get("data", {}).get("text/html", "") for o in cell.outputs])
+            if before is None or before.cell_type != "markdown" or not _says_something(before.source):
+                faults.append(f"code cell {number} has no sentence of purpose above it")
+            if found := TOO_PRECISE.search(text):
+                faults.append(f"code cell {number} prints {found.group()}: round what is compared")
+            if (length := len(text.splitlines())) > LONGEST_OUTPUT:
+                faults.append(f"code cell {number} prints {length} lines: a result is short")
+            if found := MACHINE_PATH.search(cell.source + "\n" + text + "\n" + html):
+                faults.append(f"code cell {number} names a path of a machine ({found.group()}...)")
+            if NETWORK.search(html.replace("\\", "")):
+                faults.append(f"code cell {number} loads something from the network")
+        before = cell
+    return faults
+
+
+def _says_something(markdown: str) -> bool:
+    """True for a sentence; a heading alone is none."""
+    prose = [line for line in markdown.splitlines() if line.strip() and not line.startswith("#")]
+    return any(line.rstrip().rstrip("*_)`").endswith((".", ":", "?", "!")) or "." in line for line in prose)
+
+
+def texts_under(source: Path, folder: Path, condition: dict[str, str], label: str) -> tuple[list[str], list[int]]:
+    """What each code cell prints when executed under a condition, and the numbers of the cells that failed."""
+    notebook = read_source(source)
+    with tempfile.TemporaryDirectory() as outputs:
+        environment = {**REFERENCE, **condition, "LENSLAB_OUTPUTS": outputs, "LENSLAB_PNG": ""}
+        show = progress(f"{source.stem}, {label}")
+        run = execute(notebook, source.stem, folder, environment, on_cell=show, keep_going=True)
+    if run.error:
+        raise RuntimeError(f"{source.stem} under {label}: cell {run.cell}: {run.error}")
+    return [printed(cell) for cell in code_cells(notebook)], list(run.errors)
+
+
+def committed_texts(built: Path) -> list[str]:
+    return [printed(cell) for cell in code_cells(nbformat.read(built, as_version=4))]
+
+
+def stability(source: Path, folder: Path) -> dict:
+    """Under each condition, the code cells (from 1) that print something else than the committed file."""
+    committed, result = committed_texts(folder / f"{source.stem}.ipynb"), {}
+    for label, condition in CONDITIONS.items():
+        texts, errors = texts_under(source, folder, condition, label)
+        differ = [n for n, (one, other) in enumerate(zip(committed, texts, strict=True), 1) if one != other]
+        result[label] = {"differ": differ, "errors": errors}
+        for n in differ:
+            print(f"  cell {n} committed:\n{committed[n - 1]}\n  under {label}:\n{texts[n - 1]}", file=sys.stderr)
+    return result
+
+
+def sensitivity(source: Path, folder: Path) -> dict:
+    """How many of the compared cells print something else on the random-weight twin.
+
+    A cell that fails on the twin is counted apart, not as changed: it would say that something broke, not
+    that a number moved.
+    """
+    committed = committed_texts(folder / f"{source.stem}.ipynb")
+    texts, errors = texts_under(source, folder, {"LENSLAB_MODEL_TWIN": "1"}, "random twin")
+    compared = [n for n, text in enumerate(committed, 1) if text]
+    changed = [n for n in compared if n not in errors and texts[n - 1] != committed[n - 1]]
+    share = round(len(changed) / max(len(compared), 1), 3)
+    unchanged = [n for n in compared if n not in changed and n not in errors]
+    return {
+        "compared": len(compared),
+        "changed": len(changed),
+        "share": share,
+        "unchanged": unchanged,
+        "errors": errors,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checks", nargs="+", choices=["policy", "stability", "sensitivity"])
+    parser.add_argument("--notebooks", default="", help="names (default: all)")
+    parser.add_argument("--folder", type=Path, default=REPOSITORY / "notebooks")
+    parser.add_argument("--record", type=Path, help="where the measurements are written")
+    options = parser.parse_args()
+    folder, bad, values = options.folder.resolve(), [], {}
+    for source in find_notebooks(folder, options.notebooks):
+        name = source.stem
+        faults, facts = policy(source, folder / f"{name}.ipynb")
+        values[name] = {"policy": facts}
+        bad += [f"{name}: {fault}" for fault in faults] if "policy" in options.checks else []
+        if not facts:
+            continue
+        if "stability" in options.checks:
+            values[name]["stability"] = stability(source, folder)
+            for label, found in values[name]["stability"].items():
+                bad += [f"{name}: cells {found['differ']} differ under {label}"] if found["differ"] else []
+        if "sensitivity" in options.checks:
+            found = values[name]["sensitivity"] = sensitivity(source, folder)
+            print(f"{name}: {found['changed']} of {found['compared']} compared cells change on the random twin")
+            bad += (
+                [f"{name}: only {found['share']:.0%} of the cells change"] if found["share"] < SENSITIVE_SHARE else []
+            )
+    if options.record and not options.notebooks:
+        versions = {p: importlib.metadata.version(p) for p in ("torch", "transformer-lens", "sae-lens", "nbval")}
+        claim = (
+            "Printed results of the notebooks are the same with 1 and 2 threads and on other instruction sets, "
+            f"and at least {SENSITIVE_SHARE:.0%} of them change on the random-weight twin"
+        )
+        machine = machine_summary()
+        write_json(
+            options.record,
+            {"claim": claim, "values": values, "holds": not bad, "machine": machine, "versions": versions},
+        )
+    print("\n".join(bad) if bad else f"{' and '.join(options.checks)}: fine for {', '.join(values)}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Fill in what the README shows: the table of notebooks from their last build, and the picture from a figure.
+
+Nothing in the README's tables is typed: `make notebooks` measures, this writes, and a test compares.
+
+    python scripts/readme_tables.py          # write
+    python scripts/readme_tables.py --check  # exit 1 where the README differs from the results
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import sys
+from pathlib import Path
+
+from lenslab.paths import REPOSITORY, atomic_write
+
+PICTURE = ("phase_1_loading", "Head ", "attention.png", "Attention of one head of pocket-gpt, drawn by phase 1")
+TITLES = {
+    "phase_1_loading": "Load a model, find its hook points, read its streams, encode with an SAE",
+}
+
+
+def notebooks_table() -> str:
+    runs = json.loads((REPOSITORY / "benchmarks/results/notebook_runs.json").read_text())["notebooks"]
+    rows = ["| notebook | what it asks | time | memory |", "|---|---|---|---|"]
+    for run in runs:
+        name, minutes = run["name"], max(1, math.ceil(run["seconds"] / 60))
+        rows.append(
+            f"| [{name}](notebooks/{name}.ipynb) | {TITLES[name]} | {minutes} min | {run['peak_mb'] / 1000:.1f} GB |"
+        )
+    return "\n".join(rows)
+
+
+def picture() -> str:
+    """Write the PNG of the figure whose title starts as PICTURE says into assets/; returns its markdown."""
+    notebook, title, name, alternative = PICTURE
+    cells = json.loads((REPOSITORY / f"notebooks/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    for output in (output for cell in cells for output in cell.get("outputs", [])):
+        data = output.get("data", {})
+        layout = data.get("application/vnd.plotly.v1+json", {}).get("layout", {})
+        if (layout.get("title") or {}).get("text", "").startswith(title) and "image/png" in data:
+            with atomic_write(REPOSITORY / "assets" / name) as temporary:
+                temporary.write_bytes(base64.b64decode(data["image/png"]))
+    return f"![{alternative}](assets/{name})"
+
+
+def filled(readme: str) -> str:
+    for marker, text in (("notebooks", notebooks_table()), ("picture", picture())):
+        start, end = f"<!-- {marker} -->", f"<!-- end of {marker} -->"
+        before, rest = readme.split(start, 1)
+        after = rest.split(end, 1)[1] if end in rest else rest
+        readme = f"{before}{start}\n{text}\n{end}{after}"
+    return readme
+
+
+def main() -> None:
+    file: Path = REPOSITORY / "README.md"
+    now = file.read_text(encoding="utf-8")
+    new = filled(now)
+    if "--check" in sys.argv:
+        sys.exit(0 if new == now else "README.md differs from the results: run python scripts/readme_tables.py")
+    with atomic_write(file) as temporary:
+        temporary.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

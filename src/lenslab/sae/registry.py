@@ -1,0 +1,100 @@
+"""Which SAEs the hub has and which of their files are on this machine: SAELens's registry, read offline.
+
+Nothing here loads an SAE. Releases whose weights are pickles are refused by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lenslab.models import HUB
+from lenslab.paths import sha256_file
+
+# SAELens's readers of releases whose weights are pickles
+PICKLE_READERS = {"connor_rob_hook_z", "goodfire", "deepseek_r1", "qwen_scope", "dictionary_learning_1"}
+
+
+class NotAnSAE(ValueError):
+    """What was named cannot be loaded as an SAE; the message says why and what to do."""
+
+
+class SAENotHere(FileNotFoundError):
+    """An SAE that is neither bundled, nor in a folder, nor in the cache, while the hub cannot be reached."""
+
+
+def plain_name(name: str) -> str:
+    """gpt2-small, gpt2 and openai-community/gpt2 are one model."""
+    return HUB.get(name, name).rstrip("/").split("/")[-1].lower()
+
+
+def registry() -> dict[str, Any]:
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    return get_pretrained_saes_directory()
+
+
+def repository_of(release: str, sae_id: str) -> tuple[str, str]:
+    """(hub repository, path in it); NotAnSAE for a name the registry has not and for pickles."""
+    known = registry().get(release)
+    if known is None and "/" not in release:
+        near = difflib.get_close_matches(release, registry(), n=3)
+        raise NotAnSAE(f"No release {release!r}. Nearest: {', '.join(near) or 'none'}; list_releases() shows all.")
+    if known is None:
+        return release, sae_id
+    if sae_id not in known.saes_map:
+        near = difflib.get_close_matches(sae_id, known.saes_map, n=3, cutoff=0.3)
+        raise NotAnSAE(f"{release} has no SAE {sae_id!r}. Nearest: {', '.join(near) or 'none'}.")
+    if known.conversion_func in PICKLE_READERS:
+        raise NotAnSAE(
+            f"{release} stores its weights as pickles, which can run code when opened and are never loaded here. "
+            f"Releases for {known.model} in safe formats: list_releases({known.model!r}), column `format`."
+        )
+    return known.repo_id, known.saes_map[sae_id]
+
+
+def cached_files(repository: str, path: str) -> list[Path]:
+    from huggingface_hub import constants
+
+    snapshots = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots").glob("*")
+    places = [snapshot / path for snapshot in snapshots]
+    files = [file for place in places for file in ([place] if place.is_file() else place.rglob("*"))]
+    return [file for file in files if file.is_file()]
+
+
+def intact(file: Path) -> bool:
+    """Whether a cached file has the hash that the hub's cache keeps as the name of its blob.
+
+    64 digits are the SHA-256 of a large file, 40 the git hash of a small one. Where the cache has no links
+    (Windows), the format's own check at loading has to do.
+    """
+    etag = Path(os.readlink(file)).name if file.is_symlink() else ""
+    if len(etag) == 64:
+        return sha256_file(file) == etag
+    if len(etag) == 40:
+        content = file.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == etag
+    return True
+
+
+def list_releases(model: str | None = None) -> pd.DataFrame:
+    """SAELens's registry, offline: one row per release; `cached` counts SAEs whose weights are on this machine.
+
+    `model` restricts it to one model, under any of its usual names.
+    """
+    rows = []
+    for name, release in registry().items():
+        if model is None or plain_name(model) == plain_name(release.model):
+            paths = release.saes_map.values() if cached_files(release.repo_id, "") else ()
+            here = sum(
+                any(file.suffix in {".safetensors", ".npz"} for file in cached_files(release.repo_id, path))
+                for path in paths
+            )
+            safe = "pickle, refused" if release.conversion_func in PICKLE_READERS else "safe"
+            rows.append((name, release.model, len(release.saes_map), release.repo_id, safe, here))
+    return pd.DataFrame(rows, columns=["release", "model", "saes", "repository", "format", "cached"])

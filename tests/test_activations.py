@@ -1,0 +1,442 @@
+"""TokenBatch and harvest: what counts as a token, and that what is harvested is what the model computed."""
+
+import pytest
+import torch
+
+from lenslab import activations
+from lenslab.activations import (
+    NoRealToken,
+    TextTooLong,
+    TokenBatch,
+    TooLargeForMemory,
+    harvest,
+    pack,
+    token_string,
+    tokenize,
+)
+from lenslab.forward import BadActivations
+from lenslab.models import UnknownHook, hook_names, load_model, stream_hook
+
+TEXTS = ["A cat sat on the mat.", "def add(a, b):", "Paris", "2 + 2 = 4, they say, and so it is."]
+
+
+def _save(folder, kind):
+    from conftest import make_tokenizer
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
+
+    make_tokenizer(folder)
+    torch.manual_seed(3)
+    common = dict(
+        vocab_size=len(AutoTokenizer.from_pretrained(folder)),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    if kind == "llama":
+        LlamaForCausalLM(LlamaConfig(**common)).save_pretrained(folder)
+    else:
+        OlmoeForCausalLM(OlmoeConfig(**common, num_experts=4, num_experts_per_tok=2)).save_pretrained(folder)
+    return load_model(str(folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return _save(tmp_path_factory.mktemp("llama-activations"), "llama")
+
+
+@pytest.fixture(scope="module")
+def olmoe(tmp_path_factory):
+    return _save(tmp_path_factory.mktemp("olmoe-activations"), "olmoe")
+
+
+@pytest.fixture(scope="module")
+def one_end(gpt2_shared_end_folder):
+    return load_model(str(gpt2_shared_end_folder), device="cpu")
+
+
+@pytest.fixture(params=["gpt2", "gpt2 with one special token", "llama", "olmoe"])
+def any_model(request, model, one_end, llama, olmoe):
+    return {"gpt2": model, "gpt2 with one special token": one_end, "llama": llama, "olmoe": olmoe}[request.param]
+
+
+# What counts as a token
+
+
+@pytest.mark.parametrize("pad_side", ["left", "right"])
+def test_masks_come_from_lengths_even_where_bos_is_id_0_or_the_padding(any_model, pad_side):
+    """W4.3: counting ids that differ from EOS read the second-to-last token, because BOS has that id too."""
+    batch = tokenize(any_model, TEXTS, pad_side=pad_side)
+    lengths = [len(any_model.tokenizer(text, add_special_tokens=False).input_ids) for text in TEXTS]
+    assert any_model.tokenizer.bos_token_id == 0
+    assert batch.real.sum(1).tolist() == lengths
+    assert batch.attention.sum(1).tolist() == [n + 1 for n in lengths]
+    assert batch.n_real == sum(lengths) and len(batch) == 4 and batch.pad_side == pad_side
+    for row, text in enumerate(TEXTS):
+        ids = batch.tokens[row][batch.real[row]].tolist()
+        assert ids == any_model.tokenizer(text, add_special_tokens=False).input_ids
+        first = int(batch.attention[row].nonzero()[0])
+        assert batch.tokens[row, first] == 0 and not batch.real[row, first]
+
+
+def test_a_tokenizer_without_bos_falls_back_to_eos_and_then_to_none(gpt2_folder):
+    other = load_model(str(gpt2_folder), device="cpu")
+    other.tokenizer.bos_token = None
+    batch = tokenize(other, "Paris")
+    assert batch.tokens[0, 0] == other.tokenizer.eos_token_id == 1 and not batch.real[0, 0]
+    other.tokenizer.eos_token = None
+    batch = tokenize(other, "Paris")
+    assert batch.real.all() and "".join(batch.strings(0)) == "Paris"
+    assert pack(other, TEXTS, length=8).real[:, 0].all()
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(model):
+    assert torch.equal(tokenize(model, "<|bos|>Paris").tokens, tokenize(model, "Paris").tokens)
+
+
+def test_padding_id_inside_a_text_stays_real(model):
+    batch = tokenize(model, ["a<|pad|>b", "a longer text than that"])
+    assert batch.real[0].sum() == 3 and bool((batch.tokens[0][batch.real[0]] == 2).any())
+
+
+def test_texts_without_a_token_are_refused_by_number(model):
+    with pytest.raises(NoRealToken, match="Text 1 "):
+        tokenize(model, ["fine", "", "fine too"])
+    with pytest.raises(NoRealToken, match="Text 0 "):
+        tokenize(model, "")
+    with pytest.raises(NoRealToken, match="Text 1 "):
+        pack(model, ["fine", ""])
+    with pytest.raises(ValueError, match="list is empty"):
+        tokenize(model, [])
+    with pytest.raises(ValueError, match="list is empty"):
+        pack(model, [])
+
+
+def test_all_padding_is_refused():
+    zeros = torch.zeros(2, 3, dtype=torch.bool)
+    with pytest.raises(NoRealToken, match=r"text \[0, 1\]"):
+        TokenBatch(torch.zeros(2, 3, dtype=torch.long), zeros, zeros, ("a", "b"))
+    with pytest.raises(ValueError, match="real and padding"):
+        TokenBatch(torch.zeros(2, 3, dtype=torch.long), ~zeros, zeros, ("a", "b"))
+
+
+def test_over_long_texts_are_refused_unless_told_and_then_said(model):
+    long = "word " * 200
+    with pytest.raises(TextTooLong, match=r"text 1, has \d+.*truncate=True"):
+        tokenize(model, ["short", long])
+    with pytest.warns(UserWarning, match=r"Cut 1 of 2 texts to 64 tokens; \d+ tokens left out"):
+        batch = tokenize(model, ["short", long], truncate=True)
+    assert batch.tokens.shape == (2, 64) and batch.real[1].sum() == 63
+    with pytest.warns(UserWarning, match="to 8 tokens"):
+        assert tokenize(model, long, max_length=8, truncate=True).tokens.shape == (1, 8)
+    for length in (1, 65, -3):
+        with pytest.raises(ValueError, match="context of 64"):
+            tokenize(model, "a", max_length=length)
+
+
+def test_a_text_that_just_fits_is_kept_whole(model):
+    ids = model.tokenizer("word " * 200, add_special_tokens=False).input_ids
+    text = next(t for n in range(90, 0, -1) if len(_ids(model, t := model.tokenizer.decode(ids[:n]))) == 63)
+    assert tokenize(model, text).tokens.shape == (1, 64)
+    with pytest.raises(TextTooLong):
+        tokenize(model, text + "?")
+
+
+def _ids(model, text):
+    return model.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_broken_unicode_and_things_that_are_no_text_are_refused(model):
+    with pytest.raises(ValueError, match="Text 1 is not valid Unicode at character 2"):
+        tokenize(model, ["fine", "ab\ud83d"])
+    with pytest.raises(ValueError, match="Text 1001 is not valid"):
+        pack(model, ["fine"] * 1001 + ["\udc00"])
+    with pytest.raises(Exception, match=r"NoneType|str"):  # beartype in tests, our own TypeError without it
+        tokenize(model, ["fine", None])
+
+
+def test_strings_are_readable_and_safe(model):
+    batch = tokenize(model, ["A cat sat €", "Paris is a city on a river"])
+    strings = batch.strings(0)
+    assert strings[0] == "<|bos|>" and len(strings) == batch.tokens.shape[1]
+    assert "".join(s for s, real in zip(strings, batch.real[0], strict=True) if real) == "A cat sat <0xE2><0x82><0xAC>"
+    shorter = min((0, 1), key=lambda row: int(batch.attention[row].sum()))
+    assert batch.strings(shorter)[-1] == "" or bool(batch.attention.all())
+    assert not any("\ufffd" in token_string(model.tokenizer, i) for i in range(len(model.tokenizer)))
+
+
+def test_sentencepiece_spaces_survive():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = Tokenizer(models.WordLevel({"<s>": 0, "▁Once": 1, "▁upon": 2, "<0xE2>": 3}, unk_token="<s>"))
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, bos_token="<s>")
+    assert [token_string(tokenizer, i) for i in range(4)] == ["<s>", " Once", " upon", "<0xE2>"]
+
+
+def test_packing_loses_nothing_and_marks_bos_and_separators_unreal(model):
+    batch = pack(model, TEXTS, length=10)
+    ids = [model.tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
+    assert batch.tokens.shape[1] == 10 and (batch.tokens[:, 0] == 0).all() and not batch.real[:, 0].any()
+    assert batch.tokens[batch.real].tolist() == [i for row in ids for i in row]
+    separators = batch.attention & ~batch.real
+    separators[:, 0] = False
+    assert separators.sum() == len(TEXTS) - 1 and (batch.tokens[separators] == 1).all()
+    assert len(batch) == len(batch.texts) and batch.attention[:-1].all()
+
+
+def test_a_slice_or_a_list_of_rows_is_a_batch(model):
+    batch = tokenize(model, TEXTS)
+    assert batch[1:3].texts == tuple(TEXTS[1:3]) and torch.equal(batch[[3, 0]].tokens, batch.tokens[[3, 0]])
+    assert batch[:2].key != batch[2:].key and batch[:2].key == tokenize(model, TEXTS)[:2].key
+    with pytest.raises(NoRealToken):
+        batch[4:]
+
+
+# Harvest: the values
+
+
+def test_every_hook_gives_what_run_with_cache_gives(any_model):
+    """W1.1: names that say pre and post. The names filter, the early stop and the batch change no value."""
+    batch = tokenize(any_model, TEXTS[:1])
+    with torch.inference_mode():
+        _, cache = any_model.run_with_cache(batch.tokens)
+    for hook, shape in hook_names(any_model).items():
+        if hook.startswith("rotary"):
+            continue  # cosines and sines: no activations
+        value = harvest(any_model, batch, hook, compute="float32")[hook]
+        expected = cache[hook].float()
+        if shape[0] == 2:
+            expected = expected.unflatten(0, batch.tokens.shape)
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4, msg=lambda m, h=hook: f"{h}: {m}")
+
+
+@pytest.mark.parametrize("pad_side", ["left", "right"])
+def test_batched_equals_single_at_every_real_token(any_model, pad_side):
+    """W4.3: the same text gave 56.7 in a batch and 4.7 alone."""
+    hooks = [stream_hook(any_model, 1), "blocks.1.hook_resid_pre", "blocks.0.hook_attn_out", "blocks.1.attn.hook_z"]
+    batch = tokenize(any_model, TEXTS, pad_side=pad_side)
+    together = harvest(any_model, batch, hooks, compute="float32", batch_size=3)
+    for row, text in enumerate(TEXTS):
+        alone = harvest(any_model, tokenize(any_model, text), hooks, compute="float32")
+        for hook in hooks:
+            torch.testing.assert_close(
+                together[hook][row][batch.attention[row]], alone[hook][0], atol=1e-5, rtol=0, msg=hook
+            )
+            assert not together[hook][row][~batch.attention[row]].any(), "padding is zero"
+
+
+def test_batch_size_and_company_change_nothing(model):
+    hook = stream_hook(model, 2)
+    batch = tokenize(model, TEXTS)
+    whole = harvest(model, batch, hook, compute="float32", batch_size=16)[hook]
+    for size in (1, 2, 3):
+        torch.testing.assert_close(harvest(model, batch, hook, compute="float32", batch_size=size)[hook], whole)
+    torch.testing.assert_close(harvest(model, batch[1:3], hook, compute="float32")[hook], whole[1:3])
+
+
+def test_the_input_of_a_block_is_the_output_of_the_one_before(any_model):
+    """W1.1: hidden_states[k] is the input of block k; here the names say so."""
+    batch = tokenize(any_model, TEXTS)
+    found = harvest(any_model, batch, ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"], compute="float32")
+    assert torch.equal(found["blocks.0.hook_resid_post"], found["blocks.1.hook_resid_pre"])
+    parts = ["blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out", "blocks.1.hook_resid_post"]
+    pre, attention, mlp, post = harvest(any_model, batch, parts, compute="float32").values()
+    torch.testing.assert_close(pre + attention + mlp, post, atol=1e-5, rtol=1e-5)
+
+
+def test_the_last_residual_is_not_yet_normalised(any_model):
+    """W1.2: the last entry was normalised already and was normalised again."""
+    last = any_model.cfg.n_layers - 1
+    hooks = [stream_hook(any_model, last), "ln_final.hook_out", "unembed.hook_out"]
+    batch = tokenize(any_model, TEXTS[:2])
+    post, normed, logits = harvest(any_model, batch, hooks, compute="float32").values()
+    assert not torch.allclose(post, normed, atol=1e-3)
+    with torch.inference_mode():
+        true = any_model(batch.tokens[:, : batch.tokens.shape[1]], attention_mask=batch.attention.long())
+        again = any_model.unembed(any_model.ln_final(post))
+    real = batch.real
+    torch.testing.assert_close(again[real], true[real], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits[real], true[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stream", ["residual_pre", "residual", "attention", "mlp"])
+def test_a_value_patched_into_where_it_came_from_changes_nothing(any_model, stream):
+    """W1.1: a 'clean' patch into itself was no identity, because the sites were off by one."""
+    hook = stream_hook(any_model, 1, stream)
+    batch = tokenize(any_model, TEXTS[0])
+    value = harvest(any_model, batch, hook, compute="float32")[hook]
+    other = harvest(any_model, batch, stream_hook(any_model, 0, stream), compute="float32")
+    with torch.inference_mode():
+        clean = any_model(batch.tokens)
+        patched = any_model.run_with_hooks(batch.tokens, fwd_hooks=[(hook, lambda t, hook: value)])
+        wrong = any_model.run_with_hooks(batch.tokens, fwd_hooks=[(hook, lambda t, hook: next(iter(other.values())))])
+    torch.testing.assert_close(patched, clean, atol=1e-5, rtol=0)
+    assert (wrong - clean).abs().max() > 1e-4, "the test can fail"
+
+
+def test_edits_in_force_are_seen(model):
+    hook = stream_hook(model, 1)
+    batch = tokenize(model, TEXTS)
+    with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda t, hook: t * 0)]):
+        edited = harvest(model, batch, hook, compute="float32")[hook]
+    assert not torch.allclose(edited, harvest(model, batch, hook, compute="float32")[hook], atol=1e-3)
+
+
+def test_patterns_are_text_head_query_key_and_sum_to_one(any_model):
+    hook = "blocks.1.attn.hook_pattern"
+    batch = tokenize(any_model, TEXTS)
+    pattern = harvest(any_model, batch, [hook, stream_hook(any_model, 0)], compute="float32", batch_size=3)[hook]
+    length = batch.tokens.shape[1]
+    assert pattern.shape == (4, any_model.cfg.n_heads, length, length)
+    rows = pattern.transpose(1, 2)[batch.real]
+    torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]), atol=1e-5, rtol=0)
+
+
+def test_routers_come_back_by_text(olmoe):
+    hook = "blocks.0.mlp.gate.hook_out"
+    batch = tokenize(olmoe, TEXTS)
+    assert harvest(olmoe, batch, hook)[hook].shape == (*batch.tokens.shape, 4)
+
+
+def test_the_run_stops_after_the_last_block_needed(model):
+    """A harvest from the middle must not pay for the rest: later blocks and the logits never run."""
+    batch, ran = tokenize(model, TEXTS), []
+    watch = [(f"blocks.{k}.hook_in", lambda t, hook, k=k: ran.append(k)) for k in range(3)]
+    watch += [(f"blocks.{k}.hook_attn_out", lambda t, hook, k=k: ran.append(f"attention {k}")) for k in range(3)]
+    watch += [("unembed.hook_in", lambda t, hook: ran.append("unembed"))]
+    expected = {
+        "hook_embed": [0],
+        "blocks.0.hook_resid_post": [0, "attention 0"],
+        "blocks.1.hook_resid_pre": [0, "attention 0", 1],
+        "blocks.1.hook_in": [0, "attention 0", 1],
+        "blocks.1.attn.hook_z": [0, "attention 0", 1, "attention 1"],
+        "ln_final.hook_in": [0, "attention 0", 1, "attention 1", 2, "attention 2", "unembed"],
+    }
+    for hook, seen in expected.items():
+        ran.clear()
+        with model.hooks(fwd_hooks=watch):
+            harvest(model, batch, hook)
+        assert ran == seen, hook
+
+
+def test_harvest_leaves_no_trace_on_the_model(model):
+    batch = tokenize(model, TEXTS)
+    with torch.inference_mode():
+        before = model(batch.tokens)
+    result = harvest(model, batch, [stream_hook(model, 1), "blocks.1.attn.hook_z"])
+    with torch.inference_mode():
+        assert torch.equal(model(batch.tokens), before)
+    assert not any(point.has_hooks() for point in model.hook_dict.values())
+    weight = torch.ones(32, requires_grad=True)
+    (result[stream_hook(model, 1)] @ weight).sum().backward()  # an inference tensor could not be trained on
+    assert weight.grad is not None and not torch.is_inference_mode_enabled()
+
+
+def test_fused_kernels_are_used_unless_a_hook_looks_inside(model, monkeypatch):
+    """They are faster; the test of every hook above shows that they give the same values."""
+    from transformer_lens.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
+
+    written_out = []
+    slow = JointQKVAttentionBridge._apply_reconstruct_attention_mask
+    monkeypatch.setattr(
+        JointQKVAttentionBridge,
+        "_apply_reconstruct_attention_mask",
+        lambda self, **kw: written_out.append(1) or slow(self, **kw),
+    )
+    batch = tokenize(model, TEXTS)
+    harvest(model, batch, "blocks.1.attn.hook_z")
+    assert not written_out
+    harvest(model, batch, "blocks.1.attn.hook_pattern")
+    assert len(written_out) == 1, "only the layer that is looked into"
+    written_out.clear()
+    model(batch.tokens)
+    assert len(written_out) == model.cfg.n_layers, "and nothing stays swapped"
+
+
+def test_bfloat16_is_close_and_comes_in_the_dtype_asked_for(model):
+    hook, batch = stream_hook(model, 2), tokenize(model, TEXTS)
+    exact = harvest(model, batch, hook, compute="float32")[hook]
+    fast = harvest(model, batch, hook, compute="bfloat16", dtype=torch.float16)[hook]
+    assert fast.dtype == torch.float16 and not torch.equal(fast.float(), exact)
+    error = (fast.float() - exact)[batch.real].norm() / exact[batch.real].norm()
+    assert error < 0.03
+
+
+# Harvest: the refusals
+
+
+def test_unknown_hooks_are_refused_with_the_nearest_name(model):
+    """W1.3: the README's own layer name "6" silently became layer 0."""
+    batch = tokenize(model, TEXTS)
+    with pytest.raises(UnknownHook, match=r"blocks\.1\.hook_resid_post"):
+        harvest(model, batch, "blocks.1.hook_resid_pots")
+    for name in ("6", "blocks.-1.hook_resid_post", "blocks.3.hook_resid_post"):
+        with pytest.raises(UnknownHook):
+            harvest(model, batch, ["blocks.0.hook_resid_post", name])
+    with pytest.raises(ValueError, match="No hook"):
+        harvest(model, batch, [])
+
+
+def test_a_model_in_train_mode_is_refused(model):
+    batch = tokenize(model, TEXTS)
+    model.train()
+    try:
+        with pytest.raises(ValueError, match="train mode"):
+            harvest(model, batch, stream_hook(model, 0))
+    finally:
+        model.eval()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_are_refused_by_hook_and_text(model, value):
+    def spoil(tensor, hook):
+        tensor = tensor.clone()
+        tensor[tokens_of_row == tensor.shape[1]] = value
+        return tensor
+
+    batch = tokenize(model, TEXTS)
+    tokens_of_row = batch.attention.sum(1).sort(descending=True).values  # harvest runs the longest first
+    longest = int(batch.attention.sum(1).argmax())
+    refused = pytest.raises(BadActivations, match=rf"blocks\.0\.hook_resid_post of text {longest}\.")
+    with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", spoil)]), refused:
+        harvest(model, batch, stream_hook(model, 0))
+    assert not any(point.has_hooks() for point in model.hook_dict.values())
+
+
+def test_values_too_large_for_float16_are_refused(model):
+    batch = tokenize(model, TEXTS)
+    with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda t, hook: t * 0 + 1e5)]):
+        with pytest.raises(BadActivations, match=r"above 65,504 do not fit float16"):
+            harvest(model, batch, stream_hook(model, 0), dtype=torch.float16)
+        assert harvest(model, batch, stream_hook(model, 0))[stream_hook(model, 0)].max() > 65_504
+
+
+def test_more_than_the_memory_is_refused_before_the_run(model, monkeypatch):
+    batch = tokenize(model, TEXTS)
+    need = batch.tokens.numel() * 32 * 4
+    monkeypatch.setattr(activations, "_free_memory", lambda: 2 * need - 2)
+    with pytest.raises(TooLargeForMemory, match=r"store=ActivationStore\.open"):
+        harvest(model, batch, stream_hook(model, 0))
+    monkeypatch.setattr(activations, "_free_memory", lambda: 2 * need + 2)
+    harvest(model, batch, stream_hook(model, 0))
+
+
+def test_free_memory_is_read_from_this_machine():
+    assert 1 << 20 < activations._free_memory() < 1 << 50
+
+
+def test_wrong_settings_are_refused(model):
+    batch = tokenize(model, TEXTS)
+    with pytest.raises(ValueError, match="'auto', 'float32' or 'bfloat16'"):
+        harvest(model, batch, stream_hook(model, 0), compute="float16")
+    with pytest.raises(ValueError, match="at least 1"):
+        harvest(model, batch, stream_hook(model, 0), batch_size=0)
+    with pytest.raises(ValueError, match="left"):
+        tokenize(model, TEXTS, pad_side="both")

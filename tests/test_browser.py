@@ -1,0 +1,149 @@
+"""Pages open in a real browser, from disk, without a network: plots are drawn and nothing goes wrong."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import nbformat
+import plotly.graph_objects as go
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from lenslab.show import images
+from lenslab.show.images import PLOTLY_MIME, figure_json, find_browser, save_figure, save_table
+from lenslab.show.index import first_sentence, write_index
+
+EVIL = "<script>document.title='owned'</script>"
+
+
+def open_page(file: Path, profile: Path) -> tuple[str, list[str]]:
+    """The page's DOM after its scripts ran, and what its console said."""
+    browser = find_browser()
+    if browser is None:
+        pytest.skip("no Chromium: install it (apt install chromium) to run the browser tests")
+    sandbox = ["--no-sandbox"] if os.name == "posix" and os.geteuid() == 0 else []
+    options = ["--headless", *sandbox, "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
+    options += ["--host-resolver-rules=MAP * ~NOTFOUND", "--proxy-server=127.0.0.1:9"]
+    options += ["--enable-logging=stderr", "--log-level=0", "--virtual-time-budget=20000", "--dump-dom", file.as_uri()]
+    run = subprocess.run([browser, *options], capture_output=True, text=True, timeout=240, errors="replace")
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout, re.findall(r"CONSOLE[^\]]*\] (.*)", run.stderr)
+
+
+def figure(title: str = "Waves") -> dict:
+    return figure_json(go.Figure(go.Scatter(y=[1.0, 3.0, 2.0]), layout={"title": {"text": title}}))
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch) -> Path:
+    """Outputs of a run as `make run` leaves them: a notebook with a figure, a table, text and an error."""
+    folder = tmp_path / "outputs"
+    monkeypatch.setenv("LENSLAB_OUTPUTS", str(folder))
+    monkeypatch.setattr(images, "_png_failed", True)  # no PNGs here
+    cells = [
+        new_markdown_cell("# Phase 0: a sample <of> pages\n\nIt draws. And more."),
+        new_code_cell("draw()", outputs=[new_output("display_data", {PLOTLY_MIME: figure()})]),
+        new_markdown_cell("The table of *squares*: small."),
+        new_code_cell(
+            "frame",
+            outputs=[
+                new_output("stream", name="stdout", text=EVIL),
+                new_output("execute_result", {"text/html": "<table><tr><td>4</td></tr></table>", "text/plain": "4"}),
+            ],
+        ),
+        new_code_cell(
+            "oops", outputs=[new_output("error", ename="E", evalue=EVIL, traceback=[f"\x1b[31m{EVIL}\x1b[0m"])]
+        ),
+    ]
+    (folder / "notebooks").mkdir(parents=True)
+    nbformat.write(new_notebook(cells=cells), folder / "notebooks" / "phase_0_sample.ipynb")
+    run = {
+        "name": "phase_0_sample",
+        "cells": 3,
+        "done": 2,
+        "seconds": 1.0,
+        "peak_mb": 300,
+        "cell": 3,
+        "error": f"E: {EVIL}",
+    }
+    (folder / "run.json").write_text(json.dumps([run]))
+    save_figure(go.Figure(go.Bar(y=[1, 2])), "bars")
+    save_table(__import__("pandas").DataFrame({"n": [1]}), "numbers")
+    write_index(folder)
+    return folder
+
+
+def test_the_index_links_every_figure_table_and_file_and_each_link_leads_somewhere(outputs):
+    index = (outputs / "index.html").read_text()
+    links = dict(re.findall(r'<a href="([^"]+)">([^<]*)</a>', index))
+    assert links["notebooks/phase_0_sample.html#output-1-0"] == "Waves"
+    assert links["notebooks/phase_0_sample.html#output-3-1"] == "The table of squares"
+    assert {"results/bars.html", "results/numbers.csv", "results/numbers.json"} <= set(links)
+    for href in links:
+        file, _, anchor = href.partition("#")
+        assert (outputs / file).exists(), href
+        assert not anchor or f'id="{anchor}"' in (outputs / file).read_text()
+
+
+def test_the_index_says_how_a_run_ended_and_escapes_it(outputs):
+    index = (outputs / "index.html").read_text()
+    assert "2 of 3 cells in 1 s, 0.3 GB" in index
+    assert "code cell 3: E: &lt;script&gt;" in index
+    assert "<script" not in index
+
+
+@pytest.mark.browser
+def test_a_notebooks_page_draws_its_plot_offline_and_runs_no_printed_script(outputs, tmp_path):
+    dom, console = open_page(outputs / "notebooks" / "phase_0_sample.html", tmp_path / "profile")
+    assert not console
+    assert dom.count('class="main-svg"') >= 1
+    assert "<title>Phase 0: a sample &lt;of&gt; pages</title>" in dom
+    assert "&lt;script&gt;document.title" in dom
+
+
+@pytest.mark.browser
+def test_a_saved_figure_draws_offline(outputs, tmp_path):
+    dom, console = open_page(outputs / "results" / "bars.html", tmp_path / "profile")
+    assert not console
+    assert 'class="main-svg"' in dom
+
+
+@pytest.mark.browser
+def test_the_index_opens_offline(outputs, tmp_path):
+    dom, console = open_page(outputs / "index.html", tmp_path / "profile")
+    assert not console
+    assert "phase_0_sample.html" in dom
+
+
+@pytest.mark.browser
+def test_the_browser_test_can_fail(tmp_path):
+    page = tmp_path / "broken.html"
+    page.write_text('<html><script src="missing.js"></script><script>Plotly.newPlot("a")</script></html>')
+    dom, console = open_page(page, tmp_path / "profile")
+    assert any("Plotly is not defined" in line for line in console)
+    assert "main-svg" not in dom
+
+
+@pytest.mark.browser
+def test_chromium_draws_a_png_of_a_figure(monkeypatch):
+    if find_browser() is None:
+        pytest.skip("no Chromium: install it (apt install chromium) to run the browser tests")
+    monkeypatch.setattr(images, "_png_failed", False)
+    picture = images.render_png(go.Figure(go.Scatter(y=[1, 2]), layout={"width": 300, "height": 200}))
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (int.from_bytes(picture[16:20], "big"), int.from_bytes(picture[20:24], "big")) == (300, 200)
+
+
+@pytest.mark.parametrize(
+    ("markdown", "sentence"),
+    [
+        ("## 3. Which tokens count?\nTexts become one batch. `real` marks.", "Texts become one batch"),
+        ("First part.\n\n**Control**: the MLP left out.", "Control"),
+        ("A [link](https://example.org) and _more_", "A link and more"),
+        ("# Only a heading", "untitled"),
+    ],
+)
+def test_the_sentence_above_a_cell_names_what_it_shows(markdown, sentence):
+    assert first_sentence(markdown) == sentence

@@ -1,0 +1,182 @@
+"""The ground floor: seeds that depend on nothing drawn before, writes that lose nothing, keys that notice changes."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lenslab
+from lenslab import paths, runtime
+from lenslab.runtime import derive_generator
+
+
+def draw(seed, label):
+    return torch.rand(8, generator=derive_generator(seed, label))
+
+
+# Seeds
+
+
+def test_a_generator_depends_on_its_seed_and_label_only():
+    expected = draw(0, "shuffle")
+    torch.manual_seed(99)
+    torch.rand(5)
+    derive_generator(0, "another").manual_seed(3)
+    assert torch.equal(draw(0, "shuffle"), expected)
+    assert not torch.equal(draw(1, "shuffle"), expected)
+    assert not torch.equal(draw(0, "shuffle "), expected)
+
+
+def test_seed_and_label_do_not_run_together():
+    assert not torch.equal(draw(1, "1:x"), draw(11, ":x"))
+    assert not torch.equal(draw(1, "2"), draw(12, ""))
+
+
+def test_deriving_a_generator_leaves_the_global_one_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    draw(0, "anything")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_generator_is_the_same_in_another_process():
+    code = (
+        "import torch; from lenslab.runtime import derive_generator as derive; "
+        "print(int(torch.randint(2**62, (1,), generator=derive(7, 'ü'))))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(lenslab.__file__).parents[1])}
+    other = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert int(other.stdout) == int(torch.randint(2**62, (1,), generator=derive_generator(7, "ü")))
+
+
+# Machine
+
+
+def test_the_compute_dtype_follows_the_processor():
+    assert runtime.compute_dtype() is (torch.bfloat16 if runtime.has_fast_bf16() else torch.float32)
+    assert runtime.default_device() == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_the_allocator_is_left_alone_when_told_and_elsewhere(monkeypatch):
+    monkeypatch.setenv("LENSLAB_ALLOCATOR", "default")
+    assert runtime.tune_allocator() is False
+    monkeypatch.delenv("LENSLAB_ALLOCATOR")
+    monkeypatch.setattr(runtime.platform, "system", lambda: "Darwin")
+    assert runtime.tune_allocator() is False
+
+
+def test_a_libc_without_mallopt_is_no_error(monkeypatch):
+    monkeypatch.delenv("LENSLAB_ALLOCATOR", raising=False)
+    monkeypatch.setattr(runtime.platform, "system", lambda: "Linux")
+
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(runtime.ctypes, "CDLL", missing)
+    assert runtime.tune_allocator() is False
+
+
+def test_the_machine_summary_names_the_machine_but_no_host_and_no_path():
+    summary = runtime.machine_summary()
+    assert {"cpu", "cores", "threads", "capability", "fast_bf16", "gpu"} == set(summary)
+    text = json.dumps(summary)
+    assert os.uname().nodename not in text and str(Path.home()) not in text
+
+
+# Paths
+
+
+def test_paths_do_not_depend_on_the_working_directory(monkeypatch, tmp_path):
+    for name in ("LENSLAB_CACHE", "LENSLAB_OUTPUTS"):
+        monkeypatch.delenv(name, raising=False)
+    before = [paths.data_path("models"), paths.outputs_path("a", "b"), paths.cache_path("c")]
+    monkeypatch.chdir(tmp_path)
+    assert before == [paths.data_path("models"), paths.outputs_path("a", "b"), paths.cache_path("c")]
+    assert all(path.is_absolute() for path in before)
+    assert (paths.REPOSITORY / "src" / "lenslab" / "paths.py").is_file()
+
+
+def test_cache_and_outputs_can_be_moved(monkeypatch, tmp_path):
+    monkeypatch.setenv("LENSLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LENSLAB_OUTPUTS", str(tmp_path / "out"))
+    assert paths.cache_path("x") == tmp_path / "cache" / "x"
+    assert paths.outputs_path("y", "z") == tmp_path / "out" / "y" / "z"
+
+
+# Writes
+
+
+def test_an_atomic_write_replaces_the_file_and_leaves_nothing_beside_it(tmp_path):
+    target = tmp_path / "new" / "folder" / "result.json"
+    for text in ("first", "second"):
+        with paths.atomic_write(target) as temporary:
+            assert (
+                temporary.parent == target.parent and temporary.suffix == ".json"
+            )  # same disk; savers that append .npy
+            temporary.write_text(text)
+            assert not target.exists() or target.read_text() == "first"
+        assert target.read_text() == text
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
+def test_a_failed_write_keeps_the_old_file_and_raises(tmp_path, error):
+    target = tmp_path / "weights.bin"
+    target.write_bytes(b"old")
+    with pytest.raises(error), paths.atomic_write(target) as temporary:
+        temporary.write_bytes(b"half of the n")
+        raise error("no space left")
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_write_that_wrote_nothing_is_an_error_not_an_empty_file(tmp_path):
+    target = tmp_path / "weights.bin"
+    target.write_bytes(b"old")
+    with pytest.raises(FileNotFoundError), paths.atomic_write(target):
+        pass
+    assert target.read_bytes() == b"old"
+
+
+def test_json_refuses_nan_and_keeps_the_old_file(tmp_path):
+    target = tmp_path / "card.json"
+    paths.write_json(target, {"b": 1, "a": "é"})
+    assert json.loads(target.read_text(encoding="utf-8")) == {"b": 1, "a": "é"}
+    assert list(json.loads(target.read_text(encoding="utf-8"))) == ["b", "a"]
+    with pytest.raises(ValueError, match="JSON"):
+        paths.write_json(target, {"loss": float("nan")})
+    assert json.loads(target.read_text(encoding="utf-8"))["b"] == 1
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):
+    file = tmp_path / "bytes"
+    file.write_bytes(b"\x00\x01" * 100_000)
+    assert paths.sha256_file(file) == hashlib.sha256(b"\x00\x01" * 100_000).hexdigest()
+    file.write_bytes(b"\x00\x01" * 99_999 + b"\x00\x02")
+    assert paths.sha256_file(file) != hashlib.sha256(b"\x00\x01" * 100_000).hexdigest()
+
+
+# Keys
+
+
+def test_a_content_key_changes_with_every_part_and_with_nothing_else():
+    key = paths.content_key("model", {"a": 1, "b": [2, 3]}, b"bytes")
+    assert key == paths.content_key("model", {"b": [2, 3], "a": 1}, b"bytes")
+    assert len(key) == 16 and int(key, 16) >= 0
+    others = [
+        paths.content_key("model", {"a": 1, "b": [2, 3]}, b"byteS"),
+        paths.content_key("model", {"a": 1, "b": [3, 2]}, b"bytes"),
+        paths.content_key("model", {"a": 1, "b": [2, 3]}),
+        paths.content_key({"a": 1, "b": [2, 3]}, "model", b"bytes"),
+        paths.content_key("model", {"a": 1.5, "b": [2, 3]}, b"bytes"),
+    ]
+    assert len({key, *others}) == 6
+    assert paths.content_key("ab", "c") != paths.content_key("a", "bc")
+    assert paths.content_key(b"ab", b"c") != paths.content_key(b"a", b"bc")

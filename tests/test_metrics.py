@@ -1,0 +1,554 @@
+"""The metrics keep their definitions, obey `real`, and refuse what would be silently wrong."""
+
+import itertools
+import math
+
+import jaxtyping
+import numpy as np
+import pytest
+import scipy.spatial.distance
+import scipy.stats
+import sklearn.metrics
+import torch
+
+from lenslab import metrics
+from lenslab.metrics import FeatureActivity, Moments, ReconstructionError
+from lenslab.runtime import derive_generator
+
+
+def normal(*shape, label="x", dtype=torch.float32):
+    return torch.randn(*shape, generator=derive_generator(0, label)).to(dtype)
+
+
+@pytest.fixture
+def unchecked():
+    """What a user meets, who does not run with the shape checker: our own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def residual():
+    """A residual stream as models have it: a large shared mean, unequal dimensions, a few tokens of huge norm."""
+    x = 3 + normal(600, 12) * torch.linspace(0.2, 3, 12)
+    x[::60] *= 6
+    x_hat = 0.4 + 0.8 * x + normal(600, 12, label="error") * 1.2
+    return x, x_hat
+
+
+# Moments
+
+
+@pytest.mark.parametrize("cuts", [[600], [1, 599], [7] * 85 + [5], [200, 300, 100]])
+def test_moments_do_not_depend_on_how_the_data_is_split(cuts):
+    x = 1000 + normal(600, 5, dtype=torch.float64)
+    whole = Moments().update(x)
+    pieces = Moments()
+    for part in x.split(cuts):
+        pieces.update(part)
+    assert pieces.count == 600
+    torch.testing.assert_close(pieces.mean, whole.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(pieces.variance, whole.variance, rtol=1e-12, atol=0)
+
+
+def test_moments_of_more_tokens_than_one_block_equal_those_of_numpy(monkeypatch):
+    monkeypatch.setattr(metrics, "ROWS", 64)
+    x = normal(1000, 3) + 50
+    moments = Moments().update(x)
+    assert moments.count == 1000
+    np.testing.assert_allclose(moments.mean, x.double().numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(moments.variance, x.double().numpy().var(0), rtol=1e-12)
+    assert moments.total_variance == pytest.approx(x.double().numpy().var(0).sum(), rel=1e-12)
+
+
+def test_merging_is_the_same_in_either_order_and_with_nothing():
+    a, b = normal(10, 4, label="a"), normal(90, 4, label="b") + 5
+    one, other = Moments().update(a).merge(Moments().update(b)), Moments().update(b).merge(Moments().update(a))
+    torch.testing.assert_close(one.mean, other.mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(one.variance, other.variance, rtol=1e-12, atol=1e-12)
+    alone = Moments().update(a)
+    torch.testing.assert_close(Moments().merge(alone).merge(Moments()).variance, alone.variance, rtol=0, atol=0)
+
+
+def test_merging_leaves_the_other_untouched():
+    first = Moments().update(normal(10, 4))
+    copy = Moments().merge(first)
+    before = first.mean.clone()
+    copy.update(normal(10, 4, label="more") + 9)
+    assert first.count == 10 and torch.equal(first.mean, before)
+
+
+def test_moments_survive_a_mean_that_would_swallow_float32():
+    x = 1e6 + normal(500, 2, dtype=torch.float64)
+    assert Moments().update(x).total_variance == pytest.approx(x.numpy().var(0).sum(), rel=1e-9)
+
+
+# Variance explained
+
+
+def test_perfect_reconstruction_scores_one_and_the_mean_scores_zero(residual):
+    x, _ = residual
+    assert metrics.variance_explained(x, x) == 1
+    x = x.double()
+    assert metrics.variance_explained(x, x.mean(0).expand_as(x)) == pytest.approx(0, abs=1e-12)
+    assert metrics.variance_explained(x, 2 * x.mean(0) - x) == pytest.approx(
+        -3
+    )  # twice the deviation: worse than the mean
+
+
+def test_variance_explained_equals_its_definition(residual):
+    x, x_hat = (t.double().numpy() for t in residual)
+    expected = 1 - ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+    assert metrics.variance_explained(*residual) == pytest.approx(expected, rel=1e-12)
+    assert metrics.fvu(*residual) == pytest.approx(1 - expected, rel=1e-12)
+
+
+def test_variance_explained_ignores_a_shift_a_scale_and_a_rotation(residual):
+    x, x_hat = (t.double() for t in residual)
+    expected = metrics.variance_explained(x, x_hat)
+    rotation = torch.linalg.qr(normal(12, 12, label="q", dtype=torch.float64)).Q
+    assert metrics.variance_explained(x + 7, x_hat + 7) == pytest.approx(expected, rel=1e-10)
+    assert metrics.variance_explained(5 * x, 5 * x_hat) == pytest.approx(expected, rel=1e-10)
+    assert metrics.variance_explained(x @ rotation, x_hat @ rotation) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("size", [1, 7, 599])
+def test_splitting_the_batch_changes_no_metric(residual, size):
+    x, x_hat = residual
+    whole, pieces = ReconstructionError().update(x, x_hat), ReconstructionError()
+    for part, part_hat in zip(x.split(size), x_hat.split(size), strict=True):
+        pieces.update(part, part_hat)
+    for name in ("variance_explained", "fvu", "mse", "cosine_similarity", "l2_ratio"):
+        assert getattr(pieces, name) == pytest.approx(getattr(whole, name), rel=1e-12), name
+
+
+def seven_public_formulas(x, x_hat, batch=50):
+    """Variance explained as public code computes it, on the same tokens. Where each was seen:
+
+    1 SAELens 6.54 `evals.ExplainedVarianceCalculator` (called, not rewritten)
+    2 SAELens 6.54 `evals.py`, `explained_variance_legacy`: mean of per-token ratios, centred on each batch's mean
+    3 scikit-learn's `r2_score`, uniform average over dimensions (called)
+    4 mean of per-token ratios, centred on the mean of all tokens: seen in public code
+    5 one minus openai/sparse_autoencoder's `normalized_mean_squared_error`: per-token ratios to ||x||^2, not centred
+    6 one minus FVU per batch, averaged: what a log of EleutherAI/sparsify's `ForwardOutput.fvu` averages to
+    7 saprmarks/dictionary_learning `evaluation.py`: 1 - var(x - x_hat) / var(x), blind to a constant error
+    """
+    from sae_lens.evals import ExplainedVarianceCalculator
+
+    error = (x - x_hat).square().sum(1)
+    saelens = ExplainedVarianceCalculator()
+    legacy, batches = [], []
+    for part, part_hat, part_error in zip(x.split(batch), x_hat.split(batch), error.split(batch), strict=True):
+        saelens.add_batch(sae_output=part_hat, hidden_acts=part)
+        centred = (part - part.mean(0)).square().sum(1)
+        legacy.append(1 - part_error / centred)
+        batches.append(1 - part_error.sum() / centred.sum())
+    return {
+        "1 SAELens": saelens.compute(),
+        "2 SAELens legacy": float(torch.cat(legacy).mean()),
+        "3 scikit-learn r2": float(sklearn.metrics.r2_score(x, x_hat, multioutput="uniform_average")),
+        "4 per-token ratios": float((1 - error / (x - x.mean(0)).square().sum(1)).mean()),
+        "5 about zero": float((1 - error / x.square().sum(1)).mean()),
+        "6 mean over batches": float(torch.stack(batches).mean()),
+        "7 residual variance": float(1 - (x - x_hat).var(0).sum() / x.var(0).sum()),
+    }
+
+
+def test_seven_public_formulas_disagree_and_ours_is_the_definition(residual, record_property):
+    x, x_hat = (t.double() for t in residual)
+    scores = seven_public_formulas(x, x_hat)
+    ours = metrics.variance_explained(x, x_hat)
+    definition = float(1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
+    assert ours == pytest.approx(definition, rel=1e-12)
+    assert ours == pytest.approx(scores.pop("1 SAELens"), rel=1e-9)  # the one that agrees; it was mended in SAELens 6
+    away = {name: score - ours for name, score in scores.items()}
+    print(
+        f"definition {ours:.3f}; "
+        + "; ".join(f"{name} {score:.3f} ({away[name]:+.3f})" for name, score in scores.items())
+    )
+    for name, difference in away.items():
+        record_property(name, difference)
+        assert abs(difference) > 0.005, f"{name} agrees with the definition here: it tells nothing"
+    values = sorted(scores.values())
+    assert values[-1] - values[0] > 0.25  # one reconstruction, and papers would report very different numbers
+    # no two of them are the same formula
+    assert all(b - a > 1e-4 for a, b in itertools.pairwise(values))
+
+
+def test_a_constant_error_costs_what_it_should_and_residual_variance_misses_it(residual):
+    x, _ = (t.double() for t in residual)
+    shifted = x + x.std()
+    assert seven_public_formulas(x, shifted)["7 residual variance"] == pytest.approx(1)
+    assert metrics.variance_explained(x, shifted) < 0.95
+
+
+def test_saelens_agrees_on_real_float32_input(residual):
+    from sae_lens.evals import ExplainedVarianceCalculator
+
+    theirs = ExplainedVarianceCalculator()
+    theirs.add_batch(sae_output=residual[1], hidden_acts=residual[0])
+    assert metrics.variance_explained(*residual) == pytest.approx(theirs.compute(), rel=1e-5)
+
+
+def test_other_reconstruction_metrics_equal_their_definitions(residual):
+    x, x_hat = (t.double() for t in residual)
+    assert metrics.mse(x, x_hat) == pytest.approx(float((x - x_hat).square().sum(1).mean()), rel=1e-12)
+    cosine = torch.nn.functional.cosine_similarity(x, x_hat, dim=1).mean()
+    assert metrics.cosine_similarity_mean(x, x_hat) == pytest.approx(float(cosine), rel=1e-12)
+    assert metrics.l2_ratio(x, x_hat) == pytest.approx(float((x_hat.norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-12)
+
+
+def test_direction_ignores_scale_and_length_measures_it():
+    x = normal(50, 6)
+    assert metrics.cosine_similarity_mean(x, 0.3 * x) == pytest.approx(1)
+    assert metrics.cosine_similarity_mean(x, -x) == pytest.approx(-1)
+    assert metrics.l2_ratio(x, 0.3 * x) == pytest.approx(0.3)
+
+
+def test_zero_vectors_are_not_divided_by():
+    x = normal(50, 6)
+    with_zero = torch.cat([x, torch.zeros(1, 6)])
+    assert metrics.l2_ratio(with_zero, 2 * with_zero) == pytest.approx(2)
+    assert metrics.cosine_similarity_mean(x, torch.zeros_like(x)) == 0
+    with pytest.raises(ValueError, match="zero at every token"):
+        metrics.l2_ratio(torch.zeros(4, 6), x[:4])
+
+
+# Masked tokens must not count: in every metric that is over tokens
+
+RECONSTRUCTION = [
+    metrics.variance_explained,
+    metrics.fvu,
+    metrics.mse,
+    metrics.cosine_similarity_mean,
+    metrics.l2_ratio,
+]
+FEATURES = [metrics.l0, metrics.l1, metrics.firing_rate]
+PREDICTION = ["cross_entropy", "kl_divergence"]
+
+
+def real_mask():
+    """BOS, then right padding of one text and left padding of another; one BOS between packed documents."""
+    real = torch.ones(4, 9, dtype=torch.bool)
+    real[:, 0] = False
+    real[1, 6:] = False
+    real[2, :4] = False
+    real[3, 5] = False
+    return real
+
+
+@pytest.mark.parametrize("garbage", [1e4, float("nan"), float("inf")])
+@pytest.mark.parametrize("metric", RECONSTRUCTION, ids=lambda f: f.__name__)
+def test_reconstruction_metrics_ignore_masked_tokens(metric, garbage):
+    real, x, noise = real_mask(), normal(4, 9, 5), normal(4, 9, 5, label="noise")
+    x_hat = x + noise
+    expected = metric(x[real], x_hat[real])
+    x[~real], x_hat[~real] = garbage, 1.5
+    assert metric(x, x_hat, real) == expected
+    if math.isfinite(garbage):
+        assert metric(x, x_hat) != pytest.approx(expected, rel=1e-3)  # the mask is what keeps them out
+
+
+@pytest.mark.parametrize("metric", FEATURES, ids=lambda f: f.__name__)
+def test_feature_metrics_ignore_masked_tokens(metric):
+    real, features = real_mask(), normal(4, 9, 5).relu()
+    expected = metric(features[real])
+    features[~real] = 1e4
+    np.testing.assert_array_equal(metric(features, real), expected)
+    assert not np.allclose(metric(features), expected, rtol=1e-3)
+    features[~real] = float("nan")
+    np.testing.assert_array_equal(metric(features, real), expected)
+
+
+def test_moments_ignore_masked_tokens():
+    real, x = real_mask(), normal(4, 9, 5)
+    x[~real] = float("nan")
+    assert torch.equal(Moments().update(x, real).variance, Moments().update(x[real]).variance)
+
+
+@pytest.mark.parametrize("garbage", [50.0, float("nan")])
+def test_losses_count_exactly_the_real_targets(garbage):
+    real, logits, other = real_mask(), normal(4, 9, 11), normal(4, 9, 11, label="other")
+    tokens = torch.randint(11, (4, 9), generator=derive_generator(0, "tokens"))
+    nats, kl = [], []
+    for text in range(4):
+        for pos in range(1, 9):
+            if real[text, pos]:  # the target, predicted one position earlier
+                p, q = logits[text, pos - 1].double().log_softmax(-1), other[text, pos - 1].double().log_softmax(-1)
+                nats.append(-float(p[tokens[text, pos]]))
+                kl.append(float((p.exp() * (p - q)).sum()))
+    spoiled = torch.zeros(4, 9, dtype=torch.bool)
+    spoiled[:, :-1] = ~real[:, 1:]  # positions that predict no real token
+    spoiled[:, -1] = True
+    logits[spoiled], other[spoiled], tokens[~real] = garbage, -garbage, 3
+    assert metrics.next_token_nats(logits, tokens, real).tolist() == pytest.approx(nats, rel=1e-5)
+    assert metrics.cross_entropy(logits, tokens, real) == pytest.approx(np.mean(nats), rel=1e-6)
+    assert metrics.kl_divergence(logits, other, real) == pytest.approx(np.mean(kl), rel=1e-5)
+
+
+def test_masked_targets_would_change_the_losses():
+    real, logits, other = real_mask(), normal(4, 9, 11), normal(4, 9, 11, label="other")
+    tokens = torch.randint(11, (4, 9), generator=derive_generator(0, "tokens"))
+    logits[:, :-1][~real[:, 1:]] *= 20  # confident nonsense where no real token follows
+    everything = torch.ones_like(real)
+    assert metrics.cross_entropy(logits, tokens, everything) != pytest.approx(
+        metrics.cross_entropy(logits, tokens, real), rel=1e-3
+    )
+    assert metrics.kl_divergence(logits, other) != pytest.approx(metrics.kl_divergence(logits, other, real), rel=1e-3)
+    assert metrics.kl_divergence(logits, other) == metrics.kl_divergence(logits, other, everything)
+
+
+def test_the_first_token_after_bos_is_scored_and_the_last_position_predicts_nothing():
+    logits, tokens = normal(1, 3, 5), torch.tensor([[0, 1, 2]])
+    real = torch.tensor([[False, True, True]])
+    assert len(metrics.next_token_nats(logits, tokens, real)) == 2
+    changed = logits.clone()
+    changed[:, -1] = 99
+    assert metrics.cross_entropy(changed, tokens, real) == metrics.cross_entropy(logits, tokens, real)
+
+
+# Predictions
+
+
+def test_cross_entropy_of_a_uniform_model_is_log_vocabulary():
+    tokens, real = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.bool)
+    assert metrics.cross_entropy(torch.zeros(2, 4, 17), tokens, real) == pytest.approx(math.log(17), rel=1e-6)
+
+
+def test_cross_entropy_weighs_tokens_alike_not_texts():
+    real = torch.tensor([[False, True, True, True], [False, True, False, False]])
+    logits, tokens = normal(2, 4, 6), torch.zeros(2, 4, dtype=torch.long)
+    per_text = [metrics.next_token_nats(logits[i : i + 1], tokens[i : i + 1], real[i : i + 1]) for i in range(2)]
+    assert [len(nats) for nats in per_text] == [3, 1]
+    assert metrics.cross_entropy(logits, tokens, real) == pytest.approx(float(torch.cat(per_text).mean()), rel=1e-6)
+
+
+def test_cross_entropy_is_the_loss_of_hugging_face():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=1, n_head=2)).eval()
+    tokens = torch.randint(40, (3, 12), generator=derive_generator(0, "hf"))
+    with torch.no_grad():
+        out = model(tokens, labels=tokens)
+    every = torch.ones_like(tokens, dtype=torch.bool)
+    assert metrics.cross_entropy(out.logits, tokens, every) == pytest.approx(float(out.loss), rel=1e-5)
+
+
+def test_kl_is_zero_for_equal_runs_positive_otherwise_and_not_symmetric():
+    a, b = normal(2, 5, 9), 3 * normal(2, 5, 9, label="b")
+    assert metrics.kl_divergence(a, a) == 0
+    assert metrics.kl_divergence(a, a + 4) == pytest.approx(0, abs=1e-6)  # a constant on all logits says nothing
+    assert metrics.kl_divergence(a, b) > 0
+    assert metrics.kl_divergence(a, b) != pytest.approx(metrics.kl_divergence(b, a), rel=1e-2)
+
+
+def test_recovered_fraction_runs_from_ablated_to_clean():
+    assert metrics.recovered_fraction(2.0, 2.0, 6.0) == 1
+    assert metrics.recovered_fraction(2.0, 6.0, 6.0) == 0
+    assert metrics.recovered_fraction(2.0, 3.0, 6.0) == 0.75
+    assert metrics.recovered_fraction(2.0, 7.0, 6.0) < 0
+    with pytest.raises(ValueError, match="difference in nats"):
+        metrics.recovered_fraction(2.0, 2.1, 1.9)
+
+
+def test_bits_per_byte_of_one_bit_a_byte_is_one():
+    assert metrics.bits_per_byte(1000 * math.log(2), 1000) == pytest.approx(1)
+    with pytest.raises(ValueError, match="byte"):
+        metrics.bits_per_byte(1.0, 0)
+
+
+# Latents
+
+
+def test_l0_counts_what_is_not_zero_even_when_negative():
+    features = torch.tensor([[0.0, -1.0, 2.0], [0.0, 0.0, 3.0]])
+    assert metrics.l0(features) == 1.5
+    assert metrics.l1(features) == 3
+    assert metrics.firing_rate(features).tolist() == [0, 0.5, 1]
+
+
+def test_activity_in_pieces_equals_activity_at_once_and_l0_is_the_sum_of_rates():
+    features = normal(100, 8).relu()
+    whole, pieces = FeatureActivity().update(features), FeatureActivity()
+    for part in features.split(9):
+        pieces.update(part)
+    assert torch.equal(whole.counts, pieces.counts) and whole.tokens == pieces.tokens == 100
+    assert pieces.l0 == pytest.approx(float((features != 0).double().sum(1).mean()), rel=1e-12)
+    assert pieces.l1 == pytest.approx(whole.l1, rel=1e-12)
+    assert float(whole.firing_rate.sum()) == pytest.approx(whole.l0, rel=1e-12)
+
+
+def test_dead_is_never_and_dense_is_more_than_a_tenth():
+    features = torch.zeros(100, 4)
+    features[0, 1], features[:10, 2], features[:11, 3] = 1, 1, 1
+    activity = FeatureActivity().update(features)
+    assert metrics.dead(activity.firing_rate, 100).tolist() == [True, False, False, False]
+    assert metrics.dead(activity.counts, 100).tolist() == [True, False, False, False]
+    assert metrics.dense(activity.firing_rate).tolist() == [False, False, False, True]
+    assert metrics.dense(activity.firing_rate, threshold=0.05).tolist() == [False, False, True, True]
+
+
+def test_dead_and_dense_refuse_what_cannot_be_a_rate():
+    with pytest.raises(ValueError, match="no tokens"):
+        metrics.dead(torch.zeros(3), 0)
+    with pytest.raises(ValueError, match="more often"):
+        metrics.dead(torch.tensor([101]), 100)
+    with pytest.raises(ValueError, match="divide counts"):
+        metrics.dense(torch.tensor([12.0]))
+    for bad in (torch.tensor([float("nan")]), torch.tensor([-0.1]), torch.zeros(0)):
+        with pytest.raises(ValueError, match="not NaN"):
+            metrics.dense(bad)
+
+
+# Distributions
+
+
+def test_gini_is_zero_for_equals_one_for_a_monopoly_and_unbiased_between():
+    assert metrics.gini(torch.full((7,), 3.0)) == pytest.approx(0, abs=1e-12)
+    assert metrics.gini(torch.tensor([0.0, 0.0, 0.0, 0.0, 5.0])) == pytest.approx(1)  # 0.8 without the correction
+    x = normal(9).abs()
+    pairs = (x[:, None] - x).abs().double().sum() / (9 * 8)  # mean absolute difference of two *different* members
+    assert metrics.gini(x) == pytest.approx(float(pairs / (2 * x.double().mean())), rel=1e-6)
+    assert metrics.gini(x.flip(0) * 4) == pytest.approx(metrics.gini(x), rel=1e-6)
+
+
+def test_gini_correction_removes_the_bias_of_small_samples():
+    population = torch.distributions.Exponential(1.0)  # its Gini coefficient is 1/2
+    torch.manual_seed(0)
+    mean = np.mean([metrics.gini(population.sample((5,))) for _ in range(800)])
+    assert mean == pytest.approx(0.5, abs=0.02)  # uncorrected: 0.4
+
+
+@pytest.mark.parametrize("bad", [[1.0], [0.0, 0.0], [1.0, -1.0], [1.0, float("nan")]])
+def test_gini_refuses(bad):
+    with pytest.raises(ValueError, match="Gini"):
+        metrics.gini(torch.tensor(bad))
+
+
+def test_auroc_equals_scikit_learn_with_ties_for_every_feature():
+    scores = normal(60, 20).mul(2).round().relu()  # mostly zeros, as pooled latents are
+    labels = torch.arange(60) % 3 == 0
+    expected = [sklearn.metrics.roc_auc_score(labels, scores[:, f]) for f in range(20)]
+    np.testing.assert_allclose(metrics.auroc(scores, labels), expected, rtol=1e-12)
+
+
+def test_auroc_is_a_half_for_a_constant_one_for_a_perfect_feature_and_mirrors():
+    labels = torch.tensor([True, False, True, False])
+    scores = torch.stack([torch.zeros(4), labels.float(), -labels.float()], dim=1)
+    assert metrics.auroc(scores, labels).tolist() == [0.5, 1.0, 0.0]
+    noisy = normal(30, 4)
+    half = torch.arange(30) < 10
+    torch.testing.assert_close(metrics.auroc(noisy, half), 1 - metrics.auroc(noisy, ~half))
+    torch.testing.assert_close(metrics.auroc(noisy.exp(), half), metrics.auroc(noisy, half))  # ranks only
+    assert torch.equal(metrics.auroc(noisy.bfloat16(), half), metrics.auroc(noisy.bfloat16().float(), half))
+
+
+def test_auroc_refuses_one_class_and_nan():
+    with pytest.raises(ValueError, match="both classes"):
+        metrics.auroc(torch.zeros(3, 1), torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.auroc(torch.tensor([[float("nan")], [1.0]]), torch.tensor([True, False]))
+
+
+def test_entropy_and_jensen_shannon_equal_scipy_and_their_bounds():
+    p, q = (normal(6, 9, label=name).softmax(-1) for name in "pq")
+    np.testing.assert_allclose(metrics.entropy(p), scipy.stats.entropy(p.double().numpy(), axis=-1), rtol=1e-6)
+    distance = scipy.spatial.distance.jensenshannon(p.double().numpy(), q.double().numpy(), axis=-1)
+    np.testing.assert_allclose(metrics.jensen_shannon(p, q), distance**2, rtol=1e-5)
+    assert float(metrics.entropy(torch.tensor([1.0, 0.0]))) == 0
+    assert float(metrics.entropy(torch.full((8,), 1 / 8))) == pytest.approx(math.log(8))
+    apart = metrics.jensen_shannon(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+    assert float(apart) == pytest.approx(math.log(2))
+    assert metrics.jensen_shannon(p, p).abs().max() < 1e-12
+    torch.testing.assert_close(metrics.jensen_shannon(p, q), metrics.jensen_shannon(q, p))
+
+
+@pytest.mark.parametrize("bad", [[3.0, 4.0], [1.5, -0.5], [float("nan"), 1.0]])
+def test_entropy_refuses_counts_negative_values_and_nan(bad):
+    with pytest.raises(ValueError, match="not a distribution"):
+        metrics.entropy(torch.tensor(bad))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("metric", RECONSTRUCTION, ids=lambda f: f.__name__)
+def test_reconstruction_metrics_refuse_nan_nothing_and_no_real_token(metric):
+    x = normal(2, 4, 3)
+    for bad in (float("nan"), float("inf")):
+        spoiled = x.clone()
+        spoiled[1, 2, 0] = bad
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            metric(spoiled, x)
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            metric(x, spoiled)
+    with pytest.raises(ValueError, match="no real token"):
+        metric(x, x, torch.zeros(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no real token"):
+        metric(x[:0], x[:0])
+
+
+def test_a_constant_has_no_variance_to_explain():
+    constant = torch.full((100, 3), 0.1)
+    with pytest.raises(ValueError, match="no variance to explain"):
+        metrics.variance_explained(constant, constant)
+    assert metrics.mse(constant, constant) == 0
+
+
+def test_empty_accumulators_say_so():
+    for read in (
+        lambda: Moments().variance,
+        lambda: ReconstructionError().fvu,
+        lambda: FeatureActivity().firing_rate,
+        lambda: FeatureActivity().l1,
+    ):
+        with pytest.raises(ValueError, match="call update first"):
+            read()
+
+
+def test_accumulators_refuse_another_width_and_keep_what_they_had():
+    error = ReconstructionError().update(normal(9, 3), normal(9, 3, label="hat"))
+    before = error.fvu
+    with pytest.raises(ValueError, match="width"):
+        error.update(normal(9, 4), normal(9, 4))
+    assert error.fvu == before and error.moments.count == 9
+    with pytest.raises(ValueError, match="latents"):
+        FeatureActivity().update(normal(9, 3)).update(normal(9, 4))
+
+
+def test_shapes_that_differ_are_named(unchecked):
+    x, real = normal(2, 4, 3), torch.ones(2, 5, dtype=torch.bool)
+    tokens = torch.zeros(2, 5, dtype=torch.long)
+    for call in (
+        lambda: metrics.mse(x, x[:, :3]),
+        lambda: metrics.mse(x, x, real),
+        lambda: metrics.l0(x, real),
+        lambda: metrics.l0(x[0, 0]),
+        lambda: metrics.cross_entropy(x, tokens, real),
+        lambda: metrics.cross_entropy(x, tokens[:, :4], real),
+        lambda: metrics.kl_divergence(x, x[:, :3]),
+        lambda: metrics.auroc(x[0], real[0]),
+        lambda: metrics.jensen_shannon(x[0].softmax(-1), x[0, :2].softmax(-1)),
+    ):
+        with pytest.raises(ValueError, match=r"\d"):
+            call()
+
+
+def test_shapes_in_annotations_are_checked_in_tests():
+    with pytest.raises(TypeError):
+        metrics.mse(normal(2, 4, 3), normal(2, 3, 3))
+
+
+def test_losses_refuse_no_target_and_nan():
+    logits, tokens = normal(1, 3, 5), torch.tensor([[0, 1, 2]])
+    only_first = torch.tensor([[True, False, False]])
+    with pytest.raises(ValueError, match="nothing to predict"):
+        metrics.cross_entropy(logits, tokens, only_first)
+    logits[0, 1, 0] = float("nan")
+    real = torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.cross_entropy(logits, tokens, real)
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.kl_divergence(logits, logits, real)

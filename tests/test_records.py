@@ -1,0 +1,198 @@
+"""Records: what is saved comes back to the last bit, pickles stay closed, comparisons are what they say."""
+
+import gzip
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from lenslab.activations import harvest, tokenize
+from lenslab.models import UnknownHook, model_key
+from lenslab.records import (
+    ActivationRecord,
+    NotARecord,
+    compare_records,
+    extract,
+    extract_batch,
+    load_record,
+    record_statistics,
+    save_record,
+)
+
+HOOK = "blocks.1.hook_resid_post"
+TEXTS = ["Paris is a city on a river, they say.", "A cat sat €", "2 + 2 = 4"]
+FORMATS = ["safetensors", "npz", "json", "json.gz", "pt"]
+
+
+@pytest.fixture(scope="module")
+def records(model):
+    return extract_batch(model, TEXTS, [HOOK, "blocks.0.attn.hook_pattern", "blocks.1.attn.hook_z"], compute="float32")
+
+
+@pytest.fixture
+def record(records):
+    return records[0]
+
+
+def test_a_record_holds_text_tokens_and_what_harvest_gives(model, record):
+    batch = tokenize(model, TEXTS[0])
+    assert record.prompt == TEXTS[0] and record.token_ids == tuple(batch.tokens[0].tolist())
+    assert record.tokens[0] == "<|bos|>" and "".join(record.tokens[1:]) == TEXTS[0] and record.real[:2] == (False, True)
+    torch.testing.assert_close(record.activations[HOOK], harvest(model, batch, HOOK, compute="float32")[HOOK][0])
+    assert record.metadata["model_key"] == model_key(model) and record.metadata["compute"] == "float32"
+    assert record.metadata["versions"]["torch"] == torch.__version__
+    assert not any("/" in str(value) for value in (record.metadata["model"], record.metadata["versions"]))
+
+
+def test_a_batch_of_records_is_the_records_one_by_one(model, records):
+    """W1.9: batch extraction passed `prompt=` to a parameter called `text` and crashed."""
+    for text, together in zip(TEXTS, records, strict=True):
+        alone = extract(model, text, list(together.activations), compute="float32")
+        assert alone.tokens == together.tokens and alone.real == together.real
+        for hook, value in alone.activations.items():
+            torch.testing.assert_close(together.activations[hook], value, atol=1e-5, rtol=0, msg=hook)
+
+
+def test_to_dict_is_json_with_every_value(record):
+    """W1.9: `to_dict` returned nothing, which JSON writes as null; S1.45: json kept shapes only."""
+    back = json.loads(json.dumps(record.to_dict()))
+    assert back["prompt"] == record.prompt and tuple(back["tokens"]) == record.tokens
+    assert torch.equal(torch.tensor(back["activations"][HOOK]), record.activations[HOOK])
+    frame = record.to_frame(HOOK)
+    assert frame.shape == (len(record.tokens), 3 + 32) and list(frame["token"]) == list(record.tokens)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_saved_comes_back_to_the_last_bit(tmp_path, record, suffix, dtype):
+    values = {hook: value.to(dtype) for hook, value in record.activations.items()}
+    limits = torch.finfo(dtype)
+    values["extremes"] = torch.tensor([[0.0, -0.0, limits.tiny, limits.max, 1 / 3]], dtype=dtype)
+    whole = ActivationRecord(record.prompt, record.tokens, record.token_ids, record.real, values, record.metadata)
+    back = load_record(save_record(whole, tmp_path / f"record.{suffix}"))
+    assert back == whole and whole == back
+    for hook, value in values.items():
+        assert torch.equal(back.activations[hook].signbit(), value.signbit())
+    changed = dict(values) | {HOOK: values[HOOK] * 2}
+    assert back != ActivationRecord(record.prompt, record.tokens, record.token_ids, record.real, changed, back.metadata)
+    assert [f.name for f in tmp_path.iterdir()] == [f"record.{suffix}"], "nothing left beside it"
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_several_records_go_into_one_file(tmp_path, records, suffix):
+    back = load_record(save_record(records, tmp_path / f"records.{suffix}"))
+    assert isinstance(back, list) and back == records
+    assert load_record(save_record(records[:1], tmp_path / f"one.{suffix}")) == records[:1], "a list stays a list"
+
+
+def test_compressed_json_is_json_and_the_same_bytes_every_time(tmp_path, record):
+    a, b = (save_record(record, tmp_path / f"{name}.json.gz").read_bytes() for name in "ab")
+    assert a == b and gzip.decompress(a) == save_record(record, tmp_path / "c.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["record.pkl", "record.pickle", "RECORD.PKL"])
+def test_pickles_are_neither_written_nor_read(tmp_path, record, name):
+    with pytest.raises(NotARecord, match=r"pickle.*\.safetensors"):
+        save_record(record, tmp_path / name)
+    (tmp_path / name).write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(NotARecord, match=r"pickle.*\.safetensors"):
+        load_record(tmp_path / name)
+
+
+class Trap:
+    opened = False
+
+    def __reduce__(self):
+        return (setattr, (Trap, "opened", True))
+
+
+@pytest.mark.parametrize("disguise", ["bare pickle", "torch.save", "old torch.save", "npz"])
+def test_a_pickle_in_disguise_is_refused_and_never_run(tmp_path, disguise):
+    path = tmp_path / ("record.npz" if disguise == "npz" else "record.pt")
+    if disguise == "bare pickle":
+        path.write_bytes(pickle.dumps(Trap()))
+    elif disguise == "npz":
+        np.savez(path, header=np.array([Trap()], dtype=object))
+    else:
+        torch.save({"header": Trap()}, path, _use_new_zipfile_serialization=disguise == "torch.save")
+    with pytest.raises(NotARecord):
+        load_record(path)
+    assert not Trap.opened
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_cut_off_and_foreign_files_say_so(tmp_path, record, suffix):
+    path = save_record(record, tmp_path / f"record.{suffix}")
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"{}", b"hello"):
+        path.write_bytes(damaged)
+        with pytest.raises(NotARecord, match=r"record\."):
+            load_record(path)
+    with pytest.raises(FileNotFoundError):
+        load_record(tmp_path / f"absent.{suffix}")
+    with pytest.raises(NotARecord, match="suffix"):
+        load_record(tmp_path / "record.csv")
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path, record):
+    path = save_record(record, tmp_path / "record.json")
+    before = path.read_bytes()
+    spoiled = {HOOK: record.activations[HOOK] * float("nan")}
+    with pytest.raises(ValueError, match="JSON"):
+        save_record(ActivationRecord("a", ("a",), (1,), (True,), spoiled), path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_hooks_that_do_not_exist_are_refused(model, record):
+    with pytest.raises(UnknownHook):
+        extract(model, "a", "6")
+    with pytest.raises(KeyError, match=r"no blocks\.9"):
+        compare_records(record, record, "blocks.9.hook_resid_post")
+
+
+def _record(*rows, real=None):
+    value = torch.tensor(rows)
+    tokens = tuple("abcdefgh"[: len(rows)])
+    return ActivationRecord("x", tokens, tuple(range(len(rows))), real or (True,) * len(rows), {"h": value})
+
+
+def test_comparisons_are_cosine_and_distances_at_one_position():
+    a, b = _record([3.0, 4.0], [1.0, 0.0]), _record([9.0, 9.0], [4.0, -3.0], [0.0, 2.0])
+    assert compare_records(a, b, "h") == pytest.approx(0)
+    assert compare_records(a, b, "h", "l2") == pytest.approx(5**0.5) and compare_records(a, b, "h", "l1") == 3
+    assert compare_records(a, b, "h", position=0) == pytest.approx(7 / 5 / 2**0.5)
+    assert compare_records(a, a, "h", position=0) == pytest.approx(1) and compare_records(a, a, "h", "l2") == 0
+    for metric in ("cosine", "l2", "l1"):
+        assert compare_records(a, b, "h", metric) == compare_records(b, a, "h", metric)
+
+
+def test_comparisons_without_meaning_are_refused():
+    a, wide, zero = _record([1.0, 0.0]), _record([1.0, 0.0, 0.0]), _record([0.0, 0.0])
+    for bad in (lambda: compare_records(a, wide, "h"), lambda: compare_records(a, zero, "h")):
+        with pytest.raises(ValueError):
+            bad()
+    with pytest.raises(ValueError, match="'cosine', 'l2' or 'l1'"):
+        compare_records(a, a, "h", "dot")
+    for position in (1, -2):
+        with pytest.raises(IndexError):
+            compare_records(a, a, "h", position=position)
+
+
+def test_statistics_leave_the_huge_first_position_out():
+    """W1.7, W4.5: averages that took in BOS, a hundred times larger than the rest."""
+    tokens = [[1.0, 2.0], [3.0, -6.0]]
+    found = record_statistics(_record([3000.0, 4000.0], *tokens, real=(False, True, True)), "h")
+    assert (found.mean, found.min, found.max, found.bos_norm) == (0.0, -6.0, 3.0, 5000.0)
+    assert found.std == pytest.approx(np.std(tokens)) and found.norm[0] == 5000.0 and len(found.to_frame()) == 3
+    assert found.mean_norm == pytest.approx(np.linalg.norm(tokens, axis=1).mean())
+    assert record_statistics(_record(*tokens), "h").bos_norm is None
+
+
+def test_statistics_of_heads_are_of_their_components_and_patterns_have_none(record):
+    z = record_statistics(record, "blocks.1.attn.hook_z")
+    real = torch.tensor(record.real)
+    assert z.mean == pytest.approx(float(record.activations["blocks.1.attn.hook_z"][real].double().mean()))
+    with pytest.raises(ValueError, match="no vector"):
+        record_statistics(record, "blocks.0.attn.hook_pattern")

@@ -1,0 +1,419 @@
+"""Permutation, bootstrap, false discovery rate and seeds: exact where a count is possible, calibrated where not."""
+
+import itertools
+import math
+
+import jaxtyping
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from lenslab import stats
+from lenslab.metrics import auroc
+from lenslab.runtime import derive_generator
+
+
+def generator(label="test", seed=0):
+    return derive_generator(seed, label)
+
+
+def numpy_rng(label):
+    return stats._numpy_generator(generator(label))
+
+
+@pytest.fixture
+def unchecked():
+    """What a user meets, who does not run with the shape checker: our own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# Permutation
+
+
+def test_permutation_p_approaches_the_count_over_all_orders():
+    values, labels = np.array([0.1, 0.4, 0.2, 0.9, 0.7, 0.8]), np.array([0, 0, 0, 1, 1, 0], dtype=bool)
+
+    def statistic(y):
+        return values[y].mean() - values[~y].mean()
+
+    exact = [statistic(np.isin(np.arange(6), pair)) for pair in itertools.combinations(range(6), 2)]
+    expected = np.mean(np.array(exact) >= statistic(labels) - 1e-12)
+    result = stats.permutation_test(statistic, labels, generator(), n=4000)
+    assert float(result.observed) == statistic(labels)
+    assert float(result.p) == pytest.approx(expected, abs=0.02)
+
+
+def test_permutation_p_is_one_plus_exceedances_over_one_plus_n():
+    labels = np.arange(40) < 20
+    best = stats.permutation_test(lambda y: float(y[:20].sum()), labels, generator(), n=99)
+    assert float(best.p) == 1 / 100  # never 0
+    worst = stats.permutation_test(lambda y: -float(y[:20].sum()), labels, generator(), n=99)
+    assert float(worst.p) == 1
+
+
+def test_shuffles_equal_to_the_observed_count_although_sums_round_differently():
+    labels = np.arange(9) < 4
+    result = stats.permutation_test(lambda y: 0.1 * 3 if y[0] else 0.3, labels, generator(), n=50)
+    assert float(result.observed) > 0.3  # by 5e-17
+    assert float(result.p) == 1
+
+
+def test_permutation_stays_within_strata():
+    strata = np.array(["web", "book", "web", "book", "web", "book", "web", "book"])
+    labels = np.array([True, True, True, False, False, False, False, False])  # 2 of 4 web, 1 of 4 book
+    seen = []
+
+    def statistic(y):
+        seen.append(y.copy())
+        return float(y[0])
+
+    stats.permutation_test(statistic, labels, generator(), n=200, strata=strata)
+    seen = np.array(seen)
+    assert (seen[:, strata == "web"].sum(1) == 2).all() and (seen[:, strata == "book"].sum(1) == 1).all()
+    assert len(np.unique(seen, axis=0)) == math.comb(4, 2) * 4  # every such arrangement turns up
+    rates = seen[1:].mean(0)
+    np.testing.assert_allclose(rates, np.where(strata == "web", 0.5, 0.25), atol=0.12)
+
+
+def test_a_confounder_is_no_finding_once_it_is_a_stratum():
+    """The label goes with the register, the score only with the register: unstratified, that looks like a finding."""
+    rng = numpy_rng("confounder")
+    register = np.arange(200) % 2
+    labels = rng.random(200) < np.where(register == 1, 0.8, 0.2)
+    scores = (register + 0.5 * rng.standard_normal(200))[:, None]
+    free = stats.auroc_permutations(scores, labels, generator(), n=499)
+    within = stats.auroc_permutations(scores, labels, generator(), n=499, strata=register)
+    assert free.p[0] == 1 / 500
+    assert within.p[0] > 0.05
+    assert free.observed[0] == within.observed[0]
+
+
+def test_the_same_generator_gives_the_same_result_and_another_seed_another():
+    scores, labels = numpy_rng("same").standard_normal((30, 3)), np.arange(30) < 10
+    one, two, three = (stats.auroc_permutations(scores, labels, generator(seed=s), n=200) for s in (0, 0, 1))
+    assert np.array_equal(one.p, two.p) and np.array_equal(one.null_max, two.null_max)
+    assert not np.array_equal(one.null_max, three.null_max)
+
+
+def test_auroc_permutations_are_the_permutation_test_of_auroc(monkeypatch):
+    monkeypatch.setattr(stats, "FEATURES", 3)  # in blocks of features too
+    rng = numpy_rng("parity")
+    scores, labels = np.maximum(rng.standard_normal((40, 8)), 0).astype(np.float32), np.arange(40) % 4 == 0
+    strata = np.arange(40) % 3
+
+    def statistic(y):
+        return auroc(torch.from_numpy(scores), torch.from_numpy(y)).numpy()
+
+    slow = stats.permutation_test(statistic, labels, generator(), n=150, strata=strata)
+    fast = stats.auroc_permutations(scores, labels, generator(), n=150, strata=strata)
+    np.testing.assert_allclose(fast.observed, slow.observed, rtol=1e-12)
+    np.testing.assert_array_equal(fast.p, slow.p)
+    np.testing.assert_allclose(fast.null_max, slow.null_max, rtol=1e-12)
+    np.testing.assert_array_equal(fast.family_p, slow.family_p)
+
+
+def test_one_feature_has_the_p_of_the_mann_whitney_test():
+    rng = numpy_rng("mann-whitney")
+    scores, labels = rng.standard_normal((60, 1)), np.arange(60) < 20
+    scores[labels] += 0.5
+    expected = scipy.stats.mannwhitneyu(scores[labels, 0], scores[~labels, 0], alternative="greater", method="exact")
+    result = stats.auroc_permutations(scores, labels, generator(), n=4000)
+    assert result.p[0] == pytest.approx(expected.pvalue, abs=0.01)
+
+
+def test_family_p_pays_for_the_search_and_is_p_for_a_single_feature():
+    rng = numpy_rng("family")
+    scores, labels = rng.standard_normal((50, 400)), np.arange(50) < 15
+    result = stats.auroc_permutations(scores, labels, generator(), n=300)
+    assert (
+        result.p.min() < 0.02 < 0.05 < result.family_p.min()
+    )  # the best of 400 noise features looks good until searched
+    assert (result.family_p >= result.p).all()
+    single = stats.auroc_permutations(scores[:, :1], labels, generator(), n=300)
+    np.testing.assert_array_equal(single.family_p, single.p)
+
+
+def test_error_rate_on_planted_null_and_power_on_planted_signal():
+    """BH over 20 features at q = .05: any rejection in at most 7 % of 200 null data sets; power .8 at AUROC .9."""
+    labels, shift = np.arange(60) < 20, math.sqrt(2) * scipy.stats.norm.ppf(0.9)  # AUROC of two normals so far apart
+    rng = numpy_rng("error rate")
+    any_null = any_uncorrected = found = planted = family = 0
+    for run in range(200):
+        scores = rng.standard_normal((60, 20))
+        result = stats.auroc_permutations(scores, labels, generator("null", run), n=999)
+        any_null += (stats.benjamini_hochberg(result.p) <= 0.05).any()
+        family += (result.family_p <= 0.05).any()
+        any_uncorrected += (result.p <= 0.05).any()
+        if run % 4 == 0:
+            scores[labels, :3] += shift
+            result = stats.auroc_permutations(scores, labels, generator("planted", run), n=999)
+            found += int((stats.benjamini_hochberg(result.p)[:3] <= 0.05).sum())
+            planted += 3
+    rates = {
+        "BH": any_null / 200,
+        "family": family / 200,
+        "uncorrected": any_uncorrected / 200,
+        "power": found / planted,
+    }
+    print(rates)
+    assert any_null <= 14 and family <= 14
+    assert any_uncorrected > 100  # the same data without correction: the test can reject
+    assert found / planted >= 0.8
+
+
+@pytest.mark.parametrize("call", ["permutation_test", "auroc_permutations"])
+def test_permutations_refuse_one_class_mixed_lengths_and_no_shuffles(call, unchecked):
+    scores, labels = np.arange(12.0)[:, None], np.arange(12) < 5
+
+    def run(labels=labels, scores=scores, **options):
+        if call == "auroc_permutations":
+            return stats.auroc_permutations(scores, labels, generator(), **options)
+        return stats.permutation_test(lambda y: float(scores[: len(y), 0] @ y), labels, generator(), **options)
+
+    run()
+    with pytest.raises(ValueError, match="strata"):
+        run(strata=np.zeros(11))
+    with pytest.raises(ValueError, match="at least one resample"):
+        run(n=0)
+    with pytest.raises(ValueError, match=r"single label|both classes"):
+        run(labels=np.ones(12, dtype=bool))
+    with pytest.raises(ValueError, match="single label"):
+        run(strata=labels.astype(int))  # each stratum is one label
+    with pytest.raises(ValueError, match="single label"):
+        run(strata=np.arange(12))
+    with pytest.raises(ValueError, match="NaN"):
+        run(scores=np.full((12, 1), np.nan))
+    with pytest.raises(ValueError, match=r"one label a text|at least one"):
+        run(labels=labels[:0])
+
+
+def test_a_stratum_with_both_labels_is_enough_beside_strata_with_one():
+    labels, strata = np.array([1, 0, 1, 1, 0, 0]), np.array([0, 0, 1, 1, 2, 2])
+    result = stats.permutation_test(lambda y: float(y[0]), labels, generator(), n=400, strata=strata)
+    assert float(result.p) == pytest.approx(0.5, abs=0.1)
+
+
+# Bootstrap
+
+
+def test_bootstrap_of_a_mean_agrees_with_scipy_and_the_normal_interval():
+    values = numpy_rng("bootstrap").standard_normal(80) + 3
+    ours = stats.bootstrap_by_document(values, np.arange(80), generator(), n=4000)
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(0)
+    )
+    assert ours.estimate == pytest.approx(values.mean()) and ours.n == 80 and ours.level == 0.95
+    assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=0.03)
+    assert ours.high == pytest.approx(theirs.confidence_interval.high, abs=0.03)
+
+
+def test_the_fast_mean_equals_the_general_path(monkeypatch):
+    monkeypatch.setattr(stats, "CELLS", 1000)  # in blocks of 40 resamples
+    rng = numpy_rng("paths")
+    documents = rng.integers(0, 25, size=300)
+    values = rng.standard_normal(300) + documents / 10
+    fast = stats.bootstrap_by_document(values, documents, generator(), n=3000)
+    slow = stats.bootstrap_by_document(values, documents, generator(), statistic=lambda v: v.mean(), n=3000)
+    assert fast.estimate == pytest.approx(slow.estimate)
+    assert (fast.low, fast.high) == pytest.approx((slow.low, slow.high), abs=0.05)
+
+
+def test_drawing_documents_covers_the_truth_and_drawing_tokens_does_not():
+    rng = numpy_rng("coverage")
+    documents = np.repeat(np.arange(40), 10)
+    by_document = by_token = 0
+    for run in range(100):
+        values = np.repeat(rng.standard_normal(40), 10) + 0.5 * rng.standard_normal(400)  # truth: 0
+        clustered = stats.bootstrap_by_document(values, documents, generator("c", run), n=300)
+        naive = stats.bootstrap_by_document(values, np.arange(400), generator("n", run), n=300)
+        by_document += clustered.low <= 0 <= clustered.high
+        by_token += naive.low <= 0 <= naive.high
+    assert by_document / 100 >= 0.9
+    assert by_token / 100 < 0.65
+
+
+def test_documents_may_be_named_differ_in_length_and_come_in_any_order():
+    rng = numpy_rng("order")
+    documents = np.repeat(["a", "b", "c", "d"], [1, 5, 2, 9])
+    values = rng.standard_normal(17)
+    shuffle = rng.permutation(17)
+    one = stats.bootstrap_by_document(values, documents, generator())
+    two = stats.bootstrap_by_document(values[shuffle], documents[shuffle], generator())
+    assert (one.low, one.high) == pytest.approx((two.low, two.high), rel=1e-12)
+    whole = [values[documents == name].mean() for name in "abcd"]
+    assert min(whole) <= one.low <= one.estimate <= one.high <= max(whole)
+
+
+def test_a_resampled_mean_is_over_the_items_drawn():
+    documents = np.repeat([0, 1, 2], [1, 10, 100])  # a draw may hold 3 items or 300: the mean of ones is one
+    interval = stats.bootstrap_by_document(np.ones(111), documents, generator())
+    assert (interval.low, interval.high) == (1, 1)
+
+
+def test_a_wider_level_gives_a_wider_interval():
+    values = numpy_rng("level").standard_normal(50)
+    narrow = stats.bootstrap_by_document(values, np.arange(50), generator(), level=0.8)
+    wide = stats.bootstrap_by_document(values, np.arange(50), generator(), level=0.99)
+    assert wide.low < narrow.low < narrow.estimate < narrow.high < wide.high
+
+
+def test_pairing_removes_what_both_sides_share():
+    rng = numpy_rng("paired")
+    hard = 5 * rng.standard_normal(60)  # some documents are hard for both
+    ours, theirs = hard + 0.1 + 0.1 * rng.standard_normal(60), hard + 0.1 * rng.standard_normal(60)
+    documents = np.arange(60)
+    paired = stats.paired_bootstrap(ours, theirs, documents, generator())
+    alone = stats.bootstrap_by_document(ours, documents, generator())
+    assert 0 < paired.low < 0.1 < paired.high < 0.2
+    assert (alone.high - alone.low) > 10 * (paired.high - paired.low)
+    mirrored = stats.paired_bootstrap(theirs, ours, documents, generator())
+    assert (mirrored.low, mirrored.high) == pytest.approx((-paired.high, -paired.low))
+
+
+def test_paired_bootstrap_of_a_statistic_that_needs_labels():
+    rng = numpy_rng("labels")
+    labels = np.arange(80) % 2 == 0
+    good, bad = labels + 0.3 * rng.standard_normal(80), rng.standard_normal(80)
+
+    def area(rows):
+        return float(auroc(torch.from_numpy(rows[:, :1].copy()), torch.from_numpy(rows[:, 1] == 1))[0])
+
+    ours, theirs = np.stack([good, labels], 1), np.stack([bad, labels], 1)
+    interval = stats.paired_bootstrap(ours, theirs, np.arange(80), generator(), statistic=area, n=200)
+    assert interval.estimate == pytest.approx(area(ours) - area(theirs)) and interval.low > 0.2
+    same = stats.paired_bootstrap(ours, ours, np.arange(80), generator(), statistic=area, n=50)
+    assert (same.low, same.estimate, same.high) == (0, 0, 0)
+
+
+def test_bootstraps_refuse(unchecked):
+    values, documents = np.arange(6.0), np.repeat([0, 1], 3)
+    with pytest.raises(ValueError, match="one document"):
+        stats.bootstrap_by_document(values, np.zeros(6), generator())
+    with pytest.raises(ValueError, match="one document each"):
+        stats.bootstrap_by_document(values, documents[:5], generator())
+    with pytest.raises(ValueError, match=r"nothing|NaN"):
+        stats.bootstrap_by_document(values[:0], documents[:0], generator())
+    with pytest.raises(ValueError, match="NaN"):
+        stats.bootstrap_by_document(np.where(values == 2, np.nan, values), documents, generator())
+    with pytest.raises(ValueError, match="level"):
+        stats.bootstrap_by_document(values, documents, generator(), level=95)
+    with pytest.raises(ValueError, match="at least one resample"):
+        stats.bootstrap_by_document(values, documents, generator(), n=0)
+    with pytest.raises(ValueError, match="match item by item"):
+        stats.paired_bootstrap(values, values[:5], documents, generator())
+
+
+# False discovery rate
+
+
+def test_benjamini_hochberg_rejects_what_the_step_up_rule_rejects():
+    rng = numpy_rng("bh")
+    for _ in range(50):
+        p = np.concatenate([rng.random(30), rng.random(10) ** 4])
+        q = stats.benjamini_hochberg(p)
+        np.testing.assert_allclose(q, scipy.stats.false_discovery_control(p))
+        for level in (0.01, 0.05, 0.2):
+            ordered = np.sort(p)
+            passing = np.flatnonzero(ordered <= level * np.arange(1, 41) / 40)
+            cut = ordered[passing[-1]] if len(passing) else -1
+            np.testing.assert_array_equal(q <= level, p <= cut)
+
+
+def test_benjamini_hochberg_counts_every_entry_of_a_table():
+    p = numpy_rng("table").random((7, 3))
+    np.testing.assert_array_equal(stats.benjamini_hochberg(p).ravel(), stats.benjamini_hochberg(p.ravel()))
+    assert stats.benjamini_hochberg(p).shape == (7, 3)
+
+
+@pytest.mark.parametrize("bad", [[], [0.5, float("nan")], [1.5], [-0.1]])
+def test_benjamini_hochberg_refuses(bad):
+    with pytest.raises(ValueError, match="p-values"):
+        stats.benjamini_hochberg(np.array(bad, dtype=float))
+
+
+# Proportions
+
+
+def test_clopper_pearson_inverts_the_binomial_test():
+    for k, n in ((1, 9), (7, 20), (19, 20)):
+        interval = stats.clopper_pearson(k, n)
+        assert scipy.stats.binom.sf(k - 1, n, interval.low) == pytest.approx(0.025, rel=1e-6)
+        assert scipy.stats.binom.cdf(k, n, interval.high) == pytest.approx(0.025, rel=1e-6)
+        theirs = scipy.stats.binomtest(k, n).proportion_ci(0.95, method="exact")
+        assert (interval.low, interval.high) == pytest.approx((theirs.low, theirs.high), rel=1e-9)
+        assert interval.estimate == k / n and interval.n == n
+
+
+def test_clopper_pearson_of_none_bounds_the_rate_by_about_three_over_n():
+    interval = stats.clopper_pearson(0, 1000, level=0.9)
+    assert interval.low == 0 and interval.high == pytest.approx(3 / 1000, rel=0.01)
+    assert stats.clopper_pearson(1000, 1000).high == 1
+
+
+@pytest.mark.parametrize(("k", "n"), [(3, 2), (-1, 5), (0, 0)])
+def test_clopper_pearson_refuses(k, n):
+    with pytest.raises(ValueError, match="k <= n"):
+        stats.clopper_pearson(k, n)
+
+
+# Shared seeds
+
+
+def test_paired_seeds_use_students_interval_of_the_differences():
+    ours, peer = [0.81, 0.84, 0.80, 0.83, 0.86], [0.80, 0.82, 0.80, 0.80, 0.83]
+    result = stats.paired_seeds(ours, peer).difference
+    theirs = scipy.stats.ttest_rel(ours, peer).confidence_interval(0.95)
+    assert (result.low, result.high) == pytest.approx((theirs.low, theirs.high))
+    assert result.n == 5 and result.estimate == pytest.approx(0.018)
+
+
+def test_better_and_no_worse_follow_the_bounds_not_the_means():
+    peer = np.array([0.70, 0.75, 0.80, 0.72, 0.78])
+    steady = peer + np.array([0.01, 0.012, 0.009, 0.011, 0.01])
+    lucky = peer + np.array([0.2, -0.05, 0.0, 0.0, 0.0])
+    assert stats.paired_seeds(steady, peer).better and stats.paired_seeds(steady, peer).no_worse
+    assert not stats.paired_seeds(lucky, peer).better and not stats.paired_seeds(lucky, peer).no_worse
+    equal = stats.paired_seeds(peer, peer)
+    assert equal.no_worse and not equal.better
+    slightly_less = stats.paired_seeds(peer - 0.009, peer)
+    assert slightly_less.no_worse and not stats.paired_seeds(peer - 0.011, peer).no_worse
+
+
+def test_errors_are_compared_as_ratios_with_lower_better():
+    peer = np.array([0.20, 0.25, 0.22, 0.21, 0.24])
+    less = stats.paired_seeds(0.9 * peer, peer, lower_is_better=True)
+    assert less.better and less.ratio.estimate == pytest.approx(0.9)
+    assert stats.paired_seeds(1.009 * peer, peer, lower_is_better=True).no_worse
+    assert not stats.paired_seeds(1.011 * peer, peer, lower_is_better=True).no_worse
+    noisy = stats.paired_seeds(peer * [0.9, 1.1, 0.95, 1.0, 1.02], peer, lower_is_better=True)
+    logs = scipy.stats.ttest_1samp(np.log([0.9, 1.1, 0.95, 1.0, 1.02]), 0).confidence_interval(0.95)
+    assert (noisy.ratio.low, noisy.ratio.high) == pytest.approx((np.exp(logs.low), np.exp(logs.high)))
+    assert not noisy.better and not noisy.no_worse
+
+
+@pytest.mark.parametrize(
+    ("ours", "peer", "message"),
+    [
+        ([1.0] * 4, [1.0] * 4, "at least 5"),
+        ([1.0] * 5, [1.0] * 6, "one result per shared seed"),
+        ([1.0] * 4 + [math.nan], [1.0] * 5, "NaN"),
+        ([], [], "nothing"),
+    ],
+)
+def test_paired_seeds_refuse(ours, peer, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        stats.paired_seeds(ours, peer)
+
+
+def test_paired_seeds_refuse_ratios_of_what_is_not_positive():
+    with pytest.raises(ValueError, match="positive"):
+        stats.paired_seeds([0.0] * 5, [1.0] * 5, lower_is_better=True)
+
+
+def test_results_cannot_be_edited():
+    interval = stats.clopper_pearson(1, 2)
+    with pytest.raises(AttributeError):
+        interval.low = 0.0

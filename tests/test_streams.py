@@ -1,0 +1,136 @@
+"""The findings of phase 1: measured right where the answer is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from lenslab.activations import harvest, tokenize
+from lenslab.analysis.features import top_tokens
+from lenslab.analysis.streams import context_similarity, head_scores, repeated_tokens, stream_profile, token_bits
+from lenslab.data import load_probes, load_texts, offline_text
+from lenslab.models import load_model
+
+TEXTS = ["A cat sat on the mat.", "The mat is on the cat.", "2 + 2 = 4"]
+
+
+def test_streams_add_up_and_the_control_fails(model):
+    profile = stream_profile(model, tokenize(model, TEXTS))
+    assert profile.sum_error.max() < 1e-6 < 1e-2 < profile.sum_error_without_mlp.min()
+    assert len(profile.to_frame()) == model.cfg.n_layers
+
+
+def test_first_position_is_read_where_the_text_starts(model):
+    """BOS, on either side of the padding; the rest never includes it."""
+    right, left = (stream_profile(model, tokenize(model, TEXTS, pad_side=side)) for side in ("right", "left"))
+    assert np.allclose(right.first_position, left.first_position, rtol=1e-4)
+    assert np.allclose(right.residual, left.residual, rtol=1e-4)
+    name = "blocks.0.hook_resid_post"
+    alone = harvest(model, tokenize(model, TEXTS[0]), name)[name][0]
+    one = stream_profile(model, tokenize(model, TEXTS[0]))
+    assert np.isclose(one.first_position[0], alone[0].norm(), rtol=1e-4)
+    assert np.isclose(one.residual[0], alone[1:].norm(dim=-1).mean(), rtol=1e-4)
+    assert not np.isclose(one.first_position[0], one.residual[0], rtol=1e-4)
+
+
+def test_two_largest_share_of_a_planted_vector(gpt2_folder):
+    """A huge value planted in two dimensions of every BOS must show as a share near one there, nowhere else."""
+    model = load_model(gpt2_folder)
+
+    def plant(value, hook):
+        value[:, 0, :2] = 1e4
+        return value
+
+    model.blocks[2].hook_out.add_hook(plant)
+    profile = stream_profile(model, tokenize(model, TEXTS))
+    assert profile.two_largest_first[2] > 0.99 and profile.two_largest_rest[2] < 0.9
+    assert profile.two_largest_first[1] < 0.9
+
+
+def test_context_similarity_is_one_where_context_is_ignored(gpt2_folder):
+    model = load_model(gpt2_folder)
+    batch = tokenize(model, TEXTS)
+    plain = context_similarity(model, batch, 1)
+    seen = []
+    model.hook_dict["embed.hook_in"].add_hook(lambda value, hook: seen.append(value))
+    constant = torch.randn(model.cfg.d_vocab, model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    model.blocks[1].mlp.hook_out.add_hook(lambda value, hook: constant[seen[-1]])
+    planted = context_similarity(model, batch, 1)
+    assert planted.loc["mlp", "same token"] == pytest.approx(1, abs=1e-5)
+    assert abs(planted.loc["mlp", "other token"]) < 0.5
+    assert plain.loc["mlp", "same token"] < 0.999
+    with pytest.raises(ValueError, match="two texts"):
+        context_similarity(model, tokenize(model, ["A cat"]), 1)
+
+
+def test_repeated_tokens_repeat_and_hold_no_special_token(model):
+    tokens = repeated_tokens(model, n=3, length=10)
+    assert tokens.shape == (3, 21)
+    assert torch.equal(tokens[:, 1:11], tokens[:, 11:])
+    assert (tokens[:, 0] == model.tokenizer.bos_token_id).all()
+    assert not torch.isin(tokens[:, 1:], torch.tensor(model.tokenizer.all_special_ids)).any()
+    assert repeated_tokens(model, n=2, length=1000).shape[1] <= model.cfg.n_ctx
+
+
+def test_head_scores_find_a_planted_head(gpt2_folder):
+    """A head made to look one position back has previous-token score one, and induction score near zero."""
+    model = load_model(gpt2_folder)
+
+    def look_back(pattern, hook):
+        pattern[:, 2] = torch.diag(torch.ones(pattern.shape[-1] - 1), diagonal=-1)
+        return pattern
+
+    model.blocks[1].attn.hook_pattern.add_hook(look_back)
+    scores = head_scores(model, n=4, length=12)
+    assert scores.best("previous_token") == (1, 2, pytest.approx(1.0))
+    assert scores.induction[1, 2] == 0 and scores.previous_token[0].max() < 0.5
+    total = scores.previous_token + scores.duplicate_token + scores.induction + scores.first_position
+    assert total.max() <= 1 + 1e-5
+
+
+def test_token_bits_equal_the_models_own_loss(model):
+    batch = tokenize(model, TEXTS)
+    bits = token_bits(model, batch)
+    for row, text in enumerate(TEXTS):
+        tokens = tokenize(model, text).tokens
+        with torch.inference_mode():
+            expected = model(tokens, return_type="loss").item() / np.log(2)
+        assert bits[row] == pytest.approx(expected, rel=1e-4)
+
+
+def test_top_tokens_rank_and_never_show_padding(model):
+    batch = tokenize(model, TEXTS)
+    value = torch.zeros(batch.tokens.shape)
+    value[0, 3], value[1, 2], value[2, -1], value[:, 0] = (
+        2.0,
+        5.0,
+        9.0,
+        99.0,
+    )  # BOS everywhere; the end of the shortest is padding
+    assert not batch.real[2, -1]
+    found = top_tokens(batch, value)
+    assert found["activation"].tolist() == [5.0, 2.0] and found["text"].tolist() == [1, 0]
+    assert f"«{batch.strings(1)[2]}»" in found["context"][0]
+    assert top_tokens(batch, value, skip=[1])["text"].tolist() == [0]
+
+
+def test_probes_are_found_and_a_missing_set_names_those_that_exist():
+    probes = load_probes()
+    assert (probes.groupby("category").size() == 4).all() and probes["text"].is_unique
+    with pytest.raises(FileNotFoundError, match="first_look"):
+        load_probes("nonesuch")
+
+
+def test_texts_from_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n\n{"text": ""}\n')
+    assert load_texts(tmp_path) == ["one", "two", "three"] and load_texts(tmp_path, limit=1) == ["one"]
+    (tmp_path / "c.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(ValueError, match=r"c\.jsonl, line 1"):
+        load_texts(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        load_texts(tmp_path / "missing")
+
+
+def test_offline_text_is_the_same_every_time_and_long_enough():
+    texts = offline_text(40)
+    assert texts == offline_text(40) and len(texts) == 40 and min(map(len, texts)) >= 100
