@@ -44,7 +44,7 @@ def ours():
     batch = TokenBatch(ids, real, torch.ones_like(real), ("",) * len(ids))
 
     def run() -> int:
-        harvest(model, batch, HOOK, batch_size=BATCH)
+        harvest(model, batch, HOOK, batch_size=BATCH, progress=False)
         return ids.numel()
 
     return run
@@ -53,18 +53,17 @@ def ours():
 def _saelens_store():
     from datasets import Dataset
     from sae_lens import ActivationsStore
-
-    from lenslab.models import load_model
+    from transformer_lens.model_bridge import TransformerBridge
 
     return ActivationsStore(
-        model=load_model("pocket-gpt"),
+        model=TransformerBridge.boot_transformers(str(MODEL), device="cpu").eval(),
         dataset=Dataset.from_dict({"tokens": tokens().repeat(4, 1).tolist()}),
         streaming=False,
         hook_name=HOOK,
         hook_head_index=None,
         context_size=256,
         d_in=256,
-        n_batches_in_buffer=8,
+        n_batches_in_buffer=64,
         total_training_tokens=10**9,
         store_batch_size_prompts=BATCH,
         train_batch_size_tokens=4096,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def main() -> int:
         return 2
     model = resolve_model(options.model, os.environ.get("LENSLAB_CALLER"))
     outputs = outputs_path().resolve()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` and `timeout` end it as Ctrl-C does
     try:
         runs = run_all(sources, options.folder.resolve(), outputs, environment_for(model, options.full, outputs))
     except KeyboardInterrupt:

@@ -2,8 +2,9 @@
 
 1. Read the corpus, train the tokenizer, encode (pocket_corpus.py; cached in --work).
 2. Warm-up, then a stable rate; every few minutes a checkpoint, so a killed run resumes exactly.
-3. `--decay-to-tokens N` (or the end of the budget) decays the rate linearly to zero. The weights before the
-   decay stay in --work, so that training can go on from there later with a larger budget.
+3. The last part of the budget decays the rate linearly to zero. The state before the decay stays in --work, its
+   weights in bf16 beside the model (`NAME-before-decay`): a larger budget goes on from there, on this machine
+   with the optimizers' state, on another (`--start FOLDER`) with fresh ones and a warm-up.
 4. Save a Hugging Face folder with bf16 weights and a card of what was measured (pocket_card.py).
 
 Matrices inside the blocks are trained with Muon, everything else with AdamW.
@@ -15,6 +16,7 @@ Matrices inside the blocks are trained with Muon, everything else with AdamW.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import shutil
@@ -28,6 +30,7 @@ from checkpoints import drop_later_checkpoints, latest_checkpoint, load_checkpoi
 from muon import Muon
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from lenslab.paths import write_json
 from lenslab.runtime import compute_dtype, default_device
 
 ADAM_LR, MUON_LR, WARMUP_STEPS = 3e-3, 0.02, 100
@@ -76,9 +79,30 @@ def backward(model: GPT2LMHeadModel, batch: torch.Tensor, chunk: int = 1024) -> 
     return total
 
 
-def rate(step: int, steps: int, decay_steps: int) -> float:
-    """Warm-up, stable, linear decay to zero (trapezoid)."""
-    return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / max(decay_steps, 1))
+def rate(step: int, steps: int, decay_steps: int, started: int = 0) -> float:
+    """Warm-up from step `started`, stable, linear decay to zero (trapezoid)."""
+    return min(1.0, (step - started + 1) / WARMUP_STEPS, (steps - step) / max(decay_steps, 1))
+
+
+def save_folder(model: GPT2LMHeadModel, tokenizer_folder: Path, folder: Path) -> None:
+    """A Hugging Face folder that any GPT-2 loader opens, weights in bf16, replaced as a whole."""
+    temporary = folder.with_name(f".{folder.name}-new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    half = copy.deepcopy(model).cpu().to(torch.bfloat16)
+    half.config.activation_function = "gelu_new"
+    half.save_pretrained(temporary)
+    for file in tokenizer_folder.iterdir():
+        shutil.copy(file, temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def start_from(folder: Path, model: GPT2LMHeadModel, per_step: int) -> dict:
+    """Weights, tokens seen and curve of a `-before-decay` folder; the optimizers start fresh."""
+    model.load_state_dict(GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).state_dict())
+    training = json.loads((folder / "training.json").read_text())
+    step = round(training["training_tokens"] / per_step)
+    return {"step": step, "started": step, "curve": training["curve"]}
 
 
 def main() -> None:
@@ -86,6 +110,7 @@ def main() -> None:
     parser.add_argument("--corpus", default="corpus", help="folder CATEGORY/SOURCE.jsonl.gz, or 'hub'")
     parser.add_argument("--out", type=Path, default=Path("data/models/pocket-gpt"))
     parser.add_argument("--work", type=Path, default=Path("runs/pocket-gpt"), help="checkpoints and encoded text")
+    parser.add_argument("--start", type=Path, help="a -before-decay folder to go on from, where --work holds nothing")
     parser.add_argument("--tokens", type=float, default=60e6, help="total budget, decay included")
     parser.add_argument("--decay", type=float, default=0.2, help="share of the budget spent decaying")
     parser.add_argument("--batch", type=int, default=24, help="windows of 256 tokens per step")
@@ -99,6 +124,11 @@ def main() -> None:
         train, validation = corpus.load_documents(arguments.corpus)
     except corpus.NoCorpus as error:
         sys.exit(str(error))
+    if arguments.start is not None and not (arguments.work / "tokenizer").exists():
+        tokenizer_files = shutil.ignore_patterns(
+            "*.safetensors", "config.json", "generation_config.json", "training.json"
+        )
+        shutil.copytree(arguments.start, arguments.work / "tokenizer", ignore=tokenizer_files)
     tokenizer = corpus.train_tokenizer(train, arguments.work / "tokenizer")
     streams = corpus.encode_streams(train, tokenizer, arguments.work)
     windows = corpus.Windows(streams, seed=0, bos=tokenizer.bos_token_id)
@@ -111,7 +141,10 @@ def main() -> None:
     decay_steps = int(steps * arguments.decay)
     plan = {"steps": steps, "decay_from": steps - decay_steps}
     curve: list[dict] = []
-    step = 0
+    step = started_at = 0
+    if arguments.start is not None:
+        known = start_from(arguments.start, model, per_step)
+        step, started_at, curve = known["step"], known["started"], known["curve"]
     resumed = latest_checkpoint(arguments.work)
     if resumed is not None:
         state = resumed["state"]
@@ -124,12 +157,18 @@ def main() -> None:
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        step, curve = state["step"], state["curve"]
+        step, curve, started_at = state["step"], state["curve"], state.get("started", 0)
         print(f"resumed at step {step:,}", flush=True)
 
     def snapshot() -> dict:
         states = [optimizer.state_dict() for optimizer in optimizers]
-        return {"model": model.state_dict(), "optimizers": states, "step": step, "curve": curve} | plan
+        return {
+            "model": model.state_dict(),
+            "optimizers": states,
+            "step": step,
+            "curve": curve,
+            "started": started_at,
+        } | plan
 
     autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=compute_dtype() is torch.bfloat16)
     started = saved_at = time.monotonic()
@@ -139,7 +178,7 @@ def main() -> None:
             save_checkpoint(arguments.work, snapshot(), name="predecay.pt")
         for optimizer, base in zip(optimizers, (MUON_LR, ADAM_LR), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = base * rate(step, steps, decay_steps)
+                group["lr"] = base * rate(step, steps, decay_steps, started_at)
         rows = [torch.from_numpy(windows(step * arguments.batch + i)) for i in range(arguments.batch)]
         batch = torch.stack(rows).to(device)
         with autocast:
@@ -165,14 +204,14 @@ def main() -> None:
     from pocket_card import write_card
 
     out = arguments.work / "model" if arguments.smoke else arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    model = model.cpu().to(torch.bfloat16)
-    model.config.activation_function = "gelu_new"
-    model.save_pretrained(out)
-    for file in (arguments.work / "tokenizer").iterdir():
-        shutil.copy(file, out)
+    save_folder(model, arguments.work / "tokenizer", out)
     training = {"training_tokens": steps * per_step, "decay_share": arguments.decay, "curve": curve}
     card = write_card(out, training, validation)
+    before = load_checkpoint(arguments.work / "predecay.pt")
+    model.load_state_dict(before["model"])
+    beside = out.with_name(f"{out.name}-before-decay")
+    save_folder(model, arguments.work / "tokenizer", beside)
+    write_json(beside / "training.json", {"training_tokens": before["step"] * per_step, "curve": before["curve"]})
     print(json.dumps({k: v for k, v in card.items() if k != "curve"}, indent=1))
 
 

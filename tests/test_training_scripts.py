@@ -293,7 +293,7 @@ def run(scripts, tmp_path, monkeypatch):
     monkeypatch.setattr(scripts.card, "write_card", lambda folder, training, validation: training)
     backward = train.backward
 
-    def go(work, stop_before=None, tokens=STEPS * BATCH * CONTEXT, loss=None):
+    def go(work, stop_before=None, tokens=STEPS * BATCH * CONTEXT, loss=None, start=None):
         calls = 0
 
         def counted(model, batch):
@@ -306,7 +306,7 @@ def run(scripts, tmp_path, monkeypatch):
 
         monkeypatch.setattr(train, "backward", counted)
         command = f"train --smoke --work {tmp_path / work} --tokens {tokens} --batch {BATCH} --checkpoint-minutes 0"
-        monkeypatch.setattr(sys, "argv", command.split())
+        monkeypatch.setattr(sys, "argv", command.split() + (["--start", str(start)] if start else []))
         try:
             train.main()
         except KeyboardInterrupt:
@@ -376,6 +376,33 @@ def test_a_larger_budget_goes_on_from_before_the_decay(run, capsys):
     capsys.readouterr()
     run("longer", tokens=2 * STEPS * BATCH * CONTEXT)
     assert f"resumed at step {STEPS - 4}" in capsys.readouterr().out
+
+
+def test_training_goes_on_from_the_weights_before_the_decay_on_another_machine(run, tmp_path, scripts):
+    """Without the checkpoints: the weights, the tokenizer, the step and the curve are all in the folder."""
+    first = run("here")
+    folder = tmp_path / "here-smoke" / "model-before-decay"
+    before = scripts.checkpoints.load_checkpoint(tmp_path / "here-smoke" / "predecay.pt")
+    assert first["decay_from"] == before["step"]
+    run("there", start=folder, tokens=2 * STEPS * BATCH * CONTEXT, stop_before=2)
+    there = scripts.checkpoints.latest_checkpoint(tmp_path / "there-smoke")["state"]
+    assert there["step"] == before["step"] + 1 and there["started"] == before["step"]
+    assert there["curve"][: len(before["curve"])] == before["curve"]
+    for name, weight in before["model"].items():  # one step of a fresh warm-up away from bf16 of what they were
+        torch.testing.assert_close(there["model"][name], weight, rtol=2e-2, atol=2e-2)
+    same = (tmp_path / "here-smoke" / "tokenizer" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "there-smoke" / "tokenizer" / "tokenizer.json").read_bytes() == same
+
+
+def test_the_saved_folder_is_a_hugging_face_model_with_the_usual_activation(run, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    state = run("saved")["model"]
+    folder = tmp_path / "saved-smoke" / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert model.config.activation_function == "gelu_new"
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, state[name].bfloat16().float()), name
 
 
 def test_at_least_the_tokens_asked_for_are_seen(run):

@@ -213,7 +213,8 @@ print(f"largest dimensions at BOS, layer {middle}:", sorted(residual[0, 0].abs()
 # %%
 last = batch.real.long().cumsum(1).argmax(1)
 vectors = residual[torch.arange(len(batch)), last]
-frame = probes[["id"]].assign(mean=vectors.mean(1), std=vectors.std(1), norm=vectors.norm(dim=1))
+vectors = vectors.double().numpy()
+frame = probes[["id"]].assign(mean=vectors.mean(1), std=vectors.std(1), norm=np.linalg.norm(vectors, axis=1))
 print(f"{tuple(vectors.shape)} at {hook}")
 print(frame.iloc[::4].round(1).to_string(index=False))
 
@@ -402,9 +403,8 @@ print(f"shuffled labels do as well with p = {test.p[0]:.3f}")
 # they are neither written nor read.
 
 # %%
-from lenslab.records import extract, load_record, save_record
-
 from lenslab.paths import outputs_path
+from lenslab.records import extract, load_record, save_record
 
 record = extract(model, batch.texts[0], [hook])
 for suffix in ("safetensors", "npz", "json"):
@@ -412,6 +412,9 @@ for suffix in ("safetensors", "npz", "json"):
     print(
         f"{suffix:12s} comes back equal: {torch.equal(load_record(file).activations[hook], record.activations[hook])}"
     )
+
+# %% [markdown]
+# A pickle is refused, with the format to use instead.
 
 # %%
 try:

@@ -7,9 +7,12 @@ control, so that a reader knows which is which before reading the legend.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+
+Values = Any  # numbers in a list, an array or a tensor on the CPU
 
 ACCENT, CONTROL, SECOND, THIRD = "#c8502d", "#9aa0a6", "#2f6690", "#5b8e55"
 PALETTE = [ACCENT, SECOND, THIRD, "#8d6a9f", "#c49a2c", "#4aa3a2", "#6d6875"]
@@ -36,8 +39,24 @@ def styled(
     return figure
 
 
+CONTROLS = ("control", "twin", "random", "shuffled")
+
+
+def _colours(names: Sequence[str]) -> list[str]:
+    """One colour a name, in order; grey for names that say they are a control."""
+    coloured = iter(PALETTE * (1 + len(names) // len(PALETTE)))
+    return [CONTROL if any(word in name.lower() for word in CONTROLS) else next(coloured) for name in names]
+
+
+def _decades(series: Mapping[str, Values]) -> float:
+    """How many powers of ten the positive values span."""
+    values = np.concatenate([np.asarray(v, dtype=float).ravel() for v in series.values()])
+    values = values[values > 0]
+    return float(np.log10(values.max() / values.min())) if len(values) else 0.0
+
+
 def lines(
-    series: Mapping[str, Sequence[float]],
+    series: Mapping[str, Values],
     x: Sequence | None = None,
     *,
     title: str = "",
@@ -47,21 +66,19 @@ def lines(
 ) -> go.Figure:
     """One line per entry. Names that contain 'control', 'twin', 'random' or 'shuffled' are drawn grey and dashed."""
     figure = go.Figure()
-    coloured = iter(PALETTE * 4)
-    for name, values in series.items():
-        control = any(word in name.lower() for word in ("control", "twin", "random", "shuffled"))
-        line = {"color": CONTROL if control else next(coloured), "dash": "dash" if control else "solid", "width": 2}
+    for (name, values), colour in zip(series.items(), _colours(list(series)), strict=True):
+        line = {"color": colour, "dash": "dash" if colour == CONTROL else "solid", "width": 2}
         axis = list(range(len(values))) if x is None else list(x)
         figure.add_scatter(
             x=axis, y=np.asarray(values, dtype=float).tolist(), name=name, line=line, mode="lines+markers"
         )
     if log_y:
-        figure.update_yaxes(type="log")
+        figure.update_yaxes(type="log", minor={"ticks": ""}, dtick=1 if _decades(series) > 1 else None)
     return styled(figure, title, x_title, y_title)
 
 
 def bars(
-    series: Mapping[str, Sequence[float]],
+    series: Mapping[str, Values],
     x: Sequence | None = None,
     *,
     title: str = "",
@@ -71,8 +88,7 @@ def bars(
 ) -> go.Figure:
     """Grouped (or overlaid) bars, one colour per entry; never stacked: a stacked bar reads as a height it is not."""
     figure = go.Figure()
-    colours = [CONTROL if i and len(series) == 2 else PALETTE[i % len(PALETTE)] for i in range(len(series))]
-    for (name, values), colour in zip(series.items(), colours, strict=True):
+    for (name, values), colour in zip(series.items(), _colours(list(series)), strict=True):
         axis = list(range(len(values))) if x is None else list(x)
         y = np.round(np.asarray(values, dtype=float), 4).tolist()
         figure.add_bar(x=axis, y=y, name=name, marker_color=colour, opacity=0.75 if overlay else 1.0)
@@ -81,7 +97,7 @@ def bars(
 
 
 def heatmap(
-    values: np.ndarray,
+    values: Values,
     x: Sequence[str],
     y: Sequence[str],
     *,
@@ -111,6 +127,6 @@ def heatmap(
     return styled(figure, title, x_title, y_title, height=side + 60, width=min(max(420, 160 + 24 * len(x)), 1000))
 
 
-def attention_map(pattern: np.ndarray, tokens: Sequence[str], *, title: str = "") -> go.Figure:
+def attention_map(pattern: Values, tokens: Sequence[str], *, title: str = "") -> go.Figure:
     """One head's attention `[query, key]`, rows summing to one, with the tokens on both axes."""
     return heatmap(pattern, tokens, tokens, title=title, x_title="attends to (key)", y_title="from (query)")
