@@ -15,13 +15,15 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pocket_corpus as corpus
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lenslab.analysis.streams import head_scores
+from lenslab.models import load_model
 from lenslab.paths import write_json
-from lenslab.runtime import derive_generator
 
 
 @torch.inference_mode()
@@ -54,28 +56,14 @@ def bits_per_byte(model, tokenizer, texts: list[str], context: int = corpus.CONT
     return nats / math.log(2) / n_bytes
 
 
-def repeated_sequences(n: int, length: int, vocabulary: int, bos: int = 0, seed: int = 0) -> torch.Tensor:
-    """[n, 1 + 2 * length]: BOS, a random sequence, and the same sequence again."""
-    generator = derive_generator(seed, "repeated sequences")
-    half = torch.randint(3, vocabulary, (n, length), generator=generator)
-    return torch.cat([torch.full((n, 1), bos), half, half], dim=1)
-
-
-def induction_measures(model, n: int = 32, length: int = 100) -> dict:
-    tokens = repeated_sequences(n, length, model.config.vocab_size)
-    losses = next_token_losses(model, tokens)
-    with torch.inference_mode():
-        patterns = model(tokens[:16], output_attentions=True, use_cache=False).attentions  # layer x [text, head, q, k]
-    query = torch.arange(1 + length, 2 * length + 1)  # positions of the second copy
-    scores = {}
-    for name, offset in (("previous_token", 1), ("duplicate_token", length), ("induction", length - 1)):
-        rows = [layer[:, :, query, query - offset].mean(dim=(0, 2)) for layer in patterns]
-        scores[name] = [[round(v, 3) for v in row.tolist()] for row in rows]
+def induction_measures(folder: Path) -> dict:
+    """Loss on the two copies of repeated random sequences, and each head's scores there, `[layer][head]`."""
+    scores = head_scores(load_model(folder), n=32, length=100)
+    kinds = ("previous_token", "duplicate_token", "induction")
     return {
-        # the last token of the first copy predicts the first of the second, which nothing announces
-        "repeat_loss_first": round(losses[:, : length - 1].mean().item(), 3),
-        "repeat_loss_second": round(losses[:, length + 1 :].mean().item(), 3),
-        "head_scores": scores,
+        "repeat_loss_first": round(scores.loss_first, 3),
+        "repeat_loss_second": round(scores.loss_second, 3),
+        "head_scores": {kind: np.round(getattr(scores, kind).astype(float), 3).tolist() for kind in kinds},
     }
 
 
@@ -92,7 +80,7 @@ def measure(folder: Path, validation: dict[str, list[str]]) -> dict:
         "bits_per_byte": bits,
         "bits_per_byte_macro": round(sum(averaged) / max(len(averaged), 1), 4),
         "validation_documents": {c: len(texts) for c, texts in sorted(validation.items())},
-        **induction_measures(model),
+        **induction_measures(folder),
     }
 
 
