@@ -15,7 +15,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from notebook_execution import REFERENCE, code_cells, execute, find_notebooks, progress, read_source, write_notebook
+from notebook_execution import (
+    REFERENCE,
+    code_cells,
+    execute,
+    find_notebooks,
+    progress,
+    read_source,
+    without_widgets,
+    write_notebook,
+)
 
 from lenslab.paths import REPOSITORY, write_json
 from lenslab.show.images import PLOTLY_MIME, find_browser
@@ -24,11 +33,11 @@ LIMIT_MB = 1.5
 
 
 def take_stderr(notebook) -> str:
-    """Remove stderr from a notebook's outputs and return it."""
+    """Remove stderr and progress bars from a notebook's outputs; returns what stderr was."""
     taken = []
     for cell in code_cells(notebook):
         kept = []
-        for output in cell.outputs:
+        for output in without_widgets(cell.outputs):
             stderr = output.output_type == "stream" and output.name == "stderr"
             (taken if stderr else kept).append(output)
         cell.outputs = kept

@@ -33,6 +33,7 @@ REFERENCE = OFFLINE | {
     "TOKENIZERS_PARALLELISM": "false",
 }
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,18 @@ def same_source(one: NotebookNode, other: NotebookNode) -> bool:
     return [(c.cell_type, c.source) for c in one.cells] == [(c.cell_type, c.source) for c in other.cells]
 
 
+def without_widgets(outputs: list) -> list:
+    """Outputs less progress bars and other widgets: whether a bar shows depends on how fast the machine is."""
+    return [output for output in outputs if WIDGET_MIME not in output.get("data", {})]
+
+
 def printed(cell: NotebookNode) -> str:
     """What nbval compares of a code cell: printed text and the text of displayed values.
 
     A value that is only a picture or a widget (`<IPython.core.display.HTML object>`) says nothing.
     """
     parts = []
-    for output in cell.get("outputs", []):
+    for output in without_widgets(cell.get("outputs", [])):
         if output.output_type == "stream" and output.name == "stdout":
             parts.append(output.text)
         elif output.output_type in {"execute_result", "display_data"}:
