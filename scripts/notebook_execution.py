@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -139,6 +140,16 @@ def _peak_memory(manager: AsyncKernelManager) -> int | None:
     return None
 
 
+def _cause_of_death(manager: AsyncKernelManager) -> str:
+    """The signal or exit status a kernel ended with; SIGKILL is what running out of memory looks like."""
+    code = getattr(getattr(manager.provisioner, "process", None), "returncode", None)
+    if code is None:
+        return "no exit status"
+    with suppress(ValueError):
+        return signal.Signals(-code).name
+    return f"exit status {code}"
+
+
 def execute(
     notebook: NotebookNode,
     name: str,
@@ -177,7 +188,7 @@ def execute(
                 except CellExecutionError as problem:
                     failed, error = done + 1, f"{problem.ename}: {ANSI.sub('', problem.evalue)}"
                 except DeadKernelError:
-                    failed, error = done + 1, "the kernel died (out of memory?)"
+                    failed, error = done + 1, f"the kernel died ({_cause_of_death(manager)})"
                 if error:
                     break
                 done += 1

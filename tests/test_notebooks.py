@@ -168,6 +168,16 @@ def test_a_failing_notebook_stops_neither_the_others_nor_the_index(tmp_path):
 
 
 @pytest.mark.notebook
+def test_a_kernel_that_dies_is_reported_with_its_signal(tmp_path):
+    (tmp_path / "interactive").mkdir()
+    code = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    (tmp_path / "interactive" / "phase_1_dies.py").write_text(SAMPLE.format(code=code))
+    run = run_all(find_notebooks(tmp_path), tmp_path, tmp_path / "outputs", {})[0]
+    assert (run.passed, run.cell) == (False, 2)
+    assert "the kernel died (SIGKILL)" in run.error
+
+
+@pytest.mark.notebook
 def test_an_interrupted_run_keeps_what_was_done(tmp_path, monkeypatch):
     (tmp_path / "interactive").mkdir()
     (tmp_path / "interactive" / "phase_1_long.py").write_text(SAMPLE.format(code="total"))

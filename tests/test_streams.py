@@ -97,6 +97,15 @@ def test_token_bits_equal_the_models_own_loss(model):
         assert bits[row] == pytest.approx(expected, rel=1e-4)
 
 
+def test_shuffled_bits_are_those_of_the_same_tokens_in_another_order(model):
+    batch = tokenize(model, TEXTS)
+    shuffled = token_bits(model, batch, shuffle=True)
+    assert not np.allclose(shuffled, token_bits(model, batch), rtol=1e-5)
+    assert np.array_equal(shuffled, token_bits(model, batch, shuffle=True))
+    one = tokenize(model, "A")  # one token has one order
+    assert one.tokens.shape == (1, 2) and np.array_equal(token_bits(model, one, shuffle=True), token_bits(model, one))
+
+
 def test_top_tokens_rank_and_never_show_padding(model):
     batch = tokenize(model, TEXTS)
     value = torch.zeros(batch.tokens.shape)

@@ -134,13 +134,15 @@ def _hf_model(source: str, label: str, dtype: torch.dtype):
         )
     except Exception as error:  # transformers raises a dozen kinds: bad JSON, cut-off weights, no network, gated
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        near = difflib.get_close_matches(label, [*BUNDLED, *HUB], n=1)
+        meant = f"Did you mean {near[0]!r}? " if near and near[0] != label else ""
         advice = (
             "Check that the folder is complete: a cut-off download leaves short files."
             if folder.is_dir()
             else f"If it is a hub name, download it while online (`hf download {source}`; set HF_TOKEN for gated "
             f"models) and unset HF_HUB_OFFLINE. Bundled, always here: {', '.join(BUNDLED)}."
         )
-        raise NotAModel(f"{label} could not be loaded: {first} {advice}") from error
+        raise NotAModel(f"{label} could not be loaded. {meant}{first} {advice}") from error
 
 
 def _fused_gelu(hf_model):

@@ -81,3 +81,11 @@ def machine_summary() -> dict[str, str | int | bool]:
         "fast_bf16": has_fast_bf16(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
+
+
+if __name__ == "__main__":  # what a bug report should hold
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "transformer-lens", "sae-lens", "lenslab")
+    for name, value in {**machine_summary(), **{package: version(package) for package in packages}}.items():
+        print(f"{name:17s} {value}")

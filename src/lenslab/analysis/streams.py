@@ -160,12 +160,20 @@ def head_scores(model: TransformerBridge, n: int = 16, length: int = 50, seed: i
     )
 
 
-def token_bits(model: TransformerBridge, batch: TokenBatch) -> Float[np.ndarray, " text"]:
-    """Mean loss of each text in bits per real token; a text of one token counts its one prediction from BOS."""
-    bits = []
+def token_bits(
+    model: TransformerBridge, batch: TokenBatch, *, shuffle: bool = False, seed: int = 0
+) -> Float[np.ndarray, " text"]:
+    """Mean loss of each text in bits per real token, each run alone and without padding.
+
+    `shuffle` puts each text's real tokens in random order first: what is left is what their frequency tells.
+    """
+    bits, generator = [], derive_generator(seed, "order of tokens")
     for row in range(len(batch)):
+        keep = batch.attention[row]
+        tokens, real = batch.tokens[row][keep].clone(), batch.real[row][keep]
+        if shuffle:
+            tokens[real] = tokens[real][torch.randperm(int(real.sum()), generator=generator)]
         with torch.inference_mode():
-            keep = batch.attention[row]  # alone and without padding: no mask to get wrong
-            tokens, real = batch.tokens[row][keep][None], batch.real[row][keep][None]
-            bits.append(float(next_token_nats(model(tokens), tokens, real).mean()) / math.log(2))
+            nats = next_token_nats(model(tokens[None]), tokens[None], real[None])
+        bits.append(float(nats.mean()) / math.log(2))
     return np.array(bits)
