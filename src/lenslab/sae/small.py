@@ -30,7 +30,7 @@ def train_small_sae(
     seed: int = 0,
     progress: bool = True,
 ) -> SparseAutoencoder:
-    """A TopK SAE for a model that has none, by SAELens's own trainer: about a minute on two cores as it stands.
+    """A TopK SAE for a model that has none, by SAELens's own trainer; minutes on two cores.
 
     1. Real tokens only: vectors are harvested in pools of 65,536 and shuffled within (bounded memory).
     2. They are scaled to a mean norm of sqrt(d_in), and the decoder's bias starts at their mean.
