@@ -4,6 +4,9 @@
 2. Induction: loss on the first and second half of random sequences repeated once.
 3. Head scores on the same sequences: attention to the previous token, to the same token one repeat
    earlier (duplicate), and to the token after that one (induction).
+4. What more training would buy: a power law fitted to the learning curve before the decay.
+5. Bits per byte on TinyStories beside tinystories-656k, where that model lies beside the checkout.
+6. Of a mixture of experts: each expert's load as a multiple of its fair share.
 
     python scripts/pocket_card.py data/models/pocket-gpt --corpus FOLDER     # measure again
 """
@@ -18,12 +21,16 @@ from pathlib import Path
 import numpy as np
 import pocket_corpus as corpus
 import torch
+from scipy.optimize import curve_fit
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lenslab.analysis.streams import head_scores
 from lenslab.models import load_model
-from lenslab.paths import write_json
+from lenslab.paths import REPOSITORY, write_json
+
+FIXTURES = REPOSITORY.parent / "shared" / "fixtures"
+LOAD_DOCUMENTS = 32  # of each category
 
 
 @torch.inference_mode()
@@ -67,6 +74,100 @@ def induction_measures(folder: Path) -> dict:
     }
 
 
+def power_law(curve: list[dict], stable_tokens: float, samples: int = 200) -> dict | None:
+    """loss = floor + scale * (tokens / 10^6)^-exponent, fitted to the stable part of a learning curve.
+
+    The first tenth, where the loss falls from that of a guess, and the decay, which lowers it at once, are left
+    out. Intervals are the middle 95 % over resampled points; `gain_2x` and `gain_4x` are nats per token that twice
+    and four times `stable_tokens` at the same rate would save, if the law held beyond what was seen. None where
+    fewer than 20 points remain or none of the fits converged.
+    """
+    points = [(p["tokens"] / 1e6, p["loss"]) for p in curve if stable_tokens / 10 <= p["tokens"] <= stable_tokens]
+    if len(points) < 20:
+        return None
+    tokens, losses = np.array(points).T
+    last = stable_tokens / 1e6
+
+    def law(x, floor, scale, exponent):
+        return floor + scale * x**-exponent
+
+    def fit(rows) -> dict[str, float] | None:
+        start = (0.7 * losses[rows].min(), np.ptp(losses[rows]) + 0.1, 0.3)
+        try:
+            found, _ = curve_fit(law, tokens[rows], losses[rows], start, bounds=((0, 0, 0.01), (10, 50, 3)))
+        except RuntimeError:  # did not converge
+            return None
+        gains = {f"gain_{k}x": law(last, *found) - law(k * last, *found) for k in (2, 4)}
+        return dict(zip(("floor", "scale", "exponent"), found, strict=True)) | gains
+
+    best = fit(np.arange(len(losses)))
+    draws = np.random.default_rng(0)
+    refits = [fit(np.sort(draws.integers(0, len(losses), len(losses)))) for _ in range(samples)]
+    refits = [refit for refit in refits if refit is not None]
+    if best is None or len(refits) < samples / 2:
+        return None
+    rounded = {key: round(float(value), 3) for key, value in best.items()}
+    for key in best:
+        low, high = np.percentile([refit[key] for refit in refits], (2.5, 97.5))
+        rounded[f"{key}_95"] = [round(float(low), 3), round(float(high), 3)]
+    return {"points": len(points), "up_to_tokens": int(stable_tokens), **rounded}
+
+
+def beside_tinystories(model, tokenizer, fixtures: Path = FIXTURES, characters: int = 600) -> dict:
+    """Bits per byte on the beginnings of TinyStories stories that the hold-out rule keeps from training.
+
+    Both models read the same whole text after BOS, so bytes and what is predicted are the same. How much of it
+    tinystories-656k was trained on is not known; it reads nothing else.
+    """
+    folder, stories = fixtures / "tinystories-656k", fixtures / "tinystories" / "tinystories_1000.json"
+    if not folder.is_dir() or not stories.is_file():
+        return {"reason": "tinystories-656k is not beside this checkout", "documents": 0, "ours": None, "theirs": None}
+    texts = [text for text in json.loads(stories.read_text(encoding="utf-8")) if corpus.is_held_out(text)]
+    texts = [text[:characters].rsplit(" ", 1)[0] for text in texts]
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    result = {"documents": len(texts)}
+    for name, scored, its in (("ours", model, tokenizer), ("theirs", theirs, AutoTokenizer.from_pretrained(folder))):
+        nats = 0.0
+        for text in texts:
+            ids = its(text, add_special_tokens=False).input_ids
+            nats += next_token_losses(scored, torch.tensor([[its.bos_token_id, *ids]])).double().sum().item()
+        result[name] = round(nats / math.log(2) / sum(len(text.encode()) for text in texts), 4)
+    return result
+
+
+def routers(model) -> list:
+    """The routers of a mixture of experts, by layer; none in other models."""
+    return [module for module in model.modules() if type(module).__name__.endswith("Router")]
+
+
+@torch.inference_mode()
+def expert_choices(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(experts, weights), each `[layer, text, pos, slot]`, as the routers give them for `[text, pos]` tokens."""
+    caught: list[tuple] = []
+    handles = [r.register_forward_hook(lambda _, inputs, output: caught.append(output)) for r in routers(model)]
+    try:
+        model.model(tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    experts, weights = (torch.stack([output[i] for output in caught]) for i in (2, 1))
+    return experts.unflatten(1, tokens.shape), weights.unflatten(1, tokens.shape)
+
+
+def expert_load(model, tokenizer, validation: dict[str, list[str]]) -> dict:
+    """`[layer][expert]`: slots given to each expert over its fair share (1 is fair), BOS left out."""
+    counts = torch.zeros(len(routers(model)), model.config.num_experts)
+    for texts in validation.values():
+        for text in texts[:LOAD_DOCUMENTS]:
+            ids = tokenizer(text, add_special_tokens=False).input_ids[: corpus.CONTEXT - 1]
+            if ids:
+                experts, _ = expert_choices(model, torch.tensor([[tokenizer.bos_token_id, *ids]]))
+                for layer, chosen in enumerate(experts[:, 0, 1:]):
+                    counts[layer] += torch.bincount(chosen.flatten(), minlength=counts.shape[1])
+    load = counts / counts.mean(1, keepdim=True)
+    return {"expert_load": np.round(load.tolist(), 3).tolist(), "expert_load_min": round(float(load.min()), 3)}
+
+
 def measure(folder: Path, validation: dict[str, list[str]]) -> dict:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -80,12 +181,16 @@ def measure(folder: Path, validation: dict[str, list[str]]) -> dict:
         "bits_per_byte": bits,
         "bits_per_byte_macro": round(sum(averaged) / max(len(averaged), 1), 4),
         "validation_documents": {c: len(texts) for c, texts in sorted(validation.items())},
+        "tinystories_bits_per_byte": beside_tinystories(model, tokenizer),
+        **(expert_load(model, tokenizer, validation) if routers(model) else {}),
         **induction_measures(folder),
     }
 
 
 def write_card(folder: Path, training: dict, validation: dict[str, list[str]]) -> dict:
-    card = {**training, **measure(folder, validation)}
+    stable = training.get("training_tokens", 0) * (1 - training.get("decay_share", 0))
+    law = power_law(training.get("curve", []), stable)
+    card = {**training, "power_law": law, **measure(folder, validation)}
     write_json(folder / "card.json", card)
     return card
 

@@ -3,7 +3,8 @@
 1. Documents come from a folder `CATEGORY/SOURCE.jsonl.gz` of {"text": ...} lines, or from the hub, and, as
    category `python`, from the standard library of the Python that runs this.
 2. A document is held out when the first 32 bits of its SHA-256 fall in the lowest 2 of 100 classes.
-3. A byte-level BPE is trained on a sample balanced over categories.
+3. A byte-level BPE is trained on a sample balanced over categories. Beside it is kept which texts it was trained
+   on, and other texts are refused: a run resumed with them would train on ids of another meaning.
 4. Each category becomes one stream of ids, documents joined by EOS; a window is BOS and the next 256 ids: 256
    inputs and as many targets.
 5. Window g of a run depends only on the seed and on g: a resumed run reads what the uninterrupted one would.
@@ -33,7 +34,7 @@ MIX = {
     "web": 0.08,
     "python": 0.06,
 }
-REPEAT_SHARE = 0.04  # windows that repeat a span of themselves: without them induction forms late
+REPEAT_SHARE = 0.12  # windows that repeat a span of themselves: at 0.04 induction had not formed after 10 M tokens
 HUB_SOURCES = {  # the same kinds of text for users with the hub and without a corpus folder
     "narrative": ("roneneldan/TinyStories", None, "text"),
     "expository": ("Salesforce/wikitext", "wikitext-103-raw-v1", "text"),
@@ -41,6 +42,10 @@ HUB_SOURCES = {  # the same kinds of text for users with the hub and without a c
     "math": ("openai/gsm8k", "main", "question"),
     "web": ("Skylion007/openwebtext", None, "text"),
 }
+
+
+class OtherCorpus(ValueError):
+    """A tokenizer that was trained on other texts than those of this run."""
 
 
 class NoCorpus(FileNotFoundError):
@@ -101,14 +106,36 @@ def load_documents(corpus: str) -> tuple[dict[str, list[str]], dict[str, list[st
     return train, validation
 
 
+def corpus_key(train: dict[str, list[str]]) -> str:
+    """16 hexadecimal digits that change when any text does."""
+    digest = hashlib.sha256()
+    for category, texts in sorted(train.items()):
+        digest.update(f"{category}:{len(texts)}\n".encode())
+        for text in texts:
+            raw = text.encode("utf-8")
+            digest.update(len(raw).to_bytes(8, "big") + raw)
+    return digest.hexdigest()[:16]
+
+
 def train_tokenizer(
     train: dict[str, list[str]], folder: Path, vocabulary: int = VOCABULARY, characters: int = 2_500_000
 ):
-    """A byte-level BPE trained on about `characters` characters of each category; saved, then reopened."""
+    """A byte-level BPE trained on about `characters` characters of each category; saved, then reopened.
+
+    One that is there already is used: if it was trained here, only for the same texts (`NAME.corpus` beside the
+    folder says which; raises OtherCorpus), and as it is where it was copied from a finished model.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if not (folder / "tokenizer.json").exists():
+    key, known = corpus_key(train), folder.with_name(f"{folder.name}.corpus")
+    if (folder / "tokenizer.json").exists():
+        if known.exists() and known.read_text() != key:
+            raise OtherCorpus(
+                f"The tokenizer in {folder} was trained on other texts. Give --work another folder, or to go on with "
+                f"that vocabulary on these texts on purpose, delete {known}."
+            )
+    else:
         sample = []
         for category, texts in sorted(train.items()):
             order = np.random.default_rng([0, len(texts)]).permutation(len(texts))
@@ -137,18 +164,22 @@ def train_tokenizer(
         # transformers 5 writes a class name that older versions do not know
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        known.write_text(key)
     return AutoTokenizer.from_pretrained(folder)
 
 
 def encode_streams(train: dict[str, list[str]], tokenizer, cache: Path) -> dict[str, np.ndarray]:
-    """One uint16 stream of ids per category, documents in a fixed shuffled order, each ended by EOS."""
-    fingerprint = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    for category, texts in sorted(train.items()):
-        fingerprint.update(f"{category}:{len(texts)}:{sum(map(len, texts))}".encode())
+    """One uint16 stream of ids per category, documents in a fixed shuffled order, each ended by EOS.
+
+    Cached by the content of tokenizer and texts. A category without documents has no stream.
+    """
+    fingerprint = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode() + corpus_key(train).encode())
     folder = cache / f"streams-{fingerprint.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     streams = {}
     for category, texts in sorted(train.items()):
+        if not texts:
+            continue
         file = folder / f"{category}.npy"
         if not file.exists():
             order = np.random.default_rng([1, len(texts)]).permutation(len(texts))
@@ -168,11 +199,17 @@ class Windows:
     """Window g of the run, for any g: `[CONTEXT + 1]` ids starting with BOS. Stateless but for a cached plan.
 
     One id more than the context, so that the last position has a target and its embedding is trained.
+    `vocabulary` is the tokenizer's: random spans are drawn from the whole of it, special ids left out.
     """
 
-    def __init__(self, streams: dict[str, np.ndarray], seed: int, bos: int, n_special: int = 3):
+    def __init__(
+        self, streams: dict[str, np.ndarray], seed: int, bos: int, n_special: int = 3, vocabulary: int | None = None
+    ):
         self.names = [c for c in sorted(streams) if len(streams[c]) > CONTEXT]
-        self.streams, self.seed, self.bos, self.n_special = streams, seed, bos, n_special
+        if not self.names:
+            raise NoCorpus(f"No category has the {CONTEXT} tokens of one window: give more text.")
+        self.streams, self.seed, self.bos = streams, seed, bos
+        self.drawn = (n_special, vocabulary or VOCABULARY)
         self.sizes = {c: len(streams[c]) // CONTEXT for c in self.names}
         shares = np.array([MIX.get(c, 0.1) for c in self.names])
         self.shares = shares / shares.sum()
@@ -206,9 +243,9 @@ class Windows:
         window[1:] = self.streams[name][slot * CONTEXT : (slot + 1) * CONTEXT]
         random = np.random.default_rng([self.seed, 4, g])
         if random.random() < REPEAT_SHARE:
-            length = int(random.integers(24, 120))
+            length = int(8 * 16 ** random.random())  # 8 to 128, short spans as common as long ones
             span = window[1 : 1 + length]
             if random.random() < 0.5:
-                span = random.integers(self.n_special, VOCABULARY, size=length)
+                span = random.integers(*self.drawn, size=length)
             window[1:] = np.resize(span, CONTEXT)
         return window

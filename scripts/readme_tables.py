@@ -19,6 +19,7 @@ from lenslab.paths import REPOSITORY, atomic_write
 PICTURE = ("phase_1_loading", "Head ", "attention.png", "Attention of one head of pocket-gpt, drawn by phase 1")
 TITLES = {
     "phase_1_loading": "Load a model, find its hook points, read its streams, encode with an SAE",
+    "phase_2_feature_exploration": "Which features tell kinds of text apart, and does it take an SAE? Four controls",
 }
 
 

@@ -1,20 +1,23 @@
-"""Train the SAEs that ship with lenslab, with SAELens's own trainer; today one, on pocket-gpt's middle layer.
+"""Train the SAEs that ship with lenslab: four layers of a model, three sparsities each, from one pass of the model.
 
 1. Documents come from the corpus (pocket_corpus.py) in the shares that the model was trained on; held-out ones
    are kept for step 3.
-2. They are packed into windows; the vectors of real tokens (neither BOS nor EOS) train a TopK SAE.
-3. The SAE is saved, loaded back as users will have it (weights stored as bf16), and measured on held-out documents
-   beside a random SAE of the same L0.
-4. Both rows, what it was trained on and the versions go into card.json beside the weights.
+2. They are packed into windows; the vectors of real tokens (neither BOS nor EOS) train TopK SAEs, all at once.
+3. Each is measured as users will have it (weights stored as bf16) on held-out documents, beside random directions of
+   the same L0. The middle sparsity ships; the metrics of all stand in its card.json.
+4. `--twin` trains one on the random-weight twin, the control of phase 2.
 
-    python scripts/train_pocket_saes.py --corpus FOLDER                                  # minutes
+    python scripts/train_pocket_saes.py --corpus FOLDER                                  # a quarter of an hour
+    python scripts/train_pocket_saes.py --corpus FOLDER --twin --layers 3 --k 16
     python scripts/train_pocket_saes.py --corpus FOLDER --model FOLDER --smoke           # a toy, one minute
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import re
 import tempfile
 import time
 from importlib.metadata import version
@@ -25,12 +28,14 @@ import pocket_corpus as corpus
 import torch
 
 from lenslab.activations import TokenBatch, pack
-from lenslab.models import load_model, model_key, model_name, stream_hook
+from lenslab.models import load_model, model_key, model_name, random_twin, stream_hook
 from lenslab.paths import data_path
 from lenslab.runtime import machine_summary
-from lenslab.sae.evaluation import VERSIONED, SAEMetrics, evaluate_null, evaluate_sae
-from lenslab.sae.pretrained import load_sae, save_sae
-from lenslab.sae.small import TRAIN_BATCH, train_small_sae
+from lenslab.sae.architectures import build_sae
+from lenslab.sae.evaluation import VERSIONED, evaluate_null, evaluate_sae
+from lenslab.sae.pretrained import SparseAutoencoder, load_sae, save_sae
+from lenslab.sae.sources import ModelSource
+from lenslab.sae.training import TrainingConfig, train
 
 
 def windows(model, documents: dict[str, list[str]], tokens: int, seed: int) -> TokenBatch:
@@ -56,76 +61,97 @@ def _characters_per_token(model, documents: dict[str, list[str]]) -> float:
     return 1.15 * sum(map(len, sample)) / sum(map(len, ids))  # rather too many documents than too few
 
 
-def card(measured: SAEMetrics, null: SAEMetrics, trained: TokenBatch, seconds: float, options: dict) -> dict:
-    """What a reader needs to trust the SAE: what it was trained on, how good it is, and how good chance is."""
-    return {
-        "trained_on": {
-            "windows": len(trained),
-            "window": int(trained.tokens.shape[1]),
-            "distinct_vectors": trained.n_real,
-            "excluded": "BOS, EOS, padding",
-            "documents": "training part of the corpus, in the shares of pocket_corpus.MIX",
-            "seconds": round(seconds, 1),
-            **options,
-        },
-        "measured_on": "documents held out from the training of model and SAE (pocket_corpus.is_held_out)",
-        "sae": measured.to_dict(),
-        "null": null.to_dict(),
-        "machine": machine_summary(),
-        "versions": {name: version(name) for name in VERSIONED},
-    }
+def stored(sae: SparseAutoencoder, device: str) -> SparseAutoencoder:
+    """The SAE as users get it: weights that went through bf16."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return load_sae(save_sae(sae, Path(scratch) / "sae", dtype=torch.bfloat16), device=device)
 
 
-def main(arguments: list[str] | None = None) -> Path:
+def measure(model, sae: SparseAutoencoder, held_out: TokenBatch, name: str, seed: int) -> dict:
+    """Metrics of an SAE and of random directions with its L0."""
+    measured = evaluate_sae(model, sae, held_out, name=name)
+    null = evaluate_null(model, sae, held_out, measured.l0, seed=seed)
+    print(
+        f"{name}: L0 {measured.l0:.1f}, variance explained {measured.variance_explained:.3f} "
+        f"(random directions {null.variance_explained:.3f}), dead {measured.dead}, dense {measured.dense}",
+        flush=True,
+    )
+    return {"sae": measured.to_dict(), "null": null.to_dict()}
+
+
+def main(arguments: list[str] | None = None) -> list[Path]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", default="corpus", help="folder CATEGORY/SOURCE.jsonl.gz, or 'hub'")
     parser.add_argument("--model", default="pocket-gpt", help="bundled name, local folder or hub name")
-    parser.add_argument("--layer", type=int, default=3)
+    parser.add_argument("--twin", action="store_true", help="the same architecture with untrained weights")
+    parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 3, 5])
     parser.add_argument("--stream", default="residual", help="residual, attention or mlp")
     parser.add_argument("--d-sae", type=int, default=2048)
-    parser.add_argument("--k", type=int, default=16)
-    parser.add_argument("--vectors", type=float, default=2e6, help="activations to train on, all distinct")
-    parser.add_argument("--validation", type=float, default=1e5, help="held-out tokens to measure on")
+    parser.add_argument("--k", type=int, nargs="+", default=[16, 8, 32], help="sparsities; the first one ships")
+    parser.add_argument("--vectors", type=float, default=1.2e6, help="activations to train on, all distinct")
+    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--validation", type=float, default=2e4, help="held-out tokens to measure on")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="default data/saes/MODEL-STREAM-LAYER")
+    parser.add_argument("--out", type=Path, default=data_path("saes"), help="folder of the SAEs' folders")
+    parser.add_argument("--work", type=Path, default=Path("runs/pocket-saes"), help="checkpoints")
     parser.add_argument("--smoke", action="store_true", help="d_sae 128 on 40 thousand vectors, for development")
     given = parser.parse_args(arguments)
     if given.smoke:
-        given.d_sae, given.k, given.vectors, given.validation = 128, 8, 4e4, 4e3
+        given.d_sae, given.k, given.vectors, given.validation, given.batch = 128, [8, 4], 4e4, 4e3, 512
 
     model = load_model(given.model)
-    hook = stream_hook(model, given.layer, given.stream)
+    model = random_twin(model) if given.twin else model
     short = {"residual": "resid", "attention": "attn"}.get(given.stream, given.stream)
-    out = given.out or data_path("saes", f"{model_name(model)}-{short}-{given.layer}")
-    train, validation = corpus.load_documents(given.corpus)
-    batch = windows(model, train, int(given.vectors), given.seed)
+    called = re.sub(r"[^\w.-]+", "-", model_name(model)).strip("-")  # "pocket-gpt (random twin)" as a folder's name
+    hooks = {layer: stream_hook(model, layer, given.stream) for layer in given.layers}
+    train_documents, validation = corpus.load_documents(given.corpus)
+    batch = windows(model, train_documents, int(given.vectors), given.seed)
     held_out = windows(model, validation, int(given.validation), given.seed)
-    print(f"{hook} of {model_name(model)} ({model_key(model)}): {batch.n_real:,} vectors in {len(batch):,} windows")
+    print(f"{model_name(model)} ({model_key(model)}): {batch.n_real:,} vectors in {len(batch):,} windows", flush=True)
 
-    steps, started = max(1, batch.n_real // TRAIN_BATCH), time.perf_counter()
-    options = dict(d_sae=given.d_sae, k=given.k, steps=steps, seed=given.seed)
-    sae = train_small_sae(model, hook, batch, **options)
+    options = dict(d_sae=given.d_sae, seed=given.seed)
+    saes = {
+        f"{layer}-k{k}": build_sae("topk", model.cfg.d_model, k=k, metadata={"hook_name": hook}, **options)
+        for layer, hook in hooks.items()
+        for k in given.k
+    }
+    vectors = batch.n_real // given.batch * given.batch
+    config = TrainingConfig(vectors, given.batch, given.lr, dead_after=100_000, seed=given.seed)
+    started = time.perf_counter()
+    folder = given.work / f"{called}-{short}"
+    trained = train(saes, ModelSource(model, batch, list(hooks.values())), config, folder=folder)
     seconds = time.perf_counter() - started
-
-    with tempfile.TemporaryDirectory() as scratch:  # measure what users get: weights that went through bf16
-        stored = load_sae(save_sae(sae, Path(scratch) / out.name, dtype=torch.bfloat16), device=str(model.cfg.device))
-    measured = evaluate_sae(model, stored, held_out, name=out.name)
-    null = evaluate_null(model, stored, held_out, measured.l0, seed=given.seed)
-    save_sae(sae, out, dtype=torch.bfloat16, card=card(measured, null, batch, seconds, options))
-    columns = [
-        "sae",
-        "l0",
-        "variance_explained",
-        "ce_difference",
-        "ce_recovered_zero",
-        "ce_recovered_mean",
-        "dead",
-        "dense",
-    ]
-    rows = [m.to_frame()[columns] for m in (measured, null)]
-    print(f"trained in {seconds:.0f} s; on {measured.n_tokens:,} held-out tokens (saved to {out.name}):")
-    print("\n".join(row.round(3).to_string(index=False, header=not i) for i, row in enumerate(rows)))
-    return out
+    about = {
+        "windows": len(batch),
+        "window": int(batch.tokens.shape[1]),
+        "distinct_vectors": batch.n_real,
+        "excluded": "BOS, EOS, padding",
+        "documents": "training part of the corpus, in the shares of pocket_corpus.MIX",
+        "seconds": round(seconds, 1),
+        "trained_together": len(saes),
+        "config": vars(config),
+    }
+    written = []
+    for layer in given.layers:
+        name = f"{called}-{short}-{layer}"
+        levels = {}
+        for k in given.k:
+            sae = stored(trained[f"{layer}-k{k}"].sae, str(model.cfg.device))
+            levels[str(k)] = measure(model, sae, held_out, f"{name}, k {k}", given.seed) | {"ships": k == given.k[0]}
+        first = levels[str(given.k[0])]
+        card = {
+            "trained_on": about,
+            "measured_on": "documents held out from the training of model and SAE (pocket_corpus.is_held_out)",
+            "sae": first["sae"],
+            "null": first["null"],
+            "at_l0": levels,
+            "machine": machine_summary(),
+            "versions": {package: version(package) for package in VERSIONED},
+        }
+        sae = trained[f"{layer}-k{given.k[0]}"].sae
+        written.append(save_sae(sae, given.out / name, dtype=torch.bfloat16, card=json.loads(json.dumps(card))))
+    return written
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import math
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from lenslab.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from lenslab.paths import REPOSITORY
 from lenslab.runtime import derive_generator
 
@@ -31,13 +33,13 @@ def scripts():
     """The scripts as modules; they import one another by their bare names, so their folder is on the path."""
     sys.path.insert(0, str(REPOSITORY / "scripts"))
     try:
-        names = ("pocket_corpus", "checkpoints", "muon", "pocket_card", "train_pocket_gpt")
+        names = ("pocket_corpus", "muon", "pocket_card", "pocket_training", "train_pocket_gpt")
         loaded = {name: importlib.import_module(name) for name in names}
         yield SimpleNamespace(
             corpus=loaded["pocket_corpus"],
-            checkpoints=loaded["checkpoints"],
             muon=loaded["muon"],
             card=loaded["pocket_card"],
+            training=loaded["pocket_training"],
             train=loaded["train_pocket_gpt"],
         )
     finally:
@@ -111,6 +113,39 @@ def test_every_document_ends_with_eos_once_and_the_encoding_is_cached(scripts, t
     assert files == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npy")} and len(files) == 2
 
 
+def test_texts_of_the_same_number_and_size_are_encoded_anew(scripts, tmp_path):
+    texts = documents(10)
+    tokenizer = scripts.corpus.train_tokenizer(texts, tmp_path / "tokenizer", vocabulary=300)
+    before = scripts.corpus.encode_streams(texts, tokenizer, tmp_path)["math"].tolist()
+    other = {**texts, "math": [text.replace("cat", "dog") for text in texts["math"]]}
+    after = scripts.corpus.encode_streams(other, tokenizer, tmp_path)["math"]
+    assert "dog" in tokenizer.decode(after.tolist()) and "dog" not in tokenizer.decode(before)
+    assert scripts.corpus.corpus_key(texts) == scripts.corpus.corpus_key(documents(10))
+    moved = {"math": [*texts["math"], texts["web"][0]], "web": texts["web"][1:]}
+    assert scripts.corpus.corpus_key(texts) != scripts.corpus.corpus_key(moved)
+
+
+def test_a_tokenizer_of_other_texts_is_refused_and_a_copied_one_is_used(scripts, tmp_path):
+    texts, other = documents(10), documents(11)
+    scripts.corpus.train_tokenizer(texts, tmp_path / "tokenizer", vocabulary=300)
+    scripts.corpus.train_tokenizer(texts, tmp_path / "tokenizer", vocabulary=300)
+    with pytest.raises(scripts.corpus.OtherCorpus, match="--work another folder"):
+        scripts.corpus.train_tokenizer(other, tmp_path / "tokenizer", vocabulary=300)
+    shutil.copytree(tmp_path / "tokenizer", tmp_path / "copied")  # as `--start` does
+    copied = scripts.corpus.train_tokenizer(other, tmp_path / "copied", vocabulary=300)
+    assert len(copied) == 300
+    assert {f.name for f in (tmp_path / "tokenizer").iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+
+
+def test_a_category_without_documents_is_left_out(scripts, tmp_path):
+    texts = documents(10) | {"social": []}
+    tokenizer = scripts.corpus.train_tokenizer(texts, tmp_path / "tokenizer", vocabulary=300)
+    streams = scripts.corpus.encode_streams(texts, tokenizer, tmp_path)
+    assert set(streams) == {"math", "web"} and scripts.corpus.Windows(streams, seed=0, bos=0)(0)[0] == 0
+    with pytest.raises(scripts.corpus.NoCorpus, match="256 tokens"):
+        scripts.corpus.Windows({"math": streams["math"][:200]}, seed=0, bos=0)
+
+
 # Windows
 
 
@@ -168,74 +203,11 @@ def test_some_windows_repeat_a_span_of_themselves(scripts, streams):
     assert repeated / 400 == pytest.approx(scripts.corpus.REPEAT_SHARE, abs=0.03) and repeated > 0
 
 
-# Checkpoints
-
-
-def state(step):
-    return {"step": step, "weights": torch.full((1000,), float(step))}
-
-
-def test_the_newest_two_checkpoints_are_kept_and_the_newest_is_read(scripts, tmp_path):
-    for step in (5, 50, 500):
-        scripts.checkpoints.save_checkpoint(tmp_path, state(step))
-    scripts.checkpoints.save_checkpoint(tmp_path, state(1), name="predecay.pt")
-    assert {f.name for f in tmp_path.glob("*.pt")} == {"step-00000050.pt", "step-00000500.pt", "predecay.pt"}
-    assert {f.stem for f in tmp_path.glob("*.sha256")} == {"step-00000050", "step-00000500", "predecay"}
-    assert scripts.checkpoints.latest_checkpoint(tmp_path)["state"]["step"] == 500
-
-
-def flip(file):
-    raw = bytearray(file.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    file.write_bytes(raw)
-
-
-def cut(file):
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def lose_hash(file):
-    file.with_suffix(".sha256").unlink()
-
-
-@pytest.mark.parametrize("damage", [flip, cut, lose_hash])
-def test_a_damaged_newest_checkpoint_is_refused_and_the_one_before_is_used(scripts, tmp_path, capsys, damage):
-    for step in (10, 20):
-        scripts.checkpoints.save_checkpoint(tmp_path, state(step))
-    damage(tmp_path / "step-00000020.pt")
-    found = scripts.checkpoints.latest_checkpoint(tmp_path)
-    assert found["state"]["step"] == 10 and torch.equal(found["state"]["weights"], state(10)["weights"])
-    assert "step-00000020.pt is missing or damaged" in capsys.readouterr().out
-    damage(tmp_path / "step-00000010.pt")
-    with pytest.raises(ValueError, match="All 2 checkpoints"):  # starting over would look like resuming
-        scripts.checkpoints.latest_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize("error", [RuntimeError, OSError])
-def test_a_failed_write_keeps_the_last_checkpoint(scripts, tmp_path, capsys, monkeypatch, error):
-    for step in (10, 20):
-        scripts.checkpoints.save_checkpoint(tmp_path, state(step))
-
-    def full_disk(_, file):
-        file.write_bytes(b"half")
-        raise error("no space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    scripts.checkpoints.save_checkpoint(tmp_path, state(30))
-    assert "not written" in capsys.readouterr().out
-    assert {f.name for f in tmp_path.glob("*.*") if f.suffix != ".sha256"} == {"step-00000010.pt", "step-00000020.pt"}
-    assert scripts.checkpoints.latest_checkpoint(tmp_path)["state"]["step"] == 20
-
-
-def test_no_checkpoint_is_no_error(scripts, tmp_path):
-    assert scripts.checkpoints.latest_checkpoint(tmp_path / "absent") is None
-
-
-def test_a_checkpoint_written_after_going_back_is_kept(scripts, tmp_path):
-    for step in (190, 200):
-        scripts.checkpoints.save_checkpoint(tmp_path, state(step))
-    scripts.checkpoints.drop_later_checkpoints(tmp_path, 160)
-    assert scripts.checkpoints.save_checkpoint(tmp_path, state(170)).exists()  # resumed from before the decay
+def test_random_spans_are_of_the_tokenizers_own_vocabulary(scripts, streams, monkeypatch):
+    monkeypatch.setattr(scripts.corpus, "REPEAT_SHARE", 1.0)
+    zeros = {"math": np.zeros_like(streams["math"])}
+    drawn = np.concatenate([scripts.corpus.Windows(zeros, seed=0, bos=0, vocabulary=300)(g) for g in range(200)])
+    assert 290 < drawn.max() < 300 and drawn[drawn > 0].min() == 3
 
 
 # Muon
@@ -284,16 +256,18 @@ def test_muon_updates_grow_with_the_root_of_the_aspect_and_decay_weights(scripts
 
 @pytest.fixture
 def run(scripts, tmp_path, monkeypatch):
-    """`run(work, stop_before=None, **options)`: the script's own `main` on a toy; returns its newest checkpoint."""
+    """`run(work, stop_before=None, **options)`: the script's own `main` on a toy; returns its newest checkpoint.
+
+    The toy's tokenizer has 300 ids: windows drawn from more would not be in its model's vocabulary.
+    """
     corpus, train = scripts.corpus, scripts.train
     monkeypatch.setattr(corpus, "CONTEXT", CONTEXT)
-    monkeypatch.setattr(corpus, "VOCABULARY", 300)
     monkeypatch.setattr(corpus, "train_tokenizer", functools.partial(corpus.train_tokenizer, vocabulary=300))
     monkeypatch.setattr(corpus, "load_documents", lambda _: (documents(), {}))
     monkeypatch.setattr(scripts.card, "write_card", lambda folder, training, validation: training)
     backward = train.backward
 
-    def go(work, stop_before=None, tokens=STEPS * BATCH * CONTEXT, loss=None, start=None):
+    def go(work, stop_before=None, tokens=STEPS * BATCH * CONTEXT, loss=None, start=None, options=()):
         calls = 0
 
         def counted(model, batch):
@@ -302,16 +276,16 @@ def run(scripts, tmp_path, monkeypatch):
             if calls == stop_before:
                 raise KeyboardInterrupt
             value = backward(model, batch)
-            return value if loss is None else loss
+            return value if loss is None else {"loss": loss}
 
         monkeypatch.setattr(train, "backward", counted)
         command = f"train --smoke --work {tmp_path / work} --tokens {tokens} --batch {BATCH} --checkpoint-minutes 0"
-        monkeypatch.setattr(sys, "argv", command.split() + (["--start", str(start)] if start else []))
+        monkeypatch.setattr(sys, "argv", command.split() + (["--start", str(start)] if start else []) + list(options))
         try:
             train.main()
         except KeyboardInterrupt:
             assert stop_before is not None
-        return scripts.checkpoints.latest_checkpoint(tmp_path / f"{work}-smoke")["state"]
+        return latest_checkpoint(tmp_path / f"{work}-smoke")["state"]
 
     return go
 
@@ -330,18 +304,16 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(run, capsys
     assert not all(torch.equal(w, halted["model"][n]) for n, w in whole["model"].items())  # it did train on
 
 
-def test_the_finished_model_is_a_folder_that_hugging_face_opens(run, tmp_path):
+def test_the_finished_model_is_a_folder_that_hugging_face_opens_with_the_usual_activation(run, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    trained = run("finished")
+    state = run("finished")["model"]
     folder = tmp_path / "finished-smoke" / "model"
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        AutoTokenizer.from_pretrained(folder),
-    )
-    assert model.config.activation_function == "gelu_new" and len(tokenizer) == model.config.vocab_size
-    wte = trained["model"]["transformer.wte.weight"]
-    torch.testing.assert_close(model.transformer.wte.weight, wte.bfloat16().float(), rtol=0, atol=0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config.activation_function == "gelu_new" and len(tokenizer) == model.config.vocab_size == 300
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, state[name].bfloat16().float()), name
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(run):
@@ -355,7 +327,9 @@ def test_chunked_backward_equals_the_loss_of_hugging_face(scripts, monkeypatch):
     monkeypatch.setattr(scripts.corpus, "CONTEXT", CONTEXT)
     batch = torch.randint(40, (3, CONTEXT), generator=derive_generator(0, "batch"))
     model = scripts.train.build_model(40, smoke=True)
-    loss = scripts.train.backward(model, batch, chunk=7)
+    chunked = functools.partial(scripts.training.chunked_unembedding, chunk=7)
+    monkeypatch.setattr(scripts.train, "chunked_unembedding", chunked)
+    loss = scripts.train.backward(model, batch)["loss"]
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     whole = model(batch, labels=batch).loss
@@ -366,43 +340,39 @@ def test_chunked_backward_equals_the_loss_of_hugging_face(scripts, monkeypatch):
 
 
 def test_the_rate_warms_up_stays_and_decays_to_almost_nothing(scripts):
-    rates = [scripts.train.rate(step, 1000, 200) for step in range(1000)]
+    rates = [scripts.training.rate(step, 1000, 200) for step in range(1000)]
     assert rates[0] == 0.01 and rates[100:800] == [1.0] * 700
     assert all(a > b for a, b in itertools.pairwise(rates[800:])) and rates[-1] == 1 / 200
 
 
-def test_a_larger_budget_goes_on_from_before_the_decay(run, capsys):
+def test_a_larger_budget_goes_on_from_before_the_decay(run, tmp_path, capsys):
+    larger = 2 * STEPS * BATCH * CONTEXT
     run("longer")
+    files = sorted((tmp_path / "longer-smoke").glob("step-*.pt"))
+    with pytest.raises(SystemExit, match=f"--batch {BATCH}"):
+        run("longer", options=["--batch", str(BATCH + 1)])
+    run("longer", tokens=larger, options=["--export"])
+    assert sorted((tmp_path / "longer-smoke").glob("step-*.pt")) == files  # neither took anything away
     capsys.readouterr()
-    run("longer", tokens=2 * STEPS * BATCH * CONTEXT)
+    halted = run("longer", tokens=larger, stop_before=3)
     assert f"resumed at step {STEPS - 4}" in capsys.readouterr().out
+    assert halted["step"] == STEPS - 2  # the newest: what the smaller budget saved later is gone
 
 
 def test_training_goes_on_from_the_weights_before_the_decay_on_another_machine(run, tmp_path, scripts):
     """Without the checkpoints: the weights, the tokenizer, the step and the curve are all in the folder."""
     first = run("here")
     folder = tmp_path / "here-smoke" / "model-before-decay"
-    before = scripts.checkpoints.load_checkpoint(tmp_path / "here-smoke" / "predecay.pt")
+    before = load_checkpoint(tmp_path / "here-smoke" / "predecay.pt")
     assert first["decay_from"] == before["step"]
     run("there", start=folder, tokens=2 * STEPS * BATCH * CONTEXT, stop_before=2)
-    there = scripts.checkpoints.latest_checkpoint(tmp_path / "there-smoke")["state"]
+    there = latest_checkpoint(tmp_path / "there-smoke")["state"]
     assert there["step"] == before["step"] + 1 and there["started"] == before["step"]
     assert there["curve"][: len(before["curve"])] == before["curve"]
     for name, weight in before["model"].items():  # one step of a fresh warm-up away from bf16 of what they were
         torch.testing.assert_close(there["model"][name], weight, rtol=2e-2, atol=2e-2)
     same = (tmp_path / "here-smoke" / "tokenizer" / "tokenizer.json").read_bytes()
     assert (tmp_path / "there-smoke" / "tokenizer" / "tokenizer.json").read_bytes() == same
-
-
-def test_the_saved_folder_is_a_hugging_face_model_with_the_usual_activation(run, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    state = run("saved")["model"]
-    folder = tmp_path / "saved-smoke" / "model"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert model.config.activation_function == "gelu_new"
-    for name, weight in model.state_dict().items():
-        assert torch.equal(weight, state[name].bfloat16().float()), name
 
 
 def test_at_least_the_tokens_asked_for_are_seen(run):
@@ -414,3 +384,32 @@ def test_every_position_of_the_context_is_trained(run, scripts):
     trained = run("positions")["model"]["transformer.wpe.weight"]
     moved = (trained - scripts.train.build_model(300, smoke=True).transformer.wpe.weight).norm(dim=1)
     assert (moved > 0).all()
+
+
+def test_weights_between_stretches_are_exported_and_another_batch_is_refused(run, tmp_path):
+    from safetensors.torch import load_file
+
+    run("stretch", stop_before=7)
+    before = run("stretch", options=["--export"])
+    folder = tmp_path / "stretch-smoke" / "model-before-decay"
+    stored = load_file(folder / "model.safetensors")["transformer.wpe.weight"]
+    assert torch.equal(stored, before["model"]["transformer.wpe.weight"].bfloat16())
+    assert json.loads((folder / "training.json").read_text())["training_tokens"] == 6 * BATCH * CONTEXT
+    assert not (tmp_path / "stretch-smoke" / "model").exists() and before["batch"] == BATCH
+    with pytest.raises(SystemExit, match=f"--batch {BATCH}"):
+        run("stretch", options=["--batch", str(BATCH + 1)])
+
+
+def test_a_checkpoint_that_does_not_say_its_batch_goes_on_with_the_given_one(run, tmp_path, capsys):
+    state = run("old", stop_before=7)
+    del state["batch"]
+    save_checkpoint(tmp_path / "old-smoke", state)
+    capsys.readouterr()
+    assert run("old")["step"] == STEPS and "resumed at step 6" in capsys.readouterr().out
+
+
+def test_a_work_folder_of_another_corpus_is_refused(run, tmp_path):
+    run("moved", stop_before=2)
+    (tmp_path / "moved-smoke" / "tokenizer.corpus").write_text("0123456789abcdef")
+    with pytest.raises(SystemExit, match="--work another folder"):
+        run("moved")

@@ -6,16 +6,12 @@ refused, said so, and the one before it is used.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
 import torch
 
-
-def digest(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+from lenslab.paths import sha256_file
 
 
 def save_checkpoint(folder: Path, state: dict, name: str | None = None) -> Path:
@@ -25,7 +21,7 @@ def save_checkpoint(folder: Path, state: dict, name: str | None = None) -> Path:
     temporary = file.with_suffix(".tmp")
     try:
         torch.save(state, temporary)
-        file.with_suffix(".sha256").write_text(digest(temporary))
+        file.with_suffix(".sha256").write_text(sha256_file(temporary))
         os.replace(temporary, file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
@@ -41,7 +37,7 @@ def save_checkpoint(folder: Path, state: dict, name: str | None = None) -> Path:
 def load_checkpoint(file: Path) -> dict:
     """A checkpoint whose hash matches. Raises ValueError where the file is missing or damaged."""
     stored = file.with_suffix(".sha256")
-    if not file.exists() or not stored.exists() or stored.read_text().strip() != digest(file):
+    if not file.exists() or not stored.exists() or stored.read_text().strip() != sha256_file(file):
         raise ValueError(f"checkpoint {file.name} is missing or damaged (its hash does not match)")
     return torch.load(file, weights_only=True)
 
