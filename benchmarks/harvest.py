@@ -1,22 +1,27 @@
 """Harvesting activations: ours against SAELens's ActivationsStore and a bare Hugging Face forward.
 
 The same job for all: the residual stream after block 3 of pocket-gpt for the same 256 windows of 256 tokens, 16
-windows a pass, no gradients, float32 everywhere or bf16 autocast everywhere (as the machine computes faster).
+windows a pass, no gradients. Once with every contestant in float32, what `harvest` computes in by default when it
+returns activations; once, where the machine computes bf16 fast, with every contestant under bf16 autocast, what it
+computes in for a store. What comes out is float32 each time.
 
-    python benchmarks/harvest.py            # writes results/harvest.json
+    python benchmarks/harvest.py            # writes results/harvest_float32.json and harvest_bfloat16.json
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compare import main
+from compare import Contestant, compare, timed
 
 HOOK, LAYER, WINDOWS, BATCH = "blocks.3.hook_resid_post", 3, 256, 16
+PRECISION = "LENSLAB_COMPUTE"  # the parent sets it for all; lenslab itself obeys it too
 MODEL = Path(__file__).parents[1] / "data" / "models" / "pocket-gpt"
 
 
@@ -27,10 +32,9 @@ def tokens() -> torch.Tensor:
     return ids
 
 
-def fast_bf16() -> bool:
-    from lenslab.runtime import has_fast_bf16
-
-    return has_fast_bf16()
+def in_bf16() -> bool:
+    """Read here and not from lenslab: importing that would tune the allocator of "as shipped" contestants."""
+    return os.environ[PRECISION] == "bfloat16"
 
 
 def ours():
@@ -44,7 +48,7 @@ def ours():
     batch = TokenBatch(ids, real, torch.ones_like(real), ("",) * len(ids))
 
     def run() -> int:
-        harvest(model, batch, HOOK, batch_size=BATCH, progress=False)
+        harvest(model, batch, HOOK, batch_size=BATCH, compute=os.environ[PRECISION], progress=False)
         return ids.numel()
 
     return run
@@ -71,7 +75,7 @@ def _saelens_store():
         normalize_activations="none",
         device=torch.device("cpu"),
         dtype="float32",
-        autocast_lm=fast_bf16(),
+        autocast_lm=in_bf16(),
     )
 
 
@@ -87,7 +91,7 @@ def saelens():
 
 
 def saelens_as_shipped():
-    """SAELens's store as its trainer reads it: through the mixing buffer."""
+    """SAELens's store as its trainer reads it: through the mixing buffer, with the system's allocator."""
     store = _saelens_store()
 
     @torch.no_grad()
@@ -101,8 +105,8 @@ def hugging_face():
     """A forward hook and an exception that stops the run: the least that any library can do."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="eager").eval()
-    ids, autocast, kept = tokens(), fast_bf16(), []
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()  # with its own default attention
+    ids, autocast, kept = tokens(), in_bf16(), []
 
     class Stop(Exception):
         pass
@@ -127,16 +131,42 @@ def hugging_face():
     return run
 
 
+CONTESTANTS = {
+    "lenslab": Contestant(ours),
+    "saelens": Contestant(saelens),
+    "saelens-as-shipped": Contestant(saelens_as_shipped, tuned=False),
+    "hugging-face": Contestant(hugging_face),
+}
+
+
+def main() -> None:
+    global WINDOWS
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="fewer for a trial; a claim needs them all")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), action="append", help="default both")
+    parser.add_argument("--contestant", choices=sorted(CONTESTANTS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    WINDOWS = arguments.windows
+    if arguments.contestant:
+        timed(CONTESTANTS[arguments.contestant].prepare)
+        return
+    from lenslab.runtime import has_fast_bf16
+
+    for precision in arguments.precision or ("float32", *(["bfloat16"] if has_fast_bf16() else [])):
+        os.environ[PRECISION] = precision
+        compare(
+            __file__,
+            claim="harvest is faster than SAELens's ActivationsStore (goal 1.5x) and within 0.9x of a bare forward "
+            f"pass, all in {precision}",
+            unit="tokens/s",
+            ours="lenslab",
+            contestants=CONTESTANTS,
+            stem=f"harvest_{precision}",
+            rounds=arguments.rounds,
+            extra=("--windows", str(WINDOWS)),
+        )
+
+
 if __name__ == "__main__":
-    main(
-        __file__,
-        claim="harvest is faster than SAELens's ActivationsStore (goal 1.5x) and within 0.9x of a bare forward pass",
-        unit="tokens/s",
-        ours="lenslab",
-        contestants={
-            "lenslab": ours,
-            "saelens": saelens,
-            "saelens-as-shipped": saelens_as_shipped,
-            "hugging-face": hugging_face,
-        },
-    )
+    main()

@@ -20,39 +20,14 @@ from lenslab.models import UnknownHook, hook_names, load_model, stream_hook
 TEXTS = ["A cat sat on the mat.", "def add(a, b):", "Paris", "2 + 2 = 4, they say, and so it is."]
 
 
-def _save(folder, kind):
-    from conftest import make_tokenizer
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
-
-    make_tokenizer(folder)
-    torch.manual_seed(3)
-    common = dict(
-        vocab_size=len(AutoTokenizer.from_pretrained(folder)),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    if kind == "llama":
-        LlamaForCausalLM(LlamaConfig(**common)).save_pretrained(folder)
-    else:
-        OlmoeForCausalLM(OlmoeConfig(**common, num_experts=4, num_experts_per_tok=2)).save_pretrained(folder)
-    return load_model(str(folder), device="cpu")
+@pytest.fixture(scope="module")
+def llama(llama_folder):
+    return load_model(str(llama_folder), device="cpu")
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return _save(tmp_path_factory.mktemp("llama-activations"), "llama")
-
-
-@pytest.fixture(scope="module")
-def olmoe(tmp_path_factory):
-    return _save(tmp_path_factory.mktemp("olmoe-activations"), "olmoe")
+def olmoe(olmoe_folder):
+    return load_model(str(olmoe_folder), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +164,20 @@ def test_packing_loses_nothing_and_marks_bos_and_separators_unreal(model):
     separators[:, 0] = False
     assert separators.sum() == len(TEXTS) - 1 and (batch.tokens[separators] == 1).all()
     assert len(batch) == len(batch.texts) and batch.attention[:-1].all()
+
+
+def test_every_token_knows_its_document(model):
+    ids = [_ids(model, text) for text in TEXTS]
+    for batch in (pack(model, TEXTS, length=10), tokenize(model, TEXTS), tokenize(model, TEXTS, pad_side="left")):
+        assert torch.equal(batch.document >= 0, batch.real) and (batch.document[~batch.real] == -1).all()
+        for number, row in enumerate(ids):
+            assert batch.tokens[batch.document == number].tolist() == row
+        later = batch[[len(batch) - 1]]
+        assert torch.equal(later.document, batch.document[-1:])
+        plain = TokenBatch(batch.tokens, batch.real, batch.attention, batch.texts, batch.pad_side)
+        assert plain.key == batch.key and plain.document is None and plain[:1].document is None
+    with pytest.raises(ValueError, match="-1 elsewhere"):
+        TokenBatch(batch.tokens, batch.real, batch.attention, batch.texts, document=torch.zeros_like(batch.tokens))
 
 
 def test_a_slice_or_a_list_of_rows_is_a_batch(model):

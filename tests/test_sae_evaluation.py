@@ -67,7 +67,7 @@ def test_saying_the_mean_explains_nothing_and_is_the_mean_ablation(bold, batch):
     assert close(m.variance_explained, 0) and close(m.ce_spliced, m.ce_mean) and m.l0 == 0 and m.dead == 64
     assert abs(m.ce_zero - m.ce_mean) > 1e-3  # else the two ablations were one
     if m.ce_recovered_mean is not None:
-        assert close(m.ce_recovered_mean, 0)
+        assert close(m.ce_recovered_mean, 0, 1e-3)  # rounding of the losses over a difference of 0.008
 
 
 def test_saying_zero_is_the_zero_ablation(bold, batch):
@@ -98,7 +98,8 @@ def test_what_is_at_bos_and_padding_never_counts(bold, batch):
     assert without_tensors(other) == pytest.approx(without_tensors(clean), rel=1e-5, abs=1e-6)
     fewer = batch.real.clone()
     fewer[:, 1:3] = False
-    assert evaluate_sae(bold, sae, dataclasses.replace(batch, real=fewer)).n_tokens == clean.n_tokens - 8
+    few = dataclasses.replace(batch, real=fewer, document=None)
+    assert evaluate_sae(bold, sae, few).n_tokens == clean.n_tokens - 8
 
 
 def test_losses_are_those_of_the_splice_at_real_tokens(bold, batch):

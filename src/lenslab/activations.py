@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from lenslab import runtime
 from lenslab.forward import Runner, by_token
 from lenslab.models import check_hooks, hook_names, model_name
 from lenslab.paths import content_key
-from lenslab.runtime import compute_dtype
 from lenslab.store import ActivationStore
 
 CHUNK = 1000  # texts tokenised at a time
@@ -59,6 +58,7 @@ class TokenBatch:
     texts: tuple[str, ...]  # what was tokenised; of packed windows, what they decode to
     pad_side: str = "right"
     tokenizer: Any = field(default=None, repr=False)
+    document: Int[Tensor, "text pos"] | None = None  # which of the texts given a token is from; -1 where not real
 
     def __post_init__(self) -> None:
         shapes = {self.tokens.shape, self.real.shape, self.attention.shape}
@@ -68,6 +68,8 @@ class TokenBatch:
             raise ValueError(f"pad_side is 'left' or 'right', not {self.pad_side!r}.")
         if bool((self.real & ~self.attention).any()):
             raise ValueError("A token cannot be real and padding: `real` must lie within `attention`.")
+        if self.document is not None and not torch.equal(self.document >= 0, self.real):
+            raise ValueError("`document` has the place of `real` and says a text for each real token, -1 elsewhere.")
         if (empty := (~self.real.any(1)).nonzero().flatten().tolist()) or not len(self.tokens):
             raise NoRealToken(f"Nothing but BOS and padding in text {empty[:5] or '(there is none)'}: leave it out.")
 
@@ -75,12 +77,12 @@ class TokenBatch:
         return len(self.texts)
 
     def __getitem__(self, rows: slice | Sequence[int]) -> TokenBatch:
-        """The batch of some texts, by slice or by a list of indices; padding is kept."""
+        """The batch of some texts, by slice or by a list of indices; padding and `document` are kept."""
         texts = self.texts[rows] if isinstance(rows, slice) else tuple(self.texts[i] for i in rows)
         where = rows if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.long)
-        return TokenBatch(
-            self.tokens[where], self.real[where], self.attention[where], texts, self.pad_side, self.tokenizer
-        )
+        tensors = (self.tokens[where], self.real[where], self.attention[where])
+        document = None if self.document is None else self.document[where]
+        return TokenBatch(*tensors, texts, self.pad_side, self.tokenizer, document)
 
     @property
     def n_real(self) -> int:
@@ -89,7 +91,7 @@ class TokenBatch:
 
     @cached_property
     def key(self) -> str:
-        """Content key of the tokens and masks: what caches of activations are keyed by."""
+        """Content key of the tokens and masks: what caches of activations are keyed by, whatever `document` says."""
         parts = (self.tokens.long(), self.real, self.attention)
         return content_key(list(self.tokens.shape), *(p.cpu().contiguous().numpy().tobytes() for p in parts))
 
@@ -138,22 +140,22 @@ def tokenize(
         lost = sum(len(rows[i]) - room for i in long)
         warnings.warn(f"Cut {len(long)} of {len(texts)} texts to {limit} tokens; {lost} tokens left out.", stacklevel=2)
     cut = [torch.tensor(row[:room]) for row in rows]
-    return _pad(model.tokenizer, bos, [(row, torch.ones_like(row, dtype=torch.bool)) for row in cut], texts, pad_side)
+    return _pad(model.tokenizer, bos, [(row, torch.full_like(row, i)) for i, row in enumerate(cut)], texts, pad_side)
 
 
 def pack(model: TransformerBridge, texts: str | Sequence[str], *, length: int | None = None) -> TokenBatch:
     """Documents joined by EOS and cut into windows that start with BOS: text for training and evaluation.
 
-    `length` is that of a window, BOS included (default the context). A document may go on in the next window.
-    Nothing is dropped: the last window may be shorter, padded on the right. Documents that give no token are
-    refused, as in `tokenize`. Raises as `tokenize`.
+    `length` is that of a window, BOS included (default the context). A document may go on in the next window;
+    `document` of the result says of every token which one it is from. Nothing is dropped: the last window may be
+    shorter, padded on the right. Documents that give no token are refused, as in `tokenize`. Raises as `tokenize`.
     """
     texts = (texts,) if isinstance(texts, str) else tuple(texts)
     limit, bos = _limit(model, length, least=3), _bos(model.tokenizer)
     eos = model.tokenizer.eos_token_id
     end = bos if eos is None else [eos]
     stream: list[Tensor] = []  # int32: a Python list of ids would take nine times the memory
-    with tqdm(total=len(texts), unit="text", desc="tokenize", delay=2) as bar:
+    with runtime.progress_bar(total=len(texts), unit="text", desc="tokenize") as bar:
         for start in range(0, len(texts), CHUNK):
             for i, row in enumerate(_encode(model.tokenizer, texts[start : start + CHUNK], start), start):
                 if not row:
@@ -162,8 +164,9 @@ def pack(model: TransformerBridge, texts: str | Sequence[str], *, length: int | 
             bar.update(min(CHUNK, len(texts) - start))
     if not stream:
         raise ValueError("There are no texts: the list is empty.")
-    real = torch.cat([torch.full(piece.shape, bool(k % 2)) for k, piece in enumerate(stream)])
-    windows = list(zip(torch.cat(stream).split(limit - len(bos)), real.split(limit - len(bos)), strict=True))
+    pieces = enumerate(stream)  # a separator, a document, a separator, ...
+    document = torch.cat([torch.full(piece.shape, k // 2 if k % 2 else -1, dtype=torch.int32) for k, piece in pieces])
+    windows = list(zip(torch.cat(stream).split(limit - len(bos)), document.split(limit - len(bos)), strict=True))
     decoded = tuple(model.tokenizer.batch_decode([ids.tolist() for ids, _ in windows]))
     return _pad(model.tokenizer, bos, windows, decoded, "right")
 
@@ -187,8 +190,9 @@ def harvest(
     Args:
         batch_size: texts per forward pass.
         dtype: of what is returned. A store has its own.
-        compute: 'float32', 'bfloat16' (autocast) or 'auto': bfloat16 where this machine computes it fast. It
-            changes residual streams by about 1 %; ask for float32 where a comparison needs more digits.
+        compute: 'float32', 'bfloat16' (autocast) or 'auto': float32 into memory, where results are compared by
+            digits; into a store, which training reads, bfloat16 where this machine computes it fast. bfloat16
+            changes residual streams by about 1 %.
         store: write the real tokens there instead, resuming where an earlier run stopped; returns the store.
 
     Raises UnknownHook, BadActivations, TooLargeForMemory, ValueError (train mode, a hook whose values have no
@@ -203,7 +207,7 @@ def harvest(
     if store is not None:
         precision = _precision(compute, store.compute)
         runner = Runner(model, hooks, batch_size, precision)
-        with tqdm(total=batch.n_real, unit="tok", desc="harvest", delay=2, disable=not progress) as bar:
+        with runtime.progress_bar(total=batch.n_real, unit="tok", desc="harvest", progress=progress) as bar:
             store.fill(model, batch, hooks, str(precision).removeprefix("torch."), runner.real_vectors, bar.update)
         return store
     _check_memory(model, batch, hooks, dtype)
@@ -219,8 +223,8 @@ def harvest(
             result[hook][(rows, span) if per_token else rows] = value
         bar.update(int(batch.real[rows].sum()))
 
-    with tqdm(total=batch.n_real, unit="tok", desc="harvest", delay=2, disable=not progress) as bar:
-        Runner(model, hooks, batch_size, _precision(compute)).run(batch, batch.attention, dtype, take)
+    with runtime.progress_bar(total=batch.n_real, unit="tok", desc="harvest", progress=progress) as bar:
+        Runner(model, hooks, batch_size, _precision(compute, "float32")).run(batch, batch.attention, dtype, take)
     return result
 
 
@@ -287,25 +291,25 @@ def _encode(tokenizer: Any, texts: tuple[str, ...], first: int = 0) -> list[list
 def _pad(
     tokenizer: Any, bos: list[int], rows: list[tuple[Tensor, Tensor]], texts: tuple[str, ...], pad_side: str
 ) -> TokenBatch:
-    """Rows of (ids, real) without BOS -> a batch with BOS, padded on one side."""
+    """Rows of (ids, document or -1) without BOS -> a batch with BOS, padded on one side."""
     lengths = [len(bos) + len(ids) for ids, _ in rows]
     width, pad = max(lengths), tokenizer.pad_token_id
     tokens = torch.full((len(rows), width), 0 if pad is None else pad)
-    real, attention = torch.zeros(len(rows), width, dtype=torch.bool), torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, ((ids, counts), length) in enumerate(zip(rows, lengths, strict=True)):
+    document, attention = torch.full((len(rows), width), -1), torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, ((ids, source), length) in enumerate(zip(rows, lengths, strict=True)):
         begin = 0 if pad_side == "right" else width - length
         first = begin + len(bos)
         tokens[i, begin:first] = torch.tensor(bos, dtype=torch.long)
-        tokens[i, first : begin + length], real[i, first : begin + length] = ids.long(), counts
+        tokens[i, first : begin + length], document[i, first : begin + length] = ids.long(), source.long()
         attention[i, begin : begin + length] = True
-    return TokenBatch(tokens, real, attention, texts, pad_side, tokenizer)
+    return TokenBatch(tokens, document >= 0, attention, texts, pad_side, tokenizer, document)
 
 
 def _precision(compute: str, already: str | None = None) -> torch.dtype:
     """The dtype to compute in; a store that was begun in one precision is continued in it."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if compute == "auto":
-        return known[already] if already else compute_dtype()
+        return known[already] if already else runtime.compute_dtype()
     if compute not in known:
         raise ValueError(f"compute is 'auto', 'float32' or 'bfloat16', not {compute!r}.")
     return known[compute]

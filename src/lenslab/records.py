@@ -36,7 +36,6 @@ from lenslab.activations import harvest, tokenize
 from lenslab.forward import by_token
 from lenslab.models import model_key, model_name
 from lenslab.paths import atomic_write
-from lenslab.runtime import compute_dtype
 
 FORMAT = "lenslab activation records 1"
 SUFFIXES = (".safetensors", ".npz", ".json", ".json.gz", ".pt")
@@ -113,7 +112,7 @@ def extract(
     hooks: str | Sequence[str],
     *,
     dtype: torch.dtype = torch.float32,
-    compute: str = "auto",
+    compute: str = "float32",
 ) -> ActivationRecord:
     """The record of one text at some hooks; `dtype` and `compute` as in `harvest`. Raises as it and `tokenize`."""
     return extract_batch(model, [text], hooks, dtype=dtype, compute=compute)[0]
@@ -125,7 +124,7 @@ def extract_batch(
     hooks: str | Sequence[str],
     *,
     dtype: torch.dtype = torch.float32,
-    compute: str = "auto",
+    compute: str = "float32",
 ) -> list[ActivationRecord]:
     """One record per text, run together; each is what the text alone would give."""
     hooks = (hooks,) if isinstance(hooks, str) else tuple(hooks)
@@ -135,7 +134,7 @@ def extract_batch(
         "model": model_name(model),
         "model_key": model_key(model),
         "hooks": list(hooks),
-        "compute": str(compute_dtype()).removeprefix("torch.") if compute == "auto" else compute,
+        "compute": "float32" if compute == "auto" else compute,
         "versions": {"lenslab": __version__} | {n: version(n) for n in ("torch", "transformers", "transformer-lens")},
     }
     records = []

@@ -11,9 +11,13 @@ import ctypes
 import hashlib
 import os
 import platform
+from collections.abc import Iterable
 from functools import lru_cache
+from typing import Any
 
 import torch
+from tqdm.auto import tqdm
+from tqdm.std import tqdm as Bar  # what the bars of terminals and of Jupyter both are
 
 _MALLOPT = {"M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_MMAP_THRESHOLD": (-3, 1 << 30)}
 
@@ -42,9 +46,29 @@ def derive_generator(seed: int, label: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-@lru_cache(maxsize=1)
+def progress_bar(iterable: Iterable | None = None, *, progress: bool = True, **options: Any) -> Bar:
+    """A tqdm bar for a terminal, a log or Jupyter, that shows after two seconds; `options` go to tqdm.
+
+    `progress=False` silences it, and so does `TQDM_DISABLE=1`, which tqdm's own notebook bar does not read.
+    """
+    off = os.environ.get("TQDM_DISABLE", "").strip().lower() not in ("", "0", "false")
+    return tqdm(iterable, disable=off or not progress, **{"delay": 2, **options})
+
+
 def has_fast_bf16() -> bool:
-    """True where bf16 matrix products are faster than float32: a GPU, or a CPU with bf16 instructions."""
+    """True where bf16 matrix products are faster than float32: a GPU, or a CPU with bf16 instructions.
+
+    `LENSLAB_COMPUTE=float32` or `bfloat16` answers for the machine, where results must equal those of another
+    one or its processor is not recognised. Raises ValueError for another value.
+    """
+    asked = os.environ.get("LENSLAB_COMPUTE")
+    if asked and asked not in ("float32", "bfloat16"):
+        raise ValueError(f"LENSLAB_COMPUTE is float32 or bfloat16, or not set at all; it is {asked!r}.")
+    return asked == "bfloat16" if asked else _computes_bf16_fast()
+
+
+@lru_cache(maxsize=1)
+def _computes_bf16_fast() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     try:

@@ -279,22 +279,15 @@ class ActivationStore:
                 digest = sha256_file(temporary)
             entry["sha256"] = digest
             write_json(self.folder / "manifest.json", self.manifest)
-        except OSError as error:
-            if error.errno != errno.ENOSPC and "No space left" not in str(error):
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
+            if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
                 raise
-            raise self._no_space(shard) from error
-        except SafetensorError as error:  # safetensors reports a full disk in its own way
-            if "No space left" not in str(error):
-                raise
-            raise self._no_space(shard) from error
+            raise OSError(
+                errno.ENOSPC,
+                f"The disk is full at shard {shard} of {self.n_shards}. The shards already written are kept: free "
+                "some space and harvest into the same store again",
+            ) from error
         self._verified.add(shard)
-
-    def _no_space(self, shard: int) -> OSError:
-        return OSError(
-            errno.ENOSPC,
-            f"The disk is full at shard {shard} of {self.n_shards}. The shards already written are kept: free some "
-            "space and harvest into the same store again",
-        )
 
     def _check_space(self, faults: dict[int, str]) -> None:
         rows = sum(self.manifest["shards"][i]["rows"] for i in faults)

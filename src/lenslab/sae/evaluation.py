@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab.activations import TokenBatch
@@ -30,7 +29,7 @@ from lenslab.metrics import FeatureActivity, ReconstructionError, dead, dense, n
 from lenslab.metrics import kl_divergence as mean_kl
 from lenslab.models import model_name
 from lenslab.paths import write_json
-from lenslab.runtime import derive_generator
+from lenslab.runtime import derive_generator, progress_bar
 from lenslab.sae.pretrained import SparseAutoencoder, input_transform, sae_hook
 
 VERSIONED = ("lenslab", "torch", "transformer-lens", "sae-lens", "transformers")
@@ -121,7 +120,7 @@ def evaluate_sae(
     totals = dict.fromkeys(("clean", "spliced", "zero", "mean", "kl"), 0.0)
     n_predicted = 0
     parts = [batch[start : start + batch_size] for start in range(0, len(batch), batch_size)]
-    bar = tqdm(total=4 * len(parts), desc="evaluate SAE", unit="pass", disable=None if progress else True)
+    bar = progress_bar(total=4 * len(parts), desc="evaluate SAE", unit="pass", progress=progress)
 
     def run(part: TokenBatch, replace: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """(logits, the value at the hook before it was replaced)"""

@@ -1,18 +1,28 @@
 """Download SAEs ahead of a session, and check what is cached.
 
-python -m lenslab.sae.hub list --model gpt2-small
-python -m lenslab.sae.hub download gpt2-small-res-jb blocks.6.hook_resid_pre [--to FOLDER]
-python -m lenslab.sae.hub check gpt2-small-res-jb blocks.6.hook_resid_pre
+.venv/bin/python -m lenslab.sae.hub list --model gpt2-small
+.venv/bin/python -m lenslab.sae.hub download gpt2-small-res-jb blocks.6.hook_resid_pre [--to FOLDER]
+.venv/bin/python -m lenslab.sae.hub check gpt2-small-res-jb blocks.6.hook_resid_pre
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 
 from lenslab.sae.pretrained import SparseAutoencoder, load_sae, sae_hook, sae_model, save_sae
-from lenslab.sae.registry import NotAnSAE, SAENotHere, cached_files, intact, list_releases, repository_of
+from lenslab.sae.registry import (
+    COMMAND,
+    NotAnSAE,
+    SAENotHere,
+    cached_files,
+    intact,
+    list_releases,
+    registry,
+    repository_of,
+)
 
 
 def download(release: str, sae_id: str, to: str | os.PathLike | None = None) -> SparseAutoencoder:
@@ -59,7 +69,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         if given.command == "list":
-            print(list_releases(given.model).to_string(index=False))
+            table = list_releases(given.model)
+            if table.empty:
+                models = sorted({release.model for release in registry().values()})
+                near = ", ".join(difflib.get_close_matches(given.model, models, n=3, cutoff=0.4)) or "none"
+                raise NotAnSAE(f"No release for a model {given.model!r}. Nearest: {near}. {COMMAND} list shows all.")
+            print(table.to_string(index=False))
             return 0
         if given.command == "download":
             sae, place = download(given.release, given.sae_id, given.to), given.to or "the cache of the hub"
@@ -80,7 +95,7 @@ def _check(release: str, sae_id: str | None) -> SparseAutoencoder:
         return load_sae(release, device="cpu")
     from huggingface_hub import constants
 
-    command = f"python -m lenslab.sae.hub download {release} {sae_id}"
+    command = f"{COMMAND} download {release} {sae_id}"
     files = cached_files(*repository_of(release, sae_id))
     if not files:
         raise SAENotHere(f"{release} {sae_id} is not in the cache. While online, run: {command}")

@@ -38,7 +38,15 @@ from transformer_lens.model_bridge import TransformerBridge
 from lenslab.models import check_hooks, hook_names, model_key, model_name
 from lenslab.paths import data_path, sha256_file, write_json
 from lenslab.runtime import default_device
-from lenslab.sae.registry import NotAnSAE, SAENotHere, plain_name, registry, repository_of
+from lenslab.sae.registry import (
+    COMMAND,
+    NotAnSAE,
+    SAENotHere,
+    plain_name,
+    refuse_release_alone,
+    registry,
+    repository_of,
+)
 
 WEIGHTS, CONFIG, CARD = "sae_weights.safetensors", "cfg.json", "card.json"
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".ckpt"}
@@ -121,6 +129,7 @@ def load_sae(
     if sae_id is None and folder.is_dir():
         return _load_folder(folder, folder.name, device, dtype)
     if sae_id is None:
+        refuse_release_alone(name)
         near = difflib.get_close_matches(name, [*bundled_saes(), *registry()], n=3)
         raise SAENotHere(
             f"There is no bundled SAE and no folder {name!r}. Nearest: {', '.join(near) or 'none'}. Bundled: "
@@ -215,7 +224,7 @@ def _load_release(release: str, sae_id: str, device: str, dtype: torch.dtype) ->
         offline = " HF_HUB_OFFLINE is set: unset it for that." if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         raise SAENotHere(
             f"{label} is not in the cache and could not be fetched ({_first_line(error)}). While online, run: "
-            f"python -m lenslab.sae.hub download {release} {sae_id}.{offline} Gated repositories need HF_TOKEN."
+            f"{COMMAND} download {release} {sae_id}.{offline} Gated repositories need HF_TOKEN."
         ) from error
     return finish(sae, label)
 

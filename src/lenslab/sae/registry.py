@@ -20,6 +20,9 @@ from lenslab.paths import sha256_file
 PICKLE_READERS = {"connor_rob_hook_z", "goodfire", "deepseek_r1", "qwen_scope", "dictionary_learning_1"}
 
 
+COMMAND = ".venv/bin/python -m lenslab.sae.hub"  # what errors advise: it serves at the shell and beside a notebook
+
+
 class NotAnSAE(ValueError):
     """What was named cannot be loaded as an SAE; the message says why and what to do."""
 
@@ -44,18 +47,33 @@ def repository_of(release: str, sae_id: str) -> tuple[str, str]:
     known = registry().get(release)
     if known is None and "/" not in release:
         near = difflib.get_close_matches(release, registry(), n=3)
-        raise NotAnSAE(f"No release {release!r}. Nearest: {', '.join(near) or 'none'}; list_releases() shows all.")
+        raise NotAnSAE(f"No release {release!r}. Nearest: {', '.join(near) or 'none'}; {COMMAND} list shows all.")
     if known is None:
         return release, sae_id
     if sae_id not in known.saes_map:
         near = difflib.get_close_matches(sae_id, known.saes_map, n=3, cutoff=0.3)
-        raise NotAnSAE(f"{release} has no SAE {sae_id!r}. Nearest: {', '.join(near) or 'none'}.")
+        raise NotAnSAE(f"{release} has no SAE {sae_id!r}. Nearest: {', '.join(near) or 'none'}. {_some_ids(release)}")
     if known.conversion_func in PICKLE_READERS:
         raise NotAnSAE(
             f"{release} stores its weights as pickles, which can run code when opened and are never loaded here. "
-            f"Releases for {known.model} in safe formats: list_releases({known.model!r}), column `format`."
+            f"Releases for {known.model} in safe formats: {COMMAND} list --model {known.model}, column `format`."
         )
     return known.repo_id, known.saes_map[sae_id]
+
+
+def _some_ids(release: str, shown: int = 5) -> str:
+    ids = list(registry()[release].saes_map)
+    return f"It has {len(ids)}, among them {', '.join(ids[:shown])}."
+
+
+def refuse_release_alone(name: str) -> None:
+    """Raise NotAnSAE, with some ids, where `name` is a whole release: one of its SAEs must be named too."""
+    if name in registry():
+        some = next(iter(registry()[name].saes_map))
+        raise NotAnSAE(
+            f"{name} is a release of several SAEs: name one of them, as load_sae({name!r}, {some!r}) or on the command "
+            f"line after the release. {_some_ids(name)}"
+        )
 
 
 def cached_files(repository: str, path: str) -> list[Path]:

@@ -1,0 +1,201 @@
+"""Quality after the same training: held-out FVU of ours against SAELens, over five shared seeds.
+
+The same vectors in the same order for both, the same number of steps, the same learning rate and schedule; each
+library's own initial weights, losses and treatment of dead latents. Per seed and library, in a process of its own:
+
+1. `topk`: FVU at k latents.
+2. `batchtopk`: its threshold is set so that k latents are active on average on 8,192 training vectors, for both alike;
+   the FVU with the threshold that training left is reported beside it.
+3. `relu`: the weight of the penalty is searched until the L0 is near k, and the FVU read off at exactly k by
+   interpolation in log FVU over log L0.
+
+The rule (`lenslab.stats.paired_seeds`): no worse means that the upper end of the 95 % interval of the ratio
+ours / SAELens lies below 1.01.
+
+    python benchmarks/sae_quality.py             # about ten minutes on two cores: results/sae_quality.json
+    python benchmarks/sae_quality.py --quick     # toy sizes, nothing written to results/
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+import compare as harness
+import sae_contestants as entries
+from compare import Contestant, run_contestant, timed
+from sae_contestants import Job, fast_bf16, held_out, job_from
+
+SEEDS, LIBRARIES, ARCHITECTURES = 5, ("lenslab", "saelens"), ("topk", "batchtopk", "relu")
+JOB = Job(d_sae=2048, k=32, batch=1024, steps=512)
+QUICK = dict(d_sae=512, k=16, batch=256, steps=60)
+SEARCH = 5  # trainings at most, to find the weight of the penalty
+
+
+def shuffled(vectors: Tensor, seed: int) -> Tensor:
+    """The order of a seed, the same for every library."""
+    from lenslab.runtime import derive_generator
+
+    return vectors[torch.randperm(len(vectors), generator=derive_generator(seed, "benchmark order"))]
+
+
+def search_l1(
+    measure: Callable[[float], dict[str, float]], target: float, first: float = 4.0
+) -> list[dict[str, float]]:
+    """Points {l1, l0, fvu} around the target L0, which falls as the penalty rises; stops once it is near and enclosed.
+
+    Until the target is enclosed the penalty moves by up to a factor of 4, after that it is put where the line through
+    the two nearest points, in logarithms, meets the target.
+    """
+    points: list[dict[str, float]] = []
+    l1 = first
+    for _ in range(SEARCH):
+        points.append({"l1": l1, **measure(l1)})
+        pair = enclosing(points, target)
+        if pair is None:
+            weak = [p["l1"] for p in points if p["l0"] > target]
+            strong = [p["l1"] for p in points if p["l0"] <= target]
+            if weak and strong:  # the strong one silenced every latent: half way between
+                l1 = math.sqrt(max(weak) * min(strong))
+            else:
+                l1 *= min(4.0, max(0.25, max(points[-1]["l0"], 0.1) / target))
+            continue
+        if max(p["l0"] for p in pair) / min(p["l0"] for p in pair) < 1.3:
+            break
+        (x0, y0), (x1, y1) = [(math.log(p["l0"]), math.log(p["l1"])) for p in pair]
+        l1 = math.exp(y0 + (y1 - y0) * (math.log(target) - x0) / (x1 - x0))
+    return points
+
+
+def enclosing(points: list[dict[str, float]], target: float) -> list[dict[str, float]] | None:
+    """The nearest point on either side of the target L0; None where one side has none (or no latent is active)."""
+    below = [p for p in points if 0 < p["l0"] <= target]
+    above = [p for p in points if p["l0"] > target]
+    if not below or not above:
+        return None
+    return [max(below, key=lambda p: p["l0"]), min(above, key=lambda p: p["l0"])]
+
+
+def fvu_at(points: list[dict[str, float]], target: float) -> float | None:
+    """Log FVU read off over log L0 between the points that enclose the target; None where none do."""
+    if (pair := enclosing(points, target)) is None:
+        return None
+    (x0, y0), (x1, y1) = [(math.log(p["l0"]), math.log(p["fvu"])) for p in pair]
+    return math.exp(y0 + (y1 - y0) * (math.log(target) - x0) / (x1 - x0))
+
+
+def one_seed(train: entries.Train, job: Job, file: str) -> tuple[int, Callable[[], dict[str, Any]]]:
+    """All architectures of one library on one seed -> {architecture: {fvu, l0, ...}}."""
+    vectors, unseen = entries.load_vectors(file)
+    vectors = shuffled(vectors, job.seed)
+    found: dict[str, dict[str, Any]] = {"topk": held_out(train(replace(job, architecture="topk"), vectors), unseen)}
+    sae = train(replace(job, architecture="batchtopk"), vectors)
+    left = held_out(sae, unseen)
+    entries.set_mean_l0(sae, vectors, job.k)
+    found["batchtopk"] = {**held_out(sae, unseen), "as_trained": left}
+    points = search_l1(
+        lambda l1: held_out(train(replace(job, architecture="relu", l1=l1), vectors), unseen), target=job.k
+    )
+    found["relu"] = {"fvu": fvu_at(points, job.k), "l0": job.k, "points": points}
+    return job.samples * (2 + len(points)), lambda: {"found": found}
+
+
+def judge(seeds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Per architecture: ratio of the FVUs with its interval, and whether ours is no worse."""
+    from lenslab.stats import paired_seeds
+
+    verdict = {}
+    for name in ARCHITECTURES:
+        ours, peer = ([one[name]["fvu"] for one in seeds[library]] for library in LIBRARIES)
+        if None in (*ours, *peer):
+            verdict[name] = {"not_compared": "the search for the penalty did not enclose the L0 in every seed"}
+            continue
+        ratio = paired_seeds(ours, peer, lower_is_better=True)
+        verdict[name] = {
+            "ratio": round(ratio.ratio.estimate, 4),
+            "low": round(ratio.ratio.low, 4),
+            "high": round(ratio.ratio.high, 4),
+            "no_worse": ratio.no_worse,
+            "better": ratio.better,
+        }
+    return verdict
+
+
+def average(values: list[float | None]) -> float | None:
+    return None if None in values else round(math.fsum(values) / len(values), 5)
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="toy sizes; nothing is written to results/")
+    parser.add_argument("--lr", type=float, default=JOB.lr, help="of both libraries")
+    for name in ("--contestant", "--job", "--vectors"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    a = parser.parse_args(words)
+    if a.contestant:
+        train = {"lenslab": entries.lenslab, "saelens": entries.saelens}[a.contestant]
+        return timed(lambda: (lambda: None, lambda: one_seed(train, job_from(a.job), a.vectors)))
+    job = replace(JOB, lr=a.lr, **(QUICK if a.quick else {}))
+    from lenslab.paths import write_json
+    from lenslab.runtime import machine_summary
+
+    file = str(entries.vectors_file(job.samples))
+    kept = harness.Kept("sae_quality" + "_quick" * a.quick, asdict(job), file)
+    seeds: dict[str, list[dict[str, Any]]] = {library: [] for library in LIBRARIES}
+    for seed in range(SEEDS):
+        for library in LIBRARIES:
+            extra = ["--job", json.dumps(asdict(replace(job, seed=seed))), "--vectors", file]
+            one = kept.get(f"{library} {seed}", partial(run_contestant, __file__, library, Contestant(dict), extra))
+            seeds[library].append(one["found"])
+            shown = "  ".join(f"{name} {one['found'][name]['fvu'] or math.nan:.4f}" for name in ARCHITECTURES)
+            print(f"seed {seed}  {library:8s} {one['seconds']:6.0f} s   held-out FVU: {shown}", flush=True)
+    verdict = judge(seeds)
+    mean = {
+        library: {name: average([one[name]["fvu"] for one in ones]) for name in ARCHITECTURES}
+        for library, ones in seeds.items()
+    }
+    result = {
+        "claim": "after the same training the held-out FVU is no worse than SAELens's (ratio's upper bound below 1.01)",
+        "ours": mean["lenslab"],
+        "peers": {"saelens": mean["saelens"]},
+        "ratios": {"saelens": {name: one.get("ratio") for name, one in verdict.items()}},
+        "unit": "FVU on held-out vectors",
+        "verdict": verdict,
+        "seeds": seeds,
+        "job": asdict(job),
+        "precision": "bf16 autocast" if fast_bf16() else "float32: this CPU has no bf16 instructions",
+        "machine": {**machine_summary(), "threads": int(harness.THREADS)},
+        "versions": {name: version(name) for name in harness.VERSIONED},
+    }
+    folder = Path(tempfile.mkdtemp(prefix="sae-quality-")) if a.quick else harness.RESULTS
+    write_json(folder / "sae_quality.json", result)
+    kept.forget()
+    print(f"\n{'':10s} {'lenslab':>9s} {'saelens':>9s}   ratio (95 % interval)")
+    for name, one in verdict.items():
+        if "not_compared" in one:
+            print(f"{name:10s} not compared: {one['not_compared']}")
+            continue
+        ours, peer = mean["lenslab"][name], mean["saelens"][name]
+        word = "better" if one["better"] else "no worse" if one["no_worse"] else "NOT shown to be no worse"
+        print(
+            f"{name:10s} {ours:9.4f} {peer:9.4f}   {one['ratio']:.4f} ({one['low']:.4f} to {one['high']:.4f})  {word}"
+        )
+    print(f"written to {folder.name}/sae_quality.json")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Where training vectors come from: a tensor, an activation store, or the model as it goes.
+
+1. A source deals its vectors out in *pools*, by epoch: `sizes(epoch)` says how many vectors each holds,
+   `pool(epoch, i)` makes one. Both depend on nothing but the seed, the epoch and the number: a run that was killed
+   asks for the pool it was in and goes on, to the bit.
+2. Mixing: before each epoch the texts (of tensors and stores: runs of 256 rows) are put in random order; a pool is the
+   next `pool` vectors' worth of them, shuffled row by row. So two vectors of one text fall into one pool, anywhere
+   in it, with vectors of every part of the data. Memory holds one pool (two while it is made), whatever the number
+   of tokens.
+3. What does not fill a batch at a pool's end is left out in that epoch.
+
+`texts()` are fingerprints of what the vectors come from, so that held-out data can be checked to be other data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from lenslab.activations import TokenBatch, harvest
+from lenslab.forward import vector_width
+from lenslab.models import check_hooks, model_key, model_name
+from lenslab.paths import content_key
+from lenslab.runtime import compute_dtype, derive_generator
+from lenslab.store import ActivationStore
+
+POOL = 1 << 17  # vectors; 134 MB a hook at width 256
+RUN = 256  # rows of a tensor or a store that stay together as pools are dealt out
+WINDOW = 32  # tokens that are fingerprinted together
+KEPT = 16  # one fingerprint in so many is kept, chosen by its own bits: the same ones wherever the text occurs
+
+
+@runtime_checkable
+class VectorSource(Protocol):
+    """What `train` reads."""
+
+    key: str  # of the content: a run is only resumed on the same data
+    widths: dict[str, int]  # by hook
+    metadata: dict[str, Any]  # what the SAE will say that it was made for
+
+    def sizes(self, epoch: int) -> list[int]: ...
+
+    def pool(self, epoch: int, number: int) -> dict[str, Float[Tensor, "vector d_in"]]: ...
+
+    def texts(self) -> Int[Tensor, " fingerprint"]: ...
+
+
+def _shuffled(vectors: Mapping[str, Tensor], seed: int, epoch: int, number: int) -> dict[str, Tensor]:
+    """The same new order for all hooks."""
+    n = len(next(iter(vectors.values())))
+    order = torch.randperm(n, generator=derive_generator(seed, f"pool {epoch} {number}"))
+    return {hook: value[order] for hook, value in vectors.items()}
+
+
+def _groups(sizes: Sequence[int], pool: int, seed: int, epoch: int) -> list[list[int]]:
+    """Units (texts, shards, runs of rows) in random order, cut where a pool is full."""
+    groups: list[list[int]] = [[]]
+    held = 0
+    for unit in torch.randperm(len(sizes), generator=derive_generator(seed, f"epoch {epoch}")).tolist():
+        if held and held + sizes[unit] > pool:
+            groups.append([])
+            held = 0
+        groups[-1].append(unit)
+        held += sizes[unit]
+    return groups
+
+
+class _Pooled:
+    """Units with sizes, dealt out by epoch; subclasses give the vectors of some units."""
+
+    def __init__(self, units: Sequence[int], pool: int, seed: int):
+        self.units, self.pool_size, self.seed = list(units), pool, seed
+        self._dealt: tuple[int, list[list[int]]] | None = None
+
+    def groups(self, epoch: int) -> list[list[int]]:
+        if self._dealt is None or self._dealt[0] != epoch:
+            self._dealt = (epoch, _groups(self.units, self.pool_size, self.seed, epoch))
+        return self._dealt[1]
+
+    def sizes(self, epoch: int) -> list[int]:
+        return [sum(self.units[i] for i in group) for group in self.groups(epoch)]
+
+    def pool(self, epoch: int, number: int) -> dict[str, Tensor]:
+        """Vectors `[vector, d_in]` by hook, float32, in an order that the seed decides."""
+        return _shuffled(self._vectors(self.groups(epoch)[number]), self.seed, epoch, number)
+
+    def _vectors(self, units: list[int]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class _Rows(_Pooled):
+    """Rows that can be read in any order, dealt out in runs of neighbours."""
+
+    def __init__(self, n: int, pool: int, seed: int):
+        super().__init__([min(RUN, n - start) for start in range(0, n, RUN)], pool, seed)
+
+    def _rows(self, units: list[int]) -> Tensor:
+        return torch.cat([torch.arange(u * RUN, u * RUN + self.units[u]) for u in sorted(units)])
+
+
+class TensorSource(_Rows):
+    """Vectors in memory: one tensor `[vector, d_in]`, or one per hook."""
+
+    def __init__(
+        self, vectors: Tensor | Mapping[str, Tensor], *, hook: str = "vectors", pool: int = POOL, seed: int = 0
+    ):
+        self.vectors = {hook: vectors} if isinstance(vectors, Tensor) else dict(vectors)
+        lengths = {len(value) for value in self.vectors.values()}
+        if len(lengths) != 1 or not min(lengths) or any(value.ndim != 2 for value in self.vectors.values()):
+            raise ValueError("Needs tensors [vector, d_in] of one length for all hooks, with at least one vector.")
+        super().__init__(lengths.pop(), pool, seed)
+        self.widths = {name: value.shape[1] for name, value in self.vectors.items()}
+        self.metadata: dict[str, Any] = {}
+        prints = [_fingerprints(value) for value in self.vectors.values()]
+        self.key = content_key(self.widths, *(p.numpy().tobytes() for p in prints), pool, seed)
+        self._prints = _thinned(torch.cat(prints))
+
+    def texts(self) -> Int[Tensor, " fingerprint"]:
+        """Fingerprints of a sixteenth of the rows. They never equal those of texts: compare like with like."""
+        return self._prints
+
+    def _vectors(self, units: list[int]) -> dict[str, Tensor]:
+        rows = self._rows(units)
+        return {hook: value[rows].float() for hook, value in self.vectors.items()}
+
+
+def _factors(n: int) -> Int[Tensor, " n"]:
+    return torch.randint(-(2**62), 2**62, (n,), generator=derive_generator(0, "fingerprints")) | 1
+
+
+def _thinned(prints: Int[Tensor, " fingerprint"]) -> Int[Tensor, " kept"]:
+    """One in KEPT by their own middle bits; all of a few."""
+    kept = prints[(prints >> 40) % KEPT == 0].unique()
+    return kept if len(kept) else prints.unique()
+
+
+def _fingerprints(vectors: Float[Tensor, "row d"]) -> Int[Tensor, " row"]:
+    """One number a row, from all its bits."""
+    factors = _factors(vectors.shape[1])
+    parts = (part.detach().cpu().float().contiguous().view(torch.int32).long() for part in vectors.split(1 << 14))
+    return torch.cat([(part * factors).sum(1) for part in parts])
+
+
+def _windows(texts: Iterable[Int[Tensor, " _"]]) -> Int[Tensor, " fingerprint"]:
+    """Fingerprints of runs of WINDOW tokens wherever they begin, thinned: a document is known again if it is cut or
+    packed otherwise. The first run of every text is kept, and all of a text that is shorter.
+
+    The length of a text has no name in the annotation: it differs from text to text, and a checker that looks at one
+    text on the way in and at another on the way out would refuse that.
+    """
+    found, factors = [torch.empty(0, dtype=torch.long)], _factors(WINDOW)
+    for ids in texts:
+        ids = ids.detach().cpu().long() + 1
+        if len(ids) < WINDOW:
+            found.append((ids * factors[: len(ids)]).sum().reshape(1))
+        else:
+            prints = (ids.unfold(0, WINDOW, 1) * factors).sum(1)
+            found += [prints[:1], prints[(prints >> 40) % KEPT == 0]]
+    return torch.cat(found).unique()
+
+
+class ModelSource(_Pooled):
+    """The model run as vectors are needed, over the real tokens of a batch (usually from `pack`).
+
+    `compute` is as in `harvest` into a store: 'auto' means bfloat16 where this machine computes it fast.
+    """
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        batch: TokenBatch,
+        hooks: str | Sequence[str],
+        *,
+        compute: str = "auto",
+        batch_size: int = 32,
+        pool: int = POOL,
+        seed: int = 0,
+    ):
+        hooks = (hooks,) if isinstance(hooks, str) else tuple(dict.fromkeys(hooks))
+        check_hooks(model, hooks)
+        compute = str(compute_dtype()).removeprefix("torch.") if compute == "auto" else compute
+        self.model, self.batch, self.hooks, self.compute, self.batch_size = model, batch, hooks, compute, batch_size
+        super().__init__(batch.real.sum(1).tolist(), pool, seed)
+        self.widths = {hook: vector_width(model, hook) for hook in hooks}
+        self.metadata = {
+            "model_name": model_name(model),
+            "model_key": model_key(model),
+            "context_size": int(batch.tokens.shape[1]),
+            "distinct_training_vectors": batch.n_real,
+        }
+        self.key = content_key(model_key(model), batch.key, list(hooks), compute, batch_size, pool, seed)
+        self._whole: dict[str, Tensor] | None = None
+
+    def texts(self) -> Int[Tensor, " fingerprint"]:
+        return _windows(ids[real] for ids, real in zip(self.batch.tokens, self.batch.real, strict=True))
+
+    def _vectors(self, units: list[int]) -> dict[str, Tensor]:
+        part = self.batch[units]
+        options = dict(compute=self.compute, batch_size=self.batch_size, progress=False)
+        found = harvest(self.model, part, self.hooks, **options)
+        return {hook: value[part.real].flatten(1).float() for hook, value in found.items()}
+
+    def pool(self, epoch: int, number: int) -> dict[str, Tensor]:
+        if len(self.groups(epoch)) > 1:
+            return super().pool(epoch, number)
+        if self._whole is None:  # everything fits one pool: the model is run once
+            self._whole = self._vectors(sorted(self.groups(epoch)[0]))
+        return _shuffled(self._whole, self.seed, epoch, number)
+
+
+class StoreSource(_Rows):
+    """Vectors that were harvested before; see `lenslab.store`. `model`: refuse a store of other weights.
+
+    Raises ValueError for an incomplete store or another model, DamagedShard.
+    """
+
+    def __init__(
+        self, store: ActivationStore, *, model: TransformerBridge | None = None, pool: int = POOL, seed: int = 0
+    ):
+        if not store.complete:
+            raise ValueError("The store is not complete; harvest(model, batch, hooks, store=store) continues it.")
+        if model is not None and store.manifest["model_key"] != model_key(model):
+            raise ValueError(
+                f"The store holds activations of {store.manifest['model']} with other weights than {model_name(model)}."
+            )
+        self.store = store
+        super().__init__(len(store), pool, seed)
+        self.widths = dict(store.manifest["hooks"])
+        self.metadata = {
+            "model_name": store.manifest["model"],
+            "model_key": store.manifest["model_key"],
+            "context_size": 1 + int(store.rows(torch.arange(len(store)), "position").max()),
+            "distinct_training_vectors": len(store),
+        }
+        digests = [shard["sha256"] for shard in store.manifest["shards"]]
+        self.key = content_key(*(store.manifest[k] for k in ("model_key", "texts_key", "dtype")), digests, pool, seed)
+
+    def texts(self) -> Int[Tensor, " fingerprint"]:
+        text, token = (self.store.rows(torch.arange(len(self.store)), name) for name in ("text", "token"))
+        return _windows(token.tensor_split((text.diff() != 0).nonzero().flatten() + 1))
+
+    def _vectors(self, units: list[int]) -> dict[str, Tensor]:
+        rows = self._rows(units)
+        return {hook: self.store.rows(rows, hook).float() for hook in self.widths}

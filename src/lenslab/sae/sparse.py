@@ -1,0 +1,151 @@
+"""Products with few active latents: what a sparse autoencoder does, without the zeros.
+
+A code is a compressed sparse row matrix `[batch, d_sae]`: `rows` says where each vector's active latents begin,
+`latents` which they are. Only three products are needed, and their gradients are of the same three kinds:
+1. `at_active(x, W, code)`: x . W[:, latent] at the active places only (forward of the encoder, gradient of the code);
+2. `code @ W` (the decoder), and
+3. `code^T @ x` (gradients of both weights).
+The encoder's full product is still needed to know which latents are active; it is done once, in bf16 where that is
+fast, without gradients. Everything here is float32. With 32 of 4,096 latents active the three products together
+cost as much as that one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+CHUNK = 1 << 15  # active latents whose vectors are gathered at a time where there is no MKL
+HAS_MKL = torch.backends.mkl.is_available()  # without it torch has no sparse products on the CPU (ARM): see `_plain`
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
+
+
+class Code(NamedTuple):
+    """Which latents are active for each vector of a batch."""
+
+    rows: Int[Tensor, " batch+1"]  # where each vector's latents begin
+    latents: Int[Tensor, " active"]
+    d_sae: int
+
+    def matrix(self, values: Float[Tensor, " active"]) -> Tensor:
+        """The sparse matrix `[batch, d_sae]` with these values."""
+        shape = (len(self.rows) - 1, self.d_sae)
+        return torch.sparse_csr_tensor(self.rows, self.latents, values, shape, check_invariants=False)
+
+    def part(self, keep: Bool[Tensor, " active"]) -> Code:
+        """The code of some of its active latents."""
+        before = torch.cat([self.rows.new_zeros(1), keep.cumsum(0)])
+        return Code(before[self.rows], self.latents[keep], self.d_sae)
+
+    @property
+    def owners(self) -> Int[Tensor, " active"]:
+        """The vector that each active latent belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self.rows) - 1, device=self.rows.device), self.rows.diff())
+
+
+def code_of_topk(latents: Int[Tensor, "batch k"], d_sae: int) -> Code:
+    """The same number of latents for every vector."""
+    n, k = latents.shape
+    return Code(torch.arange(0, n * k + 1, k, device=latents.device), latents.flatten(), d_sae)
+
+
+def code_of_mask(mask: Bool[Tensor, "batch d_sae"]) -> Code:
+    """The latents where the mask is true."""
+    counts = mask.sum(dim=1)
+    rows = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Code(rows, mask.nonzero()[:, 1], mask.shape[1])
+
+
+def at_active(
+    x: Float[Tensor, "batch d_in"], weight: Float[Tensor, "d_in d_sae"], code: Code
+) -> Float[Tensor, " active"]:
+    """x @ weight at the active places of the code."""
+    if _plain(x):
+        parts = zip(code.owners.split(CHUNK), code.latents.split(CHUNK), strict=True)
+        return torch.cat([(x[owner] * weight.T[latent]).sum(1) for owner, latent in parts])
+    empty = code.matrix(x.new_zeros(len(code.latents)))
+    return torch.sparse.sampled_addmm(empty, x, weight, beta=0).values()
+
+
+def sum_rows(values: Tensor, weight: Float[Tensor, "d_sae d"], code: Code) -> Float[Tensor, "batch d"]:
+    """code @ weight, with these values."""
+    if _plain(weight):
+        bag = torch.nn.functional.embedding_bag
+        return bag(code.latents, weight, code.rows[:-1], mode="sum", per_sample_weights=values)
+    return code.matrix(values) @ weight
+
+
+def sum_vectors(values: Tensor, x: Float[Tensor, "batch d"], code: Code) -> Float[Tensor, "d_sae d"]:
+    """code^T @ x, with these values."""
+    if _plain(x):
+        result = x.new_zeros(code.d_sae, x.shape[1])
+        for part in torch.arange(len(values), device=x.device).split(CHUNK):
+            result.index_add_(0, code.latents[part], x[code.owners[part]] * values[part, None])
+        return result
+    return code.matrix(values).t() @ x
+
+
+def _plain(x: Tensor) -> bool:
+    return not HAS_MKL and x.device.type == "cpu"
+
+
+class Encode(torch.autograd.Function):
+    """Pre-activations at the active latents; gradients for the weights, and for the bias that x was shifted by.
+
+    `x` itself gets no gradient: it is data. That saves the largest product of the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, shift, weight, bias, code):  # shift: [d_in], subtracted from x; or None
+        x = x if shift is None else x - shift
+        ctx.save_for_backward(x, weight)
+        ctx.code, ctx.shifted = code, shift is not None
+        return at_active(x, weight, code) + bias[code.latents]
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        bias = torch.zeros(ctx.code.d_sae, dtype=grad.dtype, device=grad.device)
+        bias.index_add_(0, ctx.code.latents, grad)
+        shift = -(weight @ bias) if ctx.shifted else None
+        return None, shift, sum_vectors(grad, x, ctx.code).T, bias, None
+
+
+class EncodeAll(torch.autograd.Function):
+    """Pre-activations of all latents in a precision of choice; as in `Encode`, no gradient for x."""
+
+    @staticmethod
+    def forward(ctx, x, shift, weight, bias, dtype):
+        x = (x if shift is None else x - shift).to(dtype)
+        ctx.save_for_backward(x, weight)
+        ctx.shifted = shift is not None
+        return torch.addmm(bias.to(dtype), x, weight.to(dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        bias = grad.sum(0, dtype=torch.float32)
+        shift = -(weight @ bias) if ctx.shifted else None
+        return None, shift, (x.T @ grad).float(), bias, None
+
+
+class Decode(torch.autograd.Function):
+    """The sum of the active latents' decoder rows, times their values."""
+
+    @staticmethod
+    def forward(ctx, values, weight, code):
+        ctx.save_for_backward(values, weight)
+        ctx.code = code
+        return sum_rows(values, weight, code)
+
+    @staticmethod
+    def backward(ctx, grad):
+        values, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        return at_active(grad, weight.T, ctx.code), sum_vectors(values, grad, ctx.code), None

@@ -1,0 +1,369 @@
+"""Seven architectures: equal to SAELens's own at equal weights, in every loss and gradient, and equal after saving."""
+
+import pytest
+import torch
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    GatedTrainingSAE,
+    GatedTrainingSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.saes.sae import TrainStepInput
+
+from lenslab.runtime import derive_generator
+from lenslab.sae import architectures
+from lenslab.sae.architectures import ARCHITECTURES, TOPK_FAMILY, build_sae
+from lenslab.sae.convert import to_saelens
+from lenslab.sae.pretrained import load_sae, save_sae
+from lenslab.sae.registry import NotAnSAE
+
+WIDTH, LATENTS, K, BATCH, SPARSITY, WIDTHS = 16, 48, 4, 40, 0.7, (6, 20, 48)
+NAMES = tuple(ARCHITECTURES)
+METADATA = {"hook_name": "blocks.0.hook_resid_post", "model_name": "some-model"}
+THEIRS = {
+    "relu": (StandardTrainingSAE, StandardTrainingSAEConfig, dict(l1_coefficient=SPARSITY)),
+    "topk": (TopKTrainingSAE, TopKTrainingSAEConfig, dict(k=K)),
+    "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, dict(k=K)),
+    "matryoshka": (
+        MatryoshkaBatchTopKTrainingSAE,
+        MatryoshkaBatchTopKTrainingSAEConfig,
+        dict(k=K, matryoshka_widths=list(WIDTHS)),
+    ),
+    "jumprelu": (JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, dict(l0_coefficient=SPARSITY, jumprelu_bandwidth=0.3)),
+    "gated": (GatedTrainingSAE, GatedTrainingSAEConfig, dict(l1_coefficient=SPARSITY)),
+    # SAELens trains no transcoder; one that writes what it reads is a batchtopk SAE that leaves b_dec out
+    "transcoder": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, dict(k=K, apply_b_dec_to_input=False)),
+}
+
+
+def drawn(*shape, label=""):
+    return torch.randn(*shape, generator=derive_generator(1, f"{label} {shape}"))
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    monkeypatch.setenv("LENSLAB_COMPUTE", "float32")
+
+
+def built(name, **options):
+    """One with weights that are no special case; decoder rows of norm 1 where the architecture keeps them so."""
+    options = dict(k=K, sparsity=SPARSITY, bandwidth=0.3, metadata=METADATA) | options
+    options |= {"widths": WIDTHS} if name == "matryoshka" else {}
+    sae = build_sae(name, WIDTH, LATENTS, **options)
+    with torch.no_grad():
+        sae.W_enc.copy_(drawn(*sae.W_enc.shape, label="encoder") / 3)
+        if not sae.config.tied:
+            rows = drawn(*sae.W_dec.shape, label="decoder")
+            length = 1.0 if name in TOPK_FAMILY else 0.5 + torch.rand(LATENTS, 1, generator=derive_generator(0, "rows"))
+            sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True) * length)
+        for bias in ("b_enc", "b_dec", "b_mag", "r_mag"):
+            if hasattr(sae, bias):
+                getattr(sae, bias).copy_(drawn(*getattr(sae, bias).shape, label=bias) / 5)
+        if name == "jumprelu":
+            sae.threshold.copy_(drawn(LATENTS, label="threshold").abs() / 3)
+        elif hasattr(sae, "threshold"):
+            sae.threshold.fill_(0.4)
+    return sae
+
+
+def theirs(name, sae):
+    kind, config, options = THEIRS[name]
+    other = kind(config(d_in=WIDTH, d_sae=LATENTS, device="cpu", **options))
+    state = {key: value.detach().clone() for key, value in sae.named_parameters()}
+    if name == "gated":
+        state["b_gate"] = state.pop("b_enc")
+    if "topk_threshold" in other.state_dict():
+        state["topk_threshold"] = sae.threshold.double()
+    other.load_state_dict(state)
+    return other
+
+
+def dead_latents(n):
+    dead = torch.zeros(LATENTS, dtype=torch.bool)
+    dead[torch.randperm(LATENTS, generator=derive_generator(0, "dead"))[:n]] = True
+    return dead
+
+
+@pytest.mark.parametrize("n_dead", [0, 3, 20])  # 3 of them count for less than the 8 that AuxK would take
+@pytest.mark.parametrize("name", NAMES)
+def test_every_loss_and_gradient_equals_saelens(name, n_dead):
+    sae, x, dead, warm = built(name, scale="none", centre=False), drawn(BATCH, WIDTH), dead_latents(n_dead), 0.6
+    other = theirs(name, sae)
+    found = sae.loss(x, x, dead, warm)
+    wanted = other.training_forward_pass(
+        TrainStepInput(x, dict.fromkeys(("l0", "l1"), SPARSITY * warm), dead, n_training_steps=3, is_logging_step=False)
+    )
+    terms = {key: float(value) for key, value in wanted.losses.items()}
+    assert float(found.reconstruction) == pytest.approx(terms.pop("mse_loss"), rel=1e-4)
+    assert float(found.auxiliary) == pytest.approx(terms.pop("auxiliary_reconstruction_loss", 0), rel=1e-4)
+    assert float(found.sparsity) == pytest.approx(sum(terms.values()), rel=1e-4)  # l1, l0 or the inner ones
+    assert float(found.total) == pytest.approx(float(wanted.loss), rel=1e-4)
+    if name in TOPK_FAMILY:
+        assert (float(found.auxiliary) > 0) == (n_dead > 0)
+    else:
+        assert float(found.sparsity) > 0
+    assert torch.equal(found.fired, (wanted.feature_acts != 0).any(0))
+    assert float(found.l0) == pytest.approx(float((wanted.feature_acts != 0).sum(1).float().mean()), abs=1e-5)
+    assert torch.allclose(found.error, x - wanted.sae_out, atol=1e-5)
+
+    found.total.backward()
+    wanted.loss.backward()
+    gradients = {key: value.grad for key, value in other.named_parameters()}
+    if name == "gated":
+        gradients["b_enc"] = gradients.pop("b_gate")
+    for key, value in sae.named_parameters():
+        largest = float(gradients[key].abs().max())
+        assert largest > 1e-3 and torch.allclose(value.grad, gradients[key], rtol=1e-3, atol=1e-4 * largest), key
+
+
+@pytest.mark.parametrize("name", TOPK_FAMILY)
+def test_one_of_the_largest_that_is_not_positive_is_not_active(name):
+    sae, x = built(name, scale="none", centre=False), drawn(BATCH, WIDTH)
+    with torch.no_grad():
+        sae.b_enc.sub_(2.5)
+    found, features = sae.loss(x, x), theirs(name, sae).encode(x)
+    assert 0 < float(found.l0) < K - 0.5
+    assert float(found.l0) == pytest.approx(float((features > 0).sum(1).float().mean()), abs=1e-5)
+    assert torch.equal(found.fired, (features > 0).any(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_changes_losses_by_little(name, monkeypatch):
+    sae, x = built(name, scale="none", centre=False), drawn(400, WIDTH)
+    exact = sae.loss(x, x, dead_latents(10))
+    monkeypatch.setenv("LENSLAB_COMPUTE", "bfloat16")
+    fast = sae.loss(x, x, dead_latents(10))
+    assert float(fast.total) == pytest.approx(float(exact.total), rel=0.02)
+    assert fast.total.dtype == fast.error.dtype == torch.float32
+
+
+def test_a_tied_sae_is_one_whose_decoder_is_the_encoder_transposed():
+    tied, x = built("relu", tied=True, scale="none", centre=False), drawn(BATCH, WIDTH)
+    assert "W_dec" not in dict(tied.named_parameters())
+    free = built("relu", scale="none", centre=False)
+    with torch.no_grad():
+        free.W_dec.copy_(tied.W_enc.T)
+    one, two = tied.loss(x, x), free.loss(x, x)
+    assert float(one.total) == pytest.approx(float(two.total), rel=1e-6)
+    one.total.backward(), two.total.backward()
+    assert torch.allclose(tied.W_enc.grad, free.W_enc.grad + free.W_dec.grad.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_relu_sae_costs_the_same_with_and_without_its_zeros(tied, monkeypatch):
+    sae, x = built("relu", tied=tied, scale="none", centre=False), drawn(BATCH, WIDTH)
+    found = []
+    for enough in (0.0, 1.1):
+        monkeypatch.setattr(architectures, "SPARSE_ENOUGH", enough)
+        sae.zero_grad()
+        losses = sae.loss(x, x, warm=0.5)
+        losses.total.backward()
+        found.append([losses.total.detach(), losses.l0, losses.fired.float(), *(p.grad for p in sae.parameters())])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", TOPK_FAMILY)
+def test_decoder_rows_keep_length_one_and_are_only_turned(name):
+    sae, x = built(name, scale="none", centre=False), drawn(BATCH, WIDTH)
+    sae.loss(x, x).total.backward()
+    plain = sae.W_dec.grad.clone()
+    sae.before_step()
+    along = (sae.W_dec.grad * sae.W_dec).sum(1)
+    assert float(along.abs().max()) < 1e-5 < 1e-2 < float((plain * sae.W_dec).sum(1).abs().max())
+    assert torch.allclose(plain - sae.W_dec.grad, (plain * sae.W_dec).sum(1, keepdim=True) * sae.W_dec, atol=1e-5)
+    with torch.no_grad():
+        sae.W_dec.sub_(0.1 * sae.W_dec.grad)
+    assert float(sae.W_dec.norm(dim=1).max()) > 1 + 1e-4
+    sae.after_step()
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(LATENTS), atol=1e-6)
+
+
+def test_a_threshold_never_falls_below_zero():
+    sae = built("jumprelu")
+    with torch.no_grad():
+        sae.threshold[:3] = torch.tensor([-0.2, 0.0, 0.1])
+    sae.after_step()
+    assert sae.threshold[:3].tolist() == pytest.approx([0, 0, 0.1])
+
+
+# ------------------------------------------------------------------------------------------- scale, centre, saving
+
+SCALES = [("mean", True), ("mean", False), ("none", True), ("none", False), ("unit", False)]
+
+
+def data(n=300, d=WIDTH, label="data"):
+    return 3 * drawn(n, d, label=label) + 4 * drawn(d, label=label)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale, centre", SCALES)
+@pytest.mark.parametrize("name", [*NAMES, "tied"])
+def test_a_saved_and_loaded_sae_gives_the_same(name, scale, centre, stored, tmp_path):
+    options = dict(scale=scale, centre=centre, tied=name == "tied")
+    x, target = data(), None
+    if name == "transcoder":
+        if scale == "unit":
+            return
+        options |= dict(d_out=10, metadata=METADATA | {"hook_name_out": "blocks.0.hook_mlp_out"})
+        target = 0.1 * data(d=10) + 7
+    sae = built("relu" if name == "tied" else name, **options)
+    encoder = sae.W_enc.detach().clone()
+    sae.fit(x, target)
+    with torch.no_grad():
+        sae.W_enc.copy_(encoder)
+    if name == "relu":
+        with torch.no_grad():
+            sae.W_dec[3] = 0  # a penalty may shrink a row to nothing
+    loaded = load_sae(save_sae(to_saelens(sae), tmp_path / "sae", dtype=stored), device="cpu")
+    features = loaded.encode(x)
+    x_hat, wanted = loaded.decode(features), sae.reconstruct(x)
+    assert 0 < float((features > 0).float().mean()) < 1 and x_hat.shape == wanted.shape
+    if stored is torch.bfloat16:
+        assert float((x_hat - wanted).norm()) < 0.1 * float((wanted - wanted.mean(0)).norm())
+        return
+    size = float(wanted.abs().max())
+    assert torch.allclose(features, sae.encode(x), rtol=1e-5, atol=1e-5 * size)
+    assert torch.allclose(x_hat, wanted, rtol=1e-5, atol=1e-5 * size)
+    if scale != "unit":
+        assert torch.allclose(sae.decode(features), x_hat, rtol=1e-5, atol=1e-5 * size)
+    rows = loaded.W_dec.norm(dim=1)
+    assert torch.allclose(rows[rows > 0], torch.ones(int((rows > 0).sum())), atol=1e-5)
+    assert loaded.cfg.metadata.trained_as == sae.config.architecture
+    assert loaded.cfg.metadata.hook_name_out == options.get("metadata", {}).get("hook_name_out")
+
+
+def test_heads_side_by_side_are_said_in_the_saved_sae():
+    sae = build_sae("topk", WIDTH, LATENTS, k=K, metadata={"hook_name": "blocks.0.attn.hook_z", "model_name": "m"})
+    assert to_saelens(sae).cfg.reshape_activations == "hook_z"
+
+
+def test_what_cannot_be_folded_is_refused():
+    sae = built("topk")
+    with torch.no_grad():
+        sae.W_dec[0] *= 1.1
+    with pytest.raises(NotAnSAE, match="one length"):
+        to_saelens(sae)
+    with pytest.raises(NotAnSAE, match="hook"):
+        to_saelens(build_sae("topk", WIDTH, LATENTS, k=K))
+    broken = built("relu")
+    with torch.no_grad():
+        broken.W_enc[0, 0] = float("nan")
+    with pytest.raises(NotAnSAE, match="NaN"):
+        to_saelens(broken)
+
+
+@pytest.mark.parametrize("centre", [True, False])
+def test_fit_gives_norm_and_centre_of_the_sample(centre):
+    sae, x = built("topk", centre=centre), data()
+    sae.fit(x)
+    z = sae.scaled(x)
+    assert float(z.norm(dim=1).mean()) == pytest.approx(WIDTH**0.5, rel=1e-5)
+    assert (float(z.mean(0).abs().max()) < 1e-5) == centre
+    unit = built("topk", scale="unit", centre=False)
+    unit.fit(x)
+    assert torch.allclose(unit.scaled(x).norm(dim=1), torch.full((300,), 4.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_wide_sae_begins_with_an_encoder_short_enough_to_reconstruct(tied):
+    """With 64 latents a dimension, unfitted ones would reconstruct 32 times too much."""
+    sae, x = build_sae("relu", WIDTH, 64 * WIDTH, tied=tied, sparsity=0.0), data()
+    sae.fit(x)
+    z = sae.scaled(x)
+    assert float(sae.loss(z, z).reconstruction) < 0.2 * float(z.square().sum(1).mean())
+
+
+@pytest.mark.parametrize("scale, centre", SCALES)
+@pytest.mark.parametrize("what", ["constant", "nan"])
+def test_fit_refuses_data_from_which_nothing_can_be_learned(what, scale, centre):
+    x = drawn(WIDTH).expand(300, WIDTH).clone()
+    if what == "nan":
+        x = data()
+        x[5, 2] = float("nan")
+    with pytest.raises(ValueError, match="constant, or NaN"):
+        built("topk", scale=scale, centre=centre).fit(x)
+
+
+# ------------------------------------------------------------------------------------------------------ batchtopk
+
+
+@pytest.mark.parametrize("guess", [0.0, 0.3, 1.0, 50.0])
+def test_the_guess_changes_only_how_fast_the_largest_are_found(guess):
+    sae, pre = built("batchtopk"), drawn(BATCH, LATENTS)
+    sae.guess.fill_(guess)
+    code = sae.select(pre)
+    mask = torch.zeros(BATCH * LATENTS, dtype=torch.bool)
+    mask[pre.flatten().topk(K * BATCH).indices] = True
+    found = code.matrix(torch.ones(len(code.latents))).to_dense() > 0
+    assert len(code.latents) == K * BATCH and torch.equal(found, mask.view(BATCH, LATENTS))
+    assert int(found.sum(1).max()) > K > int(found.sum(1).min())  # k on average, not for each
+
+
+def test_where_fewer_are_positive_those_are_taken():
+    sae, pre = built("batchtopk"), drawn(BATCH, LATENTS) - 1.8
+    assert 0 < int((pre > 0).sum()) < K * BATCH
+    code = sae.select(pre)
+    assert torch.equal(code.matrix(torch.ones(len(code.latents))).to_dense() > 0, pre > 0)
+    assert not len(sae.select(-pre.abs()).latents)
+    x = drawn(BATCH, WIDTH)
+    with torch.no_grad():
+        sae.b_enc.fill_(-100.0)
+    losses = sae.loss(x, x, dead_latents(20))
+    losses.total.backward()
+    assert float(losses.l0) == 0 and torch.isfinite(sae.W_enc.grad).all()
+
+
+@pytest.mark.parametrize("name", ["batchtopk", "matryoshka", "transcoder"])
+def test_at_inference_about_k_are_active(name):
+    sae = built(name, scale="none", centre=False)
+    sae.threshold.zero_()
+    for step in range(300):
+        x = drawn(100, WIDTH, label=step)
+        sae.loss(x, x)
+    unseen = drawn(2000, WIDTH, label="unseen")
+    assert float((sae.encode(unseen) > 0).sum(1).float().mean()) == pytest.approx(K, rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------------------- build_sae
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("topk2", {}, "there are relu, topk"),
+        ("topk", dict(k=0), "k must lie between 1 and d_sae = 48"),
+        ("batchtopk", dict(k=49), "k must lie"),
+        ("topk", dict(tied=True), "only a relu"),
+        ("matryoshka", dict(widths=(6, 20)), "must rise to d_sae = 48, got"),
+        ("matryoshka", dict(widths=(20, 6, 48)), "must rise"),
+        ("matryoshka", dict(widths=(0, 48)), "must rise"),
+        ("topk", dict(widths=(6, 48)), "widths are for matryoshka"),
+        ("topk", dict(scale="norm"), "not 'norm'"),
+        ("topk", dict(scale="unit"), "centre=False"),
+        ("transcoder", dict(scale="unit", centre=False), "cannot be undone"),
+        ("topk", dict(d_out=8), "for transcoders"),
+        ("jumprelu", dict(bandwidth=0.0), "bandwidth"),
+    ],
+)
+def test_what_cannot_be_is_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_sae(name, WIDTH, LATENTS, **{"k": K} | options)
+
+
+def test_sizes_and_unknown_options_are_refused_and_a_seed_gives_the_same_weights():
+    with pytest.raises(ValueError, match="at least 1"):
+        build_sae("relu", WIDTH, 0)
+    with pytest.raises(TypeError, match="l1"):
+        build_sae("relu", WIDTH, LATENTS, l1=3)
+    first, again, other = (build_sae("relu", WIDTH, LATENTS, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.W_enc, again.W_enc) and not torch.equal(first.W_enc, other.W_enc)
+    assert torch.equal(first.W_enc, first.W_dec.T)
+    assert build_sae("matryoshka", WIDTH, 5, k=2).loss(drawn(4, WIDTH), drawn(4, WIDTH)).total > 0
