@@ -92,6 +92,49 @@ def gpt2_shared_end_folder(tmp_path_factory) -> Path:
     return folder
 
 
+SMALL = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+)
+
+
+def save_random(folder: Path, kind: str, **config) -> Path:
+    """A random model of another architecture (`Llama`, `Olmoe`), saved as a Hugging Face folder."""
+    import transformers
+
+    make_tokenizer(folder)
+    torch.manual_seed(2)
+    vocabulary = len(transformers.AutoTokenizer.from_pretrained(folder))
+    built = getattr(transformers, f"{kind}Config")(vocab_size=vocabulary, **SMALL, **config)
+    getattr(transformers, f"{kind}ForCausalLM")(built).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory) -> Path:
+    """A random Llama with grouped-query attention."""
+    return save_random(tmp_path_factory.mktemp("llama-twin"), "Llama")
+
+
+@pytest.fixture(scope="session")
+def olmoe_folder(tmp_path_factory) -> Path:
+    """A random mixture of experts: four, two of them per token."""
+    return save_random(tmp_path_factory.mktemp("olmoe-twin"), "Olmoe", num_experts=4, num_experts_per_tok=2)
+
+
+@pytest.fixture(scope="session")
+def switch_folder(tmp_path_factory) -> Path:
+    """A random mixture with Switch routing: one expert per token, weighted by its probability."""
+    return save_random(tmp_path_factory.mktemp("switch-twin"), "Olmoe", num_experts=4, num_experts_per_tok=1)
+
+
 @pytest.fixture(scope="session")
 def model(gpt2_folder):
     """The random GPT-2 as `load_model` gives it."""

@@ -7,13 +7,23 @@ import subprocess
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import plotly.graph_objects as go
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from lenslab.show import images
-from lenslab.show.images import PLOTLY_MIME, figure_json, find_browser, save_figure, save_table
+from lenslab.show import feature_plots, images, plots
+from lenslab.show.images import (
+    PLOTLY_MIME,
+    figure_element,
+    figure_json,
+    find_browser,
+    save_figure,
+    save_table,
+    write_plotly_js,
+)
 from lenslab.show.index import first_sentence, write_index
+from lenslab.show.tokens import highlight
 
 EVIL = "<script>document.title='owned'</script>"
 
@@ -108,6 +118,48 @@ def test_a_saved_figure_draws_offline(outputs, tmp_path):
     dom, console = open_page(outputs / "results" / "bars.html", tmp_path / "profile")
     assert not console
     assert 'class="main-svg"' in dom
+
+
+@pytest.mark.browser
+def test_highlighted_tokens_are_coloured_offline_and_no_text_becomes_a_script(outputs, tmp_path):
+    evil = ["<s>", EVIL, f'"><img src=x onerror="{EVIL[8:-9]}">', " calm", ""]
+    view = highlight([evil], [[9, 2.0, 1.0, 0.0, 0]], counted=[[0, 1, 1, 1, 0]], labels=[EVIL], title=EVIL)
+    page = view.save("tokens")
+    # a script of this test's own says which colours the browser uses
+    ask = "getComputedStyle(document.querySelector('.t .p12')).backgroundColor"
+    page.write_text(page.read_text() + f"<script>document.body.dataset.colour = {ask}</script>")
+    dom, console = open_page(page, tmp_path / "profile")
+    assert not console
+    assert "<title>&lt;script&gt;document.title='owned'&lt;/script&gt;</title>" in dom
+    assert 'data-colour="rgba(200, 80, 45, 0.62)"' in dom
+    assert dom.count("<script") == 1 and "<img" not in dom and dom.count("<mark") >= 1
+
+
+@pytest.mark.browser
+def test_every_figure_of_features_draws_and_labels_stay_text(tmp_path):
+    values, names, kinds = np.arange(12.0).reshape(4, 3), [7, "<b>bold", "$x$"], ["a", "b", "a", EVIL]
+    figures = [
+        feature_plots.text_feature_heatmap(values, names, kinds, ["t"] * 4),
+        feature_plots.text_feature_heatmap(values, names, kinds, ["t"] * 4, rows=True),
+        feature_plots.category_feature_heatmap(values, [*kinds[:3], "d"], names),
+        feature_plots.category_means(values.T, ["a", "b", "c", "d"], names, low=values.T - 1, high=values.T + 1),
+        feature_plots.coactivation_heatmap(np.eye(3), names),
+        feature_plots.coactivation_heatmap(np.eye(3), names, kind="conditional"),
+        feature_plots.firing_density({"SAE": [0.0, 0.01], "random": [0.2]}),
+        plots.null_histogram([5, 6, 7], {"SAE": 7}),
+        plots.intervals({"SAE": ([1.0], [0.5], [1.5]), "null": ([0.2], None, None)}, ["a"], reference=0.5),
+        plots.scatter([1, 2, 3], [3, 2, 1], marked=[1, 0, 0], diagonal=True),
+    ]
+    write_plotly_js(tmp_path)
+    elements = "\n".join(figure_element(figure_json(figure), f"f{i}") for i, figure in enumerate(figures))
+    page = tmp_path / "figures.html"
+    page.write_text(f'<meta charset="utf-8"><script src="plotly.min.js"></script>{elements}', encoding="utf-8")
+    dom, console = open_page(page, tmp_path / "profile")
+    assert not console
+    drawn = dom.split('id="f')[1:]
+    assert len(drawn) >= len(figures) and all(f'id="f{i}"' in dom for i in range(len(figures)))
+    assert dom.count('class="main-svg"') >= len(figures)
+    assert "&lt;b&gt;bold" in dom and ">$x$" in dom and "<title>owned</title>" not in dom
 
 
 @pytest.mark.browser

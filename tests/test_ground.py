@@ -1,6 +1,7 @@
 """The ground floor: seeds that depend on nothing drawn before, writes that lose nothing, keys that notice changes."""
 
 import hashlib
+import importlib
 import json
 import os
 import subprocess
@@ -61,6 +62,27 @@ def test_a_generator_is_the_same_in_another_process():
 def test_the_compute_dtype_follows_the_processor():
     assert runtime.compute_dtype() is (torch.bfloat16 if runtime.has_fast_bf16() else torch.float32)
     assert runtime.default_device() == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_the_compute_dtype_can_be_asked_for(monkeypatch):
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        monkeypatch.setenv("LENSLAB_COMPUTE", name)
+        assert runtime.compute_dtype() is dtype and runtime.machine_summary()["fast_bf16"] == (name == "bfloat16")
+    monkeypatch.setenv("LENSLAB_COMPUTE", "bf16")
+    with pytest.raises(ValueError, match="float32 or bfloat16, or not set at all; it is 'bf16'"):
+        runtime.compute_dtype()
+
+
+@pytest.mark.parametrize("kind", ["tqdm.std", "tqdm.notebook"])
+def test_bars_show_unless_silenced_by_either_way(monkeypatch, kind):
+    """tqdm's `disable=None` hides bars in logs, `disable=False` overrides TQDM_DISABLE, its notebook bar ignores it."""
+    bar_class = importlib.import_module(kind).tqdm
+    monkeypatch.setattr(runtime, "tqdm", bar_class)
+    for value, progress, disabled in (("", True, False), ("0", True, False), ("1", True, True), ("", False, True)):
+        monkeypatch.setenv("TQDM_DISABLE", value)
+        with runtime.progress_bar(total=3, progress=progress) as bar:
+            assert bool(bar.disable) is disabled, (value, progress)
+    assert list(runtime.progress_bar(range(3))) == [0, 1, 2]
 
 
 def test_the_allocator_is_left_alone_when_told_and_elsewhere(monkeypatch):

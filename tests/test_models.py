@@ -26,31 +26,6 @@ from lenslab.paths import data_path
 TEXTS = ["The river froze early that year.", "def add(a, b):\n    return a + b", "Yes."]
 
 
-@pytest.fixture(scope="module")
-def llama_folder(tmp_path_factory):
-    """A random Llama with grouped-query attention, saved as a Hugging Face folder."""
-    from conftest import make_tokenizer
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama-twin")
-    make_tokenizer(folder)
-    torch.manual_seed(2)
-    config = LlamaConfig(
-        vocab_size=len(AutoTokenizer.from_pretrained(folder)),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 def reference_logits(folder, row):
     """Hugging Face alone, one text, no padding: [pos, vocabulary]."""
     from transformers import AutoModelForCausalLM
@@ -60,11 +35,11 @@ def reference_logits(folder, row):
         return model(torch.tensor([row])).logits[0]
 
 
-@pytest.mark.parametrize("which", ["gpt2", "llama", "pocket-gpt"])
+@pytest.mark.parametrize("which", ["gpt2", "llama", "olmoe", "switch", "pocket-gpt"])
 @pytest.mark.parametrize("pad_side", ["single", "right", "left"])
-def test_logits_equal_hugging_face(which, pad_side, gpt2_folder, llama_folder):
-    folder = {"gpt2": gpt2_folder, "llama": llama_folder, "pocket-gpt": data_path("models", "pocket-gpt")}[which]
-    model = load_model(folder if which != "pocket-gpt" else "pocket-gpt")
+def test_logits_equal_hugging_face(which, pad_side, request):
+    folder = data_path("models", which) if which == "pocket-gpt" else request.getfixturevalue(f"{which}_folder")
+    model = load_model(which if which == "pocket-gpt" else folder)
     rows = [[model.tokenizer.bos_token_id, *model.tokenizer(t, add_special_tokens=False).input_ids] for t in TEXTS]
     width, pad = max(map(len, rows)), model.tokenizer.pad_token_id
     with torch.inference_mode():
@@ -224,6 +199,29 @@ def test_a_cut_off_download(gpt2_folder, tmp_path):
 def test_a_hub_name_without_network_says_what_to_do():
     with pytest.raises(NotAModel, match="hf download"):
         load_model("nobody/no-such-model")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_model_says_how_to_get_at_it(monkeypatch, status):
+    import httpx
+    import transformers
+    from huggingface_hub.errors import GatedRepoError
+
+    def gated(source, **options):
+        response = httpx.Response(status, request=httpx.Request("GET", f"https://huggingface.co/{source}"))
+        try:
+            raise GatedRepoError("Cannot access gated repo", response=response)
+        except GatedRepoError as error:  # as transformers wraps it
+            raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.") from error
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", gated)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(NotAModel, match=r"licence on https://huggingface\.co/google/gemma-3-1b-pt .* as HF_TOKEN\."):
+        load_model("gemma-3-1b")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    with pytest.raises(NotAModel, match="the one that is set has no access") as refused:
+        load_model("gemma-3-1b")
+    assert "hf_none" not in str(refused.value)
 
 
 def test_a_folder_without_tokenizer(gpt2_folder, tmp_path):

@@ -196,6 +196,83 @@ def test_a_stratum_with_both_labels_is_enough_beside_strata_with_one():
     assert float(result.p) == pytest.approx(0.5, abs=0.1)
 
 
+def test_matched_aurocs_are_those_of_each_column_with_its_own_label():
+    rng = numpy_rng("matched")
+    scores, kinds = rng.random((30, 3)).round(1), rng.integers(0, 3, 30)
+    labels = kinds[:, None] == np.arange(3)
+    result = stats.matched_auroc_permutations(scores, labels, generator(), n=2000)
+    for i in range(3):
+        alone = stats.auroc_permutations(scores[:, [i]], labels[:, i], generator("other"), n=2000)
+        assert result.observed[i] == pytest.approx(alone.observed[0])
+        assert result.p[i] == pytest.approx(alone.p[0], abs=0.05)
+    assert (result.null_max <= 1).all() and result.null_max.mean() > 0.5  # the largest of three
+
+
+def test_matched_aurocs_shuffle_whole_rows_within_strata():
+    strata = np.repeat([0, 1], 20)
+    labels = np.stack([np.arange(40) % 20 < 5 + 10 * strata, np.arange(40) % 2 == 0], axis=1)
+    scores = np.stack([strata, np.zeros(40)], axis=1) + 0.0
+    inside = stats.matched_auroc_permutations(scores, labels, generator(), n=200, strata=strata)
+    assert inside.observed[0] > 0.7 and inside.p.tolist() == [1, 1]  # the stratum explains all of it
+    assert stats.matched_auroc_permutations(scores, labels, generator(), n=200).p[0] < 0.05
+
+
+def test_matched_aurocs_keep_their_level_over_tests():
+    rng, kinds, false = numpy_rng("matched level"), np.repeat(np.arange(5), 12), 0
+    for run in range(200):
+        labels = rng.permutation(kinds)[:, None] == np.arange(5)
+        p = stats.matched_auroc_permutations(rng.random((60, 5)), labels, generator("m", run), n=199).p
+        false += bool((stats.benjamini_hochberg(p) <= 0.05).any())
+    assert 1 <= false <= 17  # of 10 expected
+
+
+def test_matched_aurocs_refuse_what_they_cannot_rank(unchecked):
+    scores, labels = np.random.default_rng(0).random((12, 2)), np.arange(24).reshape(12, 2) < 9
+    with pytest.raises(ValueError, match="both classes"):
+        stats.matched_auroc_permutations(scores, labels & False, generator())
+    with pytest.raises(ValueError, match="per text and test"):
+        stats.matched_auroc_permutations(scores[:, :1], labels, generator())
+    with pytest.raises(ValueError, match="NaN"):
+        stats.matched_auroc_permutations(scores * np.nan, labels, generator())
+
+
+def test_difference_of_aurocs_by_hand_and_by_resampling():
+    rng = numpy_rng("difference")
+    inside = np.arange(40) < 12
+    ours, theirs = rng.normal(size=40) + inside, (rng.normal(size=40) + 0.3 * inside).round(1)
+    found = stats.auroc_difference(ours[:, None], theirs[:, None], inside[:, None], ~inside, generator(), n=4000)
+    a, b = (float(auroc(torch.from_numpy(s)[:, None], torch.from_numpy(inside))[0]) for s in (ours, theirs))
+    assert found.estimate == pytest.approx(a - b) and found.n == 40
+    drawn = []
+    for _ in range(700):
+        rows = np.concatenate([rng.choice(np.flatnonzero(c), c.sum()) for c in (inside, ~inside)])
+        pair = (auroc(torch.from_numpy(s[rows])[:, None], torch.from_numpy(inside[rows]))[0] for s in (ours, theirs))
+        drawn.append(float(next(pair) - next(pair)))
+    assert [found.low, found.high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist(), abs=0.03)
+
+
+def test_difference_of_aurocs_is_averaged_over_groups():
+    scores = np.array([[3.0, 0], [1, 0], [0, 3], [0, 1], [2, 2], [0, 0]])
+    inside = np.array([[1, 0], [1, 0], [0, 1], [0, 1], [0, 0], [0, 0]], dtype=bool)
+    outside = ~inside.any(axis=1)
+    found = stats.auroc_difference(scores, scores * [1, 0], inside, outside, generator(), n=50)
+    assert found.estimate == pytest.approx(((3 / 4 - 3 / 4) + (3 / 4 - 1 / 2)) / 2)
+    same = stats.auroc_difference(scores, scores, inside, outside, generator(), n=50)
+    assert (same.estimate, same.low, same.high) == (0, 0, 0)
+
+
+def test_difference_of_aurocs_refuses_absent_classes_and_other_shapes(unchecked):
+    scores, inside = np.random.default_rng(0).random((6, 1)), np.arange(6)[:, None] < 2
+    with pytest.raises(ValueError, match="none in both"):
+        stats.auroc_difference(scores, scores, inside, np.arange(6) < 4, generator())
+    with pytest.raises(ValueError, match="none in both"):
+        stats.auroc_difference(scores, scores, inside & False, ~inside[:, 0], generator())
+    with pytest.raises(ValueError, match="for labels"):
+        stats.auroc_difference(scores, scores[:5], inside, ~inside[:, 0], generator())
+    with pytest.raises(ValueError, match="NaN"):
+        stats.auroc_difference(scores * np.nan, scores, inside, ~inside[:, 0], generator())
+
+
 # Bootstrap
 
 

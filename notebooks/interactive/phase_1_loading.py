@@ -297,16 +297,14 @@ print(f"a uniform guess over the vocabulary: {np.log2(summary.vocabulary):.1f}")
 # %% [markdown]
 # ## 9. From dense to sparse
 # A *sparse autoencoder* writes an activation as a sum of a few *features* out of many. It was trained at one hook of
-# one model, and is refused anywhere else. A model without SAEs gets a small one here, trained in about a minute.
+# one model, and is refused anywhere else. A model without SAEs gets a small one here, trained while you wait.
 
 # %%
-from lenslab.activations import pack
-from lenslab.data import offline_text
-from lenslab.sae.pretrained import bundled_saes, load_sae, sae_hook
-from lenslab.sae.small import train_small_sae
+from lenslab.sae.bundled import sae_for
+from lenslab.sae.pretrained import bundled_saes, sae_hook
 
+sae = sae_for(model)  # of the middle layer
 found = bundled_saes(model)
-sae = load_sae(found[0]) if found else train_small_sae(model, hook, pack(model, offline_text(160)), steps=300)
 print("bundled SAE:" if found else "no bundled SAE for this model: a small one was trained for", sae_hook(sae))
 print(f"{sae.cfg.d_in} dimensions -> {sae.cfg.d_sae} features")
 

@@ -31,15 +31,20 @@ def _real_rows(x: Tensor, real: Tensor | None, what: str) -> Tensor:
     if x.ndim < 2:
         raise ValueError(f"{what} needs a token axis and a dimension axis, got shape {tuple(x.shape)}")
     if real is not None and real.shape != x.shape[:-1]:
-        raise ValueError(
-            f"{what} has tokens {tuple(x.shape[:-1])} but `real` has {tuple(real.shape)}: pass the batch's"
-        )
+        raise ValueError(f"{what} has tokens {tuple(x.shape[:-1])}, `real` has {tuple(real.shape)}: pass the batch's")
     rows = x.flatten(0, -2) if real is None else x[real]
     if not len(rows):
         raise ValueError(f"{what} has no real token: nothing to measure. Check `real` (BOS and padding are not real)")
     if not torch.isfinite(rows).all():
         raise ValueError(f"{what} holds NaN or Inf at a real token: find the layer that made it before measuring")
     return rows
+
+
+def _seen(tokens: int) -> int:
+    """The number of tokens an accumulator has seen; ValueError before the first."""
+    if not tokens:
+        raise ValueError("no tokens yet: call update first")
+    return tokens
 
 
 class Moments:
@@ -78,9 +83,7 @@ class Moments:
     @property
     def variance(self) -> Float[Tensor, " d"]:
         """Mean squared deviation per dimension (divided by count, not by count - 1)."""
-        if self.M2 is None:
-            raise ValueError("no tokens yet: call update first")
-        return self.M2 / self.count
+        return self.M2 / _seen(self.count)
 
     @property
     def total_variance(self) -> float:
@@ -102,13 +105,12 @@ class ReconstructionError:
             raise ValueError(f"x {tuple(x.shape)} and its reconstruction {tuple(x_hat.shape)} differ in shape")
         rows, rows_hat = _real_rows(x, real, "x"), _real_rows(x_hat, real, "the reconstruction")
         self.moments.update(rows)
-        for block, block_hat in zip(rows.split(ROWS), rows_hat.split(ROWS), strict=True):
-            block, block_hat = block.double(), block_hat.double()
+        for pair in zip(rows.split(ROWS), rows_hat.split(ROWS), strict=True):
+            block, block_hat = (half.double() for half in pair)
             self.squared_error += float((block - block_hat).square().sum())
             norm, norm_hat = block.norm(dim=1), block_hat.norm(dim=1)
             has = norm > 0
-            product = (block * block_hat).sum(1)
-            self._cosine += float((product / (norm * norm_hat).clamp_min(1e-300))[has].sum())
+            self._cosine += float(((block * block_hat).sum(1) / (norm * norm_hat).clamp_min(1e-300))[has].sum())
             self._ratio += float((norm_hat[has] / norm[has]).sum())
             self._with_direction += int(has.sum())
         return self
@@ -116,9 +118,7 @@ class ReconstructionError:
     @property
     def mse(self) -> float:
         """Mean over tokens of ||x - x_hat||^2: summed, not averaged, over dimensions, as SAELens does."""
-        if not self.moments.count:
-            raise ValueError("no tokens yet: call update first")
-        return self.squared_error / self.moments.count
+        return self.squared_error / _seen(self.moments.count)
 
     @property
     def fvu(self) -> float:
@@ -199,9 +199,8 @@ class FeatureActivity:
     @property
     def firing_rate(self) -> Float[Tensor, " latent"]:
         """Share of tokens at which each latent is active."""
-        if self.counts is None:
-            raise ValueError("no tokens yet: call update first")
-        return self.counts.double() / self.tokens
+        tokens = _seen(self.tokens)
+        return self.counts.double() / tokens
 
     @property
     def l0(self) -> float:
@@ -211,9 +210,7 @@ class FeatureActivity:
     @property
     def l1(self) -> float:
         """Mean over tokens of the summed absolute activation."""
-        if self.counts is None:
-            raise ValueError("no tokens yet: call update first")
-        return self._absolute / self.tokens
+        return self._absolute / _seen(self.tokens)
 
 
 def l0(features: Latents, real: Mask = None) -> float:
@@ -267,9 +264,7 @@ def recovered_fraction(clean: float, spliced: float, ablated: float) -> float:
     if not all(map(math.isfinite, (clean, spliced, ablated))):
         raise ValueError(f"losses must be finite, got clean {clean}, spliced {spliced}, ablated {ablated}")
     if ablated <= clean:
-        raise ValueError(
-            f"ablation lowers the loss ({clean:.4f} to {ablated:.4f}): report the difference in nats instead"
-        )
+        raise ValueError(f"ablation lowers the loss ({clean:.4f} to {ablated:.4f}): report the difference in nats")
     return (ablated - spliced) / (ablated - clean)
 
 
@@ -294,9 +289,7 @@ def next_token_nats(
         raise ValueError(f"logits for {tuple(logits.shape[:2])} tokens, tokens {tuple(tokens.shape)}")
     scored = _check_predictions(logits, real)
     nats = []
-    for row, targets, where in zip(
-        logits[:, :-1], tokens[:, 1:], scored, strict=True
-    ):  # one text: vocabularies are large
+    for row, targets, where in zip(logits[:, :-1], tokens[:, 1:], scored, strict=True):  # by text: they are large
         nats.append(torch.nn.functional.cross_entropy(row[where].float(), targets[where].long(), reduction="none"))
     result = torch.cat(nats)
     if not torch.isfinite(result).all():
@@ -339,11 +332,9 @@ def gini(x: Num[Tensor, " n"]) -> float:
     """
     if x.numel() < 2 or not torch.isfinite(x).all() or bool((x < 0).any()) or not bool((x > 0).any()):
         raise ValueError("the Gini coefficient needs two or more finite, non-negative values, not all zero")
-    ascending = x.double().sort().values
-    n = len(ascending)
+    ascending, n = x.double().sort().values, len(x)
     rank = torch.arange(1, n + 1, dtype=torch.float64, device=x.device)
-    biased = (2 * (rank * ascending).sum() / ascending.sum() - (n + 1)) / n
-    return float(biased * n / (n - 1))
+    return float((2 * (rank * ascending).sum() / ascending.sum() - (n + 1)) / (n - 1))
 
 
 def auroc(scores: Num[Tensor, "sample feature"], labels: Bool[Tensor, " sample"]) -> Float[Tensor, " feature"]:
@@ -359,9 +350,8 @@ def auroc(scores: Num[Tensor, "sample feature"], labels: Bool[Tensor, " sample"]
     if bool(scores.isnan().any()):
         raise ValueError("a score is NaN: an AUROC over it would rank it arbitrarily")
     values = scores.detach().cpu()
-    ranks = torch.from_numpy(
-        rankdata(values.float().numpy() if values.dtype == torch.bfloat16 else values.numpy(), axis=0)
-    )
+    values = values.float() if values.dtype == torch.bfloat16 else values  # NumPy has no bfloat16
+    ranks = torch.from_numpy(rankdata(values.numpy(), axis=0))
     above = ranks[labels.cpu()].sum(0) - positive * (positive + 1) / 2
     return (above / (positive * negative)).to(scores.device)
 

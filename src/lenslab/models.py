@@ -132,17 +132,32 @@ def _hf_model(source: str, label: str, dtype: torch.dtype):
                 source, dtype=dtype, attn_implementation="eager", use_safetensors=True, **options
             )
         )
-    except Exception as error:  # transformers raises a dozen kinds: bad JSON, cut-off weights, no network, gated
+    except Exception as error:  # transformers raises a dozen kinds: bad JSON, cut-off weights, no network
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         near = difflib.get_close_matches(label, [*BUNDLED, *HUB], n=1)
         meant = f"Did you mean {near[0]!r}? " if near and near[0] != label else ""
+        if _refused(error):
+            raise NotAModel(
+                f"{label}: the hub gives it to no one it does not know. {meant}It is gated, private or misspelt. "
+                f"Accept its licence on https://huggingface.co/{source} while signed in, make an access token in your "
+                "settings there, and set it as HF_TOKEN" + (" (the one that is set has no access)." if token else ".")
+            ) from error
         advice = (
             "Check that the folder is complete: a cut-off download leaves short files."
             if folder.is_dir()
-            else f"If it is a hub name, download it while online (`hf download {source}`; set HF_TOKEN for gated "
-            f"models) and unset HF_HUB_OFFLINE. Bundled, always here: {', '.join(BUNDLED)}."
+            else f"If it is a hub name, download it while online (`.venv/bin/hf download {source}`; set HF_TOKEN for "
+            f"gated models) and unset HF_HUB_OFFLINE. Bundled, always here: {', '.join(BUNDLED)}."
         )
         raise NotAModel(f"{label} could not be loaded. {meant}{first} {advice}") from error
+
+
+def _refused(error: BaseException | None) -> bool:
+    """Whether the hub was reached and said no, somewhere in what led to this error."""
+    while error is not None:
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _fused_gelu(hf_model):

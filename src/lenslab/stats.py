@@ -7,6 +7,9 @@ How a feature's discrimination is tested (`auroc_permutations`):
 4. p = (1 + shuffles at least as large as the observed) / (1 + n), per feature and, by each shuffle's largest
    value, for the best of all features at once (`family_p`).
 
+Where the feature was chosen on other texts, `matched_auroc_permutations` tests one per category, and
+`auroc_difference` compares it with another on the same texts.
+
 p cannot fall below 1 / (1 + n): for a lone discovery among m tests, Benjamini-Hochberg at level q needs n of at
 least m / q shuffles. Intervals are two-sided, so a "95 % lower bound" here leaves 2.5 % below it.
 """
@@ -71,7 +74,9 @@ def permutation_test(
     labels = np.asarray(labels)
     observed = _finite(statistic(labels), "the statistic of the labels as given")
     above, null_max = np.zeros(observed.shape), np.empty(n)
-    for i, order in enumerate(tqdm(_shuffles(labels, generator, n, strata), "permutations", n, delay=3, leave=False)):
+    for i, order in enumerate(
+        tqdm(shuffled_orders(labels, generator, n, strata), "permutations", n, delay=3, leave=False)
+    ):
         value = _finite(statistic(labels[order]), "the statistic of shuffled labels")
         above += value >= observed - _slack(observed)
         null_max[i] = value.max()
@@ -98,7 +103,7 @@ def auroc_permutations(
     inside, outside = int(labels.sum()), int((~labels).sum())
     if not inside or not outside:
         raise ValueError(f"AUROC needs both classes: {inside} texts inside the category, {outside} outside")
-    shuffled = np.stack([labels[order] for order in _shuffles(labels, generator, n, strata)]).astype(np.float64)
+    shuffled = np.stack([labels[order] for order in shuffled_orders(labels, generator, n, strata)]).astype(np.float64)
     observed, above = np.empty(scores.shape[1]), np.empty(scores.shape[1])
     null_max = np.full(n, -np.inf)
     for start in range(0, scores.shape[1], FEATURES):
@@ -109,6 +114,75 @@ def auroc_permutations(
         null_max = np.maximum(null_max, null.max(axis=1))
     smallest, pairs = inside * (inside + 1) / 2, inside * outside
     return PermutationResult((observed - smallest) / pairs, (1 + above) / (1 + n), (null_max - smallest) / pairs)
+
+
+def matched_auroc_permutations(
+    scores: Num[np.ndarray, "text test"],
+    labels: Bool[np.ndarray, "text test"],
+    generator: torch.Generator,
+    n: int = 1000,
+    strata: Shaped[np.ndarray, " text"] | None = None,
+) -> PermutationResult:
+    """One AUROC per column: score i against label i, all under the same `n` shuffles of whole label rows.
+
+    For tests whose feature was chosen on other texts: each p stands by itself, and only the number of tests is left
+    to correct for. Otherwise as `auroc_permutations`.
+    """
+    scores, labels = np.asarray(scores), np.asarray(labels, dtype=bool)
+    if scores.shape != labels.shape or scores.ndim != 2:
+        raise ValueError(f"one score and one label per text and test, got {scores.shape} and {labels.shape}")
+    if np.isnan(scores).any():
+        raise ValueError("a score is NaN: an AUROC over it would rank it arbitrarily")
+    inside = labels.sum(axis=0)
+    if not (inside * (len(labels) - inside)).all():
+        raise ValueError("AUROC needs both classes: a test has no text inside its category, or none outside")
+    ranks = scipy.stats.rankdata(scores, axis=0)
+    observed, above, null_max = (labels * ranks).sum(axis=0), np.zeros(labels.shape[1]), np.empty(n)
+    smallest, pairs = inside * (inside + 1) / 2, inside * (len(labels) - inside)
+    rows = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
+    for i, order in enumerate(shuffled_orders(rows, generator, n, strata)):
+        null = np.einsum("tk,tk->k", labels[order], ranks)
+        above += null >= observed
+        null_max[i] = ((null - smallest) / pairs).max()
+    return PermutationResult((observed - smallest) / pairs, (1 + above) / (1 + n), null_max)
+
+
+def auroc_difference(
+    ours: Num[np.ndarray, "text group"],
+    theirs: Num[np.ndarray, "text group"],
+    inside: Bool[np.ndarray, "text group"],
+    outside: Bool[np.ndarray, " text"],
+    generator: torch.Generator,
+    n: int = 1000,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile interval of AUROC(ours) - AUROC(theirs) on the same texts, drawn with replacement in each class.
+
+    With several groups (languages left out in turn) column g is scored on `inside[:, g]` against `outside`, and the
+    differences are averaged. Every text must be a document of its own. ValueError on NaN, on shapes that differ and
+    when a class is absent.
+    """
+    ours, theirs = _finite(ours, "our scores"), _finite(theirs, "the control's scores")
+    inside, outside = np.asarray(inside, dtype=bool), np.asarray(outside, dtype=bool)
+    if not ours.shape == theirs.shape == inside.shape or ours.ndim != 2 or outside.shape != ours.shape[:1]:
+        raise ValueError(f"scores of shape {ours.shape} and {theirs.shape} for labels of shape {inside.shape}")
+    if not outside.any() or not inside.any(axis=0).all() or (inside & outside[:, None]).any():
+        raise ValueError("AUROC needs texts inside every group and outside, and none in both")
+    rng, k, groups = _numpy_generator(generator), int(outside.sum()), ours.shape[1]
+    drawn_outside = rng.multinomial(k, np.full(k, 1 / k), size=_positive(n)) / k
+    estimate, resampled = 0.0, np.zeros(n)
+    for g in range(groups):
+        member = inside[:, g]
+        wins = [
+            (s[member, g, None] > s[None, outside, g]) + 0.5 * (s[member, g, None] == s[None, outside, g])
+            for s in (ours, theirs)
+        ]
+        gain, m = wins[0] - wins[1], int(member.sum())  # [inside, outside]
+        drawn_inside = rng.multinomial(m, np.full(m, 1 / m), size=n) / m
+        estimate += float(gain.mean()) / groups
+        resampled += ((drawn_inside @ gain) * drawn_outside).sum(axis=1) / groups
+    low, high = np.quantile(resampled, _tails(level))
+    return Interval(estimate, float(low), float(high), level, int((inside.any(axis=1) | outside).sum()))
 
 
 def bootstrap_by_document(
@@ -240,8 +314,11 @@ def _student(differences: np.ndarray, level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, level, n)
 
 
-def _shuffles(labels: np.ndarray, generator: torch.Generator, n: int, strata: np.ndarray | None) -> Iterator:
-    """n orders `[sample]` that move labels only within their stratum."""
+def shuffled_orders(labels: np.ndarray, generator: torch.Generator, n: int, strata: np.ndarray | None) -> Iterator:
+    """`n` orders `[sample]` that move labels only within their stratum: `labels[order]` is one shuffle.
+
+    ValueError on NaN labels, lengths that differ, and strata that each hold a single label.
+    """
     if labels.ndim != 1 or not len(labels):
         raise ValueError(f"labels must be a list with at least one entry, got shape {labels.shape}")
     if strata is None:

@@ -1,0 +1,437 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Phase 2: what do features fire on?
+#
+# **What you will learn**: how to read the features of a sparse autoencoder (SAE) on many texts; which are strong,
+# frequent, selective; whether a feature tells one kind of text from the others, *on texts that it was not chosen
+# on*; and whether it does so better than things that were never trained to. Every claim stands beside a control or
+# a null; rankings, examples and heatmaps are descriptions.
+#
+# **Runs on** the bundled `pocket-gpt` and its SAEs, offline; the README says how long it takes and how much memory.
+# For another model set `LENSLAB_MODEL` to a name on the hub (`gpt2`) or a local Hugging Face folder before you
+# start Jupyter.
+#
+# **How to read it**: one question per section, then code, a printed check, the control, a picture.
+
+# %% [markdown]
+# ## 1. The instrument
+# The model that is read; its SAEs come in section 2.
+
+# %%
+import numpy as np
+import pandas as pd
+import torch
+
+from lenslab.models import load_model, model_name, random_twin
+from lenslab.sae.bundled import card_table, sae_for
+from lenslab.show.images import set_up_figures
+
+set_up_figures()
+model = load_model()
+print(f"{model_name(model)}: {model.cfg.n_layers} layers of width {model.cfg.d_model}")
+
+# %% [markdown]
+# 420 short texts of seven kinds, written for this project. What a text is about varies independently of its kind:
+# thirty topics, each twice in every kind. Half of the texts are for discovery, half are held out.
+
+# %%
+from lenslab.activations import tokenize
+from lenslab.analysis.labels import label_texts
+from lenslab.data import load_probes
+
+labels = label_texts(load_probes("categories"))
+batch = tokenize(model, list(labels.texts))
+labels = labels.with_lengths(batch.real.sum(1).numpy())
+print(f"{len(batch)} texts, {batch.n_real} real tokens; left out: {len(labels.skipped)}")
+print(pd.crosstab(labels.category, np.where(labels.held_out, "held out", "discovery"), colnames=[""], rownames=[""]))
+
+# %% [markdown]
+# **Control**: length alone must not give the kind away. An AUROC of 0.5 is chance.
+
+# %%
+from sklearn.metrics import roc_auc_score
+
+lengths = batch.real.sum(1).numpy().astype(float)
+for category in labels.categories:
+    inside = labels.category == category
+    print(f"{category:15s} {lengths[inside].mean():5.1f} tokens on average, AUROC {roc_auc_score(inside, lengths):.2f}")
+
+# %% [markdown]
+# ## 2. The SAEs
+# Numbers from their cards, on held-out documents, each trained at three sparsities. *L0* is the number of active
+# features per token; `ships`: bundled, the others were only measured; `ce_difference`: nats of loss that the splice
+# adds; `ce_recovered_zero`: share of the loss recovered, against zeroing the stream; `dead`, `dense`: numbers of
+# features. **Null**: the variance that random directions with the same L0 explain.
+
+# %%
+cards = card_table(model)
+print(cards.round(2).to_string(index=False) if len(cards) else "no bundled SAE for this model")
+
+# %% [markdown]
+# One name selects the SAE that this notebook reads, here a bundled one; for another model one is found or trained,
+# whatever the name. A release of the hub is `sae = load_sae(release, sae_id)`. The SAE brings its hook with it; a
+# model or hook that it was not trained on is refused.
+
+# %%
+from lenslab.sae.pretrained import bundled_saes, sae_hook
+
+SAE = "pocket-gpt-resid-3"
+sae = sae_for(model, SAE if SAE in bundled_saes(model) else None)
+middle = sae_hook(sae)
+print(f"{sae.cfg.d_in} dimensions -> {sae.cfg.d_sae} features at {middle}")
+
+# %% [markdown]
+# ## 3. Encode per token, pool after
+# Every real token is encoded by itself; a text's value is then the `max`, the `mean` or the `fraction` of tokens
+# over 0.
+
+# %%
+from lenslab.analysis.features import encode_features, summarize_features
+
+fa = encode_features(model, sae, batch, name=SAE)
+pooled = {how: fa.pool(how) for how in ("max", "mean", "fraction")}
+print(
+    f"{fa.matrix.shape[0]} tokens x {fa.n_features} features, {fa.matrix.nnz / fa.matrix.shape[0]:.1f} active per token"
+)
+print(
+    f"pooled {pooled['max'].shape}: {pooled['max'].nnz / len(batch):.0f} features fire somewhere in a text, on average"
+)
+for how, matrix in pooled.items():
+    print(f"{how:9s} largest value {matrix.max():6.1f}, mean over texts and features {matrix.mean():.3f}")
+
+# %% [markdown]
+# **Control**: encoding the *average* activation of a text gives the SAE a vector that never occurs, worse when BOS
+# and padding are averaged in. How many of the features found so fire at any token of the text at all, and how many
+# that do are missed?
+
+# %%
+with torch.inference_mode():
+    values = model.run_with_cache(batch.tokens, attention_mask=batch.attention.long(), names_filter=[middle])[1][middle]
+seen = torch.tensor(pooled["max"].toarray()) > 0
+bos, padding = batch.attention & ~batch.real, ~batch.attention
+masks = {"real": batch.real, "+ BOS": batch.real | bos, "+ padding": batch.real | padding, "+ both": batch.real | True}
+for name, mask in masks.items():
+    average = (values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    with torch.inference_mode():
+        found = sae.encode(average) > 0
+    real, missed = (found & seen).sum() / found.sum(), 1 - (found & seen).sum() / seen.sum()
+    print(f"average of {name:9s}: {real:.0%} of its features fire at a token, {missed:.0%} of those that do are missed")
+
+# %% [markdown]
+# ## 4. Strong, frequent, selective
+# Four ways to rank features. `fired`: texts it fires on; `mean`: over all texts; `strong`: texts above half of its
+# own largest value; *selective* is strong on the fewest texts, the strongest first; `tied`: features that share
+# that place.
+
+# %%
+summary = summarize_features(pooled["max"], labels.category)
+for name, table in (
+    ("strongest", summary.strongest(3)),
+    ("frequent", summary.frequent(3)),
+    ("selective", summary.selective(3)),
+    ("frequency x mean", summary.most_composite(3)),
+):
+    print(f"{name}:\n{table[['fired', 'largest', 'mean', 'strong', 'tied']].round(1).to_string()}")
+
+# %% [markdown]
+# **Control**: random directions, as many of them active per token as SAE features. They fire more evenly: only what
+# the SAE has beyond them is its own.
+
+# %%
+from lenslab.activations import harvest
+from lenslab.sae.evaluation import random_sae
+from lenslab.show.plots import lines
+
+l0 = round(fa.matrix.nnz / fa.matrix.shape[0])
+null_sae = random_sae(sae, harvest(model, batch, middle)[middle][batch.real], l0)
+null_summary = summarize_features(encode_features(model, null_sae, batch, name="random").pool("max"))
+curves = {}
+for name, s in (("SAE", summary), ("random directions", null_summary)):
+    curves[name] = np.sort(s.frequency)[::-1]
+    half, never = (s.frequency > 0.5).sum(), (s.fired == 0).sum()
+    print(f"{name:17s}: on more than half of the texts {half}, on none {never}")
+lines(curves, title="Share of texts on which a feature fires", x_title="features, most frequent first")
+
+# %% [markdown]
+# The older, count-based definitions call a value *strong* above 5.0, whatever the feature's scale, and break ties
+# by the lowest number. How many features share first place?
+
+# %%
+from lenslab.analysis.counts import most_frequent_feature, most_selective_feature, strongest_feature
+
+for name, found in (
+    ("strongest", strongest_feature(pooled["max"])),
+    ("most frequent", most_frequent_feature(pooled["max"])),
+    ("most selective", most_selective_feature(pooled["max"])),
+):
+    print(f"{name:15s} feature {found.feature}: {found.value:.0f} (tied with {found.tied - 1} others)")
+
+# %% [markdown]
+# ## 5. A feature for each kind of text
+# The feature with the best AUROC on the discovery half, scored once on the held-out half. `p`: held-out labels
+# shuffled among texts of similar length; `q`: `p` corrected for looking at seven kinds. Registers lie within one
+# kind and cannot be held fixed; `worst_register` is the lowest AUROC of one register's texts against the rest,
+# where 0.5 is chance.
+
+# %%
+from lenslab.analysis.specialists import discriminate, find_specialists
+
+found = discriminate({SAE: pooled["max"]}, labels)
+shown = ["category", "feature", "auroc_discovery", "auroc", "worst_register", "q", "discriminating"]
+print(found.to_frame()[shown].round(2).to_string(index=False))
+
+# %% [markdown]
+# **Null** of the older way of counting: texts of a kind above 5.0 less other texts above 5.0, best of five
+# features. How many kinds have a positive count, and how many when the labels are shuffled? A count can fail in two
+# ways: by false alarms, and by missing what section 5 finds, where 5.0 is low for features that reach far above it.
+
+# %%
+from lenslab.analysis.counts import count_specialists_null
+from lenslab.show.plots import intervals, null_histogram
+
+null = count_specialists_null(pooled["max"], labels.category)
+print(f"kinds with a positive count: {null.observed} of {len(labels.categories)}; shuffled: {null.mean_null:.1f}")
+null_histogram(null.null, {"observed": null.observed}, title="Kinds with a 'specialist' by counting", x_title="kinds")
+
+# %% [markdown]
+# ## 6. Better than what was never trained?
+# The *same search* among things that no SAE learned: principal axes (both directions of each) and raw neurons of
+# the model, hashed character n-grams of the bare text, and an SAE trained on the untrained twin. N-grams are a weak
+# reading of spelling: a rule made by hand, such as *has an emoji*, can do better than they do.
+
+# %%
+from lenslab.sae.floors import control_matrices
+
+twin = random_twin(model)
+twin_fa = encode_features(twin, sae_for(twin), tokenize(twin, list(labels.texts)), name="random-twin SAE")
+controls = control_matrices(model, sae, batch) | {"random-twin SAE": twin_fa.pool("max")}
+special = find_specialists(pooled["max"], labels, controls, name=SAE, discrimination=found)
+print("candidates:", special.candidates)
+compared = special.comparisons().pivot(index="category", columns="control", values="control_auroc")
+print("held-out AUROC of each search's winner:")
+print(compared.assign(SAE=found.auroc[0]).round(2).to_string())
+
+# %% [markdown]
+# A *specialist* is discriminating, better than every control on the same held-out texts (95 % interval of the
+# difference above 0, once with all candidates, which the figure shows, and once with both sides cut to equally
+# many, which it does not), and at least half of the texts it picks are of its kind. `not_beaten` names the controls
+# that it does not beat in both.
+
+# %%
+table = special.to_frame()[["category", "auroc", "precision", "specialist", "not_beaten"]]
+print(table.round(2).to_string(index=False))
+print(f"specialists: {special.specialist.sum()} of {len(special.categories)}")
+rows = {name: (special.difference[i], special.low[i], special.high[i]) for i, name in enumerate(special.controls)}
+title = "Held-out AUROC of the SAE's feature minus each control's"
+intervals(rows, special.categories, title=title, reference=0, controls=[])
+
+# %% [markdown]
+# For non-English texts the comparison is made here instead: each language is left out of the search in turn, so
+# that spelling one language does not win. Look at which languages the lead over the controls comes from.
+
+# %%
+print(special.left_out.drop(columns="category").round(2).to_string(index=False))
+
+# %% [markdown]
+# ## 7. How often is this method wrong?
+# `error_rate`: any kind called discriminating under shuffled labels. `power`: a planted feature with a true AUROC
+# of 0.9 found. `specialist_*`: the same for specialists, without leaving languages out. The controls know nothing
+# of shuffled labels, so `specialist_power` is an upper end: where a control does well by itself, fewer are found.
+# The result ships with the project; `make run FULL=1` computes it again.
+
+# %%
+from lenslab.analysis.planted import error_rate_and_power
+from lenslab.analysis.saved import saved_result
+
+rates = saved_result(
+    "phase_2_error_rate_and_power",
+    lambda: error_rate_and_power(pooled["max"], labels, controls=controls),
+    inputs=[fa.key, twin_fa.key],
+)
+print(rates.round(3).to_string(index=False))
+
+# %% [markdown]
+# ## 8. One feature, closely
+# The feature of the kind that is told apart best: where it fires on texts that it was not chosen on. An excerpt is
+# the start of the text; the marked tokens below it show where it fires.
+
+# %%
+from lenslab.show.explorer import explore_feature
+
+best = int(found.auroc[0].argmax())
+kind, feature = found.categories[best], int(found.feature[0, best])
+held = np.flatnonzero(labels.held_out).tolist()
+held_fa = fa[held]
+print(f"feature {feature}, chosen for {kind}; on held-out texts:")
+print(held_fa.top_texts(feature, n=5).astype({"activation": float}).round(1).to_string(index=False))
+explore_feature(held_fa, feature, categories=list(labels.category[held]))
+
+# %% [markdown]
+# What it fires on in running text, at its strongest and at lower strengths: a sample from every fifth of its range,
+# empty ones left out. The text is that of Python's standard library, English prose and code, so a feature for
+# another kind of text may fire here rarely and weakly.
+
+# %%
+from lenslab.activations import pack
+from lenslab.analysis.contexts import find_contexts, vocabulary_effects
+from lenslab.data import offline_text
+
+contexts = find_contexts(model, sae, pack(model, offline_text(60)), features=[feature], progress=False)
+print(f"{contexts.fired[0] > 0} that it fires somewhere in the running text")
+contexts.quantiles(feature, n=5, per=2)[["quantile", "activation", "context"]].round(1)
+
+# %% [markdown]
+# What it does to the next token along the direct path, later layers skipped: its decoder direction read through the
+# unembedding. **Control**: `times_control` is the effect over the largest of random directions of the same length;
+# values near 1 say nothing.
+
+# %%
+effects = vocabulary_effects(model, sae, [feature], n=5)
+table = effects.to_frame()
+print(table.assign(token=table["token"].map(repr)).round(2).to_string(index=False))
+
+# %% [markdown]
+# ## 9. Is it what the text says, or how it is written?
+# What each kind's feature fires on, by class of token. **Control**: how common each class is among all tokens. The
+# last row is the share that falls on the feature's single most frequent token: a maximum over a text that lies at
+# its full stop can still carry the whole text.
+
+# %%
+from lenslab.analysis.readings import form_and_concept, token_classes
+
+chosen = [int(f) for f in found.feature[0]]
+print("features:", dict(zip(found.categories, chosen, strict=True)))
+print(token_classes(held_fa, chosen).round(2).to_string())
+
+# %% [markdown]
+# The matched set says sixty things in four forms each: code or formula, plain, formal, another language. How much
+# of a feature's variance follows the form, how much the content? **Null**: shuffled forms, shuffled contents.
+# Lengths differ a little between the forms (see the card of the probes), and a maximum grows with length.
+
+# %%
+matched = load_probes("matched")
+matched_fa = encode_features(model, sae, tokenize(model, matched["text"].tolist()), name=SAE)
+split = form_and_concept(matched_fa.pool("max"), matched["form"], matched["concept"])
+print(f"{len(split.features)} features fire on ten texts or more")
+for name, share, p in (("form", split.form, split.form_p), ("content", split.concept, split.concept_p)):
+    print(
+        f"{name:8s} median share of variance {np.median(share):.2f}; p <= .05 for {np.mean(p <= 0.05):.0%} (chance 5%)"
+    )
+
+# %% [markdown]
+# Every point is a feature. Those in the upper left follow content, those in the lower right form.
+
+# %%
+from lenslab.show.plots import scatter
+
+marked = np.isin(split.features, chosen)
+names = [str(f) for f in split.features]
+print(f"more form than content: {np.mean(split.form > split.concept):.0%} of features")
+print(pd.DataFrame(split.to_frame()[marked]).round(2).to_string(index=False))
+axes = {"title": "Form and content", "x_title": "share of variance: form", "y_title": "content", "diagonal": True}
+scatter(split.form, split.concept, names=names, marked=marked, marked_name="chosen for a kind", **axes)
+
+# %% [markdown]
+# ## 10. Pictures of many features
+# The most frequent features that are not on everywhere, chosen on the discovery half and drawn on held-out texts.
+
+# %%
+from lenslab.show.feature_plots import category_feature_heatmap, coactivation_heatmap, text_feature_heatmap
+
+discovery = summarize_features(fa[np.flatnonzero(~labels.held_out).tolist()].pool("max"))
+often = np.argsort(-np.where(discovery.frequency <= 0.5, discovery.frequency, 0), kind="stable")[:10]
+drawn = held_fa.pool("max")[:, often]
+print(
+    f"on {discovery.frequency[often].min():.0%} to {discovery.frequency[often].max():.0%} of discovery texts, "
+    f"on {np.mean(drawn.toarray() > 0):.0%} of held-out ones on average"
+)
+text_feature_heatmap(drawn, often, labels.category[held], title="Frequent features on held-out texts")
+
+# %% [markdown]
+# The features chosen for each kind, as means over the held-out texts of every kind.
+
+# %%
+from lenslab.analysis.features import category_profile
+
+profile = category_profile(held_fa.pool("max"), labels.category[held], chosen)
+means = profile.pivot(index="category", columns="feature", values="mean").loc[list(found.categories), chosen]
+own = int((means.to_numpy().argmax(0) == np.arange(len(chosen))).sum())
+print(f"largest in the kind it was chosen for: {own} of {len(chosen)}")
+category_feature_heatmap(means, found.categories, chosen, title="Mean activation by kind, held-out texts")
+
+# %% [markdown]
+# ## 11. Which features fire together?
+# *PMI* is the log of how often two features fire together over what independence gives, over all texts. **Null**:
+# `expected` and `q` come from firings shuffled among texts of one kind, so that what the kind explains does not
+# count: compare `joint` with `expected`.
+
+# %%
+from lenslab.analysis.concepts import coactivation, concept_features
+
+together = coactivation(pooled["max"], often, strata=labels.category)
+pairs = together.to_frame()
+print(f"{(pairs['q'] <= 0.05).sum()} of {len(pairs)} pairs fire together more than within-kind chance (q <= .05)")
+print(
+    pairs.head(5)[["feature", "other", "p_other_given_feature", "joint", "expected", "pmi", "q"]]
+    .round(2)
+    .to_string(index=False)
+)
+coactivation_heatmap(together.pmi, often, title="Which features fire together")
+
+# %% [markdown]
+# ## 12. Look for a concept
+# The texts about one topic, in any form, against all others: which features separate them? `family_p`: how often
+# the best of *all* features does as well under shuffled labels; a large one means that nothing was found. Python is
+# the positive control. These AUROCs are not held out.
+
+# %%
+about = (load_probes("categories")["topic"] == "music").to_numpy()[labels.row]
+concept = concept_features(pooled["max"][about], pooled["max"][~about])
+code = concept_features(pooled["max"][labels.category == "python"], pooled["max"][labels.category != "python"])
+for name, search in (("music", concept), ("Python", code)):
+    columns = ["feature", "auroc", "mean_concept", "mean_background", "family_p"]
+    print(f"{name}:\n{search.to_frame(3)[columns].round(2).to_string(index=False)}")
+
+# %% [markdown]
+# ## 13. Explore
+# Type a text, see what fires at which token, step through the features. Without a running kernel the same is shown
+# as it stands.
+
+# %%
+from lenslab.show.explorer import feature_explorer
+
+explorer = feature_explorer(model, sae, fa, categories=list(labels.category), feature=feature)
+print(f"features that fire in the example text: {explorer.here.pool('max').nnz}")
+explorer
+
+# %% [markdown]
+# ## What was found, and what was not
+# **Found**: for every kind of text that section 5 calls discriminating, a feature tells it apart on texts that it
+# was not chosen on. That alone is cheap: section 6 runs the same search over directions, neurons and bare
+# characters, and says for which kinds the SAE does better than all of them. Section 9 shows on what such features
+# fire: often a class of token, or the form of the text, rather than what it is about.
+#
+# **Not shown**: that the model uses these features (that takes interventions), that they mean what the kind's name
+# says, or that it holds for other models or SAEs. Seven kinds and 420 texts by one group of writers are a small
+# instrument, and one pooling (`max`) was fixed beforehand: others give other specialists.
+#
+# **Exercises**
+# 1. Set `SAE` to the one after the first block and run section 6 again. Which specialists are left?
+# 2. Pool by `mean` instead of `max` in section 5. Does the feature chosen for any kind change?
+# 3. Write ten texts of an eighth kind, and search for its feature with `concept_features`.
+#
+# <details><summary>Solutions</summary>
+#
+# 1. Leave the twin's SAE out of `controls` there: it is that of the middle layer. Then run `token_classes` on the
+#    winners before saying why.
+# 2. `discriminate({SAE: pooled["mean"]}, labels).feature`, beside `found.feature`.
+# 3. `concept_features(new, pooled["max"])`; `new = encode_features(model, sae, tokenize(model, texts)).pool("max")`;
+#    look at `family_p` before the AUROC.
+# </details>

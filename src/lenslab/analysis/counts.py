@@ -1,0 +1,219 @@
+"""The older definitions, which count strong texts: kept under their own names, to stand beside the tested ones.
+
+1. A text is strong on a feature above a threshold: 5.0 for every feature of every layer, or, scale-free, half of
+   the feature's own largest value (`threshold="half"`).
+2. Specialist of a category: of the `top` features with the largest value inside it, the one with the best score,
+   texts strong inside minus texts strong outside; "true" where the score is above 0. The score starts at -1: where
+   none of the features does better, there is none (feature -1).
+3. Nothing is held out and nothing is corrected, so categories that mean nothing have specialists as well:
+   `count_specialists_null` says how many.
+
+Ties go to the lowest id, and `tied` says how many features share the place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+from jaxtyping import Float, Int
+
+from lenslab.analysis.results import Matrix, Result, check_matrix
+from lenslab.runtime import derive_generator
+from lenslab.stats import shuffled_orders
+
+Threshold = float | int | Literal["half"]
+
+
+@dataclass(frozen=True)
+class Counted(Result):
+    """A feature chosen by a count or a value, and how many features share that place."""
+
+    feature: int
+    value: float
+    text: int  # the text on which the feature is largest
+    tied: int
+
+
+def count_strong(matrix: Matrix, threshold: Threshold = 5.0) -> Int[np.ndarray, " feature"]:
+    """Texts on which each feature is strong: above the threshold, or above half of its own largest value."""
+    return _strong(_dense(matrix), threshold).sum(axis=0)
+
+
+def strongest_feature(matrix: Matrix) -> Counted:
+    """The feature with the largest value of all."""
+    values = _dense(matrix)
+    return _first(values, values.max(axis=0))
+
+
+def most_frequent_feature(matrix: Matrix) -> Counted:
+    """The feature that is above zero on the most texts."""
+    values = _dense(matrix)
+    return _first(values, (values > 0).sum(axis=0))
+
+
+def most_selective_feature(matrix: Matrix, threshold: Threshold = 5.0) -> Counted:
+    """Of the features strong on some text, one strong on the fewest; `tied` is usually large, so it says little.
+
+    ValueError where no feature is ever strong.
+    """
+    values = _dense(matrix)
+    strong = _strong(values, threshold).sum(axis=0)
+    if not strong.any():
+        raise ValueError(f"No feature is above {threshold} on any text: the threshold does not fit this layer.")
+    found = _first(values, np.where(strong > 0, -strong, -len(values) - 1))
+    return Counted(found.feature, -found.value, found.text, found.tied)
+
+
+def count_specialists(
+    matrix: Matrix, categories: Sequence | np.ndarray, threshold: Threshold = 5.0, top: int = 5
+) -> pd.DataFrame:
+    """One row per category: `feature`, `score`, `inside` and `outside` (strong texts), their totals, `largest`, `tied`.
+
+    `tied` counts those of the `top` features that share the best score. ValueError for fewer than two categories.
+    """
+    values, names, codes = _labelled(matrix, categories)
+    strong, rows = _strong(values, threshold), []
+    for c, name in enumerate(names):
+        member = codes == c
+        chosen, score, inside, outside = _candidates(values[member].max(axis=0), strong, member, top)
+        best = int(score.argmax())
+        found = score[best] > -1
+        rows.append(
+            {
+                "category": name,
+                "feature": int(chosen[best]) if found else -1,
+                "score": int(max(score[best], -1)),
+                "inside": int(inside[best]) if found else 0,
+                "outside": int(outside[best]) if found else 0,
+                "n_inside": int(member.sum()),
+                "n_outside": int((~member).sum()),
+                "largest": float(values[member, chosen[best]].max()) if found else 0.0,
+                "tied": int((score == score[best]).sum()) if found else 0,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class CountNull(Result):
+    """How many categories have a score above 0: with the labels as they are, and with shuffled ones."""
+
+    observed: int
+    null: Int[np.ndarray, " shuffle"]
+    categories: int
+    threshold: float | str
+
+    @property
+    def mean_null(self) -> float:
+        """Categories with a "specialist" when the labels mean nothing, on average."""
+        return float(self.null.mean())
+
+    @property
+    def p(self) -> float:
+        """Share of shuffles with at least as many."""
+        return float((1 + (self.null >= self.observed).sum()) / (1 + len(self.null)))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row."""
+        columns = {"threshold": self.threshold, "observed": self.observed, "categories": self.categories}
+        columns |= {"null_mean": self.mean_null, "null_low": self.null.min(), "null_high": self.null.max()}
+        return pd.DataFrame([columns | {"p": self.p}])
+
+
+def count_specialists_null(
+    matrix: Matrix,
+    categories: Sequence | np.ndarray,
+    threshold: Threshold = 5.0,
+    top: int = 5,
+    *,
+    n: int = 200,
+    seed: int = 0,
+    strata: Sequence | np.ndarray | None = None,
+) -> CountNull:
+    """`count_specialists` on the labels and on `n` shuffles of them (within strata where given)."""
+    values, names, codes = _labelled(matrix, categories)
+    values = values[:, (values > 0).any(axis=0)]
+    if not values.shape[1]:
+        raise ValueError("No feature fires on any text: there is nothing to count.")
+    strong, k = _strong(values, threshold), len(names)
+
+    def specialists(codes: np.ndarray) -> int:
+        order = np.argsort(codes, kind="stable")
+        starts = np.searchsorted(codes[order], np.arange(k))
+        inside = np.maximum.reduceat(values[order], starts, axis=0)  # [category, feature]
+        return sum(bool((_candidates(inside[c], strong, codes == c, top)[1] > 0).any()) for c in range(k))
+
+    generator = derive_generator(seed, "count specialists")
+    strata = None if strata is None else np.asarray(strata)
+    null = [specialists(codes[order]) for order in shuffled_orders(codes, generator, n, strata)]
+    return CountNull(specialists(codes), np.array(null), k, threshold)
+
+
+def features_per_category(matrix: Matrix, categories: Sequence | np.ndarray, top: int = 5) -> pd.DataFrame:
+    """Per category the `top` features above zero on most of its texts: `category`, `feature`, `texts`, `of`."""
+    values, names, codes = _labelled(matrix, categories)
+    rows = []
+    for c, name in enumerate(names):
+        fired = (values[codes == c] > 0).sum(axis=0)
+        rows += [(name, int(f), int(fired[f]), int((codes == c).sum())) for f in _largest(fired, top)]
+    return pd.DataFrame(rows, columns=["category", "feature", "texts", "of"])
+
+
+def concept_by_count(matrix: Matrix, threshold: Threshold = 5.0, top: int = 5) -> pd.DataFrame:
+    """Features of some concept's texts by number of strong texts, then by sum: `feature`, `strong`, `total`, `mean`.
+
+    `total` is the sum over the strong texts; `mean` divides it by their number. No background is looked at, so a
+    feature that is strong on everything comes first: `concept_features` asks the other question.
+    """
+    values = _dense(matrix)
+    strong = _strong(values, threshold)
+    count, total = strong.sum(axis=0), (values * strong).sum(axis=0, dtype=np.float64)
+    order = np.lexsort([np.arange(len(count)), -total, -count])[:top]
+    order = order[count[order] > 0]
+    columns = {"feature": order, "strong": count[order], "total": total[order], "mean": total[order] / count[order]}
+    return pd.DataFrame(columns)
+
+
+def _dense(matrix: Matrix) -> Float[np.ndarray, "text feature"]:
+    matrix = check_matrix(matrix)
+    return (matrix.toarray() if scipy.sparse.issparse(matrix) else matrix).astype(np.float64, copy=False)
+
+
+def _labelled(matrix: Matrix, categories: Sequence | np.ndarray) -> tuple[np.ndarray, list, np.ndarray]:
+    check_matrix(matrix, categories)
+    names, codes = np.unique(np.asarray(categories), return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"Two or more categories are needed, got {names.tolist()}.")
+    return _dense(matrix), names.tolist(), codes
+
+
+def _strong(values: np.ndarray, threshold: Threshold) -> np.ndarray:
+    return (values > 0) & (values > values.max(axis=0) / 2) if threshold == "half" else values > float(threshold)
+
+
+def _largest(values: np.ndarray, n: int) -> np.ndarray:
+    """Places of the n largest; of equal ones, those with the lowest id."""
+    if n < len(values):
+        least = np.partition(values, len(values) - n)[len(values) - n]
+        few = np.flatnonzero(values >= least)
+        return few[np.argsort(-values[few], kind="stable")][:n]
+    return np.argsort(-values, kind="stable")
+
+
+def _candidates(largest: np.ndarray, strong: np.ndarray, member: np.ndarray, top: int) -> tuple[np.ndarray, ...]:
+    """(the `top` features inside, their scores, strong texts inside and outside)."""
+    chosen = _largest(largest, top)
+    inside = strong[np.ix_(member, chosen)].sum(axis=0)
+    outside = strong[:, chosen].sum(axis=0) - inside
+    return chosen, inside - outside, inside, outside
+
+
+def _first(values: np.ndarray, by: np.ndarray) -> Counted:
+    feature = int(by.argmax())
+    text = int(values[:, feature].argmax())
+    return Counted(feature, float(by[feature]), text, int((by == by[feature]).sum()))

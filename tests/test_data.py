@@ -1,0 +1,133 @@
+"""Text from anywhere: every kind of file gives the same documents, and what cannot be read says why and where."""
+
+import gzip
+import json
+
+import pandas as pd
+import pytest
+
+from lenslab.data import TextsNotHere, hub_texts, load_texts
+
+TEXTS = ["  one\ntwo", "drei, vierzehn: ж 数", "def f():\n    return 1"]
+
+
+def rows(texts=TEXTS, column="text"):
+    return "".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts))
+
+
+def write(folder, name, content: bytes):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_every_kind_of_file_gives_the_documents_as_they_are(tmp_path, name):
+    file = tmp_path / name
+    if name.endswith("parquet"):
+        pd.DataFrame({"id": [0, 1, 2, 3], "text": [*TEXTS, None]}).to_parquet(file)
+    else:
+        content = (rows() + "\n" + rows([" \n", None])).encode()
+        file.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert load_texts(file) == load_texts(tmp_path) == TEXTS  # empty and missing texts are no documents
+    assert load_texts(file, limit=2) == TEXTS[:2]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["txt", "txt.gz"])
+def test_documents_of_a_txt_file_end_at_a_blank_line(tmp_path, pack):
+    file = write(tmp_path, "a.txt" if pack is bytes else "a.txt.gz", pack(b"\n\none\ntwo\n \t\nthree\n\n\n"))
+    assert load_texts(file) == ["one\ntwo", "three"]
+
+
+def test_a_folder_is_read_in_order_of_path_and_other_files_in_it_are_left_alone(tmp_path):
+    write(tmp_path / "b", "x.jsonl.gz", gzip.compress(rows(["third"]).encode()))
+    write(tmp_path / "a", "y.txt", b"first\n\nsecond")
+    write(tmp_path / "a", "README.md", b"# not a document")
+    assert load_texts(tmp_path) == ["first", "second", "third"]
+
+
+def test_a_limit_reads_no_further_than_it_needs(tmp_path):
+    write(tmp_path, "a.jsonl", (rows(["first"]) + "this is no JSON\n").encode())
+    write(tmp_path, "b.jsonl.gz", b"nor is this gzip")
+    assert load_texts(tmp_path, limit=1) == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", rows(column="body").encode(), r"a\.jsonl, line 1: no 'text' \(it has id, body\)"),
+        ("a.jsonl", rows(["x"]).encode() + b'{"text": 3}', r"line 2: 'text' holds a int"),
+        ("a.jsonl", rows(["x"]).encode() + b"{'text'", "line 2: not JSON"),
+        ("a.jsonl", b'["x"]', "line 1: no 'text' .it has a list"),
+        ("a.jsonl", b'{"text": "\xff\xfe"}', r"a\.jsonl is cut off, damaged or not UTF-8"),
+        ("a.jsonl.gz", gzip.compress(rows().encode() * 50)[:-12], r"a\.jsonl\.gz is cut off"),
+        ("a.txt.gz", b"plain text under a false name", r"a\.txt\.gz is cut off, damaged"),
+        ("a.parquet", b"PAR1 but nothing after it", r"a\.parquet is cut off, damaged"),
+        ("a.csv", b"text\nx", r"a\.csv is none of \.txt, \.jsonl, \.parquet"),
+    ],
+)
+def test_what_cannot_be_read_says_where_and_why(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=message):
+        load_texts(write(tmp_path, name, content))
+
+
+def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path):
+    pd.DataFrame({"id": [0], "body": ["x"]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet, row 0: no 'text' \(it has id, body\)"):
+        load_texts(tmp_path)
+    assert load_texts(tmp_path, column="body") == ["x"]
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No \.txt, \.jsonl, \.parquet file"):
+        load_texts(tmp_path)  # a folder without any
+    with pytest.raises(FileNotFoundError):
+        load_texts(tmp_path / "missing.txt")
+
+
+@pytest.fixture
+def twin(tmp_path):
+    """What a data set of the hub looks like when its files lie on this machine."""
+    pd.DataFrame({"text": ["", *TEXTS]}).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    pd.DataFrame({"text": ["held out"]}).to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    return str(tmp_path)
+
+
+def test_a_data_set_is_streamed_from_the_split_that_was_named(twin):
+    assert hub_texts(twin) == TEXTS
+    assert hub_texts(twin, split="test") == ["held out"]
+    assert hub_texts(twin, limit=1, progress=False) == TEXTS[:1]  # the empty first row does not count
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "validation"}, "test"),
+        ({"config": "raw"}, "default"),
+        ({"column": "story"}, r"row 0: no 'story' \(it has text\)"),
+    ],
+)
+def test_a_split_a_configuration_or_a_column_that_is_not_there_names_those_that_are(twin, options, message):
+    with pytest.raises(ValueError, match=message):
+        hub_texts(twin, **options)
+
+
+def test_a_hub_that_cannot_be_reached_says_what_to_do():
+    with pytest.raises(TextsNotHere) as raised:
+        hub_texts("Salesforce/wikitext", "wikitext-103-raw-v1", limit=1)
+    for part in ("Salesforce/wikitext", "HF_DATASETS_OFFLINE", "HF_TOKEN", "load_texts"):
+        assert part in str(raised.value)
+
+
+def test_a_gated_data_set_says_what_to_do(monkeypatch):
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    def refuse(*given, **options):
+        raise DatasetNotFoundError("Dataset 'x/gated' is a gated dataset on the Hub.\nVisit the page")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(
+        TextsNotHere, match=r"gated dataset on the Hub\. .*accept its terms on its page and set HF_TOKEN"
+    ):
+        hub_texts("x/gated")

@@ -1,0 +1,262 @@
+"""One feature as a page, and the widget: what it shows, what it does on input, what is left without a kernel."""
+
+import re
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+import torch
+
+from lenslab.activations import tokenize
+from lenslab.analysis.contexts import find_contexts
+from lenslab.analysis.features import FeatureActivations, encode_features
+from lenslab.analysis.vocabulary import vocabulary_effects
+from lenslab.models import model_name
+from lenslab.paths import REPOSITORY
+from lenslab.show.explorer import explore_feature, feature_explorer
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+TEXTS = ["A cat sat", "2 + 2 = 4", "Paris", "on the mat"]
+KINDS = ["prose", "math", "prose", "<b>prose"]
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def sae(model):
+    from sae_lens import SAE
+
+    config = dict(architecture="topk", k=5, d_in=model.cfg.d_model, d_sae=48, dtype="float32", device="cpu")
+    config |= dict(apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none")
+    config["metadata"] = dict(hook_name=HOOK, model_name=model_name(model))
+    sae = SAE.from_dict(config)
+    generator = torch.Generator().manual_seed(0)
+    for value in sae.state_dict().values():
+        value.copy_(torch.randn(value.shape, generator=generator) * 0.2)
+    return sae.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def fa(model):
+    """Feature 1 fires on texts 0, 1 and 2 at their first token, with 4, 2 and 1; feature 0 never."""
+    batch = tokenize(model, TEXTS)
+    text, position = (axis.numpy() for axis in batch.real.nonzero(as_tuple=True))
+    dense = np.zeros((len(text), 3), dtype=np.float32)
+    for row, value in ((0, 4.0), (1, 2.0), (2, 1.0)):
+        dense[np.flatnonzero(text == row)[0], 1] = value
+    page = "https://www.neuronpedia.org/some-model/1-res/0"
+    return FeatureActivations(scipy.sparse.csr_array(dense), text, position, batch, "S<A>E", "m", HOOK, "key", page)
+
+
+@pytest.fixture
+def explorer(model, sae):
+    return feature_explorer(model, sae, TEXTS, categories=KINDS, text="A cat sat on the mat.")
+
+
+def listed(explorer) -> list[int]:
+    return [value for _, value in explorer.strongest.options if value is not None]
+
+
+def test_a_features_page_holds_statistics_texts_categories_and_its_link(fa):
+    body = explore_feature(fa, 1, categories=KINDS, n=2, spread=4).body
+    assert f"fires on 3 of {fa.batch.n_real} tokens" in body and "in 3 of 4 texts" in body
+    assert "largest 4.000" in body and "where it fires 2.333" in body
+    assert "Strongest texts: 2 of 3" in body and "Weaker texts: 1" in body
+    assert [float(m) for m in re.findall(r"max (\d\.\d{3})<", body)] == [4.0, 2.0, 1.0]
+    assert 'href="https://www.neuronpedia.org/some-model/1-res/1"' in body
+    assert "S&lt;A&gt;E" in body and "&lt;b&gt;prose" in body and ">prose</b>" in body
+    rows = re.findall(r"<tr><td>(.*?)</td><td>(\d of \d)</td><td>.*?(\d\.\d+)</\w+></td>", body)
+    assert rows == [("prose", "2 of 2", "2.500"), ("math", "1 of 1", "2.000"), ("&lt;b&gt;prose", "0 of 1", "0.000")]
+
+
+def test_all_its_texts_are_on_one_scale(fa):
+    body = explore_feature(fa, 1, n=1, spread=2).body
+    assert body.count("4.000</span> one scale") == 2
+    assert re.findall(r'class="(p\d+)">max', body) == ["p12", "p6", "p3"]
+
+
+def test_a_feature_that_never_fires_says_so_and_one_that_is_not_there_is_refused(fa):
+    assert "never active in these 4 texts" in explore_feature(fa, 0, categories=KINDS).body
+    with pytest.raises(ValueError, match="Feature 3 is not one of 0 to 2"):
+        explore_feature(fa, 3)
+    with pytest.raises(ValueError, match="2 categories for 4 texts"):
+        explore_feature(fa, 1, categories=["a", "b"])
+
+
+def test_contexts_and_vocabulary_effects_are_added_where_given(model, sae):
+    batch = tokenize(model, TEXTS)
+    fa = encode_features(model, sae, batch)
+    feature = int(fa.pool("max").sum(0).argmax())
+    contexts = find_contexts(model, sae, batch, features=[feature], k=2, progress=False)
+    effects = vocabulary_effects(model, sae, [feature], n=3)
+    body = explore_feature(fa, feature, contexts=contexts, effects=effects).body
+    assert f"Strongest contexts in {batch.n_real} tokens" in body
+    assert "<b>promoted</b>" in body and "<b>suppressed</b>" in body and "random direction" in body
+    ratios = effects.to_frame()["times_control"]
+    assert body.count('<i class="x">«') == int((ratios <= 1).sum())
+    other = (feature + 1) % 48
+    with pytest.raises(ValueError, match="not among the effects"):
+        explore_feature(fa, other, effects=effects)
+
+
+def test_the_explorer_begins_with_the_strongest_feature_of_the_text(explorer, model, sae):
+    pooled = encode_features(model, sae, tokenize(model, "A cat sat on the mat.")).pool("max").toarray()[0]
+    by_strength = [int(f) for f in np.argsort(-pooled, kind="stable") if pooled[f] > 0]
+    assert listed(explorer) == by_strength
+    assert explorer.feature == explorer.telling[0] == explorer.number.value == explorer.strongest.value
+    assert f"Feature {explorer.feature} in this text" in explorer.output.value
+
+
+def test_dense_features_do_not_come_first(explorer):
+    explorer.rates[:] = 0.0
+    explorer.rates[explorer.features[0]] = 0.5
+    assert explorer.telling == explorer.features[1:]
+    explorer.rates[:] = 1.0
+    assert explorer.telling == explorer.features  # better than nothing
+
+
+def test_typing_a_text_reads_it_and_shows_its_tokens(explorer):
+    explorer.text.value = "2 + 2 = 4"
+    assert explorer.problem.value == "" and explorer._read == "2 + 2 = 4"
+    assert explorer.feature in listed(explorer)
+    values = explorer.here.of(explorer.feature)
+    assert f"max {float(values.max()):.3f}" in explorer.output.value
+
+
+def test_a_text_is_read_once(explorer, monkeypatch):
+    calls = []
+    original = type(explorer)._encode
+    monkeypatch.setattr(type(explorer), "_encode", lambda self, text: (calls.append(text), original(self, text)))
+    explorer.text.value = "Paris"
+    explorer.read.click()
+    assert calls == ["Paris"]
+
+
+def test_the_buttons_step_through_the_texts_features_and_back(explorer):
+    order = listed(explorer)
+    explorer.show(order[0])
+    explorer.next.click()
+    assert explorer.feature == order[1] == explorer.number.value == explorer.strongest.value
+    explorer.previous.click()
+    explorer.previous.click()
+    assert explorer.feature == order[-1]
+
+
+def test_one_change_shows_a_feature_once(explorer, monkeypatch):
+    """The list and the number box follow each other: a loop would draw every page several times."""
+    calls = []
+    original = type(explorer).view
+    monkeypatch.setattr(type(explorer), "view", lambda self, f: (calls.append(f), original(self, f))[1])
+    explorer.next.click()
+    explorer.number.value = 3
+    explorer.text.value = "Paris"
+    assert calls == [calls[0], 3, explorer.feature] and calls[0] != 3
+
+
+def test_the_number_box_and_the_list_go_to_a_feature(explorer):
+    absent = next(f for f in range(48) if f not in listed(explorer))
+    explorer.number.value = absent
+    assert explorer.feature == absent and explorer.strongest.value is None
+    assert f"Feature {absent} in this text" in explorer.output.value and "Not active" in explorer.output.value
+    explorer.strongest.value = listed(explorer)[2]
+    assert explorer.feature == listed(explorer)[2] == explorer.number.value
+    explorer.number.value = 10_000  # the box keeps to what there is
+    assert explorer.feature == 47
+
+
+def test_a_bad_text_is_named_in_the_widget_which_goes_on_working(explorer):
+    before = explorer.output.value
+    for text, message in (("", "no token"), ("word " * 100, "exceed 64 tokens"), ("\ud83d", "not valid Unicode")):
+        explorer.text.value = text
+        assert message in explorer.problem.value and 'role="alert"' in explorer.problem.value
+        assert "Traceback" not in explorer.problem.value and explorer.output.value == before
+        assert not explorer.read.disabled
+    explorer.text.value = "Paris"
+    assert explorer.problem.value == "" and explorer.output.value != before
+
+
+def test_an_error_nobody_foresaw_is_shown_and_escaped(explorer, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("<script>out of memory")
+
+    monkeypatch.setattr("lenslab.show.explorer.encode_features", broken)
+    explorer.text.value = "Paris"
+    assert "RuntimeError: &lt;script&gt;out of memory" in explorer.problem.value
+
+
+def test_a_script_in_a_text_stays_text(explorer):
+    explorer.text.value = "<script>alert(1)</script>"
+    assert explorer.problem.value == ""
+    assert not re.search(r"<script|javascript:|onerror=", explorer.output.value)
+
+
+def test_without_other_texts_it_shows_the_typed_one_alone(model, sae):
+    explorer = feature_explorer(model, sae, text="Paris", feature=7)
+    assert explorer.feature == 7 and "Strongest texts" not in explorer.output.value
+
+
+def test_what_it_begins_with_is_checked_at_once(model, sae, fa):
+    with pytest.raises(ValueError, match="3 features, this SAE has 48"):
+        feature_explorer(model, sae, fa)
+    with pytest.raises(ValueError, match="no token"):
+        feature_explorer(model, sae, text="")
+
+
+def test_where_no_kernel_runs_the_same_page_is_left(explorer, monkeypatch):
+    """The widget's output is dropped from what is committed; the page beside it is kept, and shown by our pages."""
+    from IPython.core.formatters import DisplayFormatter
+    from nbformat.v4 import new_output
+    from notebook_execution import without_widgets
+
+    from lenslab.show.index import render_output
+
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    explorer._ipython_display_()
+    outputs = [new_output("display_data", DisplayFormatter().format(thing)[0]) for thing in shown]
+    kept = without_widgets(outputs)
+    assert len(outputs) == 2 and len(kept) == 1
+    page, _ = render_output(kept[0], "output-1-0", "An explorer")
+    assert f"Feature {explorer.feature} in this text" in page and "strongest features of this text" in page
+    assert "<script" not in page
+
+
+def test_the_live_widget_hides_the_page_beside_it(explorer):
+    name = re.search(r'<div class="(lenslab-static-\d+)">', str(explorer.static)).group(1)
+    assert f".{name}{{display:none}}" in explorer.output.value
+    assert f".{name}{{display:none}}" not in str(explorer.static)
+
+
+def test_only_parts_of_ipywidgets_itself_are_used(explorer):
+    import ipywidgets
+
+    def parts(widget):
+        yield widget
+        for child in getattr(widget, "children", ()):
+            yield from parts(child)
+
+    modules = {part._model_module for part in parts(explorer.box)}
+    assert modules == {"@jupyter-widgets/controls"} and all(
+        type(part).__module__.startswith("ipywidgets.") for part in parts(explorer.box)
+    )
+    assert isinstance(explorer.output, ipywidgets.HTML)
+
+
+def test_categories_may_be_a_column_of_a_table(fa):
+    column = pd.Series(KINDS, index=[7, 5, 3, 1])
+    assert explore_feature(fa, np.int64(1), categories=column).body == explore_feature(fa, 1, categories=KINDS).body
+
+
+@pytest.mark.browser
+def test_the_page_left_without_a_kernel_opens_offline_and_runs_nothing(explorer, tmp_path, monkeypatch):
+    from test_browser import open_page
+
+    monkeypatch.setenv("LENSLAB_OUTPUTS", str(tmp_path))
+    explorer.text.value = "<script>document.title='owned'</script><img src=x onerror=alert(1)>"
+    page = explorer._static().save("explorer")
+    dom, console = open_page(page, tmp_path / "profile")
+    assert not console and "<title>Features</title>" in dom
+    assert "<script" not in dom and "<img" not in dom
+    assert f"Feature {explorer.feature} in this text" in dom and "<mark" in dom

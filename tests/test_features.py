@@ -1,0 +1,355 @@
+"""Feature activations and what stands out in them: every number counted by hand on a matrix of a few texts."""
+
+import json
+
+import jaxtyping
+import numpy as np
+import pytest
+import scipy.sparse
+import scipy.stats
+import torch
+from conftest import TEXTS
+from test_sae_pretrained import tiny_sae
+
+from lenslab.activations import harvest, tokenize
+from lenslab.analysis import counts
+from lenslab.analysis.concepts import coactivation, concept_features
+from lenslab.analysis.features import (
+    FeatureActivations,
+    category_profile,
+    columns_of,
+    encode_features,
+    summarize_features,
+)
+from lenslab.runtime import derive_generator
+from lenslab.sae.pretrained import SAEMismatch, sae_hook
+from lenslab.stats import permutation_test
+
+HOOK = "blocks.1.hook_resid_post"
+# six texts, two of each kind; feature 4 never fires, features 1 and 2 tie in several ways
+MATRIX = np.array(
+    [  # 0    1    2    3    4
+        [9.0, 0.0, 6.0, 1.0, 0],
+        [6.0, 0.0, 0.0, 1.0, 0],
+        [0.0, 7.0, 0.0, 1.0, 0],
+        [0.0, 0.0, 0.0, 2.0, 0],
+        [5.0, 0.0, 6.0, 1.0, 0],
+        [0.0, 0.0, 0.0, 1.0, 0],
+    ],
+    dtype=np.float32,
+)
+KINDS = ["a", "a", "b", "b", "c", "c"]
+
+
+@pytest.fixture
+def unchecked():
+    """What a user meets, who does not run with the shape checker: our own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def found(model):
+    return encode_features(model, tiny_sae(model), tokenize(model, TEXTS), progress=False)
+
+
+# Encode, pool, show
+
+
+def test_every_real_token_is_encoded_and_no_other(model, found):
+    batch, sae = tokenize(model, TEXTS), tiny_sae(model)
+    dense = sae.encode(harvest(model, batch, HOOK, compute="float32")[HOOK])
+    assert found.matrix.shape == (batch.n_real, 48) and found.hook == sae_hook(sae)
+    expected = dense[batch.real].numpy()
+    assert np.allclose(found.matrix.toarray(), expected, atol=1e-6) and (expected > 0).any()
+    one = found.of(3)
+    assert torch.allclose(one, dense[..., 3] * batch.real, atol=1e-6)
+    assert float(one[:, 0].abs().sum()) == 0  # BOS
+
+
+@pytest.mark.parametrize("how", ["max", "mean", "fraction"])
+def test_pooling_equals_that_of_the_dense_activations(found, how):
+    dense, real = torch.stack([found.of(f) for f in range(48)], 2), found.batch.real
+    by_hand = {
+        "max": lambda rows: rows.max(0).values,
+        "mean": lambda rows: rows.mean(0),
+        "fraction": lambda rows: (rows > 0).float().mean(0),
+    }[how]
+    expected = torch.stack([by_hand(dense[i][real[i]]) for i in range(len(real))]).numpy()
+    assert np.allclose(found.pool(how).toarray(), expected, atol=1e-6)
+
+
+def test_the_maximum_of_a_text_counts_the_tokens_where_the_feature_is_zero(model, found):
+    negative = FeatureActivations(-found.matrix, found.text, found.position, found.batch, "n", "m", "h", "k")
+    dense = -found.matrix.toarray()
+    expected = np.stack([dense[found.text == i].max(0) for i in range(len(TEXTS))])
+    assert np.allclose(negative.pool("max").toarray(), expected) and (expected < 0).any()
+
+
+def test_batches_and_companions_do_not_change_a_text(model, found):
+    alone = encode_features(model, tiny_sae(model), tokenize(model, TEXTS[2]), batch_size=1, progress=False)
+    assert np.allclose(alone.pool().toarray(), found.pool()[[2]].toarray(), atol=1e-5)
+
+
+def test_some_texts_in_another_order(found):
+    few = found[[2, 0]]
+    assert few.batch.texts == (TEXTS[2], TEXTS[0]) and few.key != found.key
+    assert np.array_equal(few.pool().toarray(), found.pool().toarray()[[2, 0]])
+    assert torch.equal(few.of(3), found.of(3)[[2, 0]])
+    assert np.array_equal(found[1:3].pool("mean").toarray(), found.pool("mean").toarray()[1:3])
+
+
+def test_top_texts_rank_by_the_pooled_value(found):
+    value = found.pool("mean").toarray()[:, 3]
+    table = found.top_texts(3, n=2, how="mean")
+    assert table["text"].tolist() == np.argsort(-value, kind="stable")[:2].tolist()
+    assert table["activation"].to_numpy() == pytest.approx(np.sort(value)[::-1][:2])
+    assert table["excerpt"][0] in " ".join(TEXTS[table["text"][0]].split())
+
+
+def test_a_link_only_where_there_are_pages(model, found):
+    assert found.link(3) is None
+    linked = encode_features(
+        model, tiny_sae(model, neuronpedia_id="gpt2-small/1-res-jb"), tokenize(model, TEXTS[:1]), progress=False
+    )
+    assert linked.link(17) == "https://www.neuronpedia.org/gpt2-small/1-res-jb/17"
+    with pytest.raises(ValueError, match="not one of 0 to 47"):
+        linked.link(48)
+
+
+def test_saved_by_content_and_only_read_with_the_same_texts(model, found, tmp_path):
+    batch, sae = tokenize(model, TEXTS), tiny_sae(model)
+    first = encode_features(model, sae, batch, folder=tmp_path, progress=False)
+    assert [f.name for f in tmp_path.iterdir()] == [f"{first.key}.safetensors"]
+    again = encode_features(model, sae, batch, folder=tmp_path, progress=False)
+    assert (again.matrix != first.matrix).nnz == 0 and again.key == first.key == found.key
+    assert np.array_equal(again.position, first.position) and again.neuronpedia is None
+    other = encode_features(model, tiny_sae(model, seed=1), batch, folder=tmp_path, progress=False)
+    assert other.key != first.key and len(list(tmp_path.iterdir())) == 2
+    path = tmp_path / f"{first.key}.safetensors"
+    with pytest.raises(ValueError, match="other tokens"):
+        FeatureActivations.load(path, tokenize(model, TEXTS[:2]))
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="cut off"):
+        FeatureActivations.load(path, batch)
+
+
+def test_an_sae_of_another_hook_or_one_that_gives_nan_is_refused(model):
+    batch = tokenize(model, TEXTS)
+    with pytest.raises(SAEMismatch):
+        encode_features(model, _other_width(model), batch)
+    broken = tiny_sae(model)
+    broken.b_enc[0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        encode_features(model, broken, batch, progress=False)
+
+
+def _other_width(model):
+    sae = tiny_sae(model)
+    sae.cfg.d_in = 31
+    return sae
+
+
+def test_unknown_pooling_and_features_are_refused(found):
+    with pytest.raises(ValueError, match="max, mean, fraction"):
+        found.pool("last")
+    with pytest.raises(ValueError, match="not one of"):
+        found.of(-1)
+
+
+# What stands out
+
+
+@pytest.mark.parametrize("matrix", [MATRIX, scipy.sparse.csr_array(MATRIX)], ids=["dense", "sparse"])
+def test_summary_by_hand(matrix):
+    found = summarize_features(matrix, KINDS)
+    assert found.largest.tolist() == [9, 7, 6, 2, 0] and found.largest_text.tolist() == [0, 2, 0, 3, 0]
+    assert found.fired.tolist() == [3, 1, 2, 6, 0]
+    assert found.strong.tolist() == [3, 1, 2, 1, 0]  # above half of the own largest: 4.5, 3.5, 3, 1 (1.0 is not above)
+    assert found.mean == pytest.approx([20 / 6, 7 / 6, 2, 7 / 6, 0])
+    assert found.mean_when_active == pytest.approx([20 / 3, 7, 6, 7 / 6, 0])
+    assert found.composite == pytest.approx([20 / 12, 7 / 36, 4 / 6, 7 / 6, 0])
+    assert found.least_fraction.tolist() == [0, 0, 0, 1, 0]
+    assert found.strongest(2).index.tolist() == [0, 1]
+    assert found.frequent(1).index.tolist() == [3]
+    assert found.most_composite(2).index.tolist() == [0, 3]
+    assert found.general().index.tolist() == [3]
+
+
+def test_selective_features_are_ranked_by_strength_and_ties_are_told():
+    table = summarize_features(MATRIX).selective(3)
+    assert table.index.tolist() == [1, 3, 2] and table["tied"].tolist() == [2, 2, 1]  # the silent feature is none
+    with pytest.raises(ValueError, match="categories"):
+        summarize_features(MATRIX).general()
+
+
+def test_profile_by_hand():
+    table = category_profile(scipy.sparse.csc_array(MATRIX), KINDS, [2, 0]).set_index(["feature", "category"])
+    assert table.loc[(2, "a"), "fraction"] == 0.5 and table.loc[(2, "a"), "mean"] == 3
+    assert table.loc[(0, "a"), "largest"] == 9 and table.loc[(0, "b"), "fired"] == 0
+
+
+def test_a_summary_is_saved_with_versions_and_without_nan(tmp_path):
+    found = coactivation(MATRIX, [0, 1, 3])
+    found.save(tmp_path / "result.json", seed=0, texts=np.int64(6))
+    saved = json.loads((tmp_path / "result.json").read_text())
+    assert saved["result"] == "CoActivation" and saved["config"] == {"seed": 0, "texts": 6}
+    assert saved["values"]["joint"] == [[3, 0, 3], [0, 1, 1], [3, 1, 6]]
+    assert saved["values"]["pmi"][0][1] is None and saved["versions"]["torch"]
+
+
+def test_what_no_number_can_be_made_of_is_refused(unchecked):
+    with pytest.raises(ValueError, match="5 labels"):
+        summarize_features(MATRIX, KINDS[:5])
+    broken = MATRIX.copy()
+    broken[3, 1] = np.nan
+    for bad in (broken, scipy.sparse.csr_array(broken)):
+        with pytest.raises(ValueError, match="text 3, feature 1"):
+            summarize_features(bad)
+    with pytest.raises(ValueError, match="at least one"):
+        summarize_features(MATRIX[:0])
+    with pytest.raises(ValueError, match="not one of 0 to 4"):
+        columns_of(MATRIX, [5])
+
+
+# Together
+
+
+def test_coactivation_by_hand():
+    fires = np.array([[1, 1, 0], [1, 1, 0], [1, 0, 1], [0, 0, 1]], dtype=float)
+    found = coactivation(fires, [0, 1, 2])
+    assert found.fired.tolist() == [3, 2, 2]
+    assert found.joint.tolist() == [[3, 2, 1], [2, 2, 0], [1, 0, 2]]
+    assert found.conditional[0, 1] == pytest.approx(2 / 3) and found.conditional[1, 0] == 1
+    assert found.pmi[0, 1] == pytest.approx(np.log(2 / 4 / (3 / 4 * 2 / 4))) and np.isnan(found.pmi[1, 2])
+    assert found.expected[0, 1] == pytest.approx(1.5)
+    assert found.p[0, 1] == pytest.approx(0.5)  # both of two within three of four: 3 of 6 pairs
+    assert found.p[1, 2] == pytest.approx(1) and np.isnan(found.p[0, 0])
+    assert found.to_frame().loc[0, ["feature", "other"]].tolist() == [0, 1]
+
+
+def test_coactivation_within_strata_is_the_permutation_test():
+    rng = np.random.default_rng(0)
+    strata = np.repeat([0, 1, 2], [12, 20, 8])
+    shared = rng.random((3,))[strata] > 0.4
+    fires = np.stack([rng.random(40) < 0.2 + 0.5 * shared for _ in range(2)], axis=1)
+    fires[:6, 1] = fires[:6, 0]
+    exact = coactivation(fires.astype(float), [0, 1], strata)
+    sampled = permutation_test(
+        lambda y: float((y & fires[:, 0]).sum()), fires[:, 1], derive_generator(0, "t"), 4000, strata
+    )
+    assert exact.p[0, 1] == pytest.approx(float(sampled.p), abs=0.03) and 0.001 < exact.p[0, 1] < 0.9
+    assert exact.p[0, 1] > coactivation(fires.astype(float), [0, 1]).p[0, 1]  # the strata explain a part
+
+
+def test_features_that_fire_with_their_category_only_are_not_together_within_it():
+    fires = np.zeros((40, 2))
+    fires[:20] = 1
+    assert coactivation(fires, [0, 1]).p[0, 1] < 1e-9
+    assert coactivation(fires, [0, 1], np.repeat([0, 1], 20)).p[0, 1] == 1
+
+
+@pytest.mark.parametrize("features", [[0], [1, 1]])
+def test_coactivation_needs_two_features(features):
+    with pytest.raises(ValueError, match="two or more different"):
+        coactivation(MATRIX, features)
+
+
+# Concepts
+
+
+def test_concept_search_by_hand():
+    concept = np.array([[3.0, 1, 0, 0], [2, 0, 0, 0], [2, 1, 0, 0]])
+    background = np.array([[0.0, 1, 5, 0], [1, 0, 5, 0], [0, 1, 5, 0], [0, 0, 5, 0], [2, 0, 5, 0]])
+    found = concept_features(concept, scipy.sparse.csr_array(background), n=400)
+    assert found.auroc == pytest.approx([14 / 15, (2 * 3 + 1 * 0 + 0.5 * (2 * 2 + 3)) / 15, 0, 0.5])
+    assert found.mean_concept == pytest.approx([7 / 3, 2 / 3, 0, 0])  # over all texts, the silent ones too
+    assert found.mean_background[0] == pytest.approx(3 / 5) and found.fired_background[0] == pytest.approx(2 / 5)
+    assert found.to_frame(2)["feature"].tolist() == [0, 1]
+    assert found.family_p[0] > 2 / 56  # one of 56 ways to choose three of eight, and four features were tried
+    assert found.family_p[3] > 0.9
+
+
+def test_concept_search_by_chance_is_not_a_finding():
+    values = np.random.default_rng(0).random((25, 1000))
+    found = concept_features(values[:5], values[5:], n=300)
+    assert found.auroc.max() > 0.9 and found.family_p.min() > 0.05
+
+
+def test_concept_search_refuses_other_widths_and_one_text():
+    for concept, background in ((MATRIX[:, :3], MATRIX), (MATRIX[:1], MATRIX)):
+        with pytest.raises(ValueError, match="Two or more texts"):
+            concept_features(concept, background)
+
+
+# The older counts
+
+
+def test_older_definitions_by_hand():
+    strongest = counts.strongest_feature(MATRIX)
+    assert (strongest.feature, strongest.value, strongest.text, strongest.tied) == (0, 9, 0, 1)
+    assert counts.most_frequent_feature(MATRIX).feature == 3
+    assert counts.count_strong(MATRIX).tolist() == [2, 1, 2, 0, 0]  # 5.0 itself is not strong
+    assert counts.count_strong(MATRIX, "half").tolist() == [3, 1, 2, 1, 0]
+    selective = counts.most_selective_feature(MATRIX)
+    assert (selective.feature, selective.value, selective.tied) == (1, 1, 1)
+    tied = counts.most_selective_feature(MATRIX, "half")
+    assert (tied.feature, tied.tied) == (1, 2)  # features 1 and 3: the lower id, and it says that there are two
+    with pytest.raises(ValueError, match="No feature is above 50"):
+        counts.most_selective_feature(MATRIX, 50)
+
+
+def test_older_specialists_by_hand():
+    table = counts.count_specialists(scipy.sparse.csr_array(MATRIX), KINDS).set_index("category")
+    # a: features 0 (2 strong in, 0 out), 2 (1, 1); b: feature 1 (1, 0); c: features 2 (1, 1), 0 (0, 2)
+    assert table.loc["a", ["feature", "score", "inside", "outside"]].tolist() == [0, 2, 2, 0]
+    assert table.loc["b", ["feature", "score"]].tolist() == [1, 1]
+    assert table.loc["c", ["feature", "score", "tied"]].tolist() == [2, 0, 3]  # 2, 3 and 4 have score 0
+    only = counts.count_specialists(MATRIX, KINDS, top=1).set_index("category")
+    assert only.loc["c", ["feature", "score"]].tolist() == [2, 0]
+    assert only.loc["a", ["n_inside", "n_outside", "largest"]].tolist() == [2, 4, 9]
+
+
+def test_older_specialist_score_starts_at_minus_one():
+    values = np.array([[6.0], [6], [6], [0]])
+    table = counts.count_specialists(values, ["a", "b", "b", "a"]).set_index("category")
+    assert table.loc["a", ["feature", "score"]].tolist() == [-1, -1]  # 1 inside, 2 outside: no better than the start
+    assert table.loc["b", ["feature", "score"]].tolist() == [0, 1]
+
+
+def test_meaningless_labels_have_specialists_too():
+    rng = np.random.default_rng(0)
+    values = np.where(rng.random((70, 400)) < 0.03, rng.gamma(2, 4, (70, 400)), 0)
+    null = counts.count_specialists_null(values, np.repeat(np.arange(7), 10), n=40)
+    assert null.mean_null > 3 and null.categories == 7 and len(null.null) == 40
+    shuffled = null.null
+    assert null.p == pytest.approx((1 + (shuffled >= null.observed).sum()) / 41)
+    assert null.to_frame()["observed"][0] == null.observed
+
+
+def test_the_null_repeats_what_the_table_counts():
+    table = counts.count_specialists(MATRIX, KINDS)
+    assert counts.count_specialists_null(MATRIX, KINDS, n=3).observed == int((table["score"] > 0).sum()) == 2
+
+
+def test_features_per_category_and_concept_counts_by_hand():
+    table = counts.features_per_category(MATRIX, KINDS, top=2)
+    assert table.to_numpy().tolist() == [
+        ["a", 0, 2, 2],
+        ["a", 3, 2, 2],
+        ["b", 3, 2, 2],
+        ["b", 1, 1, 2],
+        ["c", 3, 2, 2],
+        ["c", 0, 1, 2],
+    ]
+    concept = counts.concept_by_count(MATRIX, top=3)
+    assert concept["feature"].tolist() == [0, 2, 1] and concept["strong"].tolist() == [2, 2, 1]
+    assert concept["total"].tolist() == [15, 12, 7] and concept["mean"].tolist() == [7.5, 6, 7]
+
+
+def test_counts_need_two_categories():
+    with pytest.raises(ValueError, match="Two or more categories"):
+        counts.count_specialists(MATRIX, ["a"] * 6)
+    with pytest.raises(ValueError, match="nothing to count"):
+        counts.count_specialists_null(MATRIX * 0, KINDS, n=2)

@@ -1,0 +1,103 @@
+"""Classes of tokens, and form against content, on data whose answers are known by hand."""
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+from lenslab.activations import tokenize
+from lenslab.analysis.features import FeatureActivations
+from lenslab.analysis.readings import CLASSES, form_and_concept, token_class, token_classes
+
+FORMS, CONCEPTS = 4, 12
+
+
+@pytest.mark.parametrize(
+    "string, expected",
+    [
+        (" 12", "digits"),
+        (" (", "bracket or quote"),
+        ("“", "bracket or quote"),
+        ("+=", "operator or punctuation"),
+        ("…", "operator or punctuation"),
+        ("\n\n", "line break or indent"),
+        ("    ", "line break or indent"),
+        (" house", "word start"),
+        ("ing", "word piece"),
+        (" größ", "letters beyond ASCII"),
+        ("привет", "letters beyond ASCII"),
+        ("🚨", "emoji or other symbol"),
+        ("<0xF0><0x9F>", "part of a character"),
+        ("<", "bracket or quote"),
+    ],
+)
+def test_token_class(string, expected):
+    assert token_class(string) == expected and expected in CLASSES
+
+
+def planted(batch, columns):
+    """FeatureActivations set by hand, one `[text, pos]` map per feature."""
+    where, real = batch.real.nonzero(), batch.real.numpy()
+    matrix = scipy.sparse.csr_array(np.stack([column[real] for column in columns], axis=1).astype(np.float32))
+    text, position = where[:, 0].numpy(), where[:, 1].numpy()
+    return FeatureActivations(matrix, text, position, batch, "planted", "model", "hook", "key")
+
+
+def test_activation_is_shared_out_over_classes(model):
+    batch = tokenize(model, ["2 + 2 = 4", "(7)"])
+    digit = (
+        np.array([[token_class(s) == "digits" for s in batch.strings(row)] for row in range(2)]) & batch.real.numpy()
+    )
+    plus = np.array([["+" in s for s in batch.strings(row)] for row in range(2)]) & batch.real.numpy()
+    table = token_classes(planted(batch, [digit * 3.0, digit * 1.0 + plus * 4.0, digit * 0.0]), [0, 1, 2])
+    assert table["0"]["digits"] == 1 and table["0"].iloc[:-1].sum() == 1
+    assert table["0"]["one token"] == 0.25, "four digits, four different tokens"
+    assert table["1"]["digits"] == 0.5 and table["1"]["operator or punctuation"] == 0.5
+    assert table["2"].isna().all(), "a feature that never fires has no shares"
+    assert table["all tokens"]["digits"] == pytest.approx(digit.sum() / batch.n_real)
+    assert table["all tokens"].iloc[:-1].sum() == pytest.approx(1)
+
+
+def grid():
+    form = np.repeat([f"form {i}" for i in range(FORMS)], CONCEPTS)
+    concept = np.tile([f"concept {i}" for i in range(CONCEPTS)], FORMS)
+    return form, concept
+
+
+def test_form_concept_and_noise_are_told_apart():
+    form, concept = grid()
+    random = np.random.default_rng(0)
+    by_form = np.unique(form, return_inverse=True)[1].astype(float)
+    by_concept = np.unique(concept, return_inverse=True)[1].astype(float)
+    noise = random.normal(size=(len(form), 200))
+    matrix = np.column_stack([by_form, by_concept, by_form / by_form.std() + by_concept / by_concept.std(), noise])
+    found = form_and_concept(matrix, form, concept, features=range(203), n=99)
+    assert found.form[:3] == pytest.approx([1, 0, 0.5]) and found.concept[:3] == pytest.approx([0, 1, 0.5])
+    assert abs(found.form[3:].mean()) < 0.02 and abs(found.concept[3:].mean()) < 0.04, "noise gives nothing on average"
+    assert found.form_p[0] == found.concept_p[1] == 0.01
+    for p in (found.form_p[3:], found.concept_p[3:]):
+        assert 0.01 <= np.mean(p <= 0.05) <= 0.11, "p-values of noise are uniform"
+
+
+def test_order_and_sparsity_change_nothing():
+    form, concept = grid()
+    random = np.random.default_rng(1)
+    matrix = random.random((len(form), 5)) * (random.random((len(form), 5)) < 0.7)
+    order = random.permutation(len(form))
+    one = form_and_concept(matrix, form, concept, n=20)
+    two = form_and_concept(scipy.sparse.csr_array(matrix[order]), form[order], concept[order], n=20)
+    assert one.form == pytest.approx(two.form) and one.concept == pytest.approx(two.concept)
+    assert list(one.features) == [0, 1, 2, 3, 4] and one.n_concepts == CONCEPTS
+
+
+def test_a_concept_without_a_form_is_refused():
+    form, concept = grid()
+    with pytest.raises(ValueError, match="exactly once in every form"):
+        form_and_concept(np.ones((len(form) - 1, 3)), form[1:], concept[1:])
+    with pytest.raises(ValueError, match="labels"):
+        form_and_concept(np.ones((len(form) - 1, 3)), form, concept)
+
+
+def test_a_constant_feature_has_no_shares():
+    form, concept = grid()
+    found = form_and_concept(np.ones((len(form), 1)), form, concept, n=5)
+    assert np.isnan(found.form[0]) and np.isnan(found.concept[0])
