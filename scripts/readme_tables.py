@@ -34,21 +34,21 @@ def notebooks_table() -> str:
     return "\n".join(rows)
 
 
-def picture() -> str:
-    """Write the PNG of the figure whose title starts as PICTURE says into assets/; returns its markdown."""
-    notebook, title, name, alternative = PICTURE
+def picture() -> bytes:
+    """The PNG of the figure whose title starts as PICTURE says. ValueError where no notebook cell holds it."""
+    notebook, title, *_ = PICTURE
     cells = json.loads((REPOSITORY / f"notebooks/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
     for output in (output for cell in cells for output in cell.get("outputs", [])):
         data = output.get("data", {})
         layout = data.get("application/vnd.plotly.v1+json", {}).get("layout", {})
         if (layout.get("title") or {}).get("text", "").startswith(title) and "image/png" in data:
-            with atomic_write(REPOSITORY / "assets" / name) as temporary:
-                temporary.write_bytes(base64.b64decode(data["image/png"]))
-    return f"![{alternative}](assets/{name})"
+            return base64.b64decode(data["image/png"])
+    raise ValueError(f"{notebook}.ipynb has no figure {title!r} with a PNG: run `make notebooks` with Chromium")
 
 
 def filled(readme: str) -> str:
-    for marker, text in (("notebooks", notebooks_table()), ("picture", picture())):
+    *_, name, alternative = PICTURE
+    for marker, text in (("notebooks", notebooks_table()), ("picture", f"![{alternative}](assets/{name})")):
         start, end = f"<!-- {marker} -->", f"<!-- end of {marker} -->"
         before, rest = readme.split(start, 1)
         after = rest.split(end, 1)[1] if end in rest else rest
@@ -60,10 +60,13 @@ def main() -> None:
     file: Path = REPOSITORY / "README.md"
     now = file.read_text(encoding="utf-8")
     new = filled(now)
+    asset, png = REPOSITORY / "assets" / PICTURE[2], picture()
     if "--check" in sys.argv:
-        sys.exit(0 if new == now else "README.md differs from the results: run python scripts/readme_tables.py")
-    with atomic_write(file) as temporary:
-        temporary.write_text(new, encoding="utf-8")
+        same = new == now and asset.exists() and asset.read_bytes() == png
+        sys.exit(0 if same else "README.md or its picture differs from the results: run scripts/readme_tables.py")
+    for place, content in ((file, new.encode()), (asset, png)):
+        with atomic_write(place) as temporary:
+            temporary.write_bytes(content)
 
 
 if __name__ == "__main__":

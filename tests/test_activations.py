@@ -288,6 +288,17 @@ def test_patterns_are_text_head_query_key_and_sum_to_one(any_model):
     torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]), atol=1e-5, rtol=0)
 
 
+def test_a_pattern_of_as_many_heads_as_positions_is_not_taken_for_one_value_a_token(model):
+    hook, heads = "blocks.1.attn.hook_pattern", model.cfg.n_heads
+    words = next(n for n in range(1, 9) if len(tokenize(model, "a" * n).tokens[0]) == heads)
+    batch = tokenize(model, ["a" * words, "a"])
+    assert batch.tokens.shape[1] == heads and not batch.attention.all()
+    alone = harvest(model, batch[1:], hook, compute="float32")[hook][0]
+    short = int(batch.attention[1].sum())
+    together = harvest(model, batch, hook, compute="float32")[hook][1]
+    torch.testing.assert_close(together[:, :short, :short], alone[:, :short, :short], atol=1e-5, rtol=0)
+
+
 def test_routers_come_back_by_text(olmoe):
     hook = "blocks.0.mlp.gate.hook_out"
     batch = tokenize(olmoe, TEXTS)

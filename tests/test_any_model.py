@@ -101,7 +101,6 @@ def test_the_streams_have_names_and_the_down_projection_is_none_of_them(gemma, b
     assert (added - projected).norm() > 0.1 * added.norm()
 
 
-@pytest.mark.xfail(reason="masks of finfo(float32).min become -inf in bf16: rows with no key to see give NaN")
 @pytest.mark.parametrize("pad_side", ["right", "left"])
 def test_padding_beyond_the_sliding_window_is_harmless_in_bf16(gemma, pad_side):
     batch = tokenize(gemma, ["A", "A cat sat on the mat, they say. " * 2], pad_side=pad_side)

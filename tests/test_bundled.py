@@ -6,7 +6,7 @@ import pytest
 
 from lenslab.models import load_model, random_twin, stream_hook
 from lenslab.paths import data_path
-from lenslab.sae.bundled import SHOWN, card_table, read_card, sae_for
+from lenslab.sae.bundled import SHOWN, card_table, find_sae, read_card
 from lenslab.sae.pretrained import bundled_saes, check_sae, sae_hook
 
 TWIN = "pocket-gpt-random-twin-resid-3"
@@ -39,15 +39,25 @@ def test_an_unknown_card_names_those_there_are():
 
 
 def test_the_bundled_sae_of_the_middle_layer_is_found(pocket):
-    assert sae_hook(sae_for(pocket)) == stream_hook(pocket, 3)
+    found = find_sae(pocket)
+    assert sae_hook(found.sae) == stream_hook(pocket, 3) and found.origin == "bundled" and found.name in bundled_saes()
     name = bundled_saes(pocket)[0]
-    assert (
-        sae_hook(sae_for(pocket, name))
-        == json.loads(data_path("saes", name, "cfg.json").read_text())["metadata"]["hook_name"]
-    )
+    config = json.loads(data_path("saes", name, "cfg.json").read_text())
+    assert sae_hook(find_sae(pocket, name).sae) == config["metadata"]["hook_name"]
+
+
+def test_the_sae_of_the_random_twin_is_found_on_every_processor(pocket):
+    found = find_sae(random_twin(pocket))
+    assert found.origin == "bundled" and "twin" in found.name
 
 
 def test_a_model_without_saes_gets_one_trained(model):
-    sae = sae_for(random_twin(model), documents=60, steps=3)
-    check_sae(sae, random_twin(model))
-    assert sae.cfg.d_in == model.cfg.d_model
+    found = find_sae(random_twin(model), documents=60, steps=3)
+    check_sae(found.sae, random_twin(model))
+    assert found.sae.cfg.d_in == model.cfg.d_model and "trained" in found.origin
+
+
+def test_other_weights_that_go_by_a_bundled_name_are_not_given_its_sae(model):
+    twin = random_twin(model, label="pocket-gpt")
+    assert bundled_saes(twin), "by name there are some"
+    assert "trained" in find_sae(twin, documents=60, steps=3).origin

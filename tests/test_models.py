@@ -1,7 +1,10 @@
 """Loading: what is loaded computes what Hugging Face computes, and what cannot be loaded says why."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -94,6 +97,23 @@ def test_random_twin_has_the_shape_but_not_the_weights(model):
     assert model_key(twin) == model_key(again) != model_key(other)
     assert model_key(twin) != model_key(model)
     assert "twin" in model_name(twin)
+
+
+def test_a_twin_has_the_spread_of_an_untrained_model_and_the_same_bits_on_other_instructions(gpt2_folder, model):
+    twin = random_twin(model)
+    fresh = type(model.original_model)(model.original_model.config).state_dict()
+    weights = {n.replace("._original_component", ""): p for n, p in twin.original_model.named_parameters()}
+    both = fresh.keys() & weights.keys()
+    assert len(both) > 20
+    for name in both:
+        begins, weight = fresh[name], weights[name]
+        torch.testing.assert_close(weight.std(), begins.std(), rtol=0.06, atol=0.0)
+        torch.testing.assert_close(weight.mean(), begins.mean(), rtol=0, atol=0.005)
+    code = "import sys; from lenslab.models import *; print(model_key(random_twin(load_model(sys.argv[1]))))"
+    plain = os.environ | {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(gpt2_folder)]
+    done = subprocess.run(command, env=plain, capture_output=True, text=True)
+    assert done.stdout.strip() == model_key(twin), done.stderr[-1000:]
 
 
 def test_twin_for_whole_notebooks_is_chosen_by_the_environment(gpt2_folder, model, monkeypatch):

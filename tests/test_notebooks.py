@@ -244,7 +244,9 @@ def test_phase_1_runs_on_any_local_hugging_face_folder(shared, tmp_path):
     if not fixture.is_dir():
         pytest.skip("the fixture model is not there")
     command = [sys.executable, str(REPOSITORY / "scripts" / "run_notebooks.py"), "--notebooks", "phase_1_loading"]
-    environment = {**os.environ, "LENSLAB_OUTPUTS": str(tmp_path / "outputs")}
+    log = tmp_path / "attempts"
+    environment = {**os.environ, "LENSLAB_OUTPUTS": str(tmp_path / "outputs"), "LENSLAB_NETWORK_LOG": str(log)}
+    environment["PYTHONPATH"] = str(REPOSITORY / "scripts" / "offline")
     run = subprocess.run(
         [*command, "--model", os.path.relpath(fixture, tmp_path)],
         cwd=tmp_path,  # a relative folder, from somewhere else
@@ -257,3 +259,6 @@ def test_phase_1_runs_on_any_local_hugging_face_folder(shared, tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     assert "1 of 1 notebooks ran whole" in run.stdout
     assert 'id="output-' in (tmp_path / "outputs" / "notebooks" / "phase_1_loading.html").read_text()
+    notebook = nbformat.read(tmp_path / "outputs" / "notebooks" / "phase_1_loading.ipynb", as_version=4)
+    assert any("a small one was trained" in printed(cell) for cell in code_cells(notebook)), "it says so"
+    assert not log.exists(), "nothing reached for the network"

@@ -20,6 +20,7 @@ from lenslab.activations import pack
 from lenslab.models import UnknownHook, load_model, model_name, random_twin
 from lenslab.sae import hub as hub_commands
 from lenslab.sae import pretrained, registry, small
+from lenslab.sae.bundled import find_sae
 from lenslab.sae.pretrained import (
     NotAnSAE,
     SAEMismatch,
@@ -394,6 +395,15 @@ def test_the_list_counts_what_is_cached_and_marks_pickles(hub, tmp_path, capsys)
     assert registry.list_releases("gpt2-small").set_index("release").loc[RELEASE, "cached"] == 1
     assert hub_commands.main(["list", "--model", "gpt2"]) == 0
     assert RELEASE in capsys.readouterr().out
+
+
+def test_a_published_sae_in_the_cache_is_used_before_one_is_trained(hub, tmp_path, model):
+    gpt2 = random_twin(model, label="gpt2")
+    fill_cache(hub, REPOSITORY, twin_of_res_jb(tmp_path / "twin"))
+    found = find_sae(gpt2)
+    assert (found.name, found.origin) == (f"{RELEASE} {SAE_ID}", "published, from the cache of the hub")
+    check_sae(found.sae, gpt2)
+    assert neuronpedia_link(found.sae, 3).endswith("/gpt2-small/1-res-jb/3")
 
 
 def test_releases_stored_as_pickles_are_refused_and_every_reader_of_pickles_is_known(hub):

@@ -8,7 +8,7 @@ from lenslab.activations import harvest, tokenize
 from lenslab.analysis.features import top_tokens
 from lenslab.analysis.streams import context_similarity, head_scores, repeated_tokens, stream_profile, token_bits
 from lenslab.data import load_probes, load_texts, offline_text
-from lenslab.models import load_model
+from lenslab.models import generate, load_model
 
 TEXTS = ["A cat sat on the mat.", "The mat is on the cat.", "2 + 2 = 4"]
 
@@ -60,6 +60,25 @@ def test_context_similarity_is_one_where_context_is_ignored(gpt2_folder):
     assert plain.loc["mlp", "same token"] < 0.999
     with pytest.raises(ValueError, match="two texts"):
         context_similarity(model, tokenize(model, ["A cat"]), 1)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        head_scores,
+        lambda model: token_bits(model, tokenize(model, TEXTS[:1])),
+        lambda model: generate(model, "A cat", max_new_tokens=2),
+        lambda model: stream_profile(model, tokenize(model, TEXTS[:1])),
+    ],
+    ids=["head_scores", "token_bits", "generate", "stream_profile"],
+)
+def test_a_model_in_train_mode_is_refused(model, run):
+    model.train()
+    try:
+        with pytest.raises(ValueError, match="train mode"):
+            run(model)
+    finally:
+        model.eval()
 
 
 def test_repeated_tokens_repeat_and_hold_no_special_token(model):

@@ -97,7 +97,9 @@ probes = load_probes("first_look")
 batch = tokenize(model, probes["text"].tolist())
 lengths = batch.real.sum(dim=1)
 print(f"{len(batch)} texts, {batch.n_real} real tokens of {batch.tokens.numel()} places")
-print("kinds:", ", ".join(probes["category"].unique()), f"| lengths {lengths.min()} to {lengths.max()}")
+print(f"lengths {lengths.min()} to {lengths.max()}; the first of each kind:")
+for row in probes.groupby("category", sort=False).head(1).itertuples():
+    print(f"{row.category:15s} {row.text[:70]!r}")
 
 # %% [markdown]
 # A text must give the same activations alone and in a batch, padded on either side. Reading the last token by
@@ -166,6 +168,12 @@ lines(
 # | MLP output | no, one position at a time | the residual stream there, which already holds what attention brought |
 # | residual stream | it is the sum | the embedding and every attention and MLP output so far |
 #
+# What an SAE might find in each is a hypothesis, to be tested where SAEs of several streams are compared: in the
+# attention output what is fetched from elsewhere (the subject of a verb, an open bracket, what followed last time);
+# in the MLP output what one place makes of it (a word's sense, a known phrase); in the residual stream both. For GPT-2
+# small there are published SAEs of all three (`python -m lenslab.sae.hub list --model gpt2-small`). `hook_attn_out` is
+# what all heads write together; what each head writes is `hook_result`, which is computed only when asked for.
+#
 # So an MLP's output depends on context too. That can be measured: how alike is a stream at two occurrences of one
 # token in different texts? One would mean that context is ignored; the level of other tokens (the **control**),
 # that the token does not matter.
@@ -231,6 +239,24 @@ frame = probes[["id"]].assign(
 )
 print(f"{tuple(vectors.shape)} at {hook}")
 print(frame.iloc[::4].round(1).to_string(index=False))
+
+# %% [markdown]
+# One of them as it is: hundreds of values, none with a meaning of its own. Is it spread evenly over the dimensions?
+# What share of the sum of squares lies in the largest tenth of them. **Controls**: the same text in the twin, and as
+# many random normal numbers.
+
+# %%
+from lenslab.runtime import derive_generator
+from lenslab.show.plots import bars
+
+twin_vector = harvest(twin, batch[:1], hook)[hook][0, last[0]].double().numpy()
+noise = torch.randn(len(twin_vector), generator=derive_generator(0, "normal numbers")).double().numpy()
+values = {"model": vectors[0], "random twin": twin_vector, "normal numbers": noise}
+for name, v in values.items():
+    squares = np.sort(v**2)[::-1]
+    print(f"{name:14s} share of the largest tenth {squares[: len(v) // 10].sum() / squares.sum():.2f}")
+unit = {name: v / v.std() for name, v in values.items() if name != "normal numbers"}
+bars(unit, title="One activation, in units of its spread", x_title="dimension", y_title="value", overlay=True)
 
 # %% [markdown]
 # ## 7. Attention maps
@@ -300,12 +326,11 @@ print(f"a uniform guess over the vocabulary: {np.log2(summary.vocabulary):.1f}")
 # one model, and is refused anywhere else. A model without SAEs gets a small one here, trained while you wait.
 
 # %%
-from lenslab.sae.bundled import sae_for
-from lenslab.sae.pretrained import bundled_saes, sae_hook
+from lenslab.sae.bundled import find_sae
+from lenslab.sae.pretrained import sae_hook
 
-sae = sae_for(model)  # of the middle layer
-found = bundled_saes(model)
-print("bundled SAE:" if found else "no bundled SAE for this model: a small one was trained for", sae_hook(sae))
+sae, name, origin = find_sae(model)  # of the middle layer
+print(f"{name} ({origin}) reads {sae_hook(sae)}")
 print(f"{sae.cfg.d_in} dimensions -> {sae.cfg.d_sae} features")
 
 # %% [markdown]
@@ -331,8 +356,6 @@ print("features [text, position, feature]:", tuple(features.shape))
 # numbers have nothing to do with each other; they only share the axis.
 
 # %%
-from lenslab.show.plots import bars
-
 x, f = activations[0, last[0]], features[0, last[0]]
 active = (features[batch.real] > 0).sum(-1).float()
 print(f"activation: {int((x == 0).sum())} exact zeros, {(x.abs() > 0.01).float().mean():.0%} of dimensions above 0.01")
@@ -422,7 +445,6 @@ print(top_tokens(batch, features[..., feature], skip=[0], n=8).round(1).to_strin
 # labels shuffled? (Phase 2 asks this properly, with enough texts.)
 
 # %%
-from lenslab.runtime import derive_generator
 from lenslab.stats import auroc_permutations
 
 strength = features.where(batch.real[..., None], 0).amax(1)[1:, [feature]].numpy()  # the text of the choice left out
@@ -441,21 +463,21 @@ print(
 
 # %%
 from lenslab.paths import outputs_path
-from lenslab.records import extract, load_record, save_record
+from lenslab.records import extract_batch, load_record, save_record
 
-record = extract(model, batch.texts[0], [hook])
+records = extract_batch(model, batch.texts[:4], [hook])
 for suffix in ("safetensors", "npz", "json"):
-    file = save_record(record, outputs_path("results", f"phase_1_record.{suffix}"))
-    print(
-        f"{suffix:12s} comes back equal: {torch.equal(load_record(file).activations[hook], record.activations[hook])}"
-    )
+    file = save_record(records, outputs_path("results", f"phase_1_records.{suffix}"))
+    pairs = zip(load_record(file), records, strict=True)
+    same = all(torch.equal(a.activations[hook], b.activations[hook]) for a, b in pairs)
+    print(f"{suffix:12s} {len(records)} records come back equal: {same}")
 
 # %% [markdown]
 # A pickle is refused, with the format to use instead.
 
 # %%
 try:
-    save_record(record, outputs_path("results", "phase_1_record.pkl"))
+    save_record(records, outputs_path("results", "phase_1_records.pkl"))
 except ValueError as error:
     print(error)
 
@@ -480,6 +502,6 @@ except ValueError as error:
 # 1. `profile.first_position.argmax()`, then `profile.first_position[-1]` beside it.
 # 2. `layer, head, _ = heads.best("first_position")`, then the cell of section 7. A head must attend somewhere, its
 #    weights sum to one; BOS is where it does no harm.
-# 3. The SAE is then the first published one that is in the cache, or a small one trained on the spot.
+# 3. The SAE is then a published one that was downloaded before (see the README), or a small one trained on the spot.
 #
 # </details>

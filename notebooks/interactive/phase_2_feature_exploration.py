@@ -30,7 +30,7 @@ import pandas as pd
 import torch
 
 from lenslab.models import load_model, model_name, random_twin
-from lenslab.sae.bundled import card_table, sae_for
+from lenslab.sae.bundled import card_table, find_sae
 from lenslab.show.images import set_up_figures
 
 set_up_figures()
@@ -83,9 +83,9 @@ print(cards.round(2).to_string(index=False) if len(cards) else "no bundled SAE f
 from lenslab.sae.pretrained import bundled_saes, sae_hook
 
 SAE = "pocket-gpt-resid-3"
-sae = sae_for(model, SAE if SAE in bundled_saes(model) else None)
+sae, SAE, origin = find_sae(model, SAE if SAE in bundled_saes(model) else None)
 middle = sae_hook(sae)
-print(f"{sae.cfg.d_in} dimensions -> {sae.cfg.d_sae} features at {middle}")
+print(f"{SAE} ({origin}): {sae.cfg.d_in} dimensions -> {sae.cfg.d_sae} features at {middle}")
 
 # %% [markdown]
 # ## 3. Encode per token, pool after
@@ -107,9 +107,9 @@ for how, matrix in pooled.items():
     print(f"{how:9s} largest value {matrix.max():6.1f}, mean over texts and features {matrix.mean():.3f}")
 
 # %% [markdown]
-# **Control**: encoding the *average* activation of a text gives the SAE a vector that never occurs, worse when BOS
-# and padding are averaged in. How many of the features found so fire at any token of the text at all, and how many
-# that do are missed?
+# **Control**: encoding the *average* activation of a text gives the SAE a vector that never occurs. How many of the
+# features found so fire at any token of the text at all, how many that do are missed, and is it worse where BOS and
+# padding are averaged in?
 
 # %%
 with torch.inference_mode():
@@ -126,9 +126,9 @@ for name, mask in masks.items():
 
 # %% [markdown]
 # ## 4. Strong, frequent, selective
-# Four ways to rank features. `fired`: texts it fires on; `mean`: over all texts; `strong`: texts above half of its
-# own largest value; *selective* is strong on the fewest texts, the strongest first; `tied`: features that share
-# that place.
+# Five ways to rank features, as descriptions of all texts. `fired`: texts it fires on; `mean`: over all texts;
+# `strong`: texts above half of its own largest value; *selective* is strong on the fewest texts, the strongest first; *general* fires in every kind,
+# by its share in the kind where that is least; `tied`: features that share that place.
 
 # %%
 summary = summarize_features(pooled["max"], labels.category)
@@ -137,12 +137,13 @@ for name, table in (
     ("frequent", summary.frequent(3)),
     ("selective", summary.selective(3)),
     ("frequency x mean", summary.most_composite(3)),
+    ("general", summary.general(3)),
 ):
     print(f"{name}:\n{table[['fired', 'largest', 'mean', 'strong', 'tied']].round(1).to_string()}")
 
 # %% [markdown]
-# **Control**: random directions, as many of them active per token as SAE features. They fire more evenly: only what
-# the SAE has beyond them is its own.
+# **Control**: random directions, as many of them active per token as SAE features. What both curves show is not the
+# SAE's own.
 
 # %%
 from lenslab.activations import harvest
@@ -185,20 +186,7 @@ from lenslab.analysis.specialists import discriminate, find_specialists
 
 found = discriminate({SAE: pooled["max"]}, labels)
 shown = ["category", "feature", "auroc_discovery", "auroc", "worst_register", "q", "discriminating"]
-print(found.to_frame()[shown].round(2).to_string(index=False))
-
-# %% [markdown]
-# **Null** of the older way of counting: texts of a kind above 5.0 less other texts above 5.0, best of five
-# features. How many kinds have a positive count, and how many when the labels are shuffled? A count can fail in two
-# ways: by false alarms, and by missing what section 5 finds, where 5.0 is low for features that reach far above it.
-
-# %%
-from lenslab.analysis.counts import count_specialists_null
-from lenslab.show.plots import intervals, null_histogram
-
-null = count_specialists_null(pooled["max"], labels.category)
-print(f"kinds with a positive count: {null.observed} of {len(labels.categories)}; shuffled: {null.mean_null:.1f}")
-null_histogram(null.null, {"observed": null.observed}, title="Kinds with a 'specialist' by counting", x_title="kinds")
+print(found.to_frame()[shown].round(3).to_string(index=False))
 
 # %% [markdown]
 # ## 6. Better than what was never trained?
@@ -210,7 +198,9 @@ null_histogram(null.null, {"observed": null.observed}, title="Kinds with a 'spec
 from lenslab.sae.floors import control_matrices
 
 twin = random_twin(model)
-twin_fa = encode_features(twin, sae_for(twin), tokenize(twin, list(labels.texts)), name="random-twin SAE")
+twin_sae, twin_name, twin_origin = find_sae(twin)
+print(f"{twin_name} ({twin_origin}): {twin_sae.cfg.d_sae} features")
+twin_fa = encode_features(twin, twin_sae, tokenize(twin, list(labels.texts)), name="random-twin SAE")
 controls = control_matrices(model, sae, batch) | {"random-twin SAE": twin_fa.pool("max")}
 special = find_specialists(pooled["max"], labels, controls, name=SAE, discrimination=found)
 print("candidates:", special.candidates)
@@ -225,6 +215,8 @@ print(compared.assign(SAE=found.auroc[0]).round(2).to_string())
 # that it does not beat in both.
 
 # %%
+from lenslab.show.plots import intervals
+
 table = special.to_frame()[["category", "auroc", "precision", "specialist", "not_beaten"]]
 print(table.round(2).to_string(index=False))
 print(f"specialists: {special.specialist.sum()} of {len(special.categories)}")
@@ -240,6 +232,23 @@ intervals(rows, special.categories, title=title, reference=0, controls=[])
 print(special.left_out.drop(columns="category").round(2).to_string(index=False))
 
 # %% [markdown]
+# The older score stands beside it: texts of a kind above a threshold less other texts above it, best of five
+# features; the threshold is 5.0 for every feature, or half of the feature's own largest value. **Null**: how many
+# kinds have a positive score when the labels are shuffled? A count can fail in two ways: by false alarms, and by
+# missing what section 5 finds.
+
+# %%
+from lenslab.show.plots import null_histogram
+
+scores = special.to_frame().set_index("category")[["count_score_5.0", "count_score_half", "specialist"]]
+print(scores.to_string())
+high = (summary.largest > 5).mean()
+print(f"features that ever reach 5.0: {high:.0%}; best by count: {scores['count_score_half'].idxmax()} (half)")
+for null in special.count_nulls:
+    print(f"above {null.threshold}: {null.observed} kinds with a positive score, shuffled {null.mean_null:.1f}")
+null_histogram(null.null, {"observed": null.observed}, title="Kinds with a 'specialist' by counting", x_title="kinds")
+
+# %% [markdown]
 # ## 7. How often is this method wrong?
 # `error_rate`: any kind called discriminating under shuffled labels. `power`: a planted feature with a true AUROC
 # of 0.9 found. `specialist_*`: the same for specialists, without leaving languages out. The controls know nothing
@@ -250,22 +259,24 @@ print(special.left_out.drop(columns="category").round(2).to_string(index=False))
 from lenslab.analysis.planted import error_rate_and_power
 from lenslab.analysis.saved import saved_result
 
+texts = [list(map(str, column)) for column in (labels.category, labels.held_out, labels.stratum)]
 rates = saved_result(
     "phase_2_error_rate_and_power",
     lambda: error_rate_and_power(pooled["max"], labels, controls=controls),
-    inputs=[fa.key, twin_fa.key],
+    inputs=[fa.key, twin_fa.key, texts, special.candidates],
 )
+print(rates.attrs["origin"])
 print(rates.round(3).to_string(index=False))
 
 # %% [markdown]
 # ## 8. One feature, closely
-# The feature of the kind that is told apart best: where it fires on texts that it was not chosen on. An excerpt is
-# the start of the text; the marked tokens below it show where it fires.
+# The feature of the kind that is told apart best on the discovery half: where it fires on held-out texts. An excerpt
+# is the start of the text; the marked tokens below it show where it fires.
 
 # %%
 from lenslab.show.explorer import explore_feature
 
-best = int(found.auroc[0].argmax())
+best = int(found.auroc_discovery[0].argmax())
 kind, feature = found.categories[best], int(found.feature[0, best])
 held = np.flatnonzero(labels.held_out).tolist()
 held_fa = fa[held]
@@ -300,8 +311,8 @@ print(table.assign(token=table["token"].map(repr)).round(2).to_string(index=Fals
 # %% [markdown]
 # ## 9. Is it what the text says, or how it is written?
 # What each kind's feature fires on, by class of token. **Control**: how common each class is among all tokens. The
-# last row is the share that falls on the feature's single most frequent token: a maximum over a text that lies at
-# its full stop can still carry the whole text.
+# last row is the share that falls on the feature's single most frequent token; even a feature of one token can carry
+# a whole text where attention brings the text there.
 
 # %%
 from lenslab.analysis.readings import form_and_concept, token_classes
@@ -333,7 +344,8 @@ from lenslab.show.plots import scatter
 
 marked = np.isin(split.features, chosen)
 names = [str(f) for f in split.features]
-print(f"more form than content: {np.mean(split.form > split.concept):.0%} of features")
+by_form, by_content = split.form_p <= 0.05, split.concept_p <= 0.05
+print(f"by form alone {np.mean(by_form & ~by_content):.0%}, by content alone {np.mean(by_content & ~by_form):.0%}")
 print(pd.DataFrame(split.to_frame()[marked]).round(2).to_string(index=False))
 axes = {"title": "Form and content", "x_title": "share of variance: form", "y_title": "content", "diagonal": True}
 scatter(split.form, split.concept, names=names, marked=marked, marked_name="chosen for a kind", **axes)
@@ -355,19 +367,42 @@ print(
 text_feature_heatmap(drawn, often, labels.category[held], title="Frequent features on held-out texts")
 
 # %% [markdown]
-# The features chosen for each kind, as means over the held-out texts of every kind.
+# The features chosen for each kind, as means over the held-out texts of every kind: does a feature also fire where
+# another kind looks alike, a mathematical one on Python, say? By chance one of seven is largest in its own kind.
 
 # %%
 from lenslab.analysis.features import category_profile
 
-profile = category_profile(held_fa.pool("max"), labels.category[held], chosen)
-means = profile.pivot(index="category", columns="feature", values="mean").loc[list(found.categories), chosen]
-own = int((means.to_numpy().argmax(0) == np.arange(len(chosen))).sum())
+distinct = list(dict.fromkeys(chosen))  # one feature may have been chosen for two kinds
+profile = category_profile(held_fa.pool("max"), labels.category[held], distinct)
+means = profile.pivot(index="category", columns="feature", values="mean").loc[list(found.categories), distinct]
+own = sum(means[feature].idxmax() == kind for kind, feature in zip(found.categories, chosen, strict=True))
 print(f"largest in the kind it was chosen for: {own} of {len(chosen)}")
-category_feature_heatmap(means, found.categories, chosen, title="Mean activation by kind, held-out texts")
+category_feature_heatmap(means, found.categories, distinct, title="Mean activation by kind, held-out texts")
+
+# %% [markdown]
+# The same features and the leaders of section 4, one row each, on every held-out text.
+
+# %%
+leaders = {"strongest": summary.strongest(1), "frequent": summary.frequent(1), "selective": summary.selective(1)}
+rows = {int(table.index[0]): f"{table.index[0]} {name}" for name, table in leaders.items()}
+rows |= {feature: f"{feature} {kind}" for kind, feature in zip(found.categories, chosen, strict=True)}
+drawn = held_fa.pool("max")[:, list(rows)]
+print(f"{len(rows)} features on {drawn.shape[0]} texts: {np.mean(drawn.toarray() > 0):.0%} of the cells are above zero")
+text_feature_heatmap(drawn, list(rows.values()), labels.category[held], title="Chosen features on held-out texts")
 
 # %% [markdown]
 # ## 11. Which features fire together?
+# First by kind: the features that fire on most of its texts. **Control**: the share of all texts on which they do.
+
+# %%
+from lenslab.analysis.counts import features_per_category
+
+common = features_per_category(pooled["max"], labels.category, top=2)
+overall = summary.frequency[common["feature"].to_numpy()]
+print(common.assign(share=common["texts"] / common["of"], overall=overall).round(2).to_string(index=False))
+
+# %% [markdown]
 # *PMI* is the log of how often two features fire together over what independence gives, over all texts. **Null**:
 # `expected` and `q` come from firings shuffled among texts of one kind, so that what the kind explains does not
 # count: compare `joint` with `expected`.
@@ -378,26 +413,25 @@ from lenslab.analysis.concepts import coactivation, concept_features
 together = coactivation(pooled["max"], often, strata=labels.category)
 pairs = together.to_frame()
 print(f"{(pairs['q'] <= 0.05).sum()} of {len(pairs)} pairs fire together more than within-kind chance (q <= .05)")
-print(
-    pairs.head(5)[["feature", "other", "p_other_given_feature", "joint", "expected", "pmi", "q"]]
-    .round(2)
-    .to_string(index=False)
-)
+columns = ["feature", "other", "p_other_given_feature", "joint", "expected", "pmi", "q"]
+print(pairs.head(5)[columns].round(3).to_string(index=False))
 coactivation_heatmap(together.pmi, often, title="Which features fire together")
 
 # %% [markdown]
 # ## 12. Look for a concept
-# The texts about one topic, in any form, against all others: which features separate them? `family_p`: how often
-# the best of *all* features does as well under shuffled labels; a large one means that nothing was found. Python is
-# the positive control. These AUROCs are not held out.
+# The discovery texts about one topic, in any form, against the others: which features separate them? `family_p`: how
+# often the best of *all* features does as well under shuffled labels; a large one means that nothing was found. The
+# best one is then scored on the held-out half, where 0.5 is chance. Python is the positive control.
 
 # %%
 about = (load_probes("categories")["topic"] == "music").to_numpy()[labels.row]
-concept = concept_features(pooled["max"][about], pooled["max"][~about])
-code = concept_features(pooled["max"][labels.category == "python"], pooled["max"][labels.category != "python"])
-for name, search in (("music", concept), ("Python", code)):
+matrix, half = pooled["max"], labels.held_out
+for name, inside in (("music", about), ("Python", labels.category == "python")):
+    search = concept_features(matrix[inside & ~half], matrix[~inside & ~half]).to_frame(3)
+    values = matrix[:, [search["feature"][0]]].toarray()[half, 0]
     columns = ["feature", "auroc", "mean_concept", "mean_background", "family_p"]
-    print(f"{name}:\n{search.to_frame(3)[columns].round(2).to_string(index=False)}")
+    print(f"{name}:\n{search[columns].round(3).to_string(index=False)}")
+    print(f"the first on held-out texts: AUROC {roc_auc_score(inside[half], values):.2f}")
 
 # %% [markdown]
 # ## 13. Explore
@@ -414,13 +448,13 @@ explorer
 # %% [markdown]
 # ## What was found, and what was not
 # **Found**: for every kind of text that section 5 calls discriminating, a feature tells it apart on texts that it
-# was not chosen on. That alone is cheap: section 6 runs the same search over directions, neurons and bare
-# characters, and says for which kinds the SAE does better than all of them. Section 9 shows on what such features
-# fire: often a class of token, or the form of the text, rather than what it is about.
+# was not chosen on. Section 6 shows how much of that is cheap: it runs the same search over directions, neurons and
+# bare characters, and says for which kinds the SAE does better than all of them. The tables of section 9 show on
+# which classes of token such features fire, and whether they follow the form of a text or what it is about.
 #
 # **Not shown**: that the model uses these features (that takes interventions), that they mean what the kind's name
 # says, or that it holds for other models or SAEs. Seven kinds and 420 texts by one group of writers are a small
-# instrument, and one pooling (`max`) was fixed beforehand: others give other specialists.
+# instrument, and one pooling (`max`) was fixed beforehand: others may give other specialists.
 #
 # **Exercises**
 # 1. Set `SAE` to the one after the first block and run section 6 again. Which specialists are left?

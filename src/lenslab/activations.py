@@ -24,7 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab import runtime
 from lenslab.forward import Runner, by_token
-from lenslab.models import check_hooks, hook_names, model_name
+from lenslab.models import check_eval, check_hooks, hook_names
 from lenslab.paths import content_key
 from lenslab.store import ActivationStore
 
@@ -201,8 +201,7 @@ def harvest(
     hooks = (hooks,) if isinstance(hooks, str) else tuple(dict.fromkeys(hooks))
     if not hooks:
         raise ValueError("No hook given. hook_table(model) lists them.")
-    if model.training:
-        raise ValueError(f"{model_name(model)} is in train mode, where dropout changes activations: model.eval().")
+    check_eval(model)
     check_hooks(model, hooks)
     if store is not None:
         precision = _precision(compute, store.compute)

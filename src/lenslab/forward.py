@@ -56,6 +56,10 @@ class Runner:
         self.model, self.hooks, self.batch_size, self.precision = model, hooks, batch_size, precision
         self.first_text = 0  # of the batch within what errors should count from
         self.trim = all(by_token(model, hook) for hook in hooks)  # an attention pattern has no one span to cut to
+        # Padding farther from a text than a sliding window has no key to see; its masks are -inf in bf16, and its NaN
+        # reaches the text: batches that hold such padding run in float32.
+        config = getattr(model, "original_model", model).config
+        self.window = getattr(config, "sliding_window", None) or float("inf")
 
     def run(
         self, batch: Any, keep: Tensor, dtype: torch.dtype, take: Callable[[Tensor, slice, dict[str, Tensor]], None]
@@ -83,15 +87,16 @@ class Runner:
         points = [(name, catch(name)) for name in self.hooks]
         if (last := _last_point(model, self.hooks)) is not None:
             points.append((last, stop))  # after the others: hooks of one point run in the order they were added
-        bf16 = torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
-        with torch.inference_mode(), bf16, model.hooks(fwd_hooks=points), fast_kernels(model):
+        with torch.inference_mode(), model.hooks(fwd_hooks=points), fast_kernels(model):
             for rows in order.split(self.batch_size):
                 longest = int(lengths[rows[0]]) if self.trim else batch.tokens.shape[1]
                 span = slice(0, longest) if batch.pad_side == "right" else slice(batch.tokens.shape[1] - longest, None)
                 tokens, attention = batch.tokens[rows, span].to(device), batch.attention[rows, span].to(device)
                 mask = {} if bool(attention.all()) else {"attention_mask": attention.long()}
                 caught.clear()
-                model(tokens, return_type=None, **mask, **options)
+                bf16 = self.precision == torch.bfloat16 and not (mask and longest > self.window)
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+                    model(tokens, return_type=None, **mask, **options)
                 if missing := [name for name in self.hooks if name not in caught]:
                     raise ValueError(f"{missing[0]} did not fire in this run, though it did in the first look.")
                 take(rows, span, {n: self._place(n, caught[n], keep[rows, span], rows) for n in self.hooks})
@@ -109,7 +114,8 @@ class Runner:
                 "be told apart by text. Harvest one text at a time, or use another hook."
             )
         value = value.cpu()
-        if value.shape[:2] == keep.shape and not bool(keep.all()):
+        # by name, not by shape alone: a pattern [text, head, ...] of as many heads as positions looks the same
+        if by_token(self.model, name) and value.shape[:2] == keep.shape and not bool(keep.all()):
             value = value.masked_fill(~keep.view(texts, length, *[1] * (value.ndim - 2)), 0)
         if not name.endswith("attn_scores") and not bool(value.sum(dtype=torch.float32).isfinite()):
             self._diagnose(name, value, rows)

@@ -77,19 +77,34 @@ def load_model(
 
 
 def random_twin(model: TransformerBridge, seed: int = 0, label: str | None = None) -> TransformerBridge:
-    """The same architecture and tokenizer with weights as they were before training.
+    """The same architecture and tokenizer with random weights, spread as they are before training.
 
     What a finding on the twin shares with the finding on the model was not learned. `label` is the name the
     twin goes by; default the model's own, followed by "(random twin)".
+
+    The weights are the same to the bit on every processor, so that an SAE can be kept for them: sums of integers
+    (nearly normal), times the spread that the architecture begins with to two digits. torch's own normal numbers
+    depend on the processor's instructions.
     """
     from transformers import AutoModelForCausalLM
 
-    config = model.original_model.config
+    config, generator = model.original_model.config, derive_generator(seed, "random twin")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_generator(seed, "random twin").initial_seed() % 2**63)
+        torch.manual_seed(generator.initial_seed() % 2**63)
         twin = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=model.cfg.dtype)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            spread = float(parameter.float().std()) if parameter.numel() > 1 else 0.0
+            if spread > 0:  # biases and the weights of norms begin as constants
+                parameter.copy_(_exact_normal(parameter.shape, generator) * float(f"{spread:.2g}"))
     label = label or f"{model_name(model)} (random twin)"
     return _boot(_fused_gelu(twin), model.tokenizer, label, str(model.cfg.device))
+
+
+def _exact_normal(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Numbers of mean 0 and spread 1: each the sum of four integers, which no processor computes otherwise."""
+    total = sum(torch.randint(1 << 16, shape, generator=generator, dtype=torch.int32) for _ in range(4))
+    return (total - (2 << 16)).float() / ((1 << 16) / 3**0.5)  # the variance of one is 2^32 / 12
 
 
 def _resolve(name: str) -> tuple[str, str]:
@@ -250,6 +265,12 @@ def check_hooks(model: TransformerBridge, names: Iterable[str]) -> None:
             )
 
 
+def check_eval(model: TransformerBridge) -> None:
+    """Raise ValueError for a model in train mode: dropout would change what it computes, a little and at random."""
+    if model.training:
+        raise ValueError(f"{model_name(model)} is in train mode, where dropout changes activations: model.eval().")
+
+
 def stream_hook(model: TransformerBridge, layer: int, stream: str = "residual") -> str:
     """The hook of a stream at a layer: 'residual' (after the block), 'residual_pre' (before it),
     'residual_mid', 'attention' (what the attention adds) or 'mlp' (what the MLP adds).
@@ -364,8 +385,9 @@ def generate(
     """Continue a prompt; greedy at temperature 0, else sampled from a generator seeded by `seed`.
 
     Returns prompt and continuation, one string per prompt. Raises ValueError when the prompt and the new
-    tokens do not fit the context, or the prompt is empty.
+    tokens do not fit the context, or the prompt is empty; for a model in train mode.
     """
+    check_eval(model)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts or not all(text.strip() for text in prompts):
         raise ValueError("An empty prompt: give the model at least one word to continue.")

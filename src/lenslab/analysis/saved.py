@@ -23,17 +23,24 @@ from lenslab.paths import cache_path, content_key, data_path
 def saved_result(name: str, compute: Callable[[], Result], *, inputs: Any) -> pd.DataFrame:
     """The table (`to_frame`) of a result: the saved one where it was made from the same `inputs`, else computed now.
 
-    `inputs` identify what went in, for instance content keys of model, SAE and texts, and settings.
+    `inputs` identify what went in, for instance content keys of model, SAE and texts, and settings. Where the table
+    comes from is in its `attrs["origin"]`.
     """
     key = content_key(inputs)
     shipped, cached = data_path("results", f"{name}.json"), cache_path("results", f"{name}-{key}.json")
     full = os.environ.get("LENSLAB_FULL") == "1"
-    for file in () if full else (shipped, cached):
+    kept = {"saved result that ships": shipped, "saved result of this machine": cached}
+    for origin, file in () if full else kept.items():
         if (frame := _read(file, key)) is not None:
-            return frame
+            return _said(frame, origin)
     result = compute()
     result.save(shipped if full else cached, key=key, table=result.to_frame())
-    return result.to_frame()
+    return _said(result.to_frame(), "computed now")
+
+
+def _said(frame: pd.DataFrame, origin: str) -> pd.DataFrame:
+    frame.attrs["origin"] = origin
+    return frame
 
 
 def _read(file: Path, key: str) -> pd.DataFrame | None:

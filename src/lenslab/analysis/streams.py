@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab.activations import TokenBatch, harvest
 from lenslab.metrics import next_token_nats
-from lenslab.models import check_hooks, model_name, stream_hook
+from lenslab.models import check_eval, check_hooks, model_name, stream_hook
 from lenslab.runtime import derive_generator
 
 STREAMS = ("residual_pre", "attention", "mlp", "residual")
@@ -137,7 +137,11 @@ class HeadScores:
 
 
 def head_scores(model: TransformerBridge, n: int = 16, length: int = 50, seed: int = 0) -> HeadScores:
-    """Where each head looks in random sequences repeated once; nothing but the repeat can be predicted there."""
+    """Where each head looks in random sequences repeated once; nothing but the repeat can be predicted there.
+
+    Raises ValueError for a model in train mode; UnknownHook where attention patterns cannot be read.
+    """
+    check_eval(model)
     tokens = repeated_tokens(model, n, length, seed)
     length = (tokens.shape[1] - 1) // 2
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
@@ -166,7 +170,9 @@ def token_bits(
     """Mean loss of each text in bits per real token, each run alone and without padding.
 
     `shuffle` puts each text's real tokens in random order first: what is left is what their frequency tells.
+    Raises ValueError for a model in train mode.
     """
+    check_eval(model)
     bits, generator = [], derive_generator(seed, "order of tokens")
     for row in range(len(batch)):
         keep = batch.attention[row]

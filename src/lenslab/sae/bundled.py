@@ -7,16 +7,26 @@ the metrics of `evaluate_sae` and those of its null. One of them ships; `sae` an
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+import os
+from typing import NamedTuple
 
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab.activations import pack
 from lenslab.data import offline_text
-from lenslab.models import stream_hook
+from lenslab.models import UnknownHook, model_name, stream_hook
 from lenslab.paths import data_path
-from lenslab.sae.pretrained import CARD, SAEMismatch, SparseAutoencoder, bundled_saes, check_sae, load_sae
+from lenslab.sae.pretrained import (
+    CARD,
+    SAEMismatch,
+    SparseAutoencoder,
+    bundled_saes,
+    check_sae,
+    load_sae,
+    sae_hook,
+)
+from lenslab.sae.registry import is_cached, list_releases, registry
 from lenslab.sae.small import train_small_sae
 
 SHOWN = ("l0", "variance_explained", "ce_difference", "ce_recovered_zero", "dead", "dense")
@@ -45,20 +55,60 @@ def card_table(model: TransformerBridge | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["sae", "ships", *SHOWN, "null"])
 
 
-def sae_for(
-    model: TransformerBridge, name: str | None = None, *, documents: int = 160, steps: int = 300
-) -> SparseAutoencoder:
-    """The SAE called `name`; without a name a bundled one of the model's middle layer that fits, else one trained now.
+class FoundSAE(NamedTuple):
+    """An SAE for a model and where it comes from."""
 
-    That one is small, trained on the residual stream after the middle block, on text that every Python brings along:
-    enough to follow a notebook on any model, not to learn much about it. Raises as `load_sae`.
+    sae: SparseAutoencoder
+    name: str  # short, for tables
+    origin: str  # a sentence's worth, for the reader
+
+
+def find_sae(model: TransformerBridge, name: str | None = None, *, documents: int = 160, steps: int = 300) -> FoundSAE:
+    """The bundled SAE or folder called `name`; without a name the first of these that reads the middle layer:
+
+    1. a bundled SAE that was trained on these weights;
+    2. a published one that is in the cache of the hub (`python -m lenslab.sae.hub download ...`);
+    3. one trained now: small, on the residual stream after the middle block, on text that ships with lenslab.
+       Enough to follow a notebook on any model, not to learn much about it.
+
+    Raises as `load_sae`.
     """
     if name is not None:
-        return load_sae(name)
-    hook = stream_hook(model, model.cfg.n_layers // 2)
+        return FoundSAE(load_sae(name), os.path.basename(name), "chosen by name")
+    middle = model.cfg.n_layers // 2
+    hook = stream_hook(model, middle)
     for found in bundled_saes(model):
-        if (sae := load_sae(found)).cfg.metadata.hook_name == hook:
-            with suppress(SAEMismatch):  # other weights under the same name: random twins differ between processors
-                check_sae(sae, model)
-                return sae
-    return train_small_sae(model, hook, pack(model, offline_text(documents)), steps=steps)
+        sae = load_sae(found)
+        # other weights may go by the same name: a folder that is called like a bundled model
+        if sae_hook(sae) == hook and _fits(sae, model):
+            return FoundSAE(sae, found, "bundled")
+    for release, sae_id in _cached_ids(model, middle):
+        sae = load_sae(release, sae_id)
+        if _fits(sae, model):
+            return FoundSAE(sae, f"{release} {sae_id}", "published, from the cache of the hub")
+    sae = train_small_sae(model, hook, pack(model, offline_text(documents)), steps=steps)
+    return FoundSAE(sae, f"small SAE of {model_name(model)}", "none at hand: a small one was trained just now")
+
+
+def _fits(sae: SparseAutoencoder, model: TransformerBridge) -> bool:
+    try:
+        check_sae(sae, model)
+    except (SAEMismatch, UnknownHook):
+        return False
+    return True
+
+
+def _cached_ids(model: TransformerBridge, middle: int) -> list[tuple[str, str]]:
+    """(release, id) of published SAEs of the middle layer's residual stream whose weights are on this machine.
+
+    The input of the block after the middle one is the same vector as the output of the middle one.
+    """
+    wanted = [
+        f"blocks.{middle}.hook_resid_post",
+        f"blocks.{middle + 1}.hook_resid_pre",
+        f"blocks.{middle}.hook_resid_pre",
+    ]
+    releases = list_releases(model_name(model))
+    here = [row.release for row in releases.itertuples() if row.cached and row.format == "safe"]
+    found = [(wanted.index(i), r, i) for r in here for i in registry()[r].saes_map if i in wanted]
+    return [(r, i) for _, r, i in sorted(found) if is_cached(r, i)]

@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.models import check_hooks, hook_names, model_key, model_name
+from lenslab.models import check_eval, check_hooks, hook_names, model_key, model_name
 from lenslab.paths import data_path, sha256_file, write_json
 from lenslab.runtime import default_device
 from lenslab.sae.registry import (
@@ -304,8 +304,7 @@ def check_sae(sae: SparseAutoencoder, model: TransformerBridge) -> None:
         )
     if torch.device(sae.cfg.device).type != torch.device(model.cfg.device).type:
         raise SAEMismatch(f"The SAE is on {sae.cfg.device}, the model on {model.cfg.device}: sae.to(...) one of them.")
-    if model.training:
-        raise ValueError(f"{given} is in train mode, where dropout changes activations: call model.eval().")
+    check_eval(model)
     _centred(sae, model)
 
 

@@ -37,6 +37,7 @@ def plain_name(name: str) -> str:
 
 
 def registry() -> dict[str, Any]:
+    """SAELens's table of releases by name; read from its package, no network."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     return get_pretrained_saes_directory()
@@ -77,6 +78,7 @@ def refuse_release_alone(name: str) -> None:
 
 
 def cached_files(repository: str, path: str) -> list[Path]:
+    """Files of a hub repository at or below a path that are in the cache, in any snapshot."""
     from huggingface_hub import constants
 
     snapshots = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots").glob("*")
@@ -100,6 +102,13 @@ def intact(file: Path) -> bool:
     return True
 
 
+def is_cached(release: str, sae_id: str) -> bool:
+    """Whether the weights of a release's SAE are on this machine; whole or not, loading will tell."""
+    known = registry()[release]
+    files = cached_files(known.repo_id, known.saes_map[sae_id])
+    return any(file.suffix in {".safetensors", ".npz"} for file in files)
+
+
 def list_releases(model: str | None = None) -> pd.DataFrame:
     """SAELens's registry, offline: one row per release; `cached` counts SAEs whose weights are on this machine.
 
@@ -108,11 +117,8 @@ def list_releases(model: str | None = None) -> pd.DataFrame:
     rows = []
     for name, release in registry().items():
         if model is None or plain_name(model) == plain_name(release.model):
-            paths = release.saes_map.values() if cached_files(release.repo_id, "") else ()
-            here = sum(
-                any(file.suffix in {".safetensors", ".npz"} for file in cached_files(release.repo_id, path))
-                for path in paths
-            )
+            ids = release.saes_map if cached_files(release.repo_id, "") else ()
+            here = sum(is_cached(name, sae_id) for sae_id in ids)
             safe = "pickle, refused" if release.conversion_func in PICKLE_READERS else "safe"
             rows.append((name, release.model, len(release.saes_map), release.repo_id, safe, here))
     return pd.DataFrame(rows, columns=["release", "model", "saes", "repository", "format", "cached"])
