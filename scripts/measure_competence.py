@@ -112,13 +112,15 @@ def measure(model) -> dict:
     usable = pairs[[not misfit(model.tokenizer, pair) for pair in pairs.to_dict("records")]]
     if usable.empty:
         raise SystemExit(f"{model_name(model)}: its tokenizer can use no pair (answers of several tokens).")
+    twin = random_twin(model)
     return {
         "model": model_name(model),
         "model_key": model_key(model),
+        "twin_key": model_key(twin),
         "pairs_sha256": sha256_file(data_path("probes", "prompt_pairs.jsonl")),
         "pairs_left_out": len(pairs) - len(usable),
         "model_rows": competence(usable, logit_differences(model, usable)),
-        "twin_rows": competence(usable, logit_differences(random_twin(model), usable)),
+        "twin_rows": competence(usable, logit_differences(twin, usable)),
         "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens", "lenslab")},
     }
 

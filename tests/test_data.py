@@ -6,7 +6,7 @@ import json
 import pandas as pd
 import pytest
 
-from lenslab.data import TextsNotHere, hub_texts, load_texts
+from lenslab.data import TextsNotHere, hub_texts, load_probes, load_texts
 
 TEXTS = ["  one\ntwo", "drei, vierzehn: ж 数", "def f():\n    return 1"]
 
@@ -76,6 +76,14 @@ def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path):
     with pytest.raises(ValueError, match=r"a\.parquet, row 0: no 'text' \(it has id, body\)"):
         load_texts(tmp_path)
     assert load_texts(tmp_path, column="body") == ["x"]
+
+
+@pytest.mark.parametrize("content", [b'{"id": "a"}\n{"id": \n', b'{"id": "caf\xe9"}\n'], ids=["json", "utf-8"])
+def test_a_damaged_probe_file_is_named(tmp_path, monkeypatch, content):
+    (tmp_path / "mine.jsonl").write_bytes(content)
+    monkeypatch.setattr("lenslab.data.data_path", lambda *parts: tmp_path / parts[-1])
+    with pytest.raises(ValueError, match=r"mine\.jsonl is damaged .* restore it"):
+        load_probes("mine")
 
 
 def test_nothing_there(tmp_path):

@@ -311,6 +311,13 @@ def test_older_specialists_by_hand():
     assert only.loc["a", ["n_inside", "n_outside", "largest"]].tolist() == [2, 4, 9]
 
 
+def test_of_equal_scores_the_feature_with_the_largest_value_inside_is_the_older_specialist():
+    table = counts.count_specialists(np.array([[6, 9], [6, 9], [0, 0], [0, 0]]), list("aabb")).set_index("category")
+    assert table.loc["a", ["feature", "score", "tied"]].tolist() == [1, 2, 2]
+    same = counts.count_specialists(np.array([[9, 9], [9, 9], [0, 0], [0, 0]]), list("aabb")).set_index("category")
+    assert same.loc["a", ["feature", "tied"]].tolist() == [0, 2], "then the lowest id"
+
+
 def test_older_specialist_score_starts_at_minus_one():
     values = np.array([[6.0], [6], [6], [0]])
     table = counts.count_specialists(values, ["a", "b", "b", "a"]).set_index("category")
@@ -346,6 +353,9 @@ def test_features_per_category_and_concept_counts_by_hand():
     concept = counts.concept_by_count(MATRIX, top=3)
     assert concept["feature"].tolist() == [0, 2, 1] and concept["strong"].tolist() == [2, 2, 1]
     assert concept["total"].tolist() == [15, 12, 7] and concept["mean"].tolist() == [7.5, 6, 7]
+    few_but_strong = np.array([[6, 0], [6, 99.0], [6, 0]])
+    assert counts.concept_by_count(few_but_strong)["feature"].tolist() == [0, 1]
+    assert counts.concept_by_count(few_but_strong, by="total")["feature"].tolist() == [1, 0]
 
 
 def test_counts_need_two_categories():
@@ -353,3 +363,27 @@ def test_counts_need_two_categories():
         counts.count_specialists(MATRIX, ["a"] * 6)
     with pytest.raises(ValueError, match="nothing to count"):
         counts.count_specialists_null(MATRIX * 0, KINDS, n=2)
+
+
+@pytest.mark.parametrize(
+    "find", [counts.strongest_feature, counts.most_frequent_feature, counts.most_selective_feature]
+)
+def test_where_nothing_fires_no_feature_is_first(find):
+    with pytest.raises(ValueError, match=r"No feature (fires|is above)"):
+        find(MATRIX * 0)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda labels: counts.count_specialists(MATRIX, labels),
+        lambda labels: counts.features_per_category(MATRIX, labels),
+        lambda labels: counts.count_specialists_null(MATRIX, labels, n=2),
+        lambda labels: category_profile(MATRIX, labels, [0]),
+        lambda labels: coactivation(MATRIX, [0, 2], strata=labels),
+        lambda labels: summarize_features(MATRIX, labels),
+    ],
+)
+def test_labels_of_another_length_are_refused(use):
+    with pytest.raises(ValueError, match=r"5 labels"):
+        use(KINDS[:5])

@@ -95,6 +95,8 @@ def test_a_concept_without_a_form_is_refused():
         form_and_concept(np.ones((len(form) - 1, 3)), form[1:], concept[1:])
     with pytest.raises(ValueError, match="labels"):
         form_and_concept(np.ones((len(form) - 1, 3)), form, concept)
+    with pytest.raises(ValueError, match="concepts for"):
+        form_and_concept(np.ones((len(form), 3)), form, concept[1:])
 
 
 def test_a_constant_feature_has_no_shares():

@@ -289,6 +289,12 @@ def test_the_older_score_and_its_null_stand_beside(tmp_path):
     assert len(saved["count_nulls"][0]["null"]) == 200 and saved["controls"] == ["nothing"]
 
 
+def test_features_that_never_fire_are_refused_with_the_reason():
+    labels = label_texts(table(n=10))
+    with pytest.raises(ValueError, match="No feature fires on any text"):
+        find_specialists(noisy(labels) * 0, labels, {"nothing": noisy(labels, seed=2)}, n=20)
+
+
 def test_controls_and_a_fitting_discrimination_are_needed(unchecked):
     labels = label_texts(table())
     values = noisy(labels)

@@ -127,8 +127,8 @@ for name, mask in masks.items():
 # %% [markdown]
 # ## 4. Strong, frequent, selective
 # Five ways to rank features, as descriptions of all texts. `fired`: texts it fires on; `mean`: over all texts;
-# `strong`: texts above half of its own largest value; *selective* is strong on the fewest texts, the strongest first; *general* fires in every kind,
-# by its share in the kind where that is least; `tied`: features that share that place.
+# `strong`: texts above half of its own largest value; *selective* is strong on the fewest texts, the strongest first;
+# *general* fires in every kind, by its share in the kind where that is least; `tied`: features that share that place.
 
 # %%
 summary = summarize_features(pooled["max"], labels.category)

@@ -30,15 +30,20 @@ class TextsNotHere(OSError):
 
 
 def load_probes(name: str = "first_look") -> pd.DataFrame:
-    """A set of probe texts from `data/probes/NAME.jsonl`: one row per text, at least `id`, `category`, `text`.
+    """A set of probes from `data/probes/NAME.jsonl`, one row each; its card (README.md there) names the columns.
 
-    All were written for this project. Raises FileNotFoundError with the sets that exist.
+    All were written for this project. Raises FileNotFoundError with the sets that exist; ValueError, naming the file,
+    where it is damaged.
     """
     file = data_path("probes", f"{name}.jsonl")
     if not file.exists():
         sets = sorted(f.stem for f in data_path("probes").glob("*.jsonl"))
         raise FileNotFoundError(f"No probe set {name!r}; there are: {', '.join(sets)}.")
-    return pd.DataFrame([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()])
+    try:
+        with _open(file) as lines:
+            return pd.DataFrame([json.loads(line) for line in lines])
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ValueError(f"{file.name} is damaged ({error}): restore it from the repository.") from error
 
 
 def load_texts(source: str | os.PathLike, *, column: str = "text", limit: int | None = None) -> list[str]:

@@ -8,7 +8,8 @@
 3. Nothing is held out and nothing is corrected, so categories that mean nothing have specialists as well:
    `count_specialists_null` says how many.
 
-Ties go to the lowest id, and `tied` says how many features share the place.
+Ties go to the lowest id (among specialists of equal score to the one with the largest value inside, then to the
+lowest id), and `tied` says how many features share the place.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ def count_strong(matrix: Matrix, threshold: Threshold = 5.0) -> Int[np.ndarray, 
 
 
 def strongest_feature(matrix: Matrix) -> Counted:
-    """The feature with the largest value of all."""
-    values = _dense(matrix)
+    """The feature with the largest value of all. ValueError where none fires."""
+    values = _firing(matrix)
     return _first(values, values.max(axis=0))
 
 
 def most_frequent_feature(matrix: Matrix) -> Counted:
-    """The feature that is above zero on the most texts."""
-    values = _dense(matrix)
+    """The feature that is above zero on the most texts. ValueError where none is on any."""
+    values = _firing(matrix)
     return _first(values, (values > 0).sum(axis=0))
 
 
@@ -136,10 +137,9 @@ def count_specialists_null(
     strata: Sequence | np.ndarray | None = None,
 ) -> CountNull:
     """`count_specialists` on the labels and on `n` shuffles of them (within strata where given)."""
-    values, names, codes = _labelled(matrix, categories)
+    _, names, codes = _labelled(matrix, categories)
+    values = _firing(matrix)
     values = values[:, (values > 0).any(axis=0)]
-    if not values.shape[1]:
-        raise ValueError("No feature fires on any text: there is nothing to count.")
     strong, k = _strong(values, threshold), len(names)
 
     def specialists(codes: np.ndarray) -> int:
@@ -164,16 +164,19 @@ def features_per_category(matrix: Matrix, categories: Sequence | np.ndarray, top
     return pd.DataFrame(rows, columns=["category", "feature", "texts", "of"])
 
 
-def concept_by_count(matrix: Matrix, threshold: Threshold = 5.0, top: int = 5) -> pd.DataFrame:
-    """Features of some concept's texts by number of strong texts, then by sum: `feature`, `strong`, `total`, `mean`.
+def concept_by_count(
+    matrix: Matrix, threshold: Threshold = 5.0, top: int = 5, by: Literal["strong", "total"] = "strong"
+) -> pd.DataFrame:
+    """Features of some concept's texts by number of strong texts, then by sum, or the other way round.
 
-    `total` is the sum over the strong texts; `mean` divides it by their number. No background is looked at, so a
-    feature that is strong on everything comes first: `concept_features` asks the other question.
+    Columns `feature`, `strong`, `total` (sum over the strong texts), `mean` (that by their number). No background is
+    looked at, so a feature that is strong on everything comes first: `concept_features` asks the other question.
     """
     values = _dense(matrix)
     strong = _strong(values, threshold)
     count, total = strong.sum(axis=0), (values * strong).sum(axis=0, dtype=np.float64)
-    order = np.lexsort([np.arange(len(count)), -total, -count])[:top]
+    first, second = (count, total) if by == "strong" else (total, count)
+    order = np.lexsort([np.arange(len(count)), -second, -first])[:top]
     order = order[count[order] > 0]
     columns = {"feature": order, "strong": count[order], "total": total[order], "mean": total[order] / count[order]}
     return pd.DataFrame(columns)
@@ -182,6 +185,13 @@ def concept_by_count(matrix: Matrix, threshold: Threshold = 5.0, top: int = 5) -
 def _dense(matrix: Matrix) -> Float[np.ndarray, "text feature"]:
     matrix = check_matrix(matrix)
     return (matrix.toarray() if scipy.sparse.issparse(matrix) else matrix).astype(np.float64, copy=False)
+
+
+def _firing(matrix: Matrix) -> Float[np.ndarray, "text feature"]:
+    values = _dense(matrix)
+    if not (values > 0).any():
+        raise ValueError("No feature fires on any text: there is nothing to count.")
+    return values
 
 
 def _labelled(matrix: Matrix, categories: Sequence | np.ndarray) -> tuple[np.ndarray, list, np.ndarray]:

@@ -121,10 +121,12 @@ def form_and_concept(
     Raises ValueError where a concept lacks a form or has one twice: the two shares would not be comparable.
     """
     matrix = check_matrix(matrix, form)
+    if len(concept) != matrix.shape[0]:
+        raise ValueError(f"{len(concept)} concepts for {matrix.shape[0]} texts: one each is needed.")
     forms, row = np.unique(np.asarray(form), return_inverse=True)
     concepts, column = np.unique(np.asarray(concept), return_inverse=True)
     cells = np.bincount(row * len(concepts) + column, minlength=len(forms) * len(concepts))
-    if len(row) != matrix.shape[0] or (cells != 1).any() or min(len(forms), len(concepts)) < 2:
+    if (cells != 1).any() or min(len(forms), len(concepts)) < 2:
         raise ValueError(
             f"Needs every concept exactly once in every form: {matrix.shape[0]} texts, {len(forms)} forms, "
             f"{len(concepts)} concepts, {int((cells != 1).sum())} cells without exactly one text."
