@@ -6,7 +6,8 @@ import json
 import pandas as pd
 import pytest
 
-from lenslab.data import TextsNotHere, hub_texts, load_probes, load_texts
+from lenslab.data import TextsNotHere, hub_texts, load_probes, load_texts, sampled_text
+from lenslab.paths import data_path
 
 TEXTS = ["  one\ntwo", "drei, vierzehn: ж 数", "def f():\n    return 1"]
 
@@ -84,6 +85,15 @@ def test_a_damaged_probe_file_is_named(tmp_path, monkeypatch, content):
     monkeypatch.setattr("lenslab.data.data_path", lambda *parts: tmp_path / parts[-1])
     with pytest.raises(ValueError, match=r"mine\.jsonl is damaged .* restore it"):
         load_probes("mine")
+
+
+def test_sampled_text_holds_every_kind_from_the_beginning_and_whole_it_is_a_million_tokens():
+    frame = pd.read_parquet(data_path("corpus", "sampled.parquet"))
+    assert 0.95e6 <= frame["tokens"].sum() <= 1.05e6 and frame["id"].is_unique
+    some, every = sampled_text(90), sampled_text()
+    assert some == every[:90] and len(every) == len(frame)
+    assert frame.set_index("text").loc[some, "category"].nunique() == frame["category"].nunique() == 9
+    assert all(text.startswith(prompt) for text, prompt in zip(frame["text"], frame["prompt"], strict=True))
 
 
 def test_nothing_there(tmp_path):

@@ -1,5 +1,6 @@
 """The probe texts keep what their card promises: balance, lengths, no duplicates, answers that are right."""
 
+import hashlib
 import importlib
 import json
 import re
@@ -325,3 +326,15 @@ def test_bundled_competence_is_of_the_bundled_model_and_pairs():
     model = load_model("pocket-gpt")
     assert (found["model_key"], found["twin_key"]) == (model_key(model), model_key(random_twin(model))), again
     assert found["pairs_left_out"] == 0
+
+
+def test_the_blind_reading_covers_every_register_and_language_and_the_texts_are_those_that_were_read():
+    texts = load_probes("categories").set_index("id")
+    labels = json.loads(data_path("probes", "blind_reading.json").read_text(encoding="utf-8"))["labels"]
+    read = texts.loc[[entry["id"] for entry in labels]]
+    assert len(read) >= 60 and read.index.is_unique
+    registers = texts.groupby(["category", "register"]).size().index
+    assert read.groupby(["category", "register"]).size().reindex(registers, fill_value=0).min() >= 2
+    assert set(read["language"]) == set(texts["language"])
+    for entry, text in zip(labels, read["text"], strict=True):
+        assert hashlib.sha256(text.encode()).hexdigest().startswith(entry["sha256"]), f"{entry['id']} was edited since"

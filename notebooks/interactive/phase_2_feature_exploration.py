@@ -286,15 +286,15 @@ explore_feature(held_fa, feature, categories=list(labels.category[held]))
 
 # %% [markdown]
 # What it fires on in running text, at its strongest and at lower strengths: a sample from every fifth of its range,
-# empty ones left out. The text is that of Python's standard library, English prose and code, so a feature for
-# another kind of text may fire here rarely and weakly.
+# empty ones left out. The text ships with the project and was sampled from `pocket-gpt`: nine kinds of text, as the
+# model would write them, not as people do.
 
 # %%
 from lenslab.activations import pack
 from lenslab.analysis.contexts import find_contexts, vocabulary_effects
-from lenslab.data import offline_text
+from lenslab.data import sampled_text
 
-contexts = find_contexts(model, sae, pack(model, offline_text(60)), features=[feature], progress=False)
+contexts = find_contexts(model, sae, pack(model, sampled_text(450)), features=[feature], progress=False)
 print(f"{contexts.fired[0] > 0} that it fires somewhere in the running text")
 contexts.quantiles(feature, n=5, per=2)[["quantile", "activation", "context"]].round(1)
 

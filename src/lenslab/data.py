@@ -1,8 +1,8 @@
 """Texts: the probe texts that ship with the project, and text to train an SAE on.
 
-Three sources, each a list of documents for `lenslab.activations.pack` or `tokenize`: files of one's own
-(`load_texts`), a data set of the hub (`hub_texts`), and, for a machine with neither, what Python brings along
-(`offline_text`).
+Sources, each a list of documents for `lenslab.activations.pack` or `tokenize`: files of one's own (`load_texts`), a
+data set of the hub (`hub_texts`), and, for a machine with neither, a million tokens that pocket-gpt wrote and that
+ship (`sampled_text`), or what Python brings along (`offline_text`: written by people, but English and code only).
 """
 
 from __future__ import annotations
@@ -158,6 +158,16 @@ def _cells(rows: Iterable[dict | str], column: str, where: str, first: int = 0) 
         if not isinstance(value := row[column], str | None):
             raise ValueError(f"{where} {number}: {column!r} holds a {type(value).__name__}, not text.")
         yield value or ""
+
+
+def sampled_text(n_documents: int | None = None) -> list[str]:
+    """Documents that pocket-gpt wrote, of nine kinds in turn; default all. See `data/corpus/README.md`.
+
+    A stand-in for a corpus where there is none: not by people, and no measure of a model or an SAE on real text.
+    """
+    frame = pd.read_parquet(data_path("corpus", "sampled.parquet"))
+    row = frame["id"].str.rsplit("-", n=1).str[-1].astype(int)  # batches are of one opening each: deal them out
+    return frame["text"].iloc[row.argsort(kind="stable")].head(n_documents or len(frame)).tolist()
 
 
 def offline_text(n_documents: int = 2000, seed: int = 0) -> list[str]:

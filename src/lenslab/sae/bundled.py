@@ -14,7 +14,7 @@ import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab.activations import pack
-from lenslab.data import offline_text
+from lenslab.data import sampled_text
 from lenslab.models import UnknownHook, model_name, stream_hook
 from lenslab.paths import data_path
 from lenslab.sae.pretrained import (
@@ -63,7 +63,7 @@ class FoundSAE(NamedTuple):
     origin: str  # a sentence's worth, for the reader
 
 
-def find_sae(model: TransformerBridge, name: str | None = None, *, documents: int = 160, steps: int = 300) -> FoundSAE:
+def find_sae(model: TransformerBridge, name: str | None = None, *, documents: int = 700, steps: int = 300) -> FoundSAE:
     """The bundled SAE or folder called `name`; without a name the first of these that reads the middle layer:
 
     1. a bundled SAE that was trained on these weights;
@@ -86,7 +86,7 @@ def find_sae(model: TransformerBridge, name: str | None = None, *, documents: in
         sae = load_sae(release, sae_id)
         if _fits(sae, model):
             return FoundSAE(sae, f"{release} {sae_id}", "published, from the cache of the hub")
-    sae = train_small_sae(model, hook, pack(model, offline_text(documents)), steps=steps)
+    sae = train_small_sae(model, hook, pack(model, sampled_text(documents)), steps=steps)
     return FoundSAE(sae, f"small SAE of {model_name(model)}", "none at hand: a small one was trained just now")
 
 
