@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lenslab.analysis.streams import head_scores
 from lenslab.models import load_model
-from lenslab.paths import REPOSITORY, write_json
+from lenslab.paths import REPOSITORY, sha256_file, write_json
 
 FIXTURES = REPOSITORY.parent / "shared" / "fixtures"
 LOAD_DOCUMENTS = 32  # of each category
@@ -190,7 +190,8 @@ def measure(folder: Path, validation: dict[str, list[str]]) -> dict:
 def write_card(folder: Path, training: dict, validation: dict[str, list[str]]) -> dict:
     stable = training.get("training_tokens", 0) * (1 - training.get("decay_share", 0))
     law = power_law(training.get("curve", []), stable)
-    card = {**training, "power_law": law, **measure(folder, validation)}
+    digest = sha256_file(folder / "model.safetensors")  # load_model refuses others
+    card = {**training, "power_law": law, **measure(folder, validation), "weights_sha256": digest}
     write_json(folder / "card.json", card)
     return card
 

@@ -56,7 +56,7 @@ def make_tokenizer(folder: Path, bos_is_eos: bool = False) -> None:
 
 @pytest.fixture(scope="session")
 def gpt2_folder(tmp_path_factory) -> Path:
-    """A random GPT-2 of two layers, saved as a Hugging Face folder."""
+    """A random GPT-2 of three layers, saved as a Hugging Face folder."""
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp("gpt2-twin")

@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from conftest import make_tokenizer
 
 from lenslab.models import (
+    BUNDLED,
     NotAModel,
     UnknownHook,
     check_hooks,
@@ -256,3 +259,33 @@ def test_tinystories_tells_a_story(shared):
     model = load_model(shared / "fixtures" / "tinystories-656k")
     text = generate(model, "Once upon a time, there was a little", max_new_tokens=30)
     assert len(text.split()) > 20 and generate(random_twin(model), "Once upon a time", max_new_tokens=5) != text
+
+
+def test_bundled_weights_that_are_not_those_of_their_card_are_refused(tmp_path, monkeypatch):
+    for name in BUNDLED:
+        shutil.copytree(data_path("models", name), tmp_path / "models" / name)
+    monkeypatch.setattr("lenslab.models.data_path", lambda *parts: tmp_path.joinpath(*parts))
+    load_model("pocket-gpt")
+    weights = tmp_path / "models" / "pocket-gpt" / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(NotAModel, match="git checkout -- data/models/pocket-gpt"):
+        load_model("pocket-gpt")
+
+
+def test_a_layer_may_be_counted_by_numpy_but_not_from_behind(model):
+    assert stream_hook(model, np.int64(1)) == stream_hook(model, 1)
+    for layer in (np.int64(-1), -1, True):
+        with pytest.raises(ValueError, match="is not one of 0 to 2"):
+            stream_hook(model, layer)
+
+
+def test_an_architecture_that_transformer_lens_does_not_know_is_refused(tmp_path):
+    from transformers import CTRLConfig, CTRLLMHeadModel
+
+    make_tokenizer(tmp_path)
+    config = CTRLConfig(vocab_size=300, n_positions=64, n_embd=32, dff=64, n_layer=2, n_head=4)
+    CTRLLMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(NotAModel, match="TransformerLens has no adapter for CTRL"):
+        load_model(tmp_path)

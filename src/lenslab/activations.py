@@ -337,5 +337,6 @@ def _free_memory() -> int:
     except (OSError, StopIteration):
         return 4 << 30
     with suppress(OSError, ValueError):  # no such file, or "max"
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{k}").read_text(encoding="ascii")) for k in ("max", "current"))
+        free = min(free, max(0, limit - used))
     return free

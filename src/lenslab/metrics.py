@@ -303,7 +303,10 @@ def cross_entropy(logits: Logits, tokens: Int[Tensor, "text pos"], real: Bool[Te
 
 
 def kl_divergence(clean_logits: Logits, other_logits: Logits, real: Bool[Tensor, "text pos"] | None = None) -> float:
-    """Mean KL(clean || other) in nats over the positions that predict a real token, as `cross_entropy`."""
+    """Mean KL(clean || other) in nats over the positions that predict a real token, as `cross_entropy`.
+
+    ValueError for logits of two shapes, no real token, and a divergence that is NaN or infinite.
+    """
     if clean_logits.shape != other_logits.shape:
         raise ValueError(f"logits of shape {tuple(clean_logits.shape)} and {tuple(other_logits.shape)} differ")
     if real is None:
@@ -318,7 +321,10 @@ def kl_divergence(clean_logits: Logits, other_logits: Logits, real: Bool[Tensor,
 
 
 def bits_per_byte(total_nats: float, n_bytes: int) -> float:
-    """Summed loss in nats over the bytes of the text it covers, in bits: comparable across tokenizers."""
+    """Summed loss in nats over the bytes of the text it covers, in bits: comparable across tokenizers.
+
+    ValueError without bytes, and for a loss that is NaN or infinite.
+    """
     if n_bytes < 1 or not math.isfinite(total_nats):
         raise ValueError(f"needs a finite loss and at least one byte, got {total_nats} nats over {n_bytes} bytes")
     return total_nats / math.log(2) / n_bytes

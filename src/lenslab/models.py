@@ -16,11 +16,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.paths import data_path
+from lenslab.paths import data_path, sha256_file
 from lenslab.runtime import default_device, derive_generator
 
 BUNDLED = {  # name -> what it is; the weights are in data/models/NAME
@@ -139,6 +140,8 @@ def _hf_model(source: str, label: str, dtype: torch.dtype):
             if pickles
             else f"{label} has a config.json but no weights (*.safetensors)."
         )
+    if label in BUNDLED and folder == data_path("models", label):
+        _check_bundled(folder, label)
     token = os.environ.get("HF_TOKEN")  # gated models: from the environment, never from a file here
     options = {} if folder.is_dir() or not token else {"token": token}
     try:
@@ -164,6 +167,16 @@ def _hf_model(source: str, label: str, dtype: torch.dtype):
             f"gated models) and unset HF_HUB_OFFLINE. Bundled, always here: {', '.join(BUNDLED)}."
         )
         raise NotAModel(f"{label} could not be loaded. {meant}{first} {advice}") from error
+
+
+def _check_bundled(folder: Path, label: str) -> None:
+    """Refuse bundled weights that are not those of their card: what ships beside them was measured on the card's."""
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    if sha256_file(folder / "model.safetensors") != card["weights_sha256"]:
+        raise NotAModel(
+            f"The weights of {label} are not those that its card describes: damaged, or changed. Restore them with "
+            f"`git checkout -- data/models/{label}`, or load them under another name from a folder of your own."
+        )
 
 
 def _refused(error: BaseException | None) -> bool:
@@ -271,7 +284,7 @@ def check_eval(model: TransformerBridge) -> None:
         raise ValueError(f"{model_name(model)} is in train mode, where dropout changes activations: model.eval().")
 
 
-def stream_hook(model: TransformerBridge, layer: int, stream: str = "residual") -> str:
+def stream_hook(model: TransformerBridge, layer: int | np.integer, stream: str = "residual") -> str:
     """The hook of a stream at a layer: 'residual' (after the block), 'residual_pre' (before it),
     'residual_mid', 'attention' (what the attention adds) or 'mlp' (what the MLP adds).
 
@@ -280,7 +293,8 @@ def stream_hook(model: TransformerBridge, layer: int, stream: str = "residual") 
     """
     if stream not in STREAMS:
         raise ValueError(f"No stream {stream!r}; there are: {', '.join(STREAMS)}.")
-    if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < model.cfg.n_layers:
+    whole = isinstance(layer, int | np.integer) and not isinstance(layer, bool)
+    if not whole or not 0 <= layer < model.cfg.n_layers:
         raise ValueError(f"Layer {layer!r} is not one of 0 to {model.cfg.n_layers - 1} of {model_name(model)}.")
     name = f"blocks.{layer}.{STREAMS[stream]}"
     check_hooks(model, [name])

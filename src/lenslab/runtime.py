@@ -1,4 +1,4 @@
-"""Threads, allocator, precision and seeds: what every run on this machine shares.
+"""Allocator, precision, seeds and progress bars: what every run on this machine shares. Threads are torch's own.
 
 Two facts about CPU runs are worth more than any code of ours. glibc returns every large tensor to the
 kernel and faults it in again at the next step, which costs a factor of 1.2 to 4; `tune_allocator` stops

@@ -229,6 +229,7 @@ def paired_bootstrap(
     """Interval of `statistic(ours) - statistic(theirs)`, both on the same drawn documents.
 
     A statistic that needs labels takes them as a column: rows of (score, label), for instance.
+    ValueError for two shapes, and as `bootstrap`.
     """
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     if ours.shape != theirs.shape:
@@ -253,7 +254,10 @@ def benjamini_hochberg(p: Float[np.ndarray, "*test"]) -> Float[np.ndarray, "*tes
 
 
 def clopper_pearson(k: int, n: int, level: float = 0.95) -> Interval:
-    """Exact interval of a proportion, k successes in n *independent* trials (documents, not tokens)."""
+    """Exact interval of a proportion, k successes in n *independent* trials (documents, not tokens).
+
+    ValueError unless 0 <= k <= n and n >= 1.
+    """
     if not 0 <= k <= n or n < 1:
         raise ValueError(f"needs 0 <= k <= n and n >= 1, got k={k}, n={n}")
     _tails(level)
