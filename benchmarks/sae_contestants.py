@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -75,6 +74,11 @@ def fast_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def precision() -> str:
+    """In words, for a result."""
+    return "bf16 autocast" if fast_bf16() else "float32: this CPU has no bf16 instructions"
+
+
 def autocast(enabled: bool = True) -> Any:
     """bf16 around a whole training: without the cache of cast weights, which would keep those of the first step."""
     return (
@@ -85,22 +89,20 @@ def autocast(enabled: bool = True) -> Any:
 def vectors_file(n: int) -> Path:
     """The file of `n` training vectors and HELD_OUT more, harvested by lenslab if it is not there: [vector, d_in]."""
     from lenslab.activations import harvest, pack
-    from lenslab.data import offline_text
+    from lenslab.data import sampled_text
     from lenslab.models import load_model, model_key
     from lenslab.paths import atomic_write, content_key
     from lenslab.runtime import derive_generator
 
     model, total = load_model(MODEL), n + HELD_OUT
-    file = CACHE / f"vectors-{n}-{content_key(model_key(model), HOOK, sys.version_info[:2])}.npy"
+    file = CACHE / f"vectors-{n}-{content_key(model_key(model), HOOK)}.npy"
     if not file.exists():
-        texts = offline_text(max(200, total // 150))
-        order = torch.randperm(len(texts), generator=derive_generator(0, "benchmark texts")).tolist()
-        batch = pack(model, [texts[i] for i in order])
+        batch = pack(model, sampled_text())
         batch = batch[: math.ceil(total / (batch.n_real / len(batch))) + 8]
         x = harvest(model, batch, HOOK, compute="float32")[HOOK][batch.real][:total]
         if len(x) < total:
             raise ValueError(f"only {len(x)} vectors for {total}: ask for fewer")
-        # documents of the held-out vectors are not trained on: only the others are shuffled
+        # documents of the held-out vectors, the last ones, are not trained on: only the others are shuffled
         x[:n] = x[torch.randperm(n, generator=derive_generator(0, "benchmark vectors"))]
         x *= math.sqrt(x.shape[1]) / x[:n].norm(dim=1).mean()
         with atomic_write(file) as temporary:
@@ -293,6 +295,7 @@ def eai_sparsify(job: Job, vectors: Tensor) -> Trained:
 
     TopK alone. Its optimizer is its default (schedule-free sign descent) at its own learning rate.
     """
+    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # where triton is installed it would be given CPU tensors
     sparsify = import_module("sparsify")
     datasets = import_module("datasets")
     if job.architecture != "topk":
@@ -356,17 +359,14 @@ class _LookUp(torch.nn.Module):
 def tokens_file(n: int) -> Path:
     """The file of `n` windows of tokens and 32 more that nobody trains on: [window, 256], BOS first."""
     from lenslab.activations import pack
-    from lenslab.data import offline_text
+    from lenslab.data import sampled_text
     from lenslab.models import load_model, model_key
     from lenslab.paths import atomic_write, content_key
-    from lenslab.runtime import derive_generator
 
     model, total = load_model(MODEL), n + UNSEEN_WINDOWS
-    file = CACHE / f"tokens-{n}-{content_key(model_key(model), sys.version_info[:2])}.npy"
+    file = CACHE / f"tokens-{n}-{content_key(model_key(model))}.npy"
     if not file.exists():
-        texts = offline_text(max(200, total * 2))
-        order = torch.randperm(len(texts), generator=derive_generator(0, "benchmark texts")).tolist()
-        ids = pack(model, [texts[i] for i in order]).tokens[:total]
+        ids = pack(model, sampled_text()).tokens[:total]
         if len(ids) < total:
             raise ValueError(f"only {len(ids)} windows for {total}: ask for fewer")
         with atomic_write(file) as temporary:

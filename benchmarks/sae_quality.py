@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import compare as harness
 import sae_contestants as entries
 from compare import Contestant, run_contestant, timed
-from sae_contestants import Job, fast_bf16, held_out, job_from
+from sae_contestants import Job, held_out, job_from
 
 SEEDS, LIBRARIES, ARCHITECTURES = 5, ("lenslab", "saelens"), ("topk", "batchtopk", "relu")
 JOB = Job(d_sae=2048, k=32, batch=1024, steps=512)
@@ -176,7 +176,7 @@ def main(words: list[str] | None = None) -> None:
         "verdict": verdict,
         "seeds": seeds,
         "job": asdict(job),
-        "precision": "bf16 autocast" if fast_bf16() else "float32: this CPU has no bf16 instructions",
+        "precision": entries.precision(),
         "machine": {**machine_summary(), "threads": int(harness.THREADS)},
         "versions": {name: version(name) for name in harness.VERSIONED},
     }

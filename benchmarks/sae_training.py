@@ -142,7 +142,7 @@ def more(kind: str, job: Job, file: str, arguments: list[str]) -> Callable[[dict
         }
         result: dict[str, Any] = {
             "job": asdict(job),
-            "precision": "bf16 autocast" if fast_bf16() else "float32: this CPU has no bf16 instructions",
+            "precision": entries.precision(),
             "as_shipped": "float32, the system's allocator",
             "held_out_after": {"vectors": job.samples, **checks},
         }
@@ -197,7 +197,7 @@ def memory(job: Job, sizes: tuple[int, int], write: bool) -> dict[str, Any]:
         "lenslab",
         {"lenslab": [{"units": found[large], "seconds": 1}], name: [{"units": found[small], "seconds": 1}]},
         {},
-    ) | {"holds": found[large] < 1.1 * found[small], "job": asdict(job)}
+    ) | {"holds": found[large] < 1.1 * found[small], "job": asdict(job), "precision": entries.precision()}
     if write:
         write_json(harness.RESULTS / "sae_training_memory.json", result)
     return result

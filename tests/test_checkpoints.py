@@ -62,6 +62,20 @@ def test_a_failed_write_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch,
     assert latest_checkpoint(tmp_path)["state"]["step"] == 20
 
 
+@pytest.mark.parametrize("place", ["Path.write_text", "os.replace"])
+def test_a_disk_that_is_full_a_moment_later_leaves_an_overwritten_checkpoint_as_it_was(tmp_path, monkeypatch, place):
+    save_checkpoint(tmp_path, state(1), name="predecay.pt")
+
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"lenslab.checkpoints.{place}", full_disk)
+        save_checkpoint(tmp_path, state(2), name="predecay.pt")
+    assert load_checkpoint(tmp_path / "predecay.pt")["step"] == 1
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_no_checkpoint_is_no_error(tmp_path):
     assert latest_checkpoint(tmp_path / "absent") is None
 

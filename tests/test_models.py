@@ -230,7 +230,10 @@ def test_a_gated_model_says_how_to_get_at_it(monkeypatch, status):
     import transformers
     from huggingface_hub.errors import GatedRepoError
 
+    given = []
+
     def gated(source, **options):
+        given.append(options.get("token"))
         response = httpx.Response(status, request=httpx.Request("GET", f"https://huggingface.co/{source}"))
         try:
             raise GatedRepoError("Cannot access gated repo", response=response)
@@ -245,6 +248,7 @@ def test_a_gated_model_says_how_to_get_at_it(monkeypatch, status):
     with pytest.raises(NotAModel, match="the one that is set has no access") as refused:
         load_model("gemma-3-1b")
     assert "hf_none" not in str(refused.value)
+    assert given == [None, "hf_none"], "the token comes from the environment"
 
 
 def test_a_folder_without_tokenizer(gpt2_folder, tmp_path):

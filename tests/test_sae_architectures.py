@@ -367,3 +367,49 @@ def test_sizes_and_unknown_options_are_refused_and_a_seed_gives_the_same_weights
     assert torch.equal(first.W_enc, again.W_enc) and not torch.equal(first.W_enc, other.W_enc)
     assert torch.equal(first.W_enc, first.W_dec.T)
     assert build_sae("matryoshka", WIDTH, 5, k=2).loss(drawn(4, WIDTH), drawn(4, WIDTH)).total > 0
+
+
+def test_a_matryoshka_of_one_width_is_a_batchtopk():
+    one = build_sae("matryoshka", WIDTH, LATENTS, k=K, widths=(LATENTS,))
+    other, x = build_sae("batchtopk", WIDTH, LATENTS, k=K), drawn(BATCH, WIDTH)
+    found, wanted = one.loss(x, x), other.loss(x, x)
+    assert float(found.total) == pytest.approx(float(wanted.total)) and float(found.sparsity) == 0
+
+
+def test_a_vector_of_zeros_has_no_norm_and_does_no_harm():
+    sae = build_sae("topk", WIDTH, LATENTS, k=K, scale="unit", centre=False)
+    x = drawn(BATCH, WIDTH)
+    x[3] = 0
+    sae.fit(x)
+    losses = sae.loss(sae.scaled(x), sae.scaled_target(sae.scaled(x)))
+    losses.total.backward()
+    assert torch.isfinite(losses.total) and torch.isfinite(sae.W_enc.grad).all()
+
+
+def test_a_transcoder_computes_what_its_definition_says():
+    """Written out with full matrices: another target, another width, dead latents helping with what is left."""
+    wide, n_dead, most = WIDTH + 3, 9, WIDTH // 2
+    sae = build_sae("transcoder", WIDTH, LATENTS, k=K, d_out=wide, scale="none", centre=False)
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            if name != "W_dec":
+                parameter.add_(drawn(*parameter.shape, label=name) / 5)
+    x, target, dead = drawn(BATCH, WIDTH), drawn(BATCH, wide, label="target"), dead_latents(n_dead)
+    found = sae.loss(x, target, dead)
+    found.total.backward()
+
+    weights = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
+    pre = x @ weights["W_enc"] + weights["b_enc"]  # a transcoder's input is not shifted by its output's bias
+    active = torch.relu(pre)
+    active = active * (active >= active.flatten().topk(K * BATCH).values.min())
+    guess = active @ weights["W_dec"] + weights["b_dec"]
+    left = (target - guess).detach()
+    few = pre.masked_fill(~dead, -torch.inf).topk(min(most, n_dead), dim=1)
+    helped = torch.zeros_like(pre).scatter(1, few.indices, few.values) @ weights["W_dec"]
+    reconstruction = (target - guess).square().sum(1).mean()
+    auxiliary = min(n_dead / most, 1) * (helped - left).square().sum(1).mean()
+    (reconstruction + auxiliary).backward()
+    assert float(found.reconstruction) == pytest.approx(float(reconstruction), rel=1e-4)
+    assert float(found.auxiliary) == pytest.approx(float(auxiliary), rel=1e-4)
+    for name, parameter in sae.named_parameters():
+        torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=1e-3, atol=1e-4)

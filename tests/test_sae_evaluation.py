@@ -220,3 +220,8 @@ def test_a_trained_sae_beats_its_random_null_on_trained_weights(shared):
     assert m.variance_explained > null.variance_explained + 0.1
     assert m.ce_difference < null.ce_difference
     assert m.ce_clean < m.ce_spliced < m.ce_zero and m.ce_recovered_zero > null.ce_recovered_zero
+
+
+def test_a_transcoder_is_not_measured_against_its_own_input(bold, batch):
+    with pytest.raises(ValueError, match="transcoder"):
+        evaluate_sae(bold, tiny_sae(bold, hook_name_out="blocks.1.hook_mlp_out"), batch)

@@ -18,7 +18,7 @@ from conftest import TEXTS
 from lenslab import __version__
 from lenslab.activations import harvest, pack
 from lenslab.checkpoints import latest_checkpoint
-from lenslab.models import model_key, model_name
+from lenslab.models import model_key, model_name, random_twin
 from lenslab.runtime import derive_generator, progress_bar
 from lenslab.sae import training
 from lenslab.sae.architectures import ARCHITECTURES, build_sae
@@ -148,6 +148,14 @@ def test_the_rate_rises_and_falls_to_its_floor():
     assert config.warm(0) == 0.02 and config.warm(24) == 0.5 and config.warm(60) == 1.0
 
 
+def test_the_floor_may_be_reached_before_the_end():
+    """S2.15: warm-up, a cosine to half of the rate, then constant."""
+    config = TrainingConfig(1000 * 10, batch=10, warm_up=0.1, floor=0.5, decay=0.6)
+    rates = [config.rate(step) for step in range(config.steps)]
+    assert max(rates) == 1 and rates[99] == 1 and rates[350] == pytest.approx(0.75, abs=0.01)
+    assert set(rates[600:]) == {0.5} and rates[590] > 0.5
+
+
 def test_wider_saes_learn_at_a_lower_rate_unless_told(vectors):
     config = TrainingConfig(256 * 4, batch=256, warm_up=0.0, log_every=1)
     peaks = {d: run(new(d_sae=d), vectors, config).history.lr.max() for d in (64, 256)}
@@ -161,10 +169,17 @@ def test_tensorboard_and_the_bar_show_loss_fvu_l0_and_dead(vectors, tmp_path, ca
     monkeypatch.setattr(
         training, "progress_bar", lambda **options: progress_bar(**options | {"delay": 0, "mininterval": 0})
     )
-    result = train({"a": new()}, TensorSource(vectors), CONFIG, log_dir=tmp_path)["a"]
+    held_out = TensorSource(planted(1000, "held out"))
+    result = train({"a": new()}, TensorSource(vectors), CONFIG, log_dir=tmp_path, held_out=held_out)["a"]
     events = EventAccumulator(str(tmp_path / "a"))
     events.Reload()
-    assert {"loss", "fvu", "l0", "dead"} <= set(events.Tags()["scalars"])
+    assert {"loss", "fvu", "mse", "sparsity", "auxiliary", "l0", "dead", "lr"} <= set(events.Tags()["scalars"])
+    assert events.Scalars("held_out/fvu")[0].value == pytest.approx(result.held_out["fvu"])
+    density = events.Histograms("held_out/log10 firing rate")[0].histogram_value
+    assert density.num == D_SAE - result.held_out["dead"] and density.max <= 0
+    last = result.history.iloc[-1]
+    scale = float(result.trained.scale)
+    assert last.mse / scale**2 == pytest.approx(last.fvu * float(vectors.var(0, correction=0).mean()), rel=0.05)
     logged = pd.DataFrame([(event.step, event.value) for event in events.Scalars("fvu")], columns=["step", "fvu"])
     assert logged.step.tolist() == result.history.step.tolist()
     assert logged.fvu.tolist() == pytest.approx(result.history.fvu.tolist(), rel=1e-5)
@@ -332,12 +347,15 @@ def members():
         "second": build_sae("batchtopk", 32, 64, k=4, metadata={"hook_name": HOOKS[1]}),
         "third": build_sae("relu", 32, 64, metadata={"hook_name": HOOKS[0]}),
         "fourth": build_sae("jumprelu", 32, 64, sparsity=0.1, metadata={"hook_name": HOOKS[1]}),
+        "fifth": build_sae("gated", 32, 64, sparsity=0.1, metadata={"hook_name": HOOKS[0]}),
+        "sixth": build_sae("matryoshka", 32, 64, k=4, metadata={"hook_name": HOOKS[1]}),
+        "seventh": build_sae("transcoder", 32, 64, k=4, metadata={"hook_name": HOOKS[0], "hook_name_out": HOOKS[1]}),
     }
 
 
 @pytest.mark.parametrize("kind", ["store", "model"])
 def test_killed_at_random_steps_and_resumed_it_ends_with_the_same_bits(kind, killed, model):
-    """A topk, a batchtopk, a relu and a jumprelu SAE at two hooks, several pools and epochs, some latents dead."""
+    """All seven architectures at two hooks, several pools and epochs, some latents dead."""
     folder, deaths = killed
     assert len(deaths[kind]) == KILLS and max(deaths[kind]) < KILL_CONFIG.steps
     batch = packed(model, 40)
@@ -428,6 +446,53 @@ def test_held_out_text_that_was_trained_on_is_refused(model, vectors):
             train(members(), source, config, held_out=ModelSource(model, held_out, HOOKS), progress=False)
     with pytest.raises(ValueError, match="occur in the training text"):
         run(new(), vectors, held_out=TensorSource(vectors[1000:3000].flip(0)))
+
+
+def test_short_documents_that_were_trained_on_are_known_in_another_packing(model, tmp_path):
+    """Documents shorter than the 32 tokens that are fingerprinted together stand in no window alone."""
+    generator = derive_generator(0, "short documents")
+    words = sorted(set(" ".join(TEXTS).split()))
+    texts = [" ".join(words[i] for i in torch.randint(len(words), (6,), generator=generator)) for _ in range(60)]
+    source, config = ModelSource(model, pack(model, texts, length=64), HOOKS), TrainingConfig(640, batch=64)
+    again = ModelSource(model, pack(model, texts[50:20:-1], length=50), HOOKS)
+    with pytest.raises(ValueError, match="occur in the training text"):
+        train(members(), source, config, held_out=again, progress=False)
+    kept = StoreSource(stored(model, pack(model, texts, length=64), tmp_path / "store"))
+    with pytest.raises(ValueError, match="occur in the training text"):
+        train(members(), kept, config, held_out=again, progress=False)
+
+
+def test_held_out_data_that_cannot_be_compared_are_refused(model):
+    batch = packed(model, 30)
+    source, config = ModelSource(model, batch[:20], HOOKS), TrainingConfig(640, batch=64)
+    values = harvest(model, batch[20:], HOOKS, progress=False)
+    tensors = {hook: value[batch[20:].real] for hook, value in values.items()}
+    with pytest.raises(ValueError, match="known by their tokens, the held-out data by their vectors"):
+        train(members(), source, config, held_out=TensorSource(tensors), progress=False)
+    twin = random_twin(model, label=model_name(model))
+    with pytest.raises(ValueError, match="The training vectors are of model_key"):
+        train(members(), source, config, held_out=ModelSource(twin, batch[20:], HOOKS), progress=False)
+
+
+def test_a_loss_that_runs_away_slowly_stops_the_run_too(vectors, tmp_path, monkeypatch):
+    config, step = replace(CONFIG, checkpoint_minutes=0.0), training._Member.step
+
+    def worse_and_worse(self, number, given):
+        step(self, number, given)
+        if number >= 60:
+            self.sae.b_dec.data += 0.5
+
+    monkeypatch.setattr(training._Member, "step", worse_and_worse)
+    with pytest.raises(TrainingFailed, match=r"sae: FVU .* around step \d+, after 0\.\d+: it diverges\. Lower lr"):
+        run(new(), vectors, config, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch": 0}, {"vectors": 0}, {"log_every": 0}, {"warm_up": 1.5}, {"floor": -0.1}, {"lr": 0.0}]
+)
+def test_settings_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"got .*{next(iter(wrong))}"):
+        replace(CONFIG, **wrong)
 
 
 # Memory

@@ -7,7 +7,7 @@ import torch
 from lenslab.activations import harvest, tokenize
 from lenslab.analysis.features import top_tokens
 from lenslab.analysis.streams import context_similarity, head_scores, repeated_tokens, stream_profile, token_bits
-from lenslab.data import load_probes, load_texts, offline_text
+from lenslab.data import load_probes, load_texts
 from lenslab.models import generate, load_model
 
 TEXTS = ["A cat sat on the mat.", "The mat is on the cat.", "2 + 2 = 4"]
@@ -157,8 +157,3 @@ def test_texts_from_files(tmp_path):
         load_texts(tmp_path)
     with pytest.raises(FileNotFoundError):
         load_texts(tmp_path / "missing")
-
-
-def test_offline_text_is_the_same_every_time_and_long_enough():
-    texts = offline_text(40)
-    assert texts == offline_text(40) and len(texts) == 40 and min(map(len, texts)) >= 100

@@ -18,13 +18,15 @@ def save_checkpoint(folder: Path, state: dict, name: str | None = None) -> Path:
     """Write `state`; without a name, also drop all but the newest two. A failed write leaves the old ones."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / (name or f"step-{state['step']:08d}.pt")
-    temporary = file.with_suffix(".tmp")
+    temporary, digest = file.with_suffix(".tmp"), file.with_suffix(".sha256.tmp")
     try:
         torch.save(state, temporary)
-        file.with_suffix(".sha256").write_text(sha256_file(temporary))
-        os.replace(temporary, file)
+        digest.write_text(sha256_file(temporary))
+        os.replace(temporary, file)  # only once both are written: a full disk leaves an older pair as it was
+        os.replace(digest, file.with_suffix(".sha256"))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
+        digest.unlink(missing_ok=True)
         print(f"checkpoint {file.name} not written ({error}); the one before it is kept", flush=True)
         return file
     if name is None:

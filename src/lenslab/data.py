@@ -1,17 +1,15 @@
 """Texts: the probe texts that ship with the project, and text to train an SAE on.
 
 Sources, each a list of documents for `lenslab.activations.pack` or `tokenize`: files of one's own (`load_texts`), a
-data set of the hub (`hub_texts`), and, for a machine with neither, a million tokens that pocket-gpt wrote and that
-ship (`sampled_text`), or what Python brings along (`offline_text`: written by people, but English and code only).
+data set of the hub (`hub_texts`), and, for a machine with neither, a million tokens that pocket-gpt wrote and that ship
+(`sampled_text`).
 """
 
 from __future__ import annotations
 
-import ast
 import gzip
 import json
 import os
-import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
 from io import TextIOBase
@@ -19,10 +17,9 @@ from itertools import groupby, islice
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from lenslab.paths import data_path
-from lenslab.runtime import derive_generator, progress_bar
+from lenslab.runtime import progress_bar
 
 
 class TextsNotHere(OSError):
@@ -168,30 +165,3 @@ def sampled_text(n_documents: int | None = None) -> list[str]:
     frame = pd.read_parquet(data_path("corpus", "sampled.parquet"))
     row = frame["id"].str.rsplit("-", n=1).str[-1].astype(int)  # batches are of one opening each: deal them out
     return frame["text"].iloc[row.argsort(kind="stable")].head(n_documents or len(frame)).tolist()
-
-
-def offline_text(n_documents: int = 2000, seed: int = 0) -> list[str]:
-    """English prose and code that every machine with Python has: docstrings and sources of its standard library.
-
-    Half of the documents are docstrings of 200 characters or more, half pieces of source of about 2,000
-    characters. For models that come without SAEs; a corpus of the user's own is better. The text differs a
-    little between Python versions, so nothing trained on it is compared by digits.
-    """
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3"}
-    files = [f for f in sorted(stdlib.glob("**/*.py")) if not skipped & set(f.parts)]
-    order = torch.randperm(len(files), generator=derive_generator(seed, "offline text")).tolist()
-    each, prose, code = n_documents // 2, [], []
-    for file in (files[i] for i in order):
-        source = file.read_text(encoding="utf-8", errors="ignore")
-        code += [source[i : i + 2000] for i in range(0, len(source) - 200, 2000)]
-        try:
-            nodes = ast.walk(ast.parse(source))
-        except (SyntaxError, ValueError):  # templates and deliberately broken files
-            continue
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        found = (ast.get_docstring(node) for node in nodes if isinstance(node, kinds))
-        prose += [text for text in found if text and len(text) >= 200]
-        if min(len(prose), len(code)) >= each:
-            break
-    return prose[:each] + code[:each]

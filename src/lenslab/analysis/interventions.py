@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.sae.pretrained import SparseAutoencoder, input_transform, sae_hook
+from lenslab.sae.pretrained import SparseAutoencoder, input_transform, refuse_transcoder, sae_hook
 
 Edit = Callable[[Tensor], Tensor]  # features [text, pos, d_sae] -> the same shape
 
@@ -49,10 +49,7 @@ def splice(
     result that is NaN or Inf. The model's hooks are removed in any case.
     """
     transform = input_transform(sae, model)
-    if getattr(sae.cfg.metadata, "hook_name_out", None) not in (None, sae_hook(sae)):
-        raise ValueError(
-            f"{sae_hook(sae)} -> {sae.cfg.metadata.hook_name_out} is a transcoder: it has no place to splice."
-        )
+    refuse_transcoder(sae)
     past = 0  # tokens that the key-value cache already holds
 
     def count_past(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:

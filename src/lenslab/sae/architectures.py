@@ -138,7 +138,7 @@ class BatchTopK(TopK):
 class Matryoshka(BatchTopK):
     def reconstructions(self, values, code, target):
         widths = self.config.widths or tuple(sorted({max(1, self.config.d_sae // n) for n in (16, 4, 1)}))
-        partial, loss, begin = self.b_dec.expand_as(target), 0, 0
+        partial, loss, begin = self.b_dec.expand_as(target), target.new_zeros(()), 0
         for end in widths:
             inside = (code.latents >= begin) & (code.latents < end)
             partial = partial + Decode.apply(values[inside], self.W_dec, code.part(inside))

@@ -30,7 +30,7 @@ from lenslab.metrics import kl_divergence as mean_kl
 from lenslab.models import model_name
 from lenslab.paths import write_json
 from lenslab.runtime import derive_generator, progress_bar
-from lenslab.sae.pretrained import SparseAutoencoder, input_transform, sae_hook
+from lenslab.sae.pretrained import SparseAutoencoder, input_transform, refuse_transcoder, sae_hook
 
 VERSIONED = ("lenslab", "torch", "transformer-lens", "sae-lens", "transformers")
 
@@ -113,9 +113,10 @@ def evaluate_sae(
     Args:
         name: what to call it in tables; default its class and hook.
 
-    Raises as `check_sae`; ValueError when no real token follows another, and on NaN or Inf.
+    Raises as `check_sae`; ValueError when no real token follows another, on NaN or Inf, and for a transcoder.
     """
     transform, hook, device = input_transform(sae, model), sae_hook(sae), model.cfg.device
+    refuse_transcoder(sae)
     error, activity, products = ReconstructionError(), FeatureActivity(), [0.0, 0.0]
     totals = dict.fromkeys(("clean", "spliced", "zero", "mean", "kl"), 0.0)
     n_predicted = 0

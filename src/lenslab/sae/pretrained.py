@@ -84,6 +84,12 @@ def sae_model(sae: SparseAutoencoder) -> str | None:
     return sae.cfg.metadata.model_name
 
 
+def refuse_transcoder(sae: SparseAutoencoder) -> None:
+    """Raise ValueError for an SAE that writes another stream than it reads: its output has no place at its hook."""
+    if (written := getattr(sae.cfg.metadata, "hook_name_out", None)) not in (None, sae_hook(sae)):
+        raise ValueError(f"{sae_hook(sae)} -> {written} is a transcoder: it has no place to splice.")
+
+
 def neuronpedia_link(sae: SparseAutoencoder, index: int) -> str | None:
     """The page of one latent, or None where the SAE has none. ValueError for an index outside the dictionary."""
     if not 0 <= index < sae.cfg.d_sae:

@@ -9,12 +9,13 @@
    of tokens.
 3. What does not fill a batch at a pool's end is left out in that epoch.
 
-`texts()` are fingerprints of what the vectors come from, so that held-out data can be checked to be other data.
+`texts()` are fingerprints of what the vectors come from, document by document, so that held-out data can be checked to
+be other data; `lenslab.sae.checks` compares them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -33,6 +34,7 @@ POOL = 1 << 17  # vectors; 134 MB a hook at width 256
 RUN = 256  # rows of a tensor or a store that stay together as pools are dealt out
 WINDOW = 32  # tokens that are fingerprinted together
 KEPT = 16  # one fingerprint in so many is kept, chosen by its own bits: the same ones wherever the text occurs
+ROWS = 1 << 20  # of a store that are looked at together
 
 
 @runtime_checkable
@@ -42,6 +44,7 @@ class VectorSource(Protocol):
     key: str  # of the content: a run is only resumed on the same data
     widths: dict[str, int]  # by hook
     metadata: dict[str, Any]  # what the SAE will say that it was made for
+    known_by: str  # what `texts` are fingerprints of, 'tokens' or 'vectors': only like is compared with like
 
     def sizes(self, epoch: int) -> list[int]: ...
 
@@ -106,6 +109,8 @@ class _Rows(_Pooled):
 class TensorSource(_Rows):
     """Vectors in memory: one tensor `[vector, d_in]`, or one per hook."""
 
+    known_by = "vectors"
+
     def __init__(
         self, vectors: Tensor | Mapping[str, Tensor], *, hook: str = "vectors", pool: int = POOL, seed: int = 0
     ):
@@ -121,7 +126,7 @@ class TensorSource(_Rows):
         self._prints = _thinned(torch.cat(prints))
 
     def texts(self) -> Int[Tensor, " fingerprint"]:
-        """Fingerprints of a sixteenth of the rows. They never equal those of texts: compare like with like."""
+        """Fingerprints of a sixteenth of the rows."""
         return self._prints
 
     def _vectors(self, units: list[int]) -> dict[str, Tensor]:
@@ -148,7 +153,7 @@ def _fingerprints(vectors: Float[Tensor, "row d"]) -> Int[Tensor, " row"]:
 
 def _windows(texts: Iterable[Int[Tensor, " _"]]) -> Int[Tensor, " fingerprint"]:
     """Fingerprints of runs of WINDOW tokens wherever they begin, thinned: a document is known again if it is cut or
-    packed otherwise. The first run of every text is kept, and all of a text that is shorter.
+    packed otherwise. The first run of every document is kept, and all of one that is shorter.
 
     The length of a text has no name in the annotation: it differs from text to text, and a checker that looks at one
     text on the way in and at another on the way out would refuse that.
@@ -164,11 +169,20 @@ def _windows(texts: Iterable[Int[Tensor, " _"]]) -> Int[Tensor, " fingerprint"]:
     return torch.cat(found).unique()
 
 
+def _documents(
+    text: Int[Tensor, " token"], position: Int[Tensor, " token"], token: Int[Tensor, " token"]
+) -> tuple[Tensor, ...]:
+    """Real tokens, cut where another text begins and where a separator stood: packed documents come apart."""
+    return token.tensor_split(((text.diff() != 0) | (position.diff() != 1)).nonzero().flatten() + 1)
+
+
 class ModelSource(_Pooled):
     """The model run as vectors are needed, over the real tokens of a batch (usually from `pack`).
 
     `compute` is as in `harvest` into a store: 'auto' means bfloat16 where this machine computes it fast.
     """
+
+    known_by = "tokens"
 
     def __init__(
         self,
@@ -197,7 +211,8 @@ class ModelSource(_Pooled):
         self._whole: dict[str, Tensor] | None = None
 
     def texts(self) -> Int[Tensor, " fingerprint"]:
-        return _windows(ids[real] for ids, real in zip(self.batch.tokens, self.batch.real, strict=True))
+        text, position = self.batch.real.nonzero(as_tuple=True)
+        return _windows(_documents(text, position, self.batch.tokens[self.batch.real]))
 
     def _vectors(self, units: list[int]) -> dict[str, Tensor]:
         part = self.batch[units]
@@ -219,6 +234,8 @@ class StoreSource(_Rows):
     Raises ValueError for an incomplete store or another model, DamagedShard.
     """
 
+    known_by = "tokens"
+
     def __init__(
         self, store: ActivationStore, *, model: TransformerBridge | None = None, pool: int = POOL, seed: int = 0
     ):
@@ -234,15 +251,20 @@ class StoreSource(_Rows):
         self.metadata = {
             "model_name": store.manifest["model"],
             "model_key": store.manifest["model_key"],
-            "context_size": 1 + int(store.rows(torch.arange(len(store)), "position").max()),
+            "context_size": 1 + max(int(part.max()) for part in self._columns("position")),
             "distinct_training_vectors": len(store),
         }
         digests = [shard["sha256"] for shard in store.manifest["shards"]]
         self.key = content_key(*(store.manifest[k] for k in ("model_key", "texts_key", "dtype")), digests, pool, seed)
 
     def texts(self) -> Int[Tensor, " fingerprint"]:
-        text, token = (self.store.rows(torch.arange(len(self.store)), name) for name in ("text", "token"))
-        return _windows(token.tensor_split((text.diff() != 0).nonzero().flatten() + 1))
+        columns = zip(*(self._columns(name) for name in ("text", "position", "token")), strict=True)
+        return torch.cat([_windows(_documents(*part)) for part in columns]).unique()
+
+    def _columns(self, name: str) -> Iterator[Int[Tensor, " row"]]:
+        """A column of the whole store, some rows at a time: memory does not grow with it."""
+        for start in range(0, len(self.store), ROWS):
+            yield self.store.rows(torch.arange(start, min(start + ROWS, len(self.store))), name)
 
     def _vectors(self, units: list[int]) -> dict[str, Tensor]:
         rows = self._rows(units)

@@ -112,7 +112,8 @@ class TrainableSAE(nn.Module):
     def scaled(self, x: Tensor) -> Tensor:
         """x as the weights see it."""
         if self.config.scale == "unit":
-            return (x - self.centre) * (x.shape[-1] ** 0.5 / (x - self.centre).norm(dim=-1, keepdim=True))
+            norm = (x - self.centre).norm(dim=-1, keepdim=True).clamp_min(1e-12)  # a vector of zeros stays one
+            return (x - self.centre) * (x.shape[-1] ** 0.5 / norm)
         return (x - self.centre) * self.scale
 
     def scaled_target(self, target: Tensor) -> Tensor:

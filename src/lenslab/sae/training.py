@@ -7,7 +7,7 @@
    AuxK at every step; the others are given new directions, those of badly reconstructed vectors, once per window.
 4. Every few minutes a checkpoint is written: weights, optimizers, counts, position in the data. Calling `train` again
    with the same folder goes on from the newest whole one; another configuration or other data is refused.
-5. NaN, Inf or a diverging loss stop the run with an error; the last checkpoint is from before.
+5. NaN, Inf and a loss that runs away, at once or slowly, stop the run with an error; checkpoints are from before.
 6. Held-out vectors, checked to come from other texts, are measured at the end.
 """
 
@@ -27,21 +27,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lenslab import __version__
 from lenslab.checkpoints import drop_later_checkpoints, latest_checkpoint, save_checkpoint
 from lenslab.metrics import FeatureActivity, ReconstructionError
 from lenslab.metrics import dead as never_fired
 from lenslab.runtime import derive_generator, progress_bar
 from lenslab.sae.architectures import FIRST_THRESHOLD, TOPK_FAMILY
+from lenslab.sae.checks import check_held_out, check_same, prepared
 from lenslab.sae.convert import to_saelens
 from lenslab.sae.pretrained import SparseAutoencoder
 from lenslab.sae.sources import VectorSource
 from lenslab.sae.trainable import TrainableSAE
 
 FIRST = 1 << 15  # vectors that scale and centre are taken from
-DIVERGED = 100.0  # times the variance of the data
-SHARED = 0.01  # share of held-out token windows that may occur in the training text. Licences do; of vectors,
-# those of first tokens, which have nothing but themselves as context
+DIVERGED = 100.0  # times the variance of the data, in one step
+LOST = 1.0  # the same, as a mean over logged steps, of a training that had been below: worse than the data's mean
 
 
 class TrainingFailed(RuntimeError):
@@ -57,22 +56,34 @@ class TrainingConfig:
     lr: float | None = None  # peak rate of Adam; None: 1e-3 at 4,096 latents, and by 1 / sqrt(d_sae) (Gao, appendix A)
     warm_up: float = 0.05  # share of the steps in which the rate rises
     floor: float = 0.1  # what the cosine ends at, as a share of the peak
+    decay: float = 1.0  # share of the steps after which it ends; from there on the rate stays at the floor
     sparsity_warm_up: float = 0.1  # share of the steps in which penalties rise
     dead_after: int = 200_000  # vectors without firing after which a latent counts as dead
     seed: int = 0
     log_every: int = 50  # steps
     checkpoint_minutes: float = 5.0  # where a folder is given
 
+    def __post_init__(self) -> None:
+        wrong = {name: getattr(self, name) for name in ("vectors", "batch", "log_every") if getattr(self, name) < 1}
+        wrong |= {
+            name: v
+            for name in ("warm_up", "floor", "sparsity_warm_up", "decay")
+            if not 0 <= (v := getattr(self, name)) <= 1
+        }
+        wrong |= {"lr": self.lr} if self.lr is not None and self.lr <= 0 else {}
+        if wrong:
+            raise ValueError(f"Counts and lr must be above 0, shares between 0 and 1; got {wrong}.")
+
     @property
     def steps(self) -> int:
-        return self.vectors // self.batch
+        return int(self.vectors) // self.batch
 
     def rate(self, step: int) -> float:
         """Share of the peak rate at a step."""
         warm = max(1, round(self.warm_up * self.steps))
         if step < warm:
             return (step + 1) / warm
-        progress = (step - warm) / max(1, self.steps - warm)
+        progress = min(1.0, (step - warm) / max(1, round(self.decay * self.steps) - warm))
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def warm(self, step: int) -> float:
@@ -86,7 +97,8 @@ class TrainingResult:
 
     name: str
     trained: TrainableSAE = field(repr=False)
-    history: pd.DataFrame = field(repr=False)  # step, vectors, loss, fvu, sparsity, auxiliary, l0, dead, lr
+    # step, vectors, loss, fvu, mse (per dimension, of scaled vectors), sparsity, auxiliary, l0, dead, lr
+    history: pd.DataFrame = field(repr=False)
     held_out: dict[str, float | int] | None  # fvu, l0, dead, vectors
 
     @property
@@ -106,7 +118,7 @@ class _Member:
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=self.lr, betas=(0.9, 0.999), fused=True)
         self.silent: Int[Tensor, " d_sae"] = torch.zeros(sae.config.d_sae, dtype=torch.long)
         self.variance = 0.0
-        self.sums = dict.fromkeys(("loss", "fvu", "sparsity", "auxiliary", "l0"), 0.0)
+        self.sums = dict.fromkeys(("loss", "fvu", "mse", "sparsity", "auxiliary", "l0"), 0.0)
         self.history: list[dict[str, float | int]] = []
 
     @property
@@ -147,8 +159,9 @@ class _Member:
         last = config.steps - 2 * window  # a latent needs time to grow into its new direction
         if sae.config.architecture not in TOPK_FAMILY and step and step % window == 0 and step < last:
             self.resample(step, x, losses.error)
+        mse = float(losses.reconstruction.detach()) / losses.error.shape[1]
         parts = (losses.sparsity.detach(), losses.auxiliary.detach(), losses.l0)
-        for key, value in zip(self.sums, (found, fvu, *map(float, parts)), strict=True):
+        for key, value in zip(self.sums, (found, fvu, mse, *map(float, parts)), strict=True):
             self.sums[key] += value
 
     @torch.no_grad()
@@ -175,6 +188,12 @@ class _Member:
 
     def log(self, step: int, since: int) -> dict[str, float | int]:
         mean = {key: value / since for key, value in self.sums.items()}
+        best = min((row["fvu"] for row in self.history), default=math.inf)
+        if mean["fvu"] > LOST > best:
+            raise TrainingFailed(
+                f"{self.name}: FVU {mean['fvu']:.3g} around step {step}, after {best:.3g}: it diverges. "
+                f"Lower lr (now {self.lr:.2g})."
+            )
         rate = self.lr * self.config.rate(step - 1)
         row = {"step": step, "vectors": step * self.config.batch, **mean, "dead": int(self.dead.sum()), "lr": rate}
         self.sums = dict.fromkeys(self.sums, 0.0)
@@ -214,12 +233,15 @@ def train(
         saes: by name; which hook each reads is `metadata["hook_name"]`, by default the only one of the source.
         folder: for checkpoints; call again with it to go on after an interruption.
         held_out: vectors of other texts, measured at the end.
-        log_dir: TensorBoard's, a run per SAE.
+        log_dir: TensorBoard's, a run per SAE: what `history` holds, and the held-out scores with a histogram of
+            firing rates.
 
     Raises ValueError (widths, hooks, data that fill no batch, held-out texts among the training texts, a folder of
     another run), TrainingFailed.
     """
-    members = [_Member(name, _prepared(name, sae, source, config, held_out), config) for name, sae in saes.items()]
+    members = [
+        _Member(name, prepared(name, sae, source, config.steps * config.batch), config) for name, sae in saes.items()
+    ]
     batches = sum(n // config.batch for n in source.sizes(0))
     if not members or not batches or not config.steps:
         raise ValueError(
@@ -228,14 +250,14 @@ def train(
             "Give more text or a smaller batch."
         )
     if held_out is not None:
-        _check_held_out(source, held_out)
+        check_held_out(source, held_out, {h for member in members for h in (member.hook, member.hook_out)})
     identity = {"config": asdict(replace(config, checkpoint_minutes=0.0)), "source": source.key}
     identity["saes"] = {member.name: asdict(member.sae.config) for member in members}
     identity = json.loads(json.dumps(identity, default=str))  # what a checkpoint can hold, whatever metadata are
     step, place = 0, (0, 0, 0)
     resumed = latest_checkpoint(Path(folder)) if folder is not None else None
     if resumed is not None:
-        _check_same(identity, resumed["state"].get("identity"))
+        check_same(identity, resumed["state"].get("identity"))
         step, place = resumed["state"]["step"], tuple(resumed["state"]["place"])
         for member in members:
             member.restore(resumed["state"]["members"][member.name])
@@ -278,41 +300,19 @@ def train(
             ):
                 save_checkpoint(Path(folder), snapshot())
                 saved = time.monotonic()
+        results = {}
+        for i, m in enumerate(members):
+            scores, rates = (None, None) if held_out is None else _measured(m, held_out)
+            results[m.name] = TrainingResult(m.name, m.sae.eval(), pd.DataFrame(m.history), scores)
+            if writers and scores:
+                for key, value in scores.items():
+                    writers[i].add_scalar(f"held_out/{key}", value, step)
+                writers[i].add_histogram("held_out/log10 firing rate", rates[rates > 0].log10(), step)
     finally:
         bar.close()
         for writer in writers:
             writer.close()
-    return {
-        m.name: TrainingResult(m.name, m.sae.eval(), pd.DataFrame(m.history), _measured(m, held_out)) for m in members
-    }
-
-
-def _prepared(
-    name: str, sae: TrainableSAE, source: VectorSource, config: TrainingConfig, held_out: VectorSource | None
-) -> TrainableSAE:
-    """The SAE with everything in its metadata that the saved one should say. Refuses one that does not fit."""
-    known = dict(sae.config.metadata)
-    hooks, transcoder = source.widths, sae.config.architecture == "transcoder"
-    hook = known.get("hook_name") or (next(iter(hooks)) if len(hooks) == 1 else None)
-    written_to = known.get("hook_name_out") or (None if transcoder else hook)
-    if not transcoder and written_to != hook:
-        raise ValueError(f"{name}: only a transcoder writes another hook ({written_to!r}) than it reads ({hook!r}).")
-    wanted = {"hook_name": (hook, sae.config.d_in), "hook_name_out": (written_to, sae.config.d_out or sae.config.d_in)}
-    for key, (asked, width) in wanted.items():
-        if asked not in hooks:
-            raise ValueError(f"{name}: {key} is {asked!r}; the data hold {', '.join(hooks)}. Set it in metadata.")
-        if hooks[asked] != width:
-            raise ValueError(f"{name}: vectors at {asked} are {hooks[asked]} wide, the SAE expects {width}.")
-        if held_out is not None and held_out.widths.get(asked) != width:
-            raise ValueError(f"{name}: the held-out data hold no vectors of width {width} at {asked}.")
-    for key in ("model_name", "model_key"):
-        if key in known and key in source.metadata and known[key] != source.metadata[key]:
-            raise ValueError(f"{name} is meant for {key} {known[key]!r}; the data are of {source.metadata.get(key)!r}.")
-    written = {"hook_name": hook, "training_vectors": config.steps * config.batch, "seed": sae.config.seed}
-    written |= {"lenslab_version": __version__}
-    sae.config = replace(sae.config, metadata={**source.metadata, **known, **written})
-    vars(sae.cfg.metadata).update(sae.config.metadata)
-    return sae.train()
+    return results
 
 
 def _batches(
@@ -339,36 +339,6 @@ def _batches(
         epoch, first_pool, first = epoch + 1, 0, 0
 
 
-def _check_held_out(source: VectorSource, held_out: VectorSource) -> None:
-    """Raise where the held-out text was trained on, whole or in parts, however it was cut into windows."""
-    theirs = held_out.texts()
-    shared = int(torch.isin(theirs, source.texts()).sum())
-    if shared > SHARED * len(theirs):
-        raise ValueError(
-            f"{shared} of {len(theirs)} fingerprints of the held-out text occur in the training text: hold out other "
-            "documents."
-        )
-
-
-def _check_same(asked: dict[str, Any], known: dict[str, Any] | None) -> None:
-    """Raise where a checkpoint is of another run, naming what differs."""
-    if known is None:
-        raise ValueError("The folder holds checkpoints of something else; choose another.")
-    wrong = _differences("config", asked["config"], known["config"])
-    wrong += ["the data"] if asked["source"] != known["source"] else []
-    for name in sorted({*asked["saes"], *known["saes"]}):
-        wrong += _differences(name, asked["saes"].get(name, {}), known["saes"].get(name, {}))
-    if wrong:
-        raise ValueError(f"The folder holds checkpoints of another run; choose another. Different: {'; '.join(wrong)}.")
-
-
-def _differences(what: str, asked: dict[str, Any], known: dict[str, Any]) -> list[str]:
-    if not asked or not known:
-        return [f"{what} is only {'here' if asked else 'there'}"]
-    keys = [key for key in {**asked, **known} if asked.get(key) != known.get(key)]
-    return [f"{what}.{key}: {known.get(key)!r} there, {asked.get(key)!r} here" for key in keys]
-
-
 def _writers(log_dir: str | os.PathLike | None, members: list[_Member], step: int) -> list[Any]:
     if log_dir is None:
         return []
@@ -378,10 +348,8 @@ def _writers(log_dir: str | os.PathLike | None, members: list[_Member], step: in
 
 
 @torch.no_grad()
-def _measured(member: _Member, held_out: VectorSource | None) -> dict[str, float | int] | None:
-    """FVU over the whole held-out set, mean L0, and latents that never fired on it."""
-    if held_out is None:
-        return None
+def _measured(member: _Member, held_out: VectorSource) -> tuple[dict[str, float | int], Float[Tensor, " d_sae"]]:
+    """FVU over the whole held-out set, mean L0 and latents that never fired on it; and how often each fired."""
     error, activity = ReconstructionError(), FeatureActivity()
     for number in range(len(held_out.sizes(0))):
         vectors = held_out.pool(0, number)
@@ -390,4 +358,5 @@ def _measured(member: _Member, held_out: VectorSource | None) -> dict[str, float
             error.update(target, member.sae.reconstruct(part))
             activity.update(member.sae.encode(part))
     dead = int(never_fired(activity.counts, activity.tokens).sum())
-    return {"fvu": error.fvu, "l0": activity.l0, "dead": dead, "vectors": activity.tokens}
+    scores = {"fvu": error.fvu, "l0": activity.l0, "dead": dead, "vectors": activity.tokens}
+    return scores, activity.firing_rate
