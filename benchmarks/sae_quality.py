@@ -170,8 +170,8 @@ def main(words: list[str] | None = None) -> None:
     result = {
         "claim": "after the same training the held-out FVU is no worse than SAELens's (ratio's upper bound below 1.01)",
         "ours": mean["lenslab"],
-        "peers": {"saelens": mean["saelens"]},
-        "ratios": {"saelens": {name: one.get("ratio") for name, one in verdict.items()}},
+        "peers": {f"saelens {name}": value for name, value in mean["saelens"].items()},
+        "ratios": {f"saelens {name}": one.get("ratio") for name, one in verdict.items()},
         "unit": "FVU on held-out vectors",
         "verdict": verdict,
         "seeds": seeds,

@@ -34,6 +34,21 @@ def notebooks_table() -> str:
     return "\n".join(rows)
 
 
+def benchmarks_table() -> str:
+    """One row per result with peers: ours, and how many times each peer's value that is."""
+    rows = ["| result | ours | ours over each peer |", "|---|---|---|"]
+    for file in sorted((REPOSITORY / "benchmarks/results").glob("*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if "ratios" not in result:
+            continue
+        ours = result["ours"] if isinstance(result["ours"], dict) else {"": result["ours"]}
+        ours = ", ".join(f"{name} {value:,}".strip() for name, value in ours.items()) + f" {result['unit']}"
+        known = {peer: ratio for peer, ratio in result["ratios"].items() if ratio is not None}
+        ratios = ", ".join(f"{peer} {ratio:,.3g}" for peer, ratio in known.items())
+        rows.append(f"| [{file.stem.replace('_', ' ')}](benchmarks/results/{file.name}) | {ours} | {ratios} |")
+    return "\n".join(rows)
+
+
 def picture() -> bytes:
     """The PNG of the figure whose title starts as PICTURE says. ValueError where no notebook cell holds it."""
     notebook, title, *_ = PICTURE
@@ -48,7 +63,8 @@ def picture() -> bytes:
 
 def filled(readme: str) -> str:
     *_, name, alternative = PICTURE
-    for marker, text in (("notebooks", notebooks_table()), ("picture", f"![{alternative}](assets/{name})")):
+    shown = {"notebooks": notebooks_table(), "benchmarks": benchmarks_table()}
+    for marker, text in {**shown, "picture": f"![{alternative}](assets/{name})"}.items():
         start, end = f"<!-- {marker} -->", f"<!-- end of {marker} -->"
         before, rest = readme.split(start, 1)
         after = rest.split(end, 1)[1] if end in rest else rest
