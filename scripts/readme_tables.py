@@ -44,7 +44,9 @@ def benchmarks_table() -> str:
         ours = result["ours"] if isinstance(result["ours"], dict) else {"": result["ours"]}
         ours = ", ".join(f"{name} {value:,}".strip() for name, value in ours.items()) + f" {result['unit']}"
         known = {peer: ratio for peer, ratio in result["ratios"].items() if ratio is not None}
-        ratios = ", ".join(f"{peer} {ratio:,.3g}" for peer, ratio in known.items())
+        ratios = ", ".join(
+            f"{peer} {ratio:,.0f}" if ratio >= 100 else f"{peer} {ratio:.2f}" for peer, ratio in known.items()
+        )
         rows.append(f"| [{file.stem.replace('_', ' ')}](benchmarks/results/{file.name}) | {ours} | {ratios} |")
     return "\n".join(rows)
 

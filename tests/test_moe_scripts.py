@@ -386,6 +386,13 @@ def test_sampling_depends_on_the_seed_and_goes_on_where_it_stopped(sampled, scri
     assert made[:4] == [0, 1, "stop", 2]  # what was made is not made again
 
 
+def test_tokens_are_drawn_as_often_as_they_are_likely_and_never_where_they_cannot_be(scripts):
+    logits = torch.tensor([-torch.inf, 0.0, 1.0, -torch.inf, 2.0, -torch.inf]).repeat(200_000, 1)
+    drawn = scripts.sample_text.draw(logits, derive_generator(0, "draw")).flatten().bincount(minlength=6) / 200_000
+    torch.testing.assert_close(drawn, logits[0].softmax(-1), atol=0.004, rtol=0)
+    assert not drawn[[0, 3, 5]].any()
+
+
 def test_cached_keys_and_values_change_no_sample(scripts, gpt2_folder):
     from transformers import AutoModelForCausalLM
 
@@ -396,7 +403,7 @@ def test_cached_keys_and_values_change_no_sample(scripts, gpt2_folder):
         with torch.no_grad():
             logits = model(tokens, use_cache=False).logits[:, -1]
         logits[:, [0, 2]] = -torch.inf
-        tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
+        tokens = torch.cat([tokens, scripts.sample_text.draw(logits, generator)], dim=1)
     slow = [row[: row.index(1)] if 1 in row else row for row in tokens.tolist()]
     assert fast == slow and len({tuple(row) for row in fast}) == 4
     assert not any({0, 1, 2} & set(row[1:]) for row in fast)
