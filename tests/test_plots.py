@@ -210,3 +210,9 @@ def test_every_title_says_what_is_shown():
         firing_density({"SAE": [0.1]}),
     ]
     assert all(len(figure.layout.title.text) > 10 for figure in figures)
+
+
+def test_hundreds_of_columns_are_not_all_named():
+    few, many = (heatmap(np.zeros((2, n)), list(range(n)), ["a", "b"]) for n in (80, 256))
+    assert len(few.layout.xaxis.ticktext) == 80 and len(many.layout.xaxis.ticktext) == 16
+    assert many.layout.xaxis.ticktext[1] == "16" and list(many.layout.xaxis.tickvals)[1] == 16

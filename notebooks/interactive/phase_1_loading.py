@@ -259,6 +259,23 @@ unit = {name: v / v.std() for name, v in values.items() if name != "normal numbe
 bars(unit, title="One activation, in units of its spread", x_title="dimension", y_title="value", overlay=True)
 
 # %% [markdown]
+# The same token in every layer: how much of it is still there after the next block? The cosine of each layer's vector
+# with the next one's. **Control**: with the next one's at the end of another text.
+
+# %%
+from lenslab.show.plots import heatmap
+
+through = [stream_hook(model, layer) for layer in range(model.cfg.n_layers)]
+found = harvest(model, batch[:2], through)
+ends = torch.stack([found[name][torch.arange(2), last[:2]] for name in through])  # [layer, text, d_model]
+unit = torch.nn.functional.normalize(ends, dim=-1)
+for name, other in (("the same text", 0), ("another text", 1)):
+    print(f"{name:14s}", (unit[:-1, 0] * unit[1:, other]).sum(-1).numpy().round(1) + 0)
+values = (ends[:, 0] / ends[:, 0].std(-1, keepdim=True)).clamp(-4, 4)
+layers, title = list(range(len(through))), "One token through the layers, in units of each layer's spread"
+heatmap(values, list(range(values.shape[1])), layers, title=title, x_title="dimension", y_title="layer", centre=True)
+
+# %% [markdown]
 # ## 7. Attention maps
 # In a random sequence that is repeated once, only looking back helps. Which heads do? **Control**: the twin's best.
 

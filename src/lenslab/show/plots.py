@@ -23,6 +23,7 @@ PALETTE = [ACCENT, SECOND, THIRD, "#8d6a9f", "#c49a2c", "#4aa3a2", "#6d6875"]
 GREYS = ["#80868b", "#b3b8bd", "#5f6368", "#9aa0a6"]  # of several controls in one figure
 SYMBOLS = ["circle", "diamond", "square", "triangle-up", "x", "star"]
 MOST_POINTS, MOST_NAMES = 5000, 12  # of a scatter: a notebook keeps every point, and more names would overlap
+MOST_LABELS = 80  # of a heatmap's columns: of more, every so many is named
 
 
 def styled(
@@ -138,11 +139,12 @@ def heatmap(
         )
     )
     # positions with tick texts: labels that repeat ("the" twice) would otherwise fall on one row
+    shown = range(0, len(x), 1 if len(x) <= MOST_LABELS else len(x) // 16)
     figure.update_xaxes(
         tickmode="array",
-        tickvals=list(range(len(x))),
-        ticktext=[label(t) for t in x],
-        tickangle=-60 if len(x) > 8 else 0,
+        tickvals=list(shown),
+        ticktext=[label(x[i]) for i in shown],
+        tickangle=-60 if 8 < len(x) <= MOST_LABELS else 0,
     )
     figure.update_yaxes(
         tickmode="array", tickvals=list(range(len(y))), ticktext=[label(t) for t in y], autorange="reversed"
