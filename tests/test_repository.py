@@ -138,3 +138,31 @@ def test_licence_is_mit_of_the_lenslab_authors():
     text = (REPOSITORY / "LICENSE").read_text()
     assert text.startswith("MIT License")
     assert "the lenslab authors" in text
+
+
+FLOORS = (  # each may import those before it, and its own
+    ("runtime", "paths", "stats", "metrics", "checkpoints"),
+    ("data", "models"),
+    ("forward", "store", "activations", "records"),
+    ("sae",),
+    ("analysis",),
+    ("show",),
+)
+
+
+def test_no_module_imports_from_a_floor_above_it():
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    package = REPOSITORY / "src" / "lenslab"
+    found = {path.name.removesuffix(".py") for path in package.iterdir() if not path.name.startswith("_")}
+    assert found - {"py.typed"} <= set(floor), "every module stands on a floor"
+    for file in package.rglob("*.py"):
+        own = file.relative_to(package).parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                parts = name.split(".")
+                if parts[0] == "lenslab" and len(parts) > 1:
+                    assert floor[parts[1]] <= floor[own], f"{file.name} imports {name}, a floor above it"
