@@ -50,6 +50,15 @@ def test_full_computes_again_and_ships(ask, tmp_path, monkeypatch):
     assert content["values"] == {"value": 2.0} and "lenslab" in content["versions"]
 
 
+def test_full_on_another_model_leaves_what_ships_alone(ask, tmp_path, monkeypatch):
+    monkeypatch.setenv("LENSLAB_FULL", "1")
+    for name, value in (("LENSLAB_MODEL", "gpt2"), ("LENSLAB_MODEL_TWIN", "1")):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, value)
+            assert ask("x", 1.0)[0] == 1.0
+    assert not (tmp_path / "data").exists()
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"config": {}}', '{"config": 3}'])
 def test_a_damaged_file_is_computed_again(ask, tmp_path, content):
     (tmp_path / "data" / "results").mkdir(parents=True)

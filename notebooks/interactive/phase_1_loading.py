@@ -102,9 +102,7 @@ for row in probes.groupby("category", sort=False).head(1).itertuples():
     print(f"{row.category:15s} {row.text[:70]!r}")
 
 # %% [markdown]
-# A text must give the same activations alone and in a batch, padded on either side. Reading the last token by
-# counting ids that differ from the padding id goes wrong where BOS and padding are the same token, as in GPT-2:
-# the mask comes from lengths instead.
+# A text must give the same activations alone and in a batch, padded on either side.
 
 # %%
 hook = stream_hook(model, middle)
@@ -118,7 +116,7 @@ for name, other in (
 
 # %% [markdown]
 # **Control**: the check can fail. Without the mask, left padding shifts every position and is attended to as if it
-# were text. (Two unrelated vectors of equal norm would differ by 1.4.)
+# were text. (Two unrelated vectors of equal norm would differ by the square root of 2.)
 
 # %%
 with torch.inference_mode():
@@ -168,12 +166,6 @@ lines(
 # | MLP output | no, one position at a time | the residual stream there, which already holds what attention brought |
 # | residual stream | it is the sum | the embedding and every attention and MLP output so far |
 #
-# What an SAE might find in each is a hypothesis, to be tested where SAEs of several streams are compared: in the
-# attention output what is fetched from elsewhere (the subject of a verb, an open bracket, what followed last time);
-# in the MLP output what one place makes of it (a word's sense, a known phrase); in the residual stream both. For GPT-2
-# small there are published SAEs of all three (`python -m lenslab.sae.hub list --model gpt2-small`). `hook_attn_out` is
-# what all heads write together; what each head writes is `hook_result`, which is computed only when asked for.
-#
 # So an MLP's output depends on context too. That can be measured: how alike is a stream at two occurrences of one
 # token in different texts? One would mean that context is ignored; the level of other tokens (the **control**),
 # that the token does not matter.
@@ -189,8 +181,8 @@ print("random twin:")
 print(twin_similarity[["same token", "other token"]].round(2).to_string())
 
 # %% [markdown]
-# The same token is far from identical in both, so context (its position included) reaches the MLP. Where the twin shows
-# as much, that is the architecture's doing and was not learned.
+# Where the same token is below 1, context (its position included) reaches the stream. Where the twin shows as much,
+# that is the architecture's doing and was not learned.
 
 # %% [markdown]
 # ## 5. Is the first position odd?
@@ -221,9 +213,8 @@ peak_layer = int(profile.two_largest_first.argmax())
 peak_hook = stream_hook(model, peak_layer)
 largest = harvest(model, batch[:1], peak_hook)[peak_hook][0, 0].abs().topk(2).indices
 held, elsewhere = profile.two_largest_first[peak_layer], profile.two_largest_rest[peak_layer]
-print(
-    f"at layer {peak_layer} dimensions {sorted(largest.tolist())} hold {held:.0%} of it; at real tokens {elsewhere:.0%}"
-)
+print(f"at layer {peak_layer} dimensions {sorted(largest.tolist())} hold {held:.0%} of it")
+print(f"at real tokens each token's own two largest hold {elsewhere:.0%}")
 residual = harvest(model, batch, hook)[hook]
 
 # %% [markdown]
@@ -277,7 +268,10 @@ heatmap(values, list(range(values.shape[1])), layers, title=title, x_title="dime
 
 # %% [markdown]
 # ## 7. Attention maps
-# In a random sequence that is repeated once, only looking back helps. Which heads do? **Control**: the twin's best.
+# In a random sequence that is repeated once, only looking back helps. Which heads do? `previous_token`: weight on the
+# token before; `duplicate_token`: on the same token, one copy earlier; `induction`: on the token after that one. Head
+# 2.3 is head 3 of layer 2. The loss is in *nats*, minus the natural logarithm of the probability of what came.
+# **Control**: the twin's best.
 
 # %%
 from lenslab.analysis.streams import head_scores
@@ -339,8 +333,10 @@ print(f"a uniform guess over the vocabulary: {np.log2(summary.vocabulary):.1f}")
 
 # %% [markdown]
 # ## 9. From dense to sparse
-# A *sparse autoencoder* writes an activation as a sum of a few *features* out of many. It was trained at one hook of
-# one model, and is refused anywhere else. A model without SAEs gets a small one here, trained while you wait.
+# A *sparse autoencoder* (SAE) writes an activation as a sum of a few *features* out of many: *encode* gives each
+# feature a strength of zero or more, *decode* adds up strength times the feature's direction, plus a bias, and that is
+# the *reconstruction*. It was trained at one hook of one model, and is refused anywhere else. For a model without SAEs
+# a published one is used that was downloaded before, or a small one is trained while you wait.
 
 # %%
 from lenslab.sae.bundled import find_sae
@@ -351,23 +347,31 @@ print(f"{name} ({origin}) reads {sae_hook(sae)}")
 print(f"{sae.cfg.d_in} dimensions -> {sae.cfg.d_sae} features")
 
 # %% [markdown]
-# Encoding the activations of another model or hook would give numbers that mean nothing, so check first: `check_sae`
-# refuses another model, width or hook; here the random twin.
+# Encoding the activations of another model or hook would give numbers that mean nothing. `input_transform` refuses
+# another model, width or hook (here the random twin), and gives what the SAE was trained on: some published SAEs read
+# activations without their mean.
 
 # %%
-from lenslab.sae.pretrained import SAEMismatch, check_sae
+from lenslab.sae.pretrained import SAEMismatch, input_transform
 
-check_sae(sae, model)
+prepare = input_transform(sae, model)
 try:
-    check_sae(sae, twin)
+    input_transform(sae, twin)
 except SAEMismatch as error:
     print("refused:", str(error).split(":")[0])
 activations = harvest(model, batch, sae_hook(sae))[sae_hook(sae)]
 with torch.inference_mode():
-    features = sae.encode(activations)
+    features = sae.encode(prepare(activations))
 print("features [text, position, feature]:", tuple(features.shape))
 
 # %% [markdown]
+# What might an SAE find in each of the streams of section 4? A hypothesis, to be tested where SAEs of several streams
+# are compared: in the attention output what is fetched from elsewhere (the subject of a verb, an open bracket, what
+# followed last time); in the MLP output what one place makes of it (a word's sense, a known phrase); in the residual
+# stream both. For GPT-2 small there are published SAEs of all three: `.venv/bin/python -m lenslab.sae.hub list --model
+# gpt2-small`. `hook_attn_out` is what all heads write together; what each head writes is `hook_result`, computed only
+# after `model.set_use_attn_result(True)`.
+#
 # Dense against sparse, at one token: nearly every dimension of the activation is in use, few features are. (A *TopK*
 # SAE keeps a fixed number of features at every token: its L0 was chosen and is no finding.) Dimension and feature
 # numbers have nothing to do with each other; they only share the axis.
@@ -413,7 +417,8 @@ bars(
 
 # %% [markdown]
 # ## 10. Is the SAE any good?
-# *FVU* is the share of variance that the reconstruction misses; *CE* is the model's loss in nats as it is (clean), with
+# *FVU* is the share of variance that the reconstruction misses; *CE*, cross-entropy, is the model's loss in nats as it
+# is (clean), with
 # the reconstruction in the activation's place (spliced), and with zeros there; *recovered* is how much of that damage
 # the reconstruction undoes. **Null**: an SAE of the same shape and sparsity with random directions. It recovers a good
 # deal too, which is why a high recovered share alone says little. *Dead* counts features that never fired on these few
@@ -459,7 +464,8 @@ print(top_tokens(batch, features[..., feature], skip=[0], n=8).round(1).to_strin
 
 # %% [markdown]
 # **Control**: does it tell the kind of text it was chosen on from the others, better than the same texts with their
-# labels shuffled? (Phase 2 asks this properly, with enough texts.)
+# labels shuffled? *AUROC* is the chance that a text of the kind has a higher value than another text; 0.5 is guessing.
+# (Phase 2 asks this properly, with enough texts.)
 
 # %%
 from lenslab.stats import auroc_permutations
@@ -517,8 +523,8 @@ except ValueError as error:
 # <details><summary>Solutions</summary>
 #
 # 1. `profile.first_position.argmax()`, then `profile.first_position[-1]` beside it.
-# 2. `layer, head, _ = heads.best("first_position")`, then the cell of section 7. A head must attend somewhere, its
-#    weights sum to one; BOS is where it does no harm.
+# 2. In the last cell of section 7 put `"first_position"` for `"previous_token"`; leave its line on the token before
+#    aside. A head must attend somewhere, its weights sum to one; BOS is where it does no harm.
 # 3. The SAE is then a published one that was downloaded before (see the README), or a small one trained on the spot.
 #
 # </details>

@@ -11,8 +11,8 @@
 #
 # **What you will learn**: how to read the features of a sparse autoencoder (SAE) on many texts; which are strong,
 # frequent, selective; whether a feature tells one kind of text from the others, *on texts that it was not chosen
-# on*; and whether it does so better than things that were never trained to. Every claim stands beside a control or
-# a null; rankings, examples and heatmaps are descriptions.
+# on*; and whether it does so better than cheaper candidates do. Every claim stands beside a control or a null;
+# rankings, examples and heatmaps are descriptions.
 #
 # **Runs on** the bundled `pocket-gpt` and its SAEs, offline; the README says how long it takes and how much memory.
 # For another model set `LENSLAB_MODEL` to a name on the hub (`gpt2`) or a local Hugging Face folder before you
@@ -38,8 +38,9 @@ model = load_model()
 print(f"{model_name(model)}: {model.cfg.n_layers} layers of width {model.cfg.d_model}")
 
 # %% [markdown]
-# 420 short texts of seven kinds, written for this project. What a text is about varies independently of its kind:
-# thirty topics, each twice in every kind. Half of the texts are for discovery, half are held out.
+# 420 short texts of seven kinds, written for this project, each kind in three *registers* (of Python: library, script,
+# session or test). What a text is about varies independently of its kind: thirty topics, each twice in every kind.
+# Half of the texts are for discovery, half are held out.
 
 # %%
 from lenslab.activations import tokenize
@@ -53,7 +54,8 @@ print(f"{len(batch)} texts, {batch.n_real} real tokens; left out: {len(labels.sk
 print(pd.crosstab(labels.category, np.where(labels.held_out, "held out", "discovery"), colnames=[""], rownames=[""]))
 
 # %% [markdown]
-# **Control**: length alone must not give the kind away. An AUROC of 0.5 is chance.
+# **Control**: length alone must not give the kind away. *AUROC* is the chance that a text of the kind has a higher
+# value than another text; 0.5 is guessing.
 
 # %%
 from sklearn.metrics import roc_auc_score
@@ -75,16 +77,17 @@ cards = card_table(model)
 print(cards.round(2).to_string(index=False) if len(cards) else "no bundled SAE for this model")
 
 # %% [markdown]
-# One name selects the SAE that this notebook reads, here a bundled one; for another model one is found or trained,
-# whatever the name. A release of the hub is `sae = load_sae(release, sae_id)`. The SAE brings its hook with it; a
-# model or hook that it was not trained on is refused.
+# One name selects the SAE that this notebook reads; without one it is a bundled SAE of the middle layer, else a
+# published one that was downloaded before, else a small one that is trained now. The SAE brings its hook with it; a
+# model or hook that it was not trained on is refused. Some SAEs read activations without their mean: `prepare` gives
+# what this one was trained on.
 
 # %%
-from lenslab.sae.pretrained import bundled_saes, sae_hook
+from lenslab.sae.pretrained import input_transform, sae_hook
 
-SAE = "pocket-gpt-resid-3"
-sae, SAE, origin = find_sae(model, SAE if SAE in bundled_saes(model) else None)
-middle = sae_hook(sae)
+CHOSEN = None  # or a bundled name, such as "pocket-gpt-resid-0", or the absolute path of a folder
+sae, SAE, origin = find_sae(model, CHOSEN)
+prepare, middle = input_transform(sae, model), sae_hook(sae)
 print(f"{SAE} ({origin}): {sae.cfg.d_in} dimensions -> {sae.cfg.d_sae} features at {middle}")
 
 # %% [markdown]
@@ -120,15 +123,16 @@ masks = {"real": batch.real, "+ BOS": batch.real | bos, "+ padding": batch.real 
 for name, mask in masks.items():
     average = (values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     with torch.inference_mode():
-        found = sae.encode(average) > 0
+        found = sae.encode(prepare(average)) > 0
     real, missed = (found & seen).sum() / found.sum(), 1 - (found & seen).sum() / seen.sum()
     print(f"average of {name:9s}: {real:.0%} of its features fire at a token, {missed:.0%} of those that do are missed")
 
 # %% [markdown]
 # ## 4. Strong, frequent, selective
-# Five ways to rank features, as descriptions of all texts. `fired`: texts it fires on; `mean`: over all texts;
+# Five rankings of features over all texts; nothing is tested. `fired`: texts it fires on; `mean`: over all texts;
 # `strong`: texts above half of its own largest value; *selective* is strong on the fewest texts, the strongest first;
-# *general* fires in every kind, by its share in the kind where that is least; `tied`: features that share that place.
+# *frequency x mean*: share of texts it fires on, times its mean; *general*: ranked by the kind in which it fires least
+# often; `tied`: features that share that place.
 
 # %%
 summary = summarize_features(pooled["max"], labels.category)
@@ -151,7 +155,7 @@ from lenslab.sae.evaluation import random_sae
 from lenslab.show.plots import lines
 
 l0 = round(fa.matrix.nnz / fa.matrix.shape[0])
-null_sae = random_sae(sae, harvest(model, batch, middle)[middle][batch.real], l0)
+null_sae = random_sae(sae, prepare(harvest(model, batch, middle)[middle])[batch.real], l0)
 null_summary = summarize_features(encode_features(model, null_sae, batch, name="random").pool("max"))
 curves = {}
 for name, s in (("SAE", summary), ("random directions", null_summary)):
@@ -161,8 +165,8 @@ for name, s in (("SAE", summary), ("random directions", null_summary)):
 lines(curves, title="Share of texts on which a feature fires", x_title="features, most frequent first")
 
 # %% [markdown]
-# The older, count-based definitions call a value *strong* above 5.0, whatever the feature's scale, and break ties
-# by the lowest number. How many features share first place?
+# A simpler and common way counts: a value is *strong* above 5.0, whatever the feature's scale, and ties go to the
+# lowest number. How many features share first place?
 
 # %%
 from lenslab.analysis.counts import most_frequent_feature, most_selective_feature, strongest_feature
@@ -178,8 +182,8 @@ for name, found in (
 # ## 5. A feature for each kind of text
 # The feature with the best AUROC on the discovery half, scored once on the held-out half. `p`: held-out labels
 # shuffled among texts of similar length; `q`: `p` corrected for looking at seven kinds. Registers lie within one
-# kind and cannot be held fixed; `worst_register` is the lowest AUROC of one register's texts against the rest,
-# where 0.5 is chance.
+# kind and cannot be held fixed; `worst_register` is the lowest AUROC of one register's texts against the rest, where
+# 0.5 is chance. *Discriminating*: `q` is at most .05.
 
 # %%
 from lenslab.analysis.specialists import discriminate, find_specialists
@@ -189,10 +193,10 @@ shown = ["category", "feature", "auroc_discovery", "auroc", "worst_register", "q
 print(found.to_frame()[shown].round(3).to_string(index=False))
 
 # %% [markdown]
-# ## 6. Better than what was never trained?
-# The *same search* among things that no SAE learned: principal axes (both directions of each) and raw neurons of
-# the model, hashed character n-grams of the bare text, and an SAE trained on the untrained twin. N-grams are a weak
-# reading of spelling: a rule made by hand, such as *has an emoji*, can do better than they do.
+# ## 6. Better than cheaper candidates?
+# The *same search* among candidates without this SAE: directions of largest variance (PCA, both signs) and single
+# neurons of the model; counts of character sequences, read by no model; and an SAE trained on the random twin. The
+# character counts are a weak reading of spelling: a rule made by hand, such as *has an emoji*, can do better.
 
 # %%
 from lenslab.sae.floors import control_matrices
@@ -209,10 +213,10 @@ print("held-out AUROC of each search's winner:")
 print(compared.assign(SAE=found.auroc[0]).round(2).to_string())
 
 # %% [markdown]
-# A *specialist* is discriminating, better than every control on the same held-out texts (95 % interval of the
-# difference above 0, once with all candidates, which the figure shows, and once with both sides cut to equally
-# many, which it does not), and at least half of the texts it picks are of its kind. `not_beaten` names the controls
-# that it does not beat in both.
+# A *specialist* (1) is discriminating; (2) beats every control on held-out texts (95 % interval of the difference above
+# 0), both with all candidates, which the figure shows, and with both sides cut to equally many; (3) is right on at
+# least half of the texts it picks. `not_beaten`: controls that it does not beat in both ways. For non-English texts
+# each language is left out of the search in turn, so that spelling one language does not win.
 
 # %%
 from lenslab.show.plots import intervals
@@ -225,14 +229,13 @@ title = "Held-out AUROC of the SAE's feature minus each control's"
 intervals(rows, special.categories, title=title, reference=0, controls=[])
 
 # %% [markdown]
-# For non-English texts the comparison is made here instead: each language is left out of the search in turn, so
-# that spelling one language does not win. Look at which languages the lead over the controls comes from.
+# Which languages does a lead over the controls come from, each scored where it was left out?
 
 # %%
 print(special.left_out.drop(columns="category").round(2).to_string(index=False))
 
 # %% [markdown]
-# The older score stands beside it: texts of a kind above a threshold less other texts above it, best of five
+# The counting way stands beside it: texts of a kind above a threshold less other texts above it, best of five
 # features; the threshold is 5.0 for every feature, or half of the feature's own largest value. **Null**: how many
 # kinds have a positive score when the labels are shuffled? A count can fail in two ways: by false alarms, and by
 # missing what section 5 finds.
@@ -259,11 +262,11 @@ null_histogram(null.null, {"observed": null.observed}, title="Kinds with a 'spec
 from lenslab.analysis.planted import error_rate_and_power
 from lenslab.analysis.saved import saved_result
 
-texts = [list(map(str, column)) for column in (labels.category, labels.held_out, labels.stratum)]
+columns = [list(map(str, column)) for column in (labels.category, labels.held_out, labels.stratum)]
 rates = saved_result(
     "phase_2_error_rate_and_power",
     lambda: error_rate_and_power(pooled["max"], labels, controls=controls),
-    inputs=[fa.key, twin_fa.key, texts, special.candidates],
+    inputs=[fa.key, twin_fa.key, columns, special.candidates],
 )
 print(rates.attrs["origin"])
 print(rates.round(3).to_string(index=False))
@@ -285,9 +288,8 @@ print(held_fa.top_texts(feature, n=5).astype({"activation": float}).round(1).to_
 explore_feature(held_fa, feature, categories=list(labels.category[held]))
 
 # %% [markdown]
-# What it fires on in running text, at its strongest and at lower strengths: a sample from every fifth of its range,
-# empty ones left out. The text ships with the project and was sampled from `pocket-gpt`: nine kinds of text, as the
-# model would write them, not as people do.
+# What it fires on in running text: a sample from each fifth of its firings, 1 the strongest. The text ships with the
+# project and was sampled from `pocket-gpt`: nine kinds of text, as the model would write them, not as people do.
 
 # %%
 from lenslab.activations import pack
@@ -295,7 +297,7 @@ from lenslab.analysis.contexts import find_contexts, vocabulary_effects
 from lenslab.data import sampled_text
 
 contexts = find_contexts(model, sae, pack(model, sampled_text(450)), features=[feature], progress=False)
-print(f"{contexts.fired[0] > 0} that it fires somewhere in the running text")
+print(f"fires somewhere in the running text: {contexts.fired[0] > 0}")
 contexts.quantiles(feature, n=5, per=2)[["quantile", "activation", "context"]].round(1)
 
 # %% [markdown]
@@ -352,7 +354,7 @@ scatter(split.form, split.concept, names=names, marked=marked, marked_name="chos
 
 # %% [markdown]
 # ## 10. Pictures of many features
-# The most frequent features that are not on everywhere, chosen on the discovery half and drawn on held-out texts.
+# The most frequent of the features that are on at most half of the discovery texts, drawn on held-out texts.
 
 # %%
 from lenslab.show.feature_plots import category_feature_heatmap, coactivation_heatmap, text_feature_heatmap
@@ -457,15 +459,16 @@ explorer
 # instrument, and one pooling (`max`) was fixed beforehand: others may give other specialists.
 #
 # **Exercises**
-# 1. Set `SAE` to the one after the first block and run section 6 again. Which specialists are left?
+# 1. Read the SAE after the first block instead. Which specialists are left?
 # 2. Pool by `mean` instead of `max` in section 5. Does the feature chosen for any kind change?
 # 3. Write ten texts of an eighth kind, and search for its feature with `concept_features`.
 #
 # <details><summary>Solutions</summary>
 #
-# 1. Leave the twin's SAE out of `controls` there: it is that of the middle layer. Then run `token_classes` on the
-#    winners before saying why.
+# 1. Set `CHOSEN = "pocket-gpt-resid-0"` in section 2 and run sections 2, 3, 5 and 6 again, in section 6 without the
+#    twin's SAE (`controls = control_matrices(model, sae, batch)`), which is one of the middle layer. Then run
+#    `token_classes` on the winners before saying why.
 # 2. `discriminate({SAE: pooled["mean"]}, labels).feature`, beside `found.feature`.
-# 3. `concept_features(new, pooled["max"])`; `new = encode_features(model, sae, tokenize(model, texts)).pool("max")`;
-#    look at `family_p` before the AUROC.
+# 3. `mine = encode_features(model, sae, tokenize(model, [...])).pool("max")` with your texts in the list, then
+#    `concept_features(mine, pooled["max"]).to_frame()`; look at `family_p` before the AUROC.
 # </details>

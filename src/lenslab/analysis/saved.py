@@ -3,7 +3,8 @@
 1. A result is kept under its name in `data/results/`, with a key of what went in: model, SAE, texts, settings.
 2. `saved_result` gives it back where the key fits. Otherwise (another model, other texts) the user's cache is asked,
    and only then is it computed, and kept in that cache.
-3. With `LENSLAB_FULL=1` (`make run FULL=1`) it is computed and written to `data/results/` whatever is there.
+3. With `LENSLAB_FULL=1` (`make run FULL=1`) it is computed whatever is there; that of the bundled model is written to
+   `data/results/`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from lenslab.analysis.results import Result
+from lenslab.models import BUNDLED
 from lenslab.paths import cache_path, content_key, data_path
 
 
@@ -34,7 +36,8 @@ def saved_result(name: str, compute: Callable[[], Result], *, inputs: Any) -> pd
         if (frame := _read(file, key)) is not None:
             return _said(frame, origin)
     result = compute()
-    result.save(shipped if full else cached, key=key, table=result.to_frame())
+    theirs = os.environ.get("LENSLAB_MODEL", "") not in ("", *BUNDLED) or os.environ.get("LENSLAB_MODEL_TWIN") == "1"
+    result.save(shipped if full and not theirs else cached, key=key, table=result.to_frame())
     return _said(result.to_frame(), "computed now")
 
 
