@@ -348,7 +348,7 @@ marked = np.isin(split.features, chosen)
 names = [str(f) for f in split.features]
 by_form, by_content = split.form_p <= 0.05, split.concept_p <= 0.05
 print(f"by form alone {np.mean(by_form & ~by_content):.0%}, by content alone {np.mean(by_content & ~by_form):.0%}")
-print(pd.DataFrame(split.to_frame()[marked]).round(2).to_string(index=False))
+print(split.to_frame()[marked].round(3).to_string(index=False))
 axes = {"title": "Form and content", "x_title": "share of variance: form", "y_title": "content", "diagonal": True}
 scatter(split.form, split.concept, names=names, marked=marked, marked_name="chosen for a kind", **axes)
 
