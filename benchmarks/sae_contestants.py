@@ -149,6 +149,8 @@ def set_mean_l0(sae: Any, vectors: Tensor, k: int) -> None:
 class InOrder:
     """A source of lenslab's (`lenslab.sae.sources.VectorSource`) that deals vectors out as they lie, as `batches`."""
 
+    known_by = "vectors"
+
     def __init__(self, vectors: Tensor):
         self.vectors, self.key, self.metadata = vectors, f"{len(vectors)} in order", {"model_name": MODEL}
         self.widths = {HOOK: vectors.shape[1]}
