@@ -55,6 +55,12 @@ def test_the_harvest_benchmark_was_measured_and_says_what_it_claims(precision):
     assert result["ratios"]["saelens"] > 1 and result["ratios"]["hugging-face"] >= 0.9
 
 
+def test_the_statistics_of_phase_2_were_measured_and_take_seconds():
+    result = json.loads((RESULTS / "feature_statistics.json").read_text())
+    assert result["seconds"]["all"] < 10 and len(result["rounds"]["lenslab"]) >= 5
+    assert min(result["ratios"].values()) > 1 and not result["left_out"]
+
+
 def test_the_notebooks_fit_a_small_machine():
     runs = json.loads((RESULTS / "notebook_runs.json").read_text())["notebooks"]
     assert all(run["seconds"] <= 180 and run["peak_mb"] <= 4000 for run in runs)
