@@ -160,13 +160,14 @@ def _hf_model(source: str, label: str, dtype: torch.dtype):
                 f"Accept its licence on https://huggingface.co/{source} while signed in, make an access token in your "
                 "settings there, and set it as HF_TOKEN" + (" (the one that is set has no access)." if token else ".")
             ) from error
+        offline = " and unset HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else ""
         advice = (
             "Check that the folder is complete: a cut-off download leaves short files."
             if folder.is_dir()
             else f"If it is a hub name, download it while online (`.venv/bin/hf download {source}`; set HF_TOKEN for "
-            f"gated models) and unset HF_HUB_OFFLINE. Bundled, always here: {', '.join(BUNDLED)}."
+            f"gated models){offline}. Bundled, always here: {', '.join(BUNDLED)}."
         )
-        raise NotAModel(f"{label} could not be loaded. {meant}{first} {advice}") from error
+        raise NotAModel(f"{label} could not be loaded. {meant}{first} {advice}") from (None if meant else error)
 
 
 def _check_bundled(folder: Path, label: str) -> None:
