@@ -286,6 +286,7 @@ def train(
             for member in members:
                 device = member.sae.W_enc.device
                 member.step(step, {hook: value.to(device) for hook, value in vectors.items()})
+            del vectors  # a batch is a view: it would keep its pool while the next one is made
             step += 1
             bar.update(config.batch)
             if step % config.log_every == 0 or step == config.steps:
