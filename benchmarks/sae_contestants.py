@@ -54,7 +54,7 @@ class Job:
     k: int = 32
     l1: float = 1.0  # weight of the penalty of relu
     batch: int = 4096
-    steps: int = 40
+    steps: int = 100  # enough for AuxK to begin, and for every library to reconstruct
     lr: float = 1e-3
     seed: int = 0
 

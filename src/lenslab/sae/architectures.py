@@ -34,6 +34,7 @@ from lenslab.sae.sparse import Code, Decode, Encode, EncodeAll, code_of_mask, co
 from lenslab.sae.trainable import Losses, SAEConfig, TrainableSAE
 
 FIRST_THRESHOLD = 0.01  # jumprelu, as SAELens
+AT_A_TIME = 512  # vectors whose dead latents are looked at together
 SPARSE_ENOUGH = 0.03  # share of active latents below which a ReLU SAE is cheaper without its zeros
 
 
@@ -97,7 +98,9 @@ class TopK(TrainableSAE):
             return None
         most = max(1, x.shape[-1] // 2)
         latents = dead.nonzero().flatten()
-        code = code_of_topk(latents[pre[:, latents].topk(min(most, n_dead), sorted=False).indices], self.config.d_sae)
+        # some rows at a time: a block of another size at every step, as large as `pre`, would fragment the memory
+        rows = (part[:, latents].topk(min(most, n_dead), sorted=False).indices for part in pre.split(AT_A_TIME))
+        code = code_of_topk(latents[torch.cat(list(rows))], self.config.d_sae)
         values = Encode.apply(x, self.shift, self.W_enc, self.b_enc, code)
         guess = Decode.apply(values, self.W_dec, code)
         return self.config.auxiliary * min(n_dead / most, 1.0) * (guess - residual).square().sum(-1).mean()

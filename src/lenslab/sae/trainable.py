@@ -174,7 +174,7 @@ class TrainableSAE(nn.Module):
             fired[code_or_mask.latents[positive]] = True
             l0 = positive.sum() / len(target)
         else:
-            fired, l0 = code_or_mask.any(0), code_or_mask.sum(-1).float().mean()
+            fired, l0 = code_or_mask.any(0), code_or_mask.count_nonzero() / len(target)
         sparsity, auxiliary = (zero if term is None else term for term in (sparsity, auxiliary))
         return Losses(
             reconstruction + sparsity + auxiliary, reconstruction, sparsity, auxiliary, l0, fired, error.detach()

@@ -331,7 +331,7 @@ def _batches(
             vectors = source.pool(epoch, pool) if opening is None or (epoch, pool) != (0, 0) else opening
             opening = None
             for hook, value in vectors.items():
-                if not torch.isfinite(value).all():
+                if not all(torch.isfinite(part).all() for part in value.split(batch)):  # a pool's would be a copy
                     raise TrainingFailed(f"NaN or Inf among the vectors at {hook} (epoch {epoch}, pool {pool}).")
             for number in range(begin, size // batch):
                 part = slice(number * batch, (number + 1) * batch)
