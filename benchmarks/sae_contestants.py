@@ -158,7 +158,7 @@ class InOrder:
     def sizes(self, epoch: int) -> list[int]:
         return [len(self.vectors)]
 
-    def pool(self, epoch: int, number: int) -> dict[str, Tensor]:
+    def pool(self, epoch: int, number: int, enough: int | None = None) -> dict[str, Tensor]:
         return {HOOK: self.vectors}
 
     def texts(self) -> set[str]:
@@ -179,7 +179,7 @@ class Synthetic(InOrder):
     def sizes(self, epoch: int) -> list[int]:
         return [self.largest] * (self.n // self.largest)
 
-    def pool(self, epoch: int, number: int) -> dict[str, Tensor]:
+    def pool(self, epoch: int, number: int, enough: int | None = None) -> dict[str, Tensor]:
         generator = self.generator(number, "synthetic vectors")
         active = torch.randint(len(self.directions), (self.largest, 8), generator=generator)
         strength = torch.rand(self.largest, 8, generator=generator)

@@ -41,11 +41,11 @@ def reference_logits(folder, row):
         return model(torch.tensor([row])).logits[0]
 
 
-@pytest.mark.parametrize("which", ["gpt2", "llama", "olmoe", "switch", "pocket-gpt"])
+@pytest.mark.parametrize("which", ["gpt2", "llama", "olmoe", "switch", *BUNDLED])
 @pytest.mark.parametrize("pad_side", ["single", "right", "left"])
 def test_logits_equal_hugging_face(which, pad_side, request):
-    folder = data_path("models", which) if which == "pocket-gpt" else request.getfixturevalue(f"{which}_folder")
-    model = load_model(which if which == "pocket-gpt" else folder)
+    folder = data_path("models", which) if which in BUNDLED else request.getfixturevalue(f"{which}_folder")
+    model = load_model(which if which in BUNDLED else folder)
     rows = [[model.tokenizer.bos_token_id, *model.tokenizer(t, add_special_tokens=False).input_ids] for t in TEXTS]
     width, pad = max(map(len, rows)), model.tokenizer.pad_token_id
     with torch.inference_mode():

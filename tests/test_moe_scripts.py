@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import math
 import sys
 from types import SimpleNamespace
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 from lenslab.checkpoints import latest_checkpoint
-from lenslab.models import load_model
-from lenslab.paths import REPOSITORY
+from lenslab.models import BUNDLED, load_model
+from lenslab.paths import REPOSITORY, data_path
 from lenslab.runtime import derive_generator
 
 CONTEXT, BATCH, STEPS = 16, 2, 20
@@ -407,3 +408,45 @@ def test_cached_keys_and_values_change_no_sample(scripts, gpt2_folder):
     slow = [row[: row.index(1)] if 1 in row else row for row in tokens.tolist()]
     assert fast == slow and len({tuple(row) for row in fast}) == 4
     assert not any({0, 1, 2} & set(row[1:]) for row in fast)
+
+
+# The mixtures that ship
+
+
+MIXTURES = [name for name in KINDS if name in BUNDLED]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_card_of_a_mixture_keeps_what_its_notebooks_need(name):
+    card = json.loads(data_path("models", name, "card.json").read_text())
+    assert card["training_tokens"] >= 25e6 and card["curve"][-1]["tokens"] == card["training_tokens"]
+    assert card["repeat_loss_first"] - card["repeat_loss_second"] >= 2, "induction has formed"
+    assert card["expert_load_min"] == min(min(layer) for layer in card["expert_load"]) >= 0.25
+    assert max(max(layer) for layer in card["expert_load"]) < 4
+    gpt = json.loads(data_path("models", "pocket-gpt", "card.json").read_text())
+    assert card["bits_per_byte"].keys() == gpt["bits_per_byte"].keys() and card["bits_per_byte_macro"] < 1.9
+    assert {"power_law", "head_scores", "tinystories_bits_per_byte"} <= card.keys()
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_last_recorded_routing_is_that_of_the_weights_that_ship(scripts, name):
+    from transformers import AutoModelForCausalLM
+
+    routing = pd.read_parquet(data_path("models", name, "routing.parquet"))
+    card = json.loads(data_path("models", name, "card.json").read_text())
+    steps = np.sort(routing["step"].unique())
+    assert 15 <= len(steps) <= 25 and steps[0] == 0 and routing["tokens"].max() == card["training_tokens"]
+    model = AutoModelForCausalLM.from_pretrained(data_path("models", name), dtype=torch.float32).eval()
+    agree = {}
+    for step in (steps[0], steps[-1]):
+        same, total = 0, 0
+        for _, rows in routing.query("step == @step").groupby("text"):
+            shape = [rows[c].max() + 1 for c in ("layer", "position", "slot")]
+            recorded = torch.tensor(rows.sort_values(["layer", "position", "slot"])["expert"].to_numpy()).view(shape)
+            ids = rows.query("layer == 0 and slot == 0").sort_values("position")["token_id"].to_numpy(np.int64)
+            with torch.inference_mode():
+                experts, _ = scripts.pocket_card.expert_choices(model, torch.from_numpy(ids)[None])
+            same += (experts[:, 0].sort(-1).values == recorded.sort(-1).values).sum().item()
+            total += recorded.numel()
+        agree[step] = same / total
+    assert agree[steps[-1]] > 0.95 > 0.5 > agree[steps[0]]  # bf16 on disk: a choice on the edge may fall otherwise

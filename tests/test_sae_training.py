@@ -20,7 +20,7 @@ from lenslab.activations import harvest, pack
 from lenslab.checkpoints import latest_checkpoint
 from lenslab.models import model_key, model_name, random_twin
 from lenslab.runtime import derive_generator, progress_bar
-from lenslab.sae import training
+from lenslab.sae import sources, training
 from lenslab.sae.architectures import ARCHITECTURES, build_sae
 from lenslab.sae.pretrained import load_sae, save_sae
 from lenslab.sae.sources import ModelSource, StoreSource, TensorSource
@@ -667,6 +667,31 @@ def test_only_a_transcoder_writes_another_hook_and_it_must_say_which(vectors):
 def test_the_first_pool_is_made_once(vectors):
     source, made = TensorSource(vectors, pool=2000), []
     pool = source.pool
-    source.pool = lambda *place: made.append(place) or pool(*place)
+    source.pool = lambda *place: made.append(place[:2]) or pool(*place)
     run(new(), source, TrainingConfig(256 * 20, batch=256))
     assert made == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_no_vector_is_made_that_no_step_needs_and_a_resumed_run_makes_the_same(vectors, tmp_path, monkeypatch):
+    """Seven steps of 100 vectors over pools of 300: of the third pool a third."""
+    monkeypatch.setattr(sources, "RUN", 50)
+    config, asked, step = TrainingConfig(700, batch=100, checkpoint_minutes=0.0), [], training._Member.step
+
+    class Counted(TensorSource):
+        def _vectors(self, units):
+            asked.append(sum(self.units[i] for i in units))
+            return super()._vectors(units)
+
+    def until(member, number, batch):
+        if number == 6:
+            raise KeyboardInterrupt
+        step(member, number, batch)
+
+    whole = run(new(), Counted(vectors, pool=300), config).sae
+    assert asked == [300, 300, 100]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(training._Member, "step", until)
+        run(new(), Counted(vectors, pool=300), config, folder=tmp_path)
+    again = run(new(), Counted(vectors, pool=300), config, folder=tmp_path).sae
+    assert asked[3:] == [300, 300, 100, 100]
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in again.state_dict().items())

@@ -26,7 +26,9 @@ from lenslab.runtime import default_device, derive_generator
 
 BUNDLED = {  # name -> what it is; the weights are in data/models/NAME
     "pocket-gpt": "GPT-2 architecture, 6 layers, d_model 256, trained by this project on mixed text",
+    "pocket-moe": "OLMoE architecture, 6 layers, d_model 192, 16 experts, two per token, same text and tokenizer",
 }
+DEFAULT = "pocket-gpt"
 HUB = {  # short names for models people ask for; any other hub name works as it is
     "gpt2": "openai-community/gpt2",
     "gpt2-small": "openai-community/gpt2",
@@ -71,7 +73,7 @@ def load_model(
 
     With `LENSLAB_MODEL_TWIN=1` the random-weight twin is returned instead: the control for whole notebooks.
     """
-    name = os.fspath(name or os.environ.get("LENSLAB_MODEL") or "pocket-gpt")
+    name = os.fspath(name or os.environ.get("LENSLAB_MODEL") or DEFAULT)
     source, label = _resolve(name)
     model = _boot(_hf_model(source, label, dtype), _tokenizer(source, label), label, device)
     return random_twin(model, label=label) if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else model

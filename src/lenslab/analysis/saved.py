@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from lenslab.analysis.results import Result
-from lenslab.models import BUNDLED
+from lenslab.models import DEFAULT
 from lenslab.paths import cache_path, content_key, data_path
 
 
@@ -36,7 +36,7 @@ def saved_result(name: str, compute: Callable[[], Result], *, inputs: Any) -> pd
         if (frame := _read(file, key)) is not None:
             return _said(frame, origin)
     result = compute()
-    theirs = os.environ.get("LENSLAB_MODEL", "") not in ("", *BUNDLED) or os.environ.get("LENSLAB_MODEL_TWIN") == "1"
+    theirs = os.environ.get("LENSLAB_MODEL", "") not in ("", DEFAULT) or os.environ.get("LENSLAB_MODEL_TWIN") == "1"
     result.save(shipped if full and not theirs else cached, key=key, table=result.to_frame())
     return _said(result.to_frame(), "computed now")
 

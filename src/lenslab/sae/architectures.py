@@ -30,38 +30,28 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lenslab.runtime import compute_dtype
-from lenslab.sae.sparse import Code, Decode, Encode, EncodeAll, code_of_mask, code_of_topk
+from lenslab.sae.sparse import Code, Decode, Dense, Encode, code_of_mask, code_of_topk, count_positive, usage
 from lenslab.sae.trainable import Losses, SAEConfig, TrainableSAE
 
 FIRST_THRESHOLD = 0.01  # jumprelu, as SAELens
 AT_A_TIME = 512  # vectors whose dead latents are looked at together
-SPARSE_ENOUGH = 0.03  # share of active latents below which a ReLU SAE is cheaper without its zeros
+SPARSE_ENOUGH = 0.02  # share of active latents below which a ReLU SAE is cheaper without its zeros
 
 
 class ReLU(TrainableSAE):
-    def __init__(self, config: SAEConfig):
-        super().__init__(config)
-        self.register_buffer(
-            "share", torch.ones(())
-        )  # of latents that were active last: dense products or sparse ones?
-
     def loss(self, x, target, dead=None, warm=1.0) -> Losses:
         norms, weight = self.decoder.norm(dim=1), warm * self.config.sparsity
-        if self.share < SPARSE_ENOUGH:
-            mask = self.fast_pre(x) > 0
-            if self.share.copy_(mask.float().mean()) < SPARSE_ENOUGH:
-                code = code_of_mask(mask)
-                values = torch.relu(Encode.apply(x, self.shift, self.W_enc, self.b_enc, code))
-                x_hat = Decode.apply(values, self.decoder, code) + self.b_dec
-                return self._losses(target, x_hat, code, values, weight * (values * norms[code.latents]).sum() / len(x))
-        dtype = compute_dtype()
-        values = torch.relu(EncodeAll.apply(x, self.shift, self.W_enc, self.b_enc, dtype))
-        x_hat = (values @ self.decoder.to(dtype)).float() + self.b_dec
-        losses = self._losses(
-            target, x_hat, values > 0, values, weight * (values.sum(0, dtype=torch.float32) @ norms) / len(x)
-        )
-        self.share.copy_(losses.l0 / self.config.d_sae)
-        return losses
+        values = self.fast_pre(x).relu_()
+        active = count_positive(values)
+        if active < SPARSE_ENOUGH * values.numel():
+            code = code_of_mask(values > 0)
+            values = torch.relu(Encode.apply(x, self.shift, self.W_enc, self.b_enc, code))
+            x_hat, penalty = Decode.apply(values, self.decoder, code), values @ norms[code.latents]
+            seen = usage(code, values)
+        else:
+            x_hat, sums = Dense.apply(x, self.shift, self.W_enc, self.b_enc, self.decoder, values)
+            penalty, seen = sums @ norms, (sums > 0, active / len(x))
+        return self._losses(target, x_hat + self.b_dec, seen, weight * penalty / len(x))
 
 
 class TopK(TrainableSAE):
@@ -80,9 +70,8 @@ class TopK(TrainableSAE):
         values = torch.relu(Encode.apply(x, self.shift, self.W_enc, self.b_enc, code))
         self.watch(values.detach())
         x_hat, nested = self.reconstructions(values, code, target)
-        return self._losses(
-            target, x_hat, code, values, nested, self.auxiliary(x, (target - x_hat).detach(), pre, dead)
-        )
+        auxiliary = self.auxiliary(x, (target - x_hat).detach(), pre, dead)
+        return self._losses(target, x_hat, usage(code, values), nested, auxiliary)
 
     def watch(self, values: Float[Tensor, " active"]) -> None:
         """BatchTopK estimates its threshold here."""
@@ -182,7 +171,7 @@ class JumpReLU(TrainableSAE):
             values = _Rectangle.apply(pre, self.threshold, self.config.bandwidth, True)
             x_hat = (values @ self.W_dec).float() + self.b_dec
         active = _Rectangle.apply(pre, self.threshold, self.config.bandwidth, False).sum(-1).mean()
-        return self._losses(target, x_hat, values > 0, values, warm * self.config.sparsity * active)
+        return self._losses(target, x_hat, usage(None, values), warm * self.config.sparsity * active)
 
     def after_step(self) -> None:
         self.threshold.data.clamp_(min=0)  # below zero the gate would let negative values through
@@ -207,7 +196,7 @@ class Gated(TrainableSAE):
             # what the gate alone would reconstruct; SAELens lets this term train the decoder too
             via_gate = (torch.relu(gate) @ self.W_dec).float() + self.b_dec
         penalty = warm * self.config.sparsity * (torch.relu(gate) @ self.W_dec.norm(dim=1)).mean()
-        return self._losses(target, x_hat, values > 0, values, penalty, (via_gate - target).square().sum(-1).mean())
+        return self._losses(target, x_hat, usage(None, values), penalty, (via_gate - target).square().sum(-1).mean())
 
 
 ARCHITECTURES: dict[str, type[TrainableSAE]] = {

@@ -15,6 +15,7 @@ be other data; `lenslab.sae.checks` compares them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -48,7 +49,7 @@ class VectorSource(Protocol):
 
     def sizes(self, epoch: int) -> list[int]: ...
 
-    def pool(self, epoch: int, number: int) -> dict[str, Float[Tensor, "vector d_in"]]: ...
+    def pool(self, epoch: int, number: int, enough: int | None = None) -> dict[str, Float[Tensor, "vector d_in"]]: ...
 
     def texts(self) -> Int[Tensor, " fingerprint"]: ...
 
@@ -88,9 +89,14 @@ class _Pooled:
     def sizes(self, epoch: int) -> list[int]:
         return [sum(self.units[i] for i in group) for group in self.groups(epoch)]
 
-    def pool(self, epoch: int, number: int) -> dict[str, Tensor]:
-        """Vectors `[vector, d_in]` by hook, float32, in an order that the seed decides."""
-        return _shuffled(self._vectors(self.groups(epoch)[number]), self.seed, epoch, number)
+    def pool(self, epoch: int, number: int, enough: int | None = None) -> dict[str, Tensor]:
+        """Vectors `[vector, d_in]` by hook, float32, in an order that the seed decides; with `enough`, only as many
+        units as hold that many vectors, for a training that ends within the pool."""
+        units = self.groups(epoch)[number]
+        if enough is not None:
+            before = itertools.accumulate((self.units[i] for i in units), initial=0)
+            units = [i for i, held in zip(units, before, strict=False) if held < enough]
+        return _shuffled(self._vectors(units), self.seed, epoch, number)
 
     def _vectors(self, units: list[int]) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -220,9 +226,9 @@ class ModelSource(_Pooled):
         found = harvest(self.model, part, self.hooks, **options)
         return {hook: value[part.real].flatten(1).float() for hook, value in found.items()}
 
-    def pool(self, epoch: int, number: int) -> dict[str, Tensor]:
-        if len(self.groups(epoch)) > 1:
-            return super().pool(epoch, number)
+    def pool(self, epoch: int, number: int, enough: int | None = None) -> dict[str, Tensor]:
+        if len(self.groups(epoch)) > 1 or (enough is not None and epoch == 0):
+            return super().pool(epoch, number, enough)
         if self._whole is None:  # everything fits one pool: the model is run once
             self._whole = self._vectors(sorted(self.groups(epoch)[0]))
         return _shuffled(self._whole, self.seed, epoch, number)

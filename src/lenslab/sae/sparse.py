@@ -91,6 +91,23 @@ def sum_vectors(values: Tensor, x: Float[Tensor, "batch d"], code: Code) -> Floa
     return code.matrix(values).t() @ x
 
 
+@torch.no_grad()
+def usage(code: Code | None, values: Tensor) -> tuple[Bool[Tensor, " d_sae"], Float[Tensor, ""]]:
+    """(latents with a positive value for some vector, how many per vector); without a code, values are
+    `[batch, d_sae]`."""
+    positive = values > 0  # of the k largest some may not be
+    if code is None:
+        return positive.any(0), positive.count_nonzero() / len(values)
+    fired = torch.zeros(code.d_sae, dtype=torch.bool, device=values.device)
+    fired[code.latents[positive]] = True
+    return fired, positive.sum() / (len(code.rows) - 1)
+
+
+def count_positive(values: Float[Tensor, "batch d_sae"]) -> Int[Tensor, ""]:
+    """How many are not zero, none being negative: as integers, which torch counts many times faster than floats."""
+    return values.view({2: torch.int16, 4: torch.int32}[values.itemsize]).count_nonzero()
+
+
 def _plain(x: Tensor) -> bool:
     return not HAS_MKL and x.device.type == "cpu"
 
@@ -117,22 +134,30 @@ class Encode(torch.autograd.Function):
         return None, shift, sum_vectors(grad, x, ctx.code).T, bias, None
 
 
-class EncodeAll(torch.autograd.Function):
-    """Pre-activations of all latents in a precision of choice; as in `Encode`, no gradient for x."""
+class Dense(torch.autograd.Function):
+    """The reconstruction from `values` [batch, d_sae], in whose precision its products are, and their sum per latent.
+
+    `values` are relu(x @ weight + bias), computed before; gradients are as in `Encode`, none for `x`. In one piece,
+    because at this size what lies between the products costs as much as one of them: the gradient is made in one
+    place, and what it gets from the sums comes with the product.
+    """
 
     @staticmethod
-    def forward(ctx, x, shift, weight, bias, dtype):
-        x = (x if shift is None else x - shift).to(dtype)
-        ctx.save_for_backward(x, weight)
+    def forward(ctx, x, shift, weight, bias, decoder, values):
         ctx.shifted = shift is not None
-        return torch.addmm(bias.to(dtype), x, weight.to(dtype))
+        x, low = (x - shift if ctx.shifted else x).to(values.dtype), decoder.to(values.dtype)
+        ctx.save_for_backward(x, weight, low, values)
+        return (values @ low).float(), values.sum(0).float()  # summed in float32, then rounded
 
     @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        bias = grad.sum(0, dtype=torch.float32)
+    def backward(ctx, grad, grad_sums):
+        x, weight, decoder, values = ctx.saved_tensors
+        low = grad.to(values.dtype)
+        inner = torch.addmm(grad_sums.to(values.dtype), low, decoder.T)
+        torch.ops.aten.threshold_backward.grad_input(inner, values, 0, grad_input=inner)  # in place
+        bias = inner.sum(0).float()
         shift = -(weight @ bias) if ctx.shifted else None
-        return None, shift, (x.T @ grad).float(), bias, None
+        return None, shift, (x.T @ inner).float(), bias, (values.T @ low).float(), None
 
 
 class Decode(torch.autograd.Function):

@@ -18,7 +18,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lenslab.runtime import compute_dtype, derive_generator
-from lenslab.sae.sparse import Code
 
 
 class Losses(NamedTuple):
@@ -165,20 +164,14 @@ class TrainableSAE(nn.Module):
         """Losses of a scaled batch. `dead` latents are given AuxK; `warm` in 0 .. 1 multiplies the penalty."""
         raise NotImplementedError
 
-    def _losses(self, target, x_hat, code_or_mask, values, sparsity=None, auxiliary=None) -> Losses:
+    def _losses(self, target, x_hat, seen, sparsity=None, auxiliary=None) -> Losses:
+        """`seen` is (which latents fired, how many per vector), from `usage`."""
         error = target - x_hat
         reconstruction, zero = error.square().sum(-1).mean(), error.new_zeros(())
-        if isinstance(code_or_mask, Code):
-            positive = values.detach() > 0  # of the k largest some may not be
-            fired = torch.zeros(self.config.d_sae, dtype=torch.bool, device=error.device)
-            fired[code_or_mask.latents[positive]] = True
-            l0 = positive.sum() / len(target)
-        else:
-            fired, l0 = code_or_mask.any(0), code_or_mask.count_nonzero() / len(target)
         sparsity, auxiliary = (zero if term is None else term for term in (sparsity, auxiliary))
-        return Losses(
-            reconstruction + sparsity + auxiliary, reconstruction, sparsity, auxiliary, l0, fired, error.detach()
-        )
+        total = reconstruction + sparsity + auxiliary
+        fired, l0 = seen
+        return Losses(total, reconstruction, sparsity, auxiliary, l0, fired, error.detach())
 
     @torch.no_grad()
     def before_step(self) -> None:

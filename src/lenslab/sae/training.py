@@ -262,11 +262,11 @@ def train(
         for member in members:
             member.restore(resumed["state"]["members"][member.name])
         drop_later_checkpoints(Path(folder), step)  # damaged ones, which would stay the newest
-    opening = source.pool(0, 0) if resumed is None else None
+    opening = _pool(source, 0, 0, config.steps * config.batch) if resumed is None else None
     if opening is not None:
         for member in members:
             member.fit({hook: value[:FIRST].to(member.sae.W_enc.device) for hook, value in opening.items()})
-    stream = _batches(source, config.batch, place, opening)
+    stream = _batches(source, config.batch, config.steps - step, place, opening)
     del opening
 
     def snapshot() -> dict[str, Any]:
@@ -316,10 +316,15 @@ def train(
     return results
 
 
+def _pool(source: VectorSource, epoch: int, pool: int, needed: int) -> dict[str, Tensor]:
+    """A pool, or what of it a training still needs: the model is not run for vectors that no step would see."""
+    return source.pool(epoch, pool, needed if needed < source.sizes(epoch)[pool] else None)
+
+
 def _batches(
-    source: VectorSource, batch: int, place: tuple[int, ...], opening: dict[str, Tensor] | None
+    source: VectorSource, batch: int, steps: int, place: tuple[int, ...], opening: dict[str, Tensor] | None
 ) -> Iterator[tuple[tuple[int, int, int], dict[str, Tensor]]]:
-    """Endless (place of the next batch, vectors by hook), from a place: epoch, pool, batch within the pool.
+    """(place of the next batch, vectors by hook) for so many steps, from a place: epoch, pool, batch within the pool.
 
     `opening` is the very first pool, where it is at hand.
     """
@@ -328,15 +333,19 @@ def _batches(
         for pool, size in enumerate(source.sizes(epoch)):
             if pool < first_pool or size // batch <= (begin := first if pool == first_pool else 0):
                 continue
-            vectors = source.pool(epoch, pool) if opening is None or (epoch, pool) != (0, 0) else opening
-            opening = None
+            vectors, opening = opening, None  # of the first place, where it is at hand
+            vectors = vectors or _pool(source, epoch, pool, (begin + steps) * batch)
             for hook, value in vectors.items():
                 if not all(torch.isfinite(part).all() for part in value.split(batch)):  # a pool's would be a copy
                     raise TrainingFailed(f"NaN or Inf among the vectors at {hook} (epoch {epoch}, pool {pool}).")
-            for number in range(begin, size // batch):
+            end = min(size // batch, begin + steps)
+            steps -= end - begin
+            for number in range(begin, end):
                 part = slice(number * batch, (number + 1) * batch)
                 yield (epoch, pool, number + 1), {hook: value[part] for hook, value in vectors.items()}
             del vectors, value  # or two pools would be in memory while the next is made
+            if not steps:
+                return
         epoch, first_pool, first = epoch + 1, 0, 0
 
 
