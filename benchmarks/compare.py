@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -29,7 +29,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS, PEERS, CACHE = HERE / "results", HERE / "peers", HERE.parent / ".cache"
-VERSIONED = ("torch", "transformers", "transformer-lens", "sae-lens")
+VERSIONED = ("torch", "transformers", "transformer-lens", "sae-lens", "scipy", "scikit-learn")
 THREADS = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1)
 # the settings that `import lenslab` makes, for every contestant, whether it imports lenslab or not
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
@@ -132,6 +132,15 @@ class Kept:
         self.file.unlink(missing_ok=True)
 
 
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Of what shares our environment, and of contestants that have one of their own, which holds what its file pins."""
+    found = {name: version(name) for name in VERSIONED}
+    for name in names:
+        if (file := PEERS / f"{name}.txt").exists():
+            found |= dict(re.findall(rf"^({re.escape(name)})==(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE))
+    return found
+
+
 def measure(
     file: str, kept: Kept, contestants: dict[str, Contestant], ours: str, rounds: int, unit: str, extra: Sequence[str]
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
@@ -176,7 +185,7 @@ def summarise(
         "rounds": {name: [round(v) for v in values] for name, values in speeds.items()},
         "left_out": left_out,
         "machine": {**machine_summary(), "threads": int(THREADS)},
-        "versions": {name: version(name) for name in VERSIONED},
+        "versions": versions(taken),
     }
 
 

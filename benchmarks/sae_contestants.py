@@ -204,7 +204,8 @@ def _lenslab(job: Job, source: Any, d_in: int) -> Trained:
     from lenslab.sae.training import TrainingConfig, train
 
     metadata = {"hook_name": HOOK, "model_name": MODEL}
-    sae = build_sae(job.architecture, d_in, job.d_sae, k=job.k, sparsity=job.l1, seed=job.seed, metadata=metadata)
+    options = {"sparsity": job.l1} if job.architecture == "relu" else {"k": job.k}
+    sae = build_sae(job.architecture, d_in, job.d_sae, seed=job.seed, metadata=metadata, **options)
     config = TrainingConfig(job.samples, batch=job.batch, lr=job.lr, seed=job.seed)
     return train({"sae": sae}, source, config, progress=False)["sae"].sae
 
@@ -245,6 +246,14 @@ def saelens(job: Job, vectors: Tensor, *, tuned: bool = True) -> Trained:
     )
     SAETrainer(cfg=config, sae=sae, data_provider=batches(vectors, job)).fit()
     return _saelens_inference(sae)
+
+
+def saelens_centred(job: Job, vectors: Tensor) -> Trained:
+    """SAELens's trainer on vectors less their mean, which lenslab subtracts by itself; folded into the bias after."""
+    mean = vectors.mean(0)
+    sae = saelens(job, vectors - mean)
+    sae.b_dec.data += mean  # the encoder reads x - b_dec
+    return sae
 
 
 def _saelens_inference(sae: Any) -> Trained:

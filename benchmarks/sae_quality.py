@@ -1,18 +1,20 @@
 """Quality after the same training: held-out FVU of ours against SAELens, over five shared seeds.
 
-The same vectors in the same order for both, the same number of steps, the same learning rate and schedule; each
-library's own initial weights, losses and treatment of dead latents. Per seed and library, in a process of its own:
+The same vectors in the same order for all, the same number of steps, the same learning rate and schedule; each
+library's own initial weights, losses and treatment of dead latents. lenslab subtracts the mean of the vectors before it
+trains, SAELens has to learn it, which takes much of a short training: `saelens centred` is given vectors without it.
+Per seed and contestant, in a process of its own:
 
 1. `topk`: FVU at k latents.
-2. `batchtopk`: its threshold is set so that k latents are active on average on 8,192 training vectors, for both alike;
+2. `batchtopk`: its threshold is set so that k latents are active on average on 8,192 training vectors, for all alike;
    the FVU with the threshold that training left is reported beside it.
 3. `relu`: the weight of the penalty is searched until the L0 is near k, and the FVU read off at exactly k by
-   interpolation in log FVU over log L0.
+   interpolation in log FVU over log L0; each seed's search starts from the weight that the seed before it ended with.
 
 The rule (`lenslab.stats.paired_seeds`): no worse means that the upper end of the 95 % interval of the ratio
 ours / SAELens lies below 1.01.
 
-    python benchmarks/sae_quality.py             # about ten minutes on two cores: results/sae_quality.json
+    python benchmarks/sae_quality.py             # about half an hour on two cores: results/sae_quality.json
     python benchmarks/sae_quality.py --quick     # toy sizes, nothing written to results/
 """
 
@@ -26,7 +28,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,12 @@ import sae_contestants as entries
 from compare import Contestant, run_contestant, timed
 from sae_contestants import Job, held_out, job_from
 
-SEEDS, LIBRARIES, ARCHITECTURES = 5, ("lenslab", "saelens"), ("topk", "batchtopk", "relu")
-JOB = Job(d_sae=2048, k=32, batch=1024, steps=512)
+TRAINERS = {"lenslab": entries.lenslab, "saelens": entries.saelens, "saelens centred": entries.saelens_centred}
+SEEDS, PEERS, ARCHITECTURES = 5, ("saelens", "saelens centred"), ("topk", "batchtopk", "relu")
+JOB = Job(d_sae=2048, k=32, l1=4.0, batch=1024, steps=512)  # l1: where the first search starts
 QUICK = dict(d_sae=512, k=16, batch=256, steps=60)
-SEARCH = 5  # trainings at most, to find the weight of the penalty
+SEARCH = 6  # trainings at most, to find the weight of the penalty
+BEYOND, NEAR = 1.1, 1.5  # how far beyond the target L0 the search aims; ratio of the L0s between which it is read off
 
 
 def shuffled(vectors: Tensor, seed: int) -> Tensor:
@@ -52,13 +56,11 @@ def shuffled(vectors: Tensor, seed: int) -> Tensor:
     return vectors[torch.randperm(len(vectors), generator=derive_generator(seed, "benchmark order"))]
 
 
-def search_l1(
-    measure: Callable[[float], dict[str, float]], target: float, first: float = 4.0
-) -> list[dict[str, float]]:
+def search_l1(measure: Callable[[float], dict[str, float]], target: float, first: float) -> list[dict[str, float]]:
     """Points {l1, l0, fvu} around the target L0, which falls as the penalty rises; stops once it is near and enclosed.
 
-    Until the target is enclosed the penalty moves by up to a factor of 4, after that it is put where the line through
-    the two nearest points, in logarithms, meets the target.
+    Until the target is enclosed the penalty moves by up to a factor of 4. After that it is put where the line through
+    the two nearest points, in logarithms, meets a tenth beyond the target, on the side of the farther of the two.
     """
     points: list[dict[str, float]] = []
     l1 = first
@@ -71,12 +73,15 @@ def search_l1(
             if weak and strong:  # the strong one silenced every latent: half way between
                 l1 = math.sqrt(max(weak) * min(strong))
             else:
-                l1 *= min(4.0, max(0.25, max(points[-1]["l0"], 0.1) / target))
+                beyond = target / BEYOND if weak else target * BEYOND
+                l1 *= min(4.0, max(0.25, max(points[-1]["l0"], 0.1) / beyond))
             continue
-        if max(p["l0"] for p in pair) / min(p["l0"] for p in pair) < 1.3:
+        below, above = (p["l0"] for p in pair)
+        if above / below < NEAR:
             break
+        aim = target * BEYOND if above / target > target / below else target / BEYOND
         (x0, y0), (x1, y1) = [(math.log(p["l0"]), math.log(p["l1"])) for p in pair]
-        l1 = math.exp(y0 + (y1 - y0) * (math.log(target) - x0) / (x1 - x0))
+        l1 = math.exp(y0 + (y1 - y0) * (math.log(aim) - x0) / (x1 - x0))
     return points
 
 
@@ -107,30 +112,26 @@ def one_seed(train: entries.Train, job: Job, file: str) -> tuple[int, Callable[[
     entries.set_mean_l0(sae, vectors, job.k)
     found["batchtopk"] = {**held_out(sae, unseen), "as_trained": left}
     points = search_l1(
-        lambda l1: held_out(train(replace(job, architecture="relu", l1=l1), vectors), unseen), target=job.k
+        lambda l1: held_out(train(replace(job, architecture="relu", l1=l1), vectors), unseen), job.k, job.l1
     )
     found["relu"] = {"fvu": fvu_at(points, job.k), "l0": job.k, "points": points}
     return job.samples * (2 + len(points)), lambda: {"found": found}
 
 
-def judge(seeds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Per architecture: ratio of the FVUs with its interval, and whether ours is no worse."""
+def judge(seeds: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """{"peer architecture": ratio of the FVUs ours / peer with its interval, and whether ours is no worse}."""
     from lenslab.stats import paired_seeds
 
-    verdict = {}
-    for name in ARCHITECTURES:
-        ours, peer = ([one[name]["fvu"] for one in seeds[library]] for library in LIBRARIES)
-        if None in (*ours, *peer):
-            verdict[name] = {"not_compared": "the search for the penalty did not enclose the L0 in every seed"}
+    verdict: dict[str, dict[str, Any]] = {}
+    for peer, name in product(PEERS, ARCHITECTURES):
+        ours, theirs = ([one[name]["fvu"] for one in seeds[library]] for library in ("lenslab", peer))
+        if None in (*ours, *theirs):
+            why = "the search for the penalty did not enclose the L0 in every seed"
+            verdict[f"{peer} {name}"] = {"not_compared": why}
             continue
-        ratio = paired_seeds(ours, peer, lower_is_better=True)
-        verdict[name] = {
-            "ratio": round(ratio.ratio.estimate, 4),
-            "low": round(ratio.ratio.low, 4),
-            "high": round(ratio.ratio.high, 4),
-            "no_worse": ratio.no_worse,
-            "better": ratio.better,
-        }
+        found = paired_seeds(ours, theirs, lower_is_better=True)
+        interval = {key: round(getattr(found.ratio, key), 4) for key in ("estimate", "low", "high")}
+        verdict[f"{peer} {name}"] = {**interval, "no_worse": found.no_worse, "better": found.better}
     return verdict
 
 
@@ -146,22 +147,21 @@ def main(words: list[str] | None = None) -> None:
         parser.add_argument(name, help=argparse.SUPPRESS)
     a = parser.parse_args(words)
     if a.contestant:
-        train = {"lenslab": entries.lenslab, "saelens": entries.saelens}[a.contestant]
-        return timed(lambda: (lambda: None, lambda: one_seed(train, job_from(a.job), a.vectors)))
+        return timed(lambda: (lambda: None, lambda: one_seed(TRAINERS[a.contestant], job_from(a.job), a.vectors)))
     job = replace(JOB, lr=a.lr, **(QUICK if a.quick else {}))
     from lenslab.paths import write_json
     from lenslab.runtime import machine_summary
 
     file = str(entries.vectors_file(job.samples))
     kept = harness.Kept("sae_quality" + "_quick" * a.quick, asdict(job), file)
-    seeds: dict[str, list[dict[str, Any]]] = {library: [] for library in LIBRARIES}
-    for seed in range(SEEDS):
-        for library in LIBRARIES:
-            extra = ["--job", json.dumps(asdict(replace(job, seed=seed))), "--vectors", file]
-            one = kept.get(f"{library} {seed}", partial(run_contestant, __file__, library, Contestant(dict), extra))
-            seeds[library].append(one["found"])
-            shown = "  ".join(f"{name} {one['found'][name]['fvu'] or math.nan:.4f}" for name in ARCHITECTURES)
-            print(f"seed {seed}  {library:8s} {one['seconds']:6.0f} s   held-out FVU: {shown}", flush=True)
+    seeds: dict[str, list[dict[str, Any]]] = {library: [] for library in TRAINERS}
+    for seed, library in product(range(SEEDS), TRAINERS):
+        before = seeds[library][-1]["relu"]["points"][-1]["l1"] if seed else job.l1
+        extra = ["--job", json.dumps(asdict(replace(job, seed=seed, l1=before))), "--vectors", file]
+        one = kept.get(f"{library} {seed}", partial(run_contestant, __file__, library, Contestant(dict), extra))
+        seeds[library].append(one["found"])
+        shown = "  ".join(f"{name} {one['found'][name]['fvu'] or math.nan:.4f}" for name in ARCHITECTURES)
+        print(f"seed {seed}  {library:15s} {one['seconds']:6.0f} s   held-out FVU: {shown}", flush=True)
     verdict = judge(seeds)
     mean = {
         library: {name: average([one[name]["fvu"] for one in ones]) for name in ARCHITECTURES}
@@ -170,29 +170,27 @@ def main(words: list[str] | None = None) -> None:
     result = {
         "claim": "after the same training the held-out FVU is no worse than SAELens's (ratio's upper bound below 1.01)",
         "ours": mean["lenslab"],
-        "peers": {f"saelens {name}": value for name, value in mean["saelens"].items()},
-        "ratios": {f"saelens {name}": one.get("ratio") for name, one in verdict.items()},
+        "peers": {f"{peer} {name}": mean[peer][name] for peer, name in product(PEERS, ARCHITECTURES)},
+        "ratios": {key: one.get("estimate") for key, one in verdict.items()},
         "unit": "FVU on held-out vectors",
         "verdict": verdict,
         "seeds": seeds,
         "job": asdict(job),
         "precision": entries.precision(),
         "machine": {**machine_summary(), "threads": int(harness.THREADS)},
-        "versions": {name: version(name) for name in harness.VERSIONED},
+        "versions": harness.versions(TRAINERS),
     }
     folder = Path(tempfile.mkdtemp(prefix="sae-quality-")) if a.quick else harness.RESULTS
     write_json(folder / "sae_quality.json", result)
     kept.forget()
-    print(f"\n{'':10s} {'lenslab':>9s} {'saelens':>9s}   ratio (95 % interval)")
-    for name, one in verdict.items():
+    print(f"\n{'against':26s} {'ours':>8s} {'theirs':>8s}   ratio (95 % interval)")
+    for key, one in verdict.items():
         if "not_compared" in one:
-            print(f"{name:10s} not compared: {one['not_compared']}")
+            print(f"{key:26s} not compared: {one['not_compared']}")
             continue
-        ours, peer = mean["lenslab"][name], mean["saelens"][name]
         word = "better" if one["better"] else "no worse" if one["no_worse"] else "NOT shown to be no worse"
-        print(
-            f"{name:10s} {ours:9.4f} {peer:9.4f}   {one['ratio']:.4f} ({one['low']:.4f} to {one['high']:.4f})  {word}"
-        )
+        values = f"{mean['lenslab'][key.split()[-1]]:8.4f} {result['peers'][key]:8.4f}"
+        print(f"{key:26s} {values}   {one['estimate']:.4f} ({one['low']:.4f} to {one['high']:.4f})  {word}")
     print(f"written to {folder.name}/sae_quality.json")
     return None
 

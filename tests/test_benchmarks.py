@@ -48,6 +48,13 @@ def quality(modules):
 # ------------------------------------------------------------------------------------------------- the harness
 
 
+def test_a_result_names_the_versions_of_peers_that_have_an_environment_of_their_own(compare):
+    found = compare.versions(["lenslab", "dictionary-learning", "saelens-as-shipped"])
+    pinned = (compare.PEERS / "dictionary-learning.txt").read_text()
+    assert f"dictionary-learning=={found['dictionary-learning']}" in pinned.splitlines()
+    assert set(found) == {*compare.VERSIONED, "dictionary-learning"}
+
+
 def test_a_contestant_is_warmed_up_once_and_checked_after_the_clock_has_stopped(compare, capsys):
     calls = []
 
@@ -338,12 +345,12 @@ def test_an_fvu_is_interpolated_between_the_nearest_points_and_never_beyond_them
 
 
 def test_an_l0_that_no_penalty_reaches_is_not_compared(quality):
-    points = quality.search_l1(lambda l1: {"l0": 117.0, "fvu": 0.5}, target=16)
+    points = quality.search_l1(lambda l1: {"l0": 117.0, "fvu": 0.5}, target=16, first=4.0)
     assert len(points) == quality.SEARCH and quality.fvu_at(points, 16) is None
     run = {name: {"fvu": 0.1 if name != "relu" else None} for name in quality.ARCHITECTURES}
     other = {name: {"fvu": 0.2} for name in quality.ARCHITECTURES}
-    seeds = {"lenslab": [dict(run)] * 5, "saelens": [dict(other)] * 5}
-    assert "not_compared" in quality.judge(seeds)["relu"] and quality.judge(seeds)["topk"]["better"]
+    verdict = quality.judge({"lenslab": [dict(run)] * 5, **{peer: [dict(other)] * 5 for peer in quality.PEERS}})
+    assert "not_compared" in verdict["saelens relu"] and verdict["saelens centred topk"]["better"]
     assert quality.average([0.1, None]) is None
 
 
@@ -365,10 +372,32 @@ def test_the_verdict_is_the_rule_of_the_definitions(quality):
         return [{name: {"fvu": fvu[name] * (1 + 0.001 * seed)} for name in fvu} for seed in range(5)]
 
     ours = runs({"topk": 0.09, "batchtopk": 0.1005, "relu": 0.11})
-    verdict = quality.judge({"lenslab": ours, "saelens": runs(dict.fromkeys(quality.ARCHITECTURES, 0.1))})
-    assert [verdict[name]["no_worse"] for name in quality.ARCHITECTURES] == [True, True, False]
-    assert [verdict[name]["better"] for name in quality.ARCHITECTURES] == [True, False, False]
-    assert verdict["topk"]["ratio"] == 0.9
+    theirs = {
+        peer: runs(dict.fromkeys(quality.ARCHITECTURES, level))
+        for peer, level in zip(quality.PEERS, (0.1, 0.2), strict=True)
+    }
+    verdict = quality.judge({"lenslab": ours, **theirs})
+    first = [verdict[f"{quality.PEERS[0]} {name}"] for name in quality.ARCHITECTURES]
+    assert [one["no_worse"] for one in first] == [True, True, False]
+    assert [one["better"] for one in first] == [True, False, False]
+    assert first[0]["estimate"] == 0.9 and all(
+        verdict[f"saelens centred {name}"]["better"] for name in quality.ARCHITECTURES
+    )
+
+
+def test_vectors_without_their_mean_train_the_same_sae_moved_by_it(entries, planted, toy):
+    """Folding the mean back is exact: what was trained on x - mean says the same of x."""
+    vectors, mean = planted[:5000], planted[:5000].mean(0)
+    for architecture in ("topk", "relu"):
+        job = replace(toy, architecture=architecture)
+        centred, moved = entries.saelens(job, vectors - mean), entries.saelens_centred(job, vectors)
+        torch.testing.assert_close(moved.encode(vectors), centred.encode(vectors - mean), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            moved.decode(moved.encode(vectors)),
+            centred.decode(centred.encode(vectors - mean)) + mean,
+            atol=1e-4,
+            rtol=1e-4,
+        )
 
 
 # ------------------------------------------------------------------------------------------ the results we keep

@@ -4,8 +4,10 @@ import hashlib
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,25 @@ def test_the_compute_dtype_can_be_asked_for(monkeypatch):
     monkeypatch.setenv("LENSLAB_COMPUTE", "bf16")
     with pytest.raises(ValueError, match="float32 or bfloat16, or not set at all; it is 'bf16'"):
         runtime.compute_dtype()
+
+
+def test_an_interrupt_waits_in_the_main_thread_and_a_block_elsewhere_runs_as_it_is():
+    done, before = [], signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), runtime.interrupts_wait():
+        signal.raise_signal(signal.SIGINT)
+        done.append("whole")
+    with pytest.raises(OSError, match="gone"), runtime.interrupts_wait():  # what fails inside is not hidden by it
+        raise OSError("gone")
+    assert signal.getsignal(signal.SIGINT) is before
+
+    def elsewhere():
+        with runtime.interrupts_wait():
+            done.append("thread")
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert done == ["whole", "thread"]
 
 
 @pytest.mark.parametrize("kind", ["tqdm.std", "tqdm.notebook"])

@@ -11,9 +11,8 @@ import pytest
 import torch
 from conftest import make_tokenizer
 
+from lenslab.loading import BUNDLED, NotAModel
 from lenslab.models import (
-    BUNDLED,
-    NotAModel,
     UnknownHook,
     check_hooks,
     generate,
@@ -157,6 +156,13 @@ def test_unknown_hook_is_refused_with_the_nearest(model):
         check_hooks(model, ["blocks.7.hook_resid_post"])
 
 
+def test_who_asks_for_the_router_is_told_where_it_is(olmoe_folder):
+    moe = load_model(olmoe_folder)
+    for asked in ("blocks.1.mlp.hook_router", "router_logits", "blocks.0.hook_experts"):
+        with pytest.raises(UnknownHook, match=r"Nearest: blocks\.0\.mlp\.gate\.hook_out\."):
+            check_hooks(moe, [asked])
+
+
 @pytest.mark.parametrize("layer", [-1, 3, True, "1"])
 def test_layers_outside_the_model_are_refused(model, layer):
     """W1.3: a layer given as "6" silently became layer 0."""
@@ -268,7 +274,7 @@ def test_tinystories_tells_a_story(shared):
 def test_bundled_weights_that_are_not_those_of_their_card_are_refused(tmp_path, monkeypatch):
     for name in BUNDLED:
         shutil.copytree(data_path("models", name), tmp_path / "models" / name)
-    monkeypatch.setattr("lenslab.models.data_path", lambda *parts: tmp_path.joinpath(*parts))
+    monkeypatch.setattr("lenslab.loading.data_path", lambda *parts: tmp_path.joinpath(*parts))
     load_model("pocket-gpt")
     weights = tmp_path / "models" / "pocket-gpt" / "model.safetensors"
     raw = bytearray(weights.read_bytes())

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from lenslab.checkpoints import latest_checkpoint
-from lenslab.models import BUNDLED, load_model
+from lenslab.loading import BUNDLED
+from lenslab.models import load_model
 from lenslab.paths import REPOSITORY, data_path
 from lenslab.runtime import derive_generator
 

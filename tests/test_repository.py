@@ -142,7 +142,7 @@ def test_licence_is_mit_of_the_lenslab_authors():
 
 FLOORS = (  # each may import those before it, and its own
     ("runtime", "paths", "stats", "metrics", "checkpoints"),
-    ("data", "models"),
+    ("data", "loading", "models"),
     ("forward", "store", "activations", "records"),
     ("sae",),
     ("analysis",),

@@ -20,7 +20,7 @@ from sae_lens.saes.sae import TrainStepInput
 
 from lenslab.runtime import derive_generator
 from lenslab.sae import architectures
-from lenslab.sae.architectures import ARCHITECTURES, TOPK_FAMILY, build_sae
+from lenslab.sae.architectures import ARCHITECTURES, FOR, TOPK_FAMILY, build_sae
 from lenslab.sae.convert import to_saelens
 from lenslab.sae.pretrained import load_sae, save_sae
 from lenslab.sae.registry import NotAnSAE
@@ -55,8 +55,8 @@ def exact(monkeypatch):
 
 def built(name, **options):
     """One with weights that are no special case; decoder rows of norm 1 where the architecture keeps them so."""
-    options = dict(k=K, sparsity=SPARSITY, bandwidth=0.3, metadata=METADATA) | options
-    options |= {"widths": WIDTHS} if name == "matryoshka" else {}
+    usual = dict(k=K, sparsity=SPARSITY, bandwidth=0.3, widths=WIDTHS)
+    options = {"metadata": METADATA, **{key: value for key, value in usual.items() if name in FOR[key]}, **options}
     sae = build_sae(name, WIDTH, LATENTS, **options)
     with torch.no_grad():
         sae.W_enc.copy_(drawn(*sae.W_enc.shape, label="encoder") / 3)
@@ -207,7 +207,7 @@ def data(n=300, d=WIDTH, label="data"):
 @pytest.mark.parametrize("scale, centre", SCALES)
 @pytest.mark.parametrize("name", [*NAMES, "tied"])
 def test_a_saved_and_loaded_sae_gives_the_same(name, scale, centre, stored, tmp_path):
-    options = dict(scale=scale, centre=centre, tied=name == "tied")
+    options = dict(scale=scale, centre=centre, **({"tied": True} if name == "tied" else {}))
     x, target = data(), None
     if name == "transcoder":
         if scale == "unit":
@@ -341,21 +341,23 @@ def test_at_inference_about_k_are_active(name):
         ("topk2", {}, "there are relu, topk"),
         ("topk", dict(k=0), "k must lie between 1 and d_sae = 48"),
         ("batchtopk", dict(k=49), "k must lie"),
-        ("topk", dict(tied=True), "only a relu"),
+        ("topk", dict(tied=True), "tied is for relu, not for topk"),
+        ("relu", dict(k=K), "k is for topk, batchtopk, matryoshka, transcoder, not for relu"),
+        ("batchtopk", dict(sparsity=9.0, auxiliary=0.0), "sparsity is for relu, jumprelu, gated, not for batchtopk"),
         ("matryoshka", dict(widths=(6, 20)), "must rise to d_sae = 48, got"),
         ("matryoshka", dict(widths=(20, 6, 48)), "must rise"),
         ("matryoshka", dict(widths=(0, 48)), "must rise"),
-        ("topk", dict(widths=(6, 48)), "widths are for matryoshka"),
+        ("topk", dict(widths=(6, 48)), "widths is for matryoshka"),
         ("topk", dict(scale="norm"), "not 'norm'"),
         ("topk", dict(scale="unit"), "centre=False"),
         ("transcoder", dict(scale="unit", centre=False), "cannot be undone"),
-        ("topk", dict(d_out=8), "for transcoders"),
+        ("topk", dict(d_out=8), "d_out is for transcoder, not for topk"),
         ("jumprelu", dict(bandwidth=0.0), "bandwidth"),
     ],
 )
 def test_what_cannot_be_is_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
-        build_sae(name, WIDTH, LATENTS, **{"k": K} | options)
+        build_sae(name, WIDTH, LATENTS, **({"k": K} if name in FOR["k"] else {}) | options)
 
 
 def test_sizes_and_unknown_options_are_refused_and_a_seed_gives_the_same_weights():

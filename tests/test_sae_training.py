@@ -5,6 +5,7 @@ every life of a run.
 """
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +22,7 @@ from lenslab.checkpoints import latest_checkpoint
 from lenslab.models import model_key, model_name, random_twin
 from lenslab.runtime import derive_generator, progress_bar
 from lenslab.sae import sources, training
-from lenslab.sae.architectures import ARCHITECTURES, build_sae
+from lenslab.sae.architectures import ARCHITECTURES, FOR, build_sae
 from lenslab.sae.pretrained import load_sae, save_sae
 from lenslab.sae.sources import ModelSource, StoreSource, TensorSource
 from lenslab.sae.training import TrainingConfig, TrainingFailed, train
@@ -48,7 +49,8 @@ def vectors():
 
 def new(architecture="topk", **options):
     metadata = {"hook_name": "vectors", "model_name": "tiny"} | options.pop("metadata", {})
-    return build_sae(architecture, D_IN, options.pop("d_sae", D_SAE), k=K, metadata=metadata, **options)
+    options |= {"k": K} if architecture in FOR["k"] else {}
+    return build_sae(architecture, D_IN, options.pop("d_sae", D_SAE), metadata=metadata, **options)
 
 
 def run(sae, vectors, config=CONFIG, **options):
@@ -224,6 +226,75 @@ def test_stopped_at_any_step_it_goes_on_to_the_bit(architecture, vectors, tmp_pa
     pd.testing.assert_frame_equal(whole.history, resumed.history)
 
 
+def stopped_at(number, monkeypatch, how):
+    """Member `sae`'s (or the second's) step of this number ends in `how()`, after the others have made theirs."""
+    step = training._Member.step
+
+    def stopping(self, at, given):
+        step(self, at, given)
+        if at == number and self.name != "first":
+            how()
+
+    monkeypatch.setattr(training._Member, "step", stopping)
+
+
+def ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_what_is_interrupted_before_its_first_checkpoint_begins_again_from_the_start(vectors, tmp_path, monkeypatch):
+    """The same objects are given again, as a notebook's cell does: their half-trained weights are not a beginning."""
+    whole, sae = run(new(), vectors), new()
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="gone"):
+        stopped_at(30, patched, lambda: (_ for _ in ()).throw(OSError("gone")))
+        run(sae, vectors, folder=tmp_path)
+    assert not torch.equal(sae.W_dec, new().W_dec) and latest_checkpoint(tmp_path)["state"]["step"] == 0
+    again = run(sae, vectors, folder=tmp_path)
+    assert torch.equal(again.trained.W_dec, whole.trained.W_dec)
+    pd.testing.assert_frame_equal(again.history, whole.history)
+
+
+def test_an_interrupt_waits_for_the_step_to_end_and_leaves_a_checkpoint(vectors, tmp_path, monkeypatch):
+    saes = {"first": new(), "second": new("relu")}
+    whole = train({"first": new(), "second": new("relu")}, TensorSource(vectors, pool=2000), CONFIG, progress=False)
+    source = TensorSource(vectors, pool=2000)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stopped_at(29, patched, ctrl_c)  # step 30, which is logged too
+        train(saes, source, CONFIG, folder=tmp_path, progress=False)
+    state = latest_checkpoint(tmp_path)["state"]
+    assert state["step"] == 30 and len(state["members"]["second"]["history"]) == 3
+    resumed = train(saes, source, CONFIG, folder=tmp_path, progress=False)
+    for name, result in whole.items():
+        assert torch.equal(result.trained.W_enc, resumed[name].trained.W_enc)
+        pd.testing.assert_frame_equal(result.history, resumed[name].history)
+
+
+def test_an_interrupt_while_vectors_are_made_leaves_a_checkpoint_too(vectors, tmp_path):
+    class Stopped(TensorSource):
+        def pool(self, epoch, number, enough=None):
+            if number == 1:
+                ctrl_c()
+            return super().pool(epoch, number, enough)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(new(), Stopped(vectors, pool=2000), folder=tmp_path)
+    assert latest_checkpoint(tmp_path)["state"]["step"] == 2000 // 256
+    resumed, whole = run(new(), vectors, folder=tmp_path), run(new(), vectors)
+    assert torch.equal(resumed.trained.W_enc, whole.trained.W_enc)
+
+
+def test_an_sae_that_was_trained_before_is_refused(vectors, tmp_path):
+    sae = new()
+    run(sae, vectors, replace(CONFIG, vectors=256 * 4), folder=tmp_path / "a")
+    for options in ({}, {"folder": tmp_path / "b"}):
+        with pytest.raises(ValueError, match=r"sae has been trained before.* Build a new one, or give the folder"):
+            run(sae, vectors, replace(CONFIG, vectors=256 * 4), **options)
+    read = new()
+    run(read, vectors, replace(CONFIG, vectors=256 * 4), folder=tmp_path / "a")  # nothing to do but to load
+    with pytest.raises(ValueError, match="trained before"):
+        run(read, vectors)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -266,7 +337,7 @@ def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(vectors, tmp_path,
 
     def full(state, file):
         calls.append(file)
-        if len(calls) > 30:
+        if len(calls) > 31:  # the first is from before the first step
             file.write_bytes(b"half of it")
             raise OSError(28, "No space left on device")
         save(state, file)
@@ -550,8 +621,8 @@ def at_work(architecture, vectors, config, **options):
 
 @pytest.mark.parametrize("architecture", ["relu", "tied", "jumprelu", "gated"])
 def test_a_resampled_latent_begins_anew_in_every_way_and_no_other_is_touched(architecture, vectors):
-    tied = architecture == "tied"
-    member = at_work("relu" if tied else architecture, vectors, CONFIG, tied=tied)
+    tied = {"tied": True} if architecture == "tied" else {}
+    member = at_work("relu" if tied else architecture, vectors, CONFIG, **tied)
     before = {name: value.detach().clone() for name, value in member.sae.named_parameters()}
     x = member.sae.scaled(vectors[:256])
     error = torch.zeros_like(x)

@@ -14,28 +14,15 @@ import os
 import weakref
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.paths import data_path, sha256_file
+from lenslab.loading import DEFAULT, NotAModel, fused_gelu, open_tokenizer, open_weights, resolve
 from lenslab.runtime import default_device, derive_generator
 
-BUNDLED = {  # name -> what it is; the weights are in data/models/NAME
-    "pocket-gpt": "GPT-2 architecture, 6 layers, d_model 256, trained by this project on mixed text",
-    "pocket-moe": "OLMoE architecture, 6 layers, d_model 192, 16 experts, two per token, same text and tokenizer",
-}
-DEFAULT = "pocket-gpt"
-HUB = {  # short names for models people ask for; any other hub name works as it is
-    "gpt2": "openai-community/gpt2",
-    "gpt2-small": "openai-community/gpt2",
-    "gemma-3-1b": "google/gemma-3-1b-pt",
-    "gemma-3-1b-it": "google/gemma-3-1b-it",
-    "olmoe": "allenai/OLMoE-1B-7B-0924",
-}
 STREAMS = {  # stream -> hook below `blocks.LAYER.`
     "residual_pre": "hook_resid_pre",
     "attention": "hook_attn_out",
@@ -43,10 +30,6 @@ STREAMS = {  # stream -> hook below `blocks.LAYER.`
     "mlp": "hook_mlp_out",
     "residual": "hook_resid_post",
 }
-
-
-class NotAModel(ValueError):
-    """What was named cannot be loaded as a language model; the message says why and what can."""
 
 
 class UnknownHook(KeyError):
@@ -74,8 +57,8 @@ def load_model(
     With `LENSLAB_MODEL_TWIN=1` the random-weight twin is returned instead: the control for whole notebooks.
     """
     name = os.fspath(name or os.environ.get("LENSLAB_MODEL") or DEFAULT)
-    source, label = _resolve(name)
-    model = _boot(_hf_model(source, label, dtype), _tokenizer(source, label), label, device)
+    source, label = resolve(name)
+    model = _boot(open_weights(source, label, dtype), open_tokenizer(source, label), label, device)
     return random_twin(model, label=label) if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else model
 
 
@@ -101,119 +84,13 @@ def random_twin(model: TransformerBridge, seed: int = 0, label: str | None = Non
             if spread > 0:  # biases and the weights of norms begin as constants
                 parameter.copy_(_exact_normal(parameter.shape, generator) * float(f"{spread:.2g}"))
     label = label or f"{model_name(model)} (random twin)"
-    return _boot(_fused_gelu(twin), model.tokenizer, label, str(model.cfg.device))
+    return _boot(fused_gelu(twin), model.tokenizer, label, str(model.cfg.device))
 
 
 def _exact_normal(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     """Numbers of mean 0 and spread 1: each the sum of four integers, which no processor computes otherwise."""
     total = sum(torch.randint(1 << 16, shape, generator=generator, dtype=torch.int32) for _ in range(4))
     return (total - (2 << 16)).float() / ((1 << 16) / 3**0.5)  # the variance of one is 2^32 / 12
-
-
-def _resolve(name: str) -> tuple[str, str]:
-    """(what transformers should open, the name to show): never a path of this machine in what is shown."""
-    if name in BUNDLED:
-        return str(data_path("models", name)), name
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise NotAModel(
-                f"The folder {name} has no config.json, so it is not a Hugging Face model folder. Save one with "
-                "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)."
-            )
-        return str(folder), folder.resolve().name
-    if folder.is_absolute() or name.startswith((".", "~")):
-        raise NotAModel(f"There is no folder {name}. Bundled models: {', '.join(BUNDLED)}.")
-    return HUB.get(name, name), name
-
-
-def _hf_model(source: str, label: str, dtype: torch.dtype):
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    folder = Path(source)
-    if folder.is_dir():  # local weights open in well under a second: a bar would only flicker
-        logging.disable_progress_bar()
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickles = [f.name for f in folder.iterdir() if f.suffix in {".bin", ".pt", ".pth", ".pkl"}]
-        raise NotAModel(
-            f"{label} holds its weights as a pickle ({pickles[0]}), which can run code when it is opened and is never "
-            "loaded here. Convert it once where you trust it: model.save_pretrained(folder, safe_serialization=True)."
-            if pickles
-            else f"{label} has a config.json but no weights (*.safetensors)."
-        )
-    if label in BUNDLED and folder == data_path("models", label):
-        _check_bundled(folder, label)
-    token = os.environ.get("HF_TOKEN")  # gated models: from the environment, never from a file here
-    options = {} if folder.is_dir() or not token else {"token": token}
-    try:
-        return _fused_gelu(
-            AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation="eager", use_safetensors=True, **options
-            )
-        )
-    except Exception as error:  # transformers raises a dozen kinds: bad JSON, cut-off weights, no network
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        near = difflib.get_close_matches(label, [*BUNDLED, *HUB], n=1)
-        meant = f"Did you mean {near[0]!r}? " if near and near[0] != label else ""
-        if _refused(error):
-            raise NotAModel(
-                f"{label}: the hub gives it to no one it does not know. {meant}It is gated, private or misspelt. "
-                f"Accept its licence on https://huggingface.co/{source} while signed in, make an access token in your "
-                "settings there, and set it as HF_TOKEN" + (" (the one that is set has no access)." if token else ".")
-            ) from error
-        offline = " and unset HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else ""
-        advice = (
-            "Check that the folder is complete: a cut-off download leaves short files."
-            if folder.is_dir()
-            else f"If it is a hub name, download it while online (`.venv/bin/hf download {source}`; set HF_TOKEN for "
-            f"gated models){offline}. Bundled, always here: {', '.join(BUNDLED)}."
-        )
-        raise NotAModel(f"{label} could not be loaded. {meant}{first} {advice}") from (None if meant else error)
-
-
-def _check_bundled(folder: Path, label: str) -> None:
-    """Refuse bundled weights that are not those of their card: what ships beside them was measured on the card's."""
-    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-    if sha256_file(folder / "model.safetensors") != card["weights_sha256"]:
-        raise NotAModel(
-            f"The weights of {label} are not those that its card describes: damaged, or changed. Restore them with "
-            f"`git checkout -- data/models/{label}`, or load them under another name from a folder of your own."
-        )
-
-
-def _refused(error: BaseException | None) -> bool:
-    """Whether the hub was reached and said no, somewhere in what led to this error."""
-    while error is not None:
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _fused_gelu(hf_model):
-    """GPT-2's GELU in one kernel instead of eight: the same function, and a sixth of a forward pass on CPU."""
-    for module in hf_model.modules():
-        for name, child in module.named_children():
-            if type(child).__name__ == "NewGELUActivation":
-                setattr(module, name, torch.nn.GELU(approximate="tanh"))
-    return hf_model
-
-
-def _tokenizer(source: str, label: str):
-    from transformers import AutoTokenizer
-
-    missing = f"{label} has no tokenizer that can be opened: tokenizer.save_pretrained(folder) beside the weights."
-    files = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
-    if Path(source).is_dir() and not any((Path(source) / file).exists() for file in files):
-        raise NotAModel(missing)  # transformers would make up an empty vocabulary
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:
-        raise NotAModel(missing) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
-    return tokenizer
 
 
 def _boot(hf_model, tokenizer, label: str, device: str | None) -> TransformerBridge:
@@ -275,6 +152,8 @@ def check_hooks(model: TransformerBridge, names: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            if "rout" in name or "expert" in name:  # TransformerLens calls the router a gate
+                near = [hook for hook in known if hook.endswith("mlp.gate.hook_out")][:1] or near
             raise UnknownHook(
                 f"{model_name(model)} has no hook {name!r}. Nearest: {', '.join(near) or 'none'}. "
                 f"It has {model.cfg.n_layers} layers, from 0; hook_table(model) lists all hooks."

@@ -1,4 +1,4 @@
-"""Allocator, precision, seeds and progress bars: what every run on this machine shares. Threads are torch's own.
+"""Allocator, precision, seeds, bars and interrupts: what every run on this machine shares. Threads are torch's own.
 
 Two facts about CPU runs are worth more than any code of ours. glibc returns every large tensor to the
 kernel and faults it in again at the next step, which costs a factor of 1.2 to 4; `tune_allocator` stops
@@ -11,7 +11,10 @@ import ctypes
 import hashlib
 import os
 import platform
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -53,6 +56,26 @@ def progress_bar(iterable: Iterable | None = None, *, progress: bool = True, **o
     """
     off = os.environ.get("TQDM_DISABLE", "").strip().lower() not in ("", "0", "false")
     return tqdm(iterable, disable=off or not progress, **{"delay": 2, **options})
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Ctrl-C and Jupyter's stop button take effect at the end of the block, so that what it does is done whole.
+
+    Signals arrive in the main thread alone: elsewhere, and where a handler is not Python's, the block runs as it is.
+    """
+    asked: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def has_fast_bf16() -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from lenslab.analysis.results import Result
-from lenslab.models import DEFAULT
+from lenslab.loading import DEFAULT
 from lenslab.paths import cache_path, content_key, data_path
 
 

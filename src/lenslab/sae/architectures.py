@@ -209,22 +209,31 @@ ARCHITECTURES: dict[str, type[TrainableSAE]] = {
     "transcoder": BatchTopK,
 }
 TOPK_FAMILY = ("topk", "batchtopk", "matryoshka", "transcoder")
+FOR = {  # options that only some architectures read
+    "k": TOPK_FAMILY,
+    "auxiliary": TOPK_FAMILY,
+    "sparsity": ("relu", "jumprelu", "gated"),
+    "tied": ("relu",),
+    "widths": ("matryoshka",),
+    "bandwidth": ("jumprelu",),
+    "d_out": ("transcoder",),
+}
 
 
 def build_sae(architecture: str, d_in: int, d_sae: int, **options: Any) -> TrainableSAE:
-    """An untrained SAE; `options` are fields of `SAEConfig`. Raises ValueError for what cannot be, TypeError for an
-    option that does not exist."""
+    """An untrained SAE; `options` are fields of `SAEConfig`. Raises ValueError for what cannot be and for options that
+    this architecture does not read (`FOR`), TypeError for those that none reads."""
     if architecture not in ARCHITECTURES:
         raise ValueError(f"No architecture {architecture!r}; there are {', '.join(ARCHITECTURES)}.")
     config = SAEConfig(architecture, d_in, d_sae, **options)
+    unread = [name for name in options if architecture not in FOR.get(name, ARCHITECTURES)]
     widths: Sequence[int] = config.widths or (max(1, d_sae),)
     problems = {
+        "; ".join(f"{name} is for {', '.join(FOR[name])}, not for {architecture}" for name in unread): bool(unread),
         f"d_in and d_sae are at least 1, got {d_in} and {d_sae}": min(d_in, d_sae) < 1,
         "the bandwidth of jumprelu must be above 0": config.bandwidth <= 0,
-        "widths are for matryoshka": bool(config.widths) and architecture != "matryoshka",
         f"k must lie between 1 and d_sae = {d_sae}, got {config.k}": not 0 < config.k <= d_sae
         and architecture in TOPK_FAMILY,
-        "only a relu SAE can be tied": config.tied and architecture != "relu",
         f"widths must rise to d_sae = {d_sae}, got {tuple(widths)}": list(widths) != sorted(set(widths))
         or widths[-1] != d_sae
         or widths[0] < 1,
@@ -233,7 +242,6 @@ def build_sae(architecture: str, d_in: int, d_sae: int, **options: Any) -> Train
         "Use centre=False with scale='unit'": config.scale == "unit" and config.centre,
         "a transcoder reads one stream and writes another: scale='unit' cannot be undone": config.scale == "unit"
         and architecture == "transcoder",
-        "d_out is for transcoders": config.d_out not in (None, d_in) and architecture != "transcoder",
     }
     for message, wrong in problems.items():
         if wrong:

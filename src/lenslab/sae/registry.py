@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from lenslab.models import HUB
+from lenslab.loading import HUB
 from lenslab.paths import sha256_file
 
 # SAELens's readers of releases whose weights are pickles

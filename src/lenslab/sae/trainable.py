@@ -40,7 +40,9 @@ class SAEConfig:
     d_in: int
     d_sae: int
     k: int = 32  # topk family: latents active for a vector (on average)
-    sparsity: float = 1.0  # relu, gated: weight of the L1 penalty; jumprelu: of the L0 penalty
+    # relu, gated: weight of the L1 penalty; jumprelu: of the L0 penalty. Nothing else makes them sparse, and what L0 a
+    # weight leads to depends on data, width and length of the training: watch `l0`, and raise the weight until it fits
+    sparsity: float = 1.0
     auxiliary: float = 1.0  # topk family: weight of AuxK
     tied: bool = False  # relu: the decoder is the encoder transposed
     widths: tuple[int, ...] = ()  # matryoshka: latents in each nested dictionary; default d_sae / 16, / 4 and d_sae
@@ -56,6 +58,7 @@ class TrainableSAE(nn.Module):
     """Weights and a loss. `encode` and `decode` take and give what the model computes, as after saving."""
 
     unit_decoder = False
+    fitted = False  # scale and centre are those of vectors: weights have been, or are about to be, trained
 
     def __init__(self, config: SAEConfig):
         super().__init__()
@@ -107,6 +110,7 @@ class TrainableSAE(nn.Module):
             guess = self._reconstruct(z)
             length = ((z * guess).sum() / guess.square().sum().clamp_min(1e-9)).clamp(1e-3, 1)
             self.W_enc.mul_(length.sqrt() if self.config.tied else length)  # tied: it shortens both sides
+        self.fitted = True
 
     def scaled(self, x: Tensor) -> Tensor:
         """x as the weights see it."""

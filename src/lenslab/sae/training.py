@@ -5,8 +5,9 @@
    step of Adam. The rate warms up, then follows a cosine to a floor; a penalty warms up too.
 3. A latent is dead when it has not fired in the last `dead_after` vectors. The topk family revives dead latents by
    AuxK at every step; the others are given new directions, those of badly reconstructed vectors, once per window.
-4. Every few minutes a checkpoint is written: weights, optimizers, counts, position in the data. Calling `train` again
-   with the same folder goes on from the newest whole one; another configuration or other data is refused.
+4. Before the first step, every few minutes and when interrupted a checkpoint is written: weights, optimizers, counts,
+   position in the data. Calling `train` again with the same folder goes on from the newest whole one; another
+   configuration or other data is refused.
 5. NaN, Inf and a loss that runs away, at once or slowly, stop the run with an error; checkpoints are from before.
 6. Held-out vectors, checked to come from other texts, are measured at the end.
 """
@@ -30,7 +31,7 @@ from torch import Tensor
 from lenslab.checkpoints import drop_later_checkpoints, latest_checkpoint, save_checkpoint
 from lenslab.metrics import FeatureActivity, ReconstructionError
 from lenslab.metrics import dead as never_fired
-from lenslab.runtime import derive_generator, progress_bar
+from lenslab.runtime import derive_generator, interrupts_wait, progress_bar
 from lenslab.sae.architectures import FIRST_THRESHOLD, TOPK_FAMILY
 from lenslab.sae.checks import check_held_out, check_same, prepared
 from lenslab.sae.convert import to_saelens
@@ -126,6 +127,11 @@ class _Member:
         return self.silent >= self.config.dead_after
 
     def fit(self, vectors: Mapping[str, Tensor]) -> None:
+        if self.sae.fitted:
+            raise ValueError(
+                f"{self.name} has been trained before, or a training of it was interrupted. Build a new one, or give "
+                "the folder with that training's checkpoints."
+            )
         x, target = vectors[self.hook][:FIRST], vectors[self.hook_out][:FIRST]
         self.sae.fit(x, target if self.hook_out != self.hook else None)
         goal = self.goal(x, target)[1]
@@ -212,6 +218,7 @@ class _Member:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.sae.load_state_dict(state["sae"])
+        self.sae.fitted = True
         self.optimizer.load_state_dict(state["optimizer"])
         self.silent, self.variance = state["silent"], state["variance"]
         self.sums, self.history = dict(state["sums"]), list(state["history"])
@@ -231,13 +238,14 @@ def train(
 
     Args:
         saes: by name; which hook each reads is `metadata["hook_name"]`, by default the only one of the source.
-        folder: for checkpoints; call again with it to go on after an interruption.
+        folder: for checkpoints; call again with it to go on after an interruption, with the same SAEs or new ones of
+            the same configuration.
         held_out: vectors of other texts, measured at the end.
         log_dir: TensorBoard's, a run per SAE: what `history` holds, and the held-out scores with a histogram of
             firing rates.
 
     Raises ValueError (widths, hooks, data that fill no batch, held-out texts among the training texts, a folder of
-    another run), TrainingFailed.
+    another run, an SAE that was trained before), TrainingFailed.
     """
     members = [
         _Member(name, prepared(name, sae, source, config.steps * config.batch), config) for name, sae in saes.items()
@@ -276,26 +284,32 @@ def train(
         states = {member.name: member.state() for member in members}
         return {"step": step, "place": list(place), "identity": identity, "members": states}
 
+    if folder is not None and resumed is None:  # what is interrupted before the next one begins from here again
+        save_checkpoint(Path(folder), snapshot())
     writers = _writers(log_dir, members, step + 1)  # what a killed run logged after its checkpoint is struck out
     saved = time.monotonic()
     done = {"total": config.steps * config.batch, "initial": step * config.batch}
     bar = progress_bar(**done, unit="vec", unit_scale=True, desc="train", progress=progress)
+    between = True  # steps: what a checkpoint would hold belongs together
     try:
         while step < config.steps:
-            place, vectors = next(stream)
-            for member in members:
-                device = member.sae.W_enc.device
-                member.step(step, {hook: value.to(device) for hook, value in vectors.items()})
-            del vectors  # a batch is a view: it would keep its pool while the next one is made
-            step += 1
+            after, vectors = next(stream)
+            with interrupts_wait():
+                between = False
+                for member in members:
+                    device = member.sae.W_enc.device
+                    member.step(step, {hook: value.to(device) for hook, value in vectors.items()})
+                del vectors  # a batch is a view: it would keep its pool while the next one is made
+                step, place = step + 1, after
+                if step % config.log_every == 0 or step == config.steps:
+                    since = (step - 1) % config.log_every + 1
+                    rows = [member.log(step, since) for member in members]
+                    bar.set_postfix({k: f"{rows[0][k]:.3g}" for k in ("loss", "fvu", "l0", "dead")})
+                    for writer, row in zip(writers, rows, strict=False):
+                        for key, value in row.items():
+                            writer.add_scalar(key, value, step)
+                between = True
             bar.update(config.batch)
-            if step % config.log_every == 0 or step == config.steps:
-                since = (step - 1) % config.log_every + 1
-                rows = [member.log(step, since) for member in members]
-                bar.set_postfix({k: f"{rows[0][k]:.3g}" for k in ("loss", "fvu", "l0", "dead")})
-                for writer, row in zip(writers, rows, strict=False):
-                    for key, value in row.items():
-                        writer.add_scalar(key, value, step)
             if folder is not None and (
                 step == config.steps or time.monotonic() - saved >= 60 * config.checkpoint_minutes
             ):
@@ -309,6 +323,10 @@ def train(
                 for key, value in scores.items():
                     writers[i].add_scalar(f"held_out/{key}", value, step)
                 writers[i].add_histogram("held_out/log10 firing rate", rates[rates > 0].log10(), step)
+    except KeyboardInterrupt:
+        if folder is not None and between:
+            save_checkpoint(Path(folder), snapshot())
+        raise
     finally:
         bar.close()
         for writer in writers:
