@@ -29,6 +29,7 @@ from lenslab.forward import vector_width
 from lenslab.models import check_hooks, model_key, model_name
 from lenslab.paths import content_key
 from lenslab.runtime import compute_dtype, derive_generator
+from lenslab.sae.trainable import TrainingFailed
 from lenslab.store import ActivationStore
 
 POOL = 1 << 17  # vectors; 134 MB a hook at width 256
@@ -275,3 +276,36 @@ class StoreSource(_Rows):
     def _vectors(self, units: list[int]) -> dict[str, Tensor]:
         rows = self._rows(units)
         return {hook: self.store.rows(rows, hook).float() for hook in self.widths}
+
+
+def pool_of(source: VectorSource, epoch: int, pool: int, needed: int) -> dict[str, Tensor]:
+    """A pool, or what of it a training still needs: the model is not run for vectors that no step would see."""
+    return source.pool(epoch, pool, needed if needed < source.sizes(epoch)[pool] else None)
+
+
+def batches(
+    source: VectorSource, batch: int, steps: int, place: tuple[int, ...], opening: dict[str, Tensor] | None
+) -> Iterator[tuple[tuple[int, int, int], dict[str, Tensor]]]:
+    """(place of the next batch, vectors by hook) for so many steps, from a place: epoch, pool, batch within the pool.
+
+    `opening` is the very first pool, where it is at hand. TrainingFailed on NaN or Inf among the vectors.
+    """
+    epoch, first_pool, first = place
+    while True:
+        for pool, size in enumerate(source.sizes(epoch)):
+            if pool < first_pool or size // batch <= (begin := first if pool == first_pool else 0):
+                continue
+            vectors, opening = opening, None  # of the first place, where it is at hand
+            vectors = vectors or pool_of(source, epoch, pool, (begin + steps) * batch)
+            for hook, value in vectors.items():
+                if not all(torch.isfinite(part).all() for part in value.split(batch)):  # a pool's would be a copy
+                    raise TrainingFailed(f"NaN or Inf among the vectors at {hook} (epoch {epoch}, pool {pool}).")
+            end = min(size // batch, begin + steps)
+            steps -= end - begin
+            for number in range(begin, end):
+                part = slice(number * batch, (number + 1) * batch)
+                yield (epoch, pool, number + 1), {hook: value[part] for hook, value in vectors.items()}
+            del vectors, value  # or two pools would be in memory while the next is made
+            if not steps:
+                return
+        epoch, first_pool, first = epoch + 1, 0, 0

@@ -20,6 +20,10 @@ from torch import Tensor, nn
 from lenslab.runtime import compute_dtype, derive_generator
 
 
+class TrainingFailed(RuntimeError):
+    """NaN, Inf or a loss that ran away; the last checkpoint is from before it happened."""
+
+
 class Losses(NamedTuple):
     """What one batch costs: scalars with gradients, and what the trainer watches."""
 

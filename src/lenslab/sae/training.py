@@ -18,7 +18,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,16 +36,12 @@ from lenslab.sae.architectures import FIRST_THRESHOLD, TOPK_FAMILY
 from lenslab.sae.checks import check_held_out, check_same, prepared
 from lenslab.sae.convert import to_saelens
 from lenslab.sae.pretrained import SparseAutoencoder
-from lenslab.sae.sources import VectorSource
-from lenslab.sae.trainable import TrainableSAE
+from lenslab.sae.sources import VectorSource, batches, pool_of
+from lenslab.sae.trainable import TrainableSAE, TrainingFailed
 
 FIRST = 1 << 15  # vectors that scale and centre are taken from
 DIVERGED = 100.0  # times the variance of the data, in one step
 LOST = 1.0  # the same, as a mean over logged steps, of a training that had been below: worse than the data's mean
-
-
-class TrainingFailed(RuntimeError):
-    """NaN, Inf or a loss that ran away; the last checkpoint is from before it happened."""
 
 
 @dataclass(frozen=True)
@@ -250,8 +246,7 @@ def train(
     members = [
         _Member(name, prepared(name, sae, source, config.steps * config.batch), config) for name, sae in saes.items()
     ]
-    batches = sum(n // config.batch for n in source.sizes(0))
-    if not members or not batches or not config.steps:
+    if not members or not any(n // config.batch for n in source.sizes(0)) or not config.steps:
         raise ValueError(
             f"{len(members)} SAEs, {sum(source.sizes(0)):,} vectors in pools of {max(source.sizes(0)):,}, "
             f"{config.vectors:,} asked for: a step needs {config.batch:,} vectors from one pool. "
@@ -270,11 +265,11 @@ def train(
         for member in members:
             member.restore(resumed["state"]["members"][member.name])
         drop_later_checkpoints(Path(folder), step)  # damaged ones, which would stay the newest
-    opening = _pool(source, 0, 0, config.steps * config.batch) if resumed is None else None
+    opening = pool_of(source, 0, 0, config.steps * config.batch) if resumed is None else None
     if opening is not None:
         for member in members:
             member.fit({hook: value[:FIRST].to(member.sae.W_enc.device) for hook, value in opening.items()})
-    stream = _batches(source, config.batch, config.steps - step, place, opening)
+    stream = batches(source, config.batch, config.steps - step, place, opening)
     del opening
 
     def snapshot() -> dict[str, Any]:
@@ -332,39 +327,6 @@ def train(
         for writer in writers:
             writer.close()
     return results
-
-
-def _pool(source: VectorSource, epoch: int, pool: int, needed: int) -> dict[str, Tensor]:
-    """A pool, or what of it a training still needs: the model is not run for vectors that no step would see."""
-    return source.pool(epoch, pool, needed if needed < source.sizes(epoch)[pool] else None)
-
-
-def _batches(
-    source: VectorSource, batch: int, steps: int, place: tuple[int, ...], opening: dict[str, Tensor] | None
-) -> Iterator[tuple[tuple[int, int, int], dict[str, Tensor]]]:
-    """(place of the next batch, vectors by hook) for so many steps, from a place: epoch, pool, batch within the pool.
-
-    `opening` is the very first pool, where it is at hand.
-    """
-    epoch, first_pool, first = place
-    while True:
-        for pool, size in enumerate(source.sizes(epoch)):
-            if pool < first_pool or size // batch <= (begin := first if pool == first_pool else 0):
-                continue
-            vectors, opening = opening, None  # of the first place, where it is at hand
-            vectors = vectors or _pool(source, epoch, pool, (begin + steps) * batch)
-            for hook, value in vectors.items():
-                if not all(torch.isfinite(part).all() for part in value.split(batch)):  # a pool's would be a copy
-                    raise TrainingFailed(f"NaN or Inf among the vectors at {hook} (epoch {epoch}, pool {pool}).")
-            end = min(size // batch, begin + steps)
-            steps -= end - begin
-            for number in range(begin, end):
-                part = slice(number * batch, (number + 1) * batch)
-                yield (epoch, pool, number + 1), {hook: value[part] for hook, value in vectors.items()}
-            del vectors, value  # or two pools would be in memory while the next is made
-            if not steps:
-                return
-        epoch, first_pool, first = epoch + 1, 0, 0
 
 
 def _writers(log_dir: str | os.PathLike | None, members: list[_Member], step: int) -> list[Any]:
