@@ -83,6 +83,14 @@ def test_an_interrupt_waits_in_the_main_thread_and_a_block_elsewhere_runs_as_it_
     with pytest.raises(OSError, match="gone"), runtime.interrupts_wait():  # what fails inside is not hidden by it
         raise OSError("gone")
     assert signal.getsignal(signal.SIGINT) is before
+    for handler in (signal.SIG_IGN, lambda number, frame: done.append("own")):  # as they are outside of the block
+        try:
+            signal.signal(signal.SIGINT, handler)
+            with runtime.interrupts_wait():
+                signal.raise_signal(signal.SIGINT)
+                done.append("inside")
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def elsewhere():
         with runtime.interrupts_wait():
@@ -91,7 +99,7 @@ def test_an_interrupt_waits_in_the_main_thread_and_a_block_elsewhere_runs_as_it_
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
-    assert done == ["whole", "thread"]
+    assert done == ["whole", "inside", "inside", "own", "thread"]
 
 
 @pytest.mark.parametrize("kind", ["tqdm.std", "tqdm.notebook"])

@@ -332,6 +332,18 @@ def test_at_inference_about_k_are_active(name):
     assert float((sae.encode(unseen) > 0).sum(1).float().mean()) == pytest.approx(K, rel=0.1)
 
 
+def test_the_threshold_follows_where_a_short_training_goes():
+    """Weights that grow as in a training: an estimate that moves by a hundredth a batch would still be at the start."""
+    sae = built("batchtopk", scale="none", centre=False)
+    first = sae.W_enc.clone()
+    for step in range(60):
+        with torch.no_grad():
+            sae.W_enc.copy_(first * (1 + min(step, 50) / 10))
+        sae.loss(x := drawn(100, WIDTH, label=step), x)
+    unseen = drawn(2000, WIDTH, label="unseen")
+    assert float((sae.encode(unseen) > 0).sum(1).float().mean()) == pytest.approx(K, rel=0.15)
+
+
 # ------------------------------------------------------------------------------------------------------- build_sae
 
 

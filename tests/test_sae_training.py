@@ -21,7 +21,7 @@ from lenslab.activations import harvest, pack
 from lenslab.checkpoints import latest_checkpoint
 from lenslab.models import model_key, model_name, random_twin
 from lenslab.runtime import derive_generator, progress_bar
-from lenslab.sae import sources, training
+from lenslab.sae import checks, sources, training
 from lenslab.sae.architectures import ARCHITECTURES, FOR, build_sae
 from lenslab.sae.pretrained import load_sae, save_sae
 from lenslab.sae.sources import ModelSource, StoreSource, TensorSource
@@ -287,11 +287,13 @@ def test_an_sae_that_was_trained_before_is_refused(vectors, tmp_path):
     sae = new()
     run(sae, vectors, replace(CONFIG, vectors=256 * 4), folder=tmp_path / "a")
     for options in ({}, {"folder": tmp_path / "b"}):
-        with pytest.raises(ValueError, match=r"sae has been trained before.* Build a new one, or give the folder"):
+        with pytest.raises(
+            ValueError, match=r"sae has been given to a training before\. Build a new one, or give the folder"
+        ):
             run(sae, vectors, replace(CONFIG, vectors=256 * 4), **options)
     read = new()
     run(read, vectors, replace(CONFIG, vectors=256 * 4), folder=tmp_path / "a")  # nothing to do but to load
-    with pytest.raises(ValueError, match="trained before"):
+    with pytest.raises(ValueError, match="given to a training before"):
         run(read, vectors)
 
 
@@ -558,8 +560,78 @@ def test_a_loss_that_runs_away_slowly_stops_the_run_too(vectors, tmp_path, monke
         run(new(), vectors, config, folder=tmp_path)
 
 
+@pytest.mark.parametrize("architecture", ["relu", "gated"])
+def test_a_penalty_that_silences_every_latent_is_no_divergence(architecture, vectors):
+    with pytest.warns(UserWarning, match=r"sae: hardly any latent is active\. Lower sparsity"):
+        history = run(new(architecture, sparsity=50.0), vectors, replace(CONFIG, lr=1e-2)).history
+    assert len(history) == 12 and history.l0.iloc[-1] < 0.5 and history.fvu.iloc[-1] == pytest.approx(1, abs=0.1)
+
+
+def test_a_first_pool_that_fills_no_batch_is_passed_over(vectors, tmp_path):
+    """Its vectors are not dealt out as those of the next; a run that begins again gets the same ones."""
+    source = TensorSource(vectors[:3000], pool=1024, seed=1)
+    assert source.sizes(0)[0] < 1024 == source.sizes(0)[1]
+    config, seen = replace(CONFIG, vectors=1024 * 6, batch=1024), []
+    given = sources.batches(source, 1024, 6, (0, 0, 0), source.pool(0, 0))
+    seen = [(place, vectors["vectors"]) for place, vectors in given]
+    again = list(sources.batches(source, 1024, 6, (0, 0, 0), None))
+    assert [place for place, _ in seen] == [place for place, _ in again]
+    assert all(
+        len(one) == 1024 and torch.equal(one, two["vectors"]) for (_, one), (_, two) in zip(seen, again, strict=True)
+    )
+    whole = run(new(), source, config)
+    assert torch.isfinite(whole.trained.W_enc).all()
+
+
+def test_a_refused_training_leaves_the_sae_as_it_was(vectors):
+    sae = new()
+    weights, config = {key: value.clone() for key, value in sae.state_dict().items()}, sae.config
+    with pytest.raises(ValueError, match="occur in the training text"):
+        run(sae, vectors, held_out=TensorSource(vectors[1000:1020]))  # few, but all of them were trained on
+    assert sae.config == config and all(torch.equal(value, weights[key]) for key, value in sae.state_dict().items())
+    run(sae, vectors)
+
+
+def test_what_else_is_no_training(vectors):
+    sae = new()
+    with pytest.raises(ValueError, match="under two names"):
+        train({"a": sae, "b": sae}, TensorSource(vectors), CONFIG)
+    with pytest.raises(ValueError, match=r"sae holds torch\.float64: weights are trained in float32"):
+        run(new().double(), vectors)
+    with pytest.raises(ValueError, match="sae at vectors: The activations are constant"):
+        run(new(), torch.ones(600, D_IN))
+
+
+def test_vectors_that_want_gradients_are_read_like_others(vectors):
+    config = replace(CONFIG, vectors=256 * 4)
+    one, two = (run(new(), given, config).trained for given in (vectors, vectors.clone().requires_grad_()))
+    assert torch.equal(one.W_enc, two.W_enc)
+
+
+def test_a_finished_training_survives_held_out_vectors_that_cannot_be_measured(vectors, tmp_path):
+    broken = planted(300, "held out")
+    broken[7] = float("nan")
+    config = replace(CONFIG, vectors=256 * 4)
+    with pytest.warns(UserWarning, match="sae could not be measured on the held-out vectors"):
+        assert run(new(), vectors, config, held_out=TensorSource(broken)).held_out is None
+    silent = new("relu")
+    silent.b_enc.data[:] = -1e4
+    with pytest.warns(UserWarning, match="hardly any"):
+        result = run(silent, vectors, config, held_out=TensorSource(planted(300, "h")), log_dir=tmp_path)
+    assert result.held_out["l0"] == 0 and result.held_out["dead"] == D_SAE
+
+
+def test_a_run_may_go_on_after_an_update(vectors, tmp_path, monkeypatch):
+    first = run(new(), vectors, folder=tmp_path)
+    monkeypatch.setattr(checks, "__version__", "99.0")
+    again = run(new(), vectors, folder=tmp_path)
+    assert torch.equal(first.trained.W_enc, again.trained.W_enc)
+    assert again.trained.config.metadata["lenslab_version"] == "99.0"
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"batch": 0}, {"vectors": 0}, {"log_every": 0}, {"warm_up": 1.5}, {"floor": -0.1}, {"lr": 0.0}]
+    "wrong",
+    [{"batch": 0}, {"dead_after": 0}, {"vectors": 0}, {"log_every": 0}, {"warm_up": 1.5}, {"floor": -0.1}, {"lr": 0.0}],
 )
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match=f"got .*{next(iter(wrong))}"):
@@ -611,7 +683,8 @@ def killed(model, gpt2_folder, tmp_path_factory):
 
 def at_work(architecture, vectors, config, **options):
     """A member after one step, its first eight latents made dead."""
-    member = training._Member("a", new(architecture, **options), config)
+    sae = new(architecture, **options)
+    member = training._Member("a", sae, config, sae.config)
     member.hook = member.hook_out = "vectors"
     member.fit({"vectors": vectors})
     member.step(0, {"vectors": vectors[:256]})

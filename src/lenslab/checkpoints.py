@@ -41,7 +41,7 @@ def load_checkpoint(file: Path) -> dict:
     stored = file.with_suffix(".sha256")
     if not file.exists() or not stored.exists() or stored.read_text().strip() != sha256_file(file):
         raise ValueError(f"checkpoint {file.name} is missing or damaged (its hash does not match)")
-    return torch.load(file, weights_only=True)
+    return torch.load(file, weights_only=True, map_location="cpu")  # load_state_dict moves it where it goes
 
 
 def drop_later_checkpoints(folder: Path, step: int) -> None:

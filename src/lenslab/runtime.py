@@ -62,20 +62,20 @@ def progress_bar(iterable: Iterable | None = None, *, progress: bool = True, **o
 def interrupts_wait() -> Iterator[None]:
     """Ctrl-C and Jupyter's stop button take effect at the end of the block, so that what it does is done whole.
 
-    Signals arrive in the main thread alone: elsewhere, and where a handler is not Python's, the block runs as it is.
+    Signals arrive in the main thread alone: elsewhere, and where they are ignored, the block runs as it is.
     """
-    asked: list[int] = []
+    asked: list[tuple] = []
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
-    signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    signal.signal(signal.SIGINT, lambda *given: asked.append(given))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
     if asked:
-        raise KeyboardInterrupt
+        before(*asked[0])  # Python's own raises KeyboardInterrupt
 
 
 def has_fast_bf16() -> bool:

@@ -15,7 +15,8 @@ Sources: Bricken et al. 2023 (relu), Gao et al. 2024 (topk, AuxK), Bussmann et a
 matryoshka), Rajamanoharan et al. 2024 (gated, jumprelu). Loss terms are sums over dimensions and means over the
 batch, as SAELens has them: losses and gradients equal those of its training classes (tested). On purpose different:
 decoder rows of the topk family stay at norm 1, what would lengthen them leaves the gradient (SAELens rescales by the
-norm instead); the estimate of BatchTopK's threshold begins at the first batch's, not at zero; a transcoder, which
+norm instead); the estimate of BatchTopK's threshold is a mean over the last tenth of the batches (over the last
+hundred once there were a thousand), not one that leaves zero by a hundredth a batch; a transcoder, which
 SAELens does not train, is batchtopk because SAELens has no topk transcoder to save it as. Saving is
 `lenslab.sae.convert`.
 """
@@ -99,6 +100,7 @@ class BatchTopK(TopK):
     def __init__(self, config: SAEConfig):
         super().__init__(config)
         self.register_buffer("threshold", torch.zeros(()))  # running mean of the smallest value that was kept
+        self.register_buffer("seen", torch.zeros(()))  # batches that it is a mean of
         self.register_buffer("guess", torch.zeros(()))  # only where to begin looking for the largest
 
     def activate(self, pre):
@@ -123,8 +125,8 @@ class BatchTopK(TopK):
     def watch(self, values):
         kept = values[values > 0]
         if len(kept):
-            smallest = kept.min()
-            self.threshold.lerp_(smallest, 0.01 if self.threshold > 0 else 1.0)
+            self.threshold.lerp_(kept.min(), (1 / (1 + self.seen / 10)).clamp_min(0.01))  # at first the youngest tenth
+            self.seen += 1
 
 
 class Matryoshka(BatchTopK):

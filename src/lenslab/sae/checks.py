@@ -9,14 +9,15 @@ import torch
 
 from lenslab import __version__
 from lenslab.sae.sources import VectorSource
-from lenslab.sae.trainable import TrainableSAE
+from lenslab.sae.trainable import SAEConfig, TrainableSAE
 
 SHARED = 0.01  # share of held-out fingerprints that may occur in the training text. Licences do; of vectors, those of
 # first tokens, which have nothing but themselves as context
 
 
-def prepared(name: str, sae: TrainableSAE, source: VectorSource, vectors: int) -> TrainableSAE:
-    """The SAE with everything in its metadata that the saved one should say. Refuses one that does not fit."""
+def prepared(name: str, sae: TrainableSAE, source: VectorSource, vectors: int) -> SAEConfig:
+    """The SAE's configuration with everything in its metadata that the saved one should say; refuses one that does not
+    fit. The SAE itself is left as it is: the training may yet be refused for another reason."""
     known = dict(sae.config.metadata)
     hooks, transcoder = source.widths, sae.config.architecture == "transcoder"
     hook = known.get("hook_name") or (next(iter(hooks)) if len(hooks) == 1 else None)
@@ -34,9 +35,9 @@ def prepared(name: str, sae: TrainableSAE, source: VectorSource, vectors: int) -
             raise ValueError(f"{name} is meant for {key} {known[key]!r}; the data are of {source.metadata.get(key)!r}.")
     written = {"hook_name": hook, "training_vectors": vectors, "seed": sae.config.seed}
     written |= {"lenslab_version": __version__}
-    sae.config = replace(sae.config, metadata={**source.metadata, **known, **written})
-    vars(sae.cfg.metadata).update(sae.config.metadata)
-    return sae.train()
+    if wrong := {str(value.dtype) for value in sae.parameters()} - {"torch.float32"}:
+        raise ValueError(f"{name} holds {', '.join(sorted(wrong))}: weights are trained in float32, sae.float().")
+    return replace(sae.config, metadata={**source.metadata, **known, **written})
 
 
 def check_held_out(source: VectorSource, held_out: VectorSource, hooks: set[str]) -> None:

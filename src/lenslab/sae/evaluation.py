@@ -235,8 +235,9 @@ def evaluate_null(
     `options` go to `evaluate_sae`.
     """
     transform, rows = input_transform(sae, model), batch[: max(1, 4096 // batch.tokens.shape[1])]
+    tokens, mask = rows.tokens.to(model.cfg.device), rows.attention.long().to(model.cfg.device)
     with torch.inference_mode():
-        _, cache = model.run_with_cache(rows.tokens, attention_mask=rows.attention.long(), names_filter=[sae_hook(sae)])
-        x = transform(cache[sae_hook(sae)])[rows.real]
+        _, cache = model.run_with_cache(tokens, attention_mask=mask, names_filter=[sae_hook(sae)])
+        x = transform(cache[sae_hook(sae)])[rows.real.to(model.cfg.device)]
     null = random_sae(sae, x, min(max(1, round(l0)), sae.cfg.d_sae), seed)
     return evaluate_sae(model, null, batch, name="random directions, same L0", **options)

@@ -128,27 +128,20 @@ class TensorSource(_Rows):
         super().__init__(lengths.pop(), pool, seed)
         self.widths = {name: value.shape[1] for name, value in self.vectors.items()}
         self.metadata: dict[str, Any] = {}
-        prints = [_fingerprints(value) for value in self.vectors.values()]
-        self.key = content_key(self.widths, *(p.numpy().tobytes() for p in prints), pool, seed)
-        self._prints = _thinned(torch.cat(prints))
+        self._prints = [_fingerprints(value) for value in self.vectors.values()]
+        self.key = content_key(self.widths, *(p.numpy().tobytes() for p in self._prints), pool, seed)
 
     def texts(self) -> Int[Tensor, " fingerprint"]:
-        """Fingerprints of a sixteenth of the rows."""
-        return self._prints
+        """Fingerprints of the rows."""
+        return torch.cat(self._prints).unique()
 
     def _vectors(self, units: list[int]) -> dict[str, Tensor]:
         rows = self._rows(units)
-        return {hook: value[rows].float() for hook, value in self.vectors.items()}
+        return {hook: value[rows].detach().float() for hook, value in self.vectors.items()}
 
 
 def _factors(n: int) -> Int[Tensor, " n"]:
     return torch.randint(-(2**62), 2**62, (n,), generator=derive_generator(0, "fingerprints")) | 1
-
-
-def _thinned(prints: Int[Tensor, " fingerprint"]) -> Int[Tensor, " kept"]:
-    """One in KEPT by their own middle bits; all of a few."""
-    kept = prints[(prints >> 40) % KEPT == 0].unique()
-    return kept if len(kept) else prints.unique()
 
 
 def _fingerprints(vectors: Float[Tensor, "row d"]) -> Int[Tensor, " row"]:
@@ -293,10 +286,10 @@ def batches(
     epoch, first_pool, first = place
     while True:
         for pool, size in enumerate(source.sizes(epoch)):
+            given, opening = opening, None  # a first pool that fills no batch is passed over like any other
             if pool < first_pool or size // batch <= (begin := first if pool == first_pool else 0):
                 continue
-            vectors, opening = opening, None  # of the first place, where it is at hand
-            vectors = vectors or pool_of(source, epoch, pool, (begin + steps) * batch)
+            vectors = given or pool_of(source, epoch, pool, (begin + steps) * batch)
             for hook, value in vectors.items():
                 if not all(torch.isfinite(part).all() for part in value.split(batch)):  # a pool's would be a copy
                     raise TrainingFailed(f"NaN or Inf among the vectors at {hook} (epoch {epoch}, pool {pool}).")
@@ -305,7 +298,7 @@ def batches(
             for number in range(begin, end):
                 part = slice(number * batch, (number + 1) * batch)
                 yield (epoch, pool, number + 1), {hook: value[part] for hook, value in vectors.items()}
-            del vectors, value  # or two pools would be in memory while the next is made
+            del given, vectors, value  # or two pools would be in memory while the next is made
             if not steps:
                 return
         epoch, first_pool, first = epoch + 1, 0, 0

@@ -62,7 +62,7 @@ class TrainableSAE(nn.Module):
     """Weights and a loss. `encode` and `decode` take and give what the model computes, as after saving."""
 
     unit_decoder = False
-    fitted = False  # scale and centre are those of vectors: weights have been, or are about to be, trained
+    fitted = False  # scale and centre are those of some vectors, and weights have perhaps been trained on them
 
     def __init__(self, config: SAEConfig):
         super().__init__()
@@ -82,6 +82,11 @@ class TrainableSAE(nn.Module):
             self.register_buffer(name, torch.zeros(width))
         for name in ("scale", "scale_out"):
             self.register_buffer(name, torch.ones(()))
+
+    def describe(self, config: SAEConfig) -> None:
+        """Take a configuration with more in its metadata; the rest is the same."""
+        self.config = config
+        vars(self.cfg.metadata).update(config.metadata)
 
     @property
     def decoder(self) -> Float[Tensor, "d_sae d_out"]:

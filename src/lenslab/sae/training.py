@@ -18,6 +18,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,11 +38,12 @@ from lenslab.sae.checks import check_held_out, check_same, prepared
 from lenslab.sae.convert import to_saelens
 from lenslab.sae.pretrained import SparseAutoencoder
 from lenslab.sae.sources import VectorSource, batches, pool_of
-from lenslab.sae.trainable import TrainableSAE, TrainingFailed
+from lenslab.sae.trainable import SAEConfig, TrainableSAE, TrainingFailed
 
 FIRST = 1 << 15  # vectors that scale and centre are taken from
 DIVERGED = 100.0  # times the variance of the data, in one step
-LOST = 1.0  # the same, as a mean over logged steps, of a training that had been below: worse than the data's mean
+SILENT = 0.01  # active latents of a vector, on average
+LOST = 2.0  # the same, as a mean over logged steps, of a training that had been below: worse than silence, which has 1
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,16 @@ class TrainingConfig:
     decay: float = 1.0  # share of the steps after which it ends; from there on the rate stays at the floor
     sparsity_warm_up: float = 0.1  # share of the steps in which penalties rise
     dead_after: int = 200_000  # vectors without firing after which a latent counts as dead
-    seed: int = 0
+    seed: int = 0  # of resampling; the order of the vectors is the source's, first weights the SAE's
     log_every: int = 50  # steps
     checkpoint_minutes: float = 5.0  # where a folder is given
 
     def __post_init__(self) -> None:
-        wrong = {name: getattr(self, name) for name in ("vectors", "batch", "log_every") if getattr(self, name) < 1}
+        wrong = {
+            name: getattr(self, name)
+            for name in ("vectors", "batch", "log_every", "dead_after")
+            if getattr(self, name) < 1
+        }
         wrong |= {
             name: v
             for name in ("warm_up", "floor", "sparsity_warm_up", "decay")
@@ -107,10 +113,10 @@ class TrainingResult:
 class _Member:
     """One SAE in training: its optimizer, when its latents last fired, what it cost since the last log."""
 
-    def __init__(self, name: str, sae: TrainableSAE, config: TrainingConfig):
-        self.name, self.sae, self.config = name, sae, config
-        self.hook = sae.config.metadata.get("hook_name")
-        self.hook_out = sae.config.metadata.get("hook_name_out") or self.hook
+    def __init__(self, name: str, sae: TrainableSAE, config: TrainingConfig, described: SAEConfig):
+        self.name, self.sae, self.config, self.described = name, sae.train(), config, described
+        self.hook = described.metadata.get("hook_name")
+        self.hook_out = described.metadata.get("hook_name_out") or self.hook
         self.lr = config.lr or 1e-3 * math.sqrt(4096 / sae.config.d_sae)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=self.lr, betas=(0.9, 0.999), fused=True)
         self.silent: Int[Tensor, " d_sae"] = torch.zeros(sae.config.d_sae, dtype=torch.long)
@@ -125,11 +131,14 @@ class _Member:
     def fit(self, vectors: Mapping[str, Tensor]) -> None:
         if self.sae.fitted:
             raise ValueError(
-                f"{self.name} has been trained before, or a training of it was interrupted. Build a new one, or give "
-                "the folder with that training's checkpoints."
+                f"{self.name} has been given to a training before. Build a new one, or give the folder with that "
+                "training's checkpoints."
             )
         x, target = vectors[self.hook][:FIRST], vectors[self.hook_out][:FIRST]
-        self.sae.fit(x, target if self.hook_out != self.hook else None)
+        try:
+            self.sae.fit(x, target if self.hook_out != self.hook else None)
+        except ValueError as error:
+            raise ValueError(f"{self.name} at {self.hook}: {error}") from None
         goal = self.goal(x, target)[1]
         self.variance = float((goal - goal.mean(0)).square().sum(1).mean())
 
@@ -157,7 +166,7 @@ class _Member:
         sae.after_step()
         self.silent += config.batch
         self.silent[losses.fired.cpu()] = 0
-        window = max(1, config.dead_after // config.batch)
+        window = -(-config.dead_after // config.batch)
         last = config.steps - 2 * window  # a latent needs time to grow into its new direction
         if sae.config.architecture not in TOPK_FAMILY and step and step % window == 0 and step < last:
             self.resample(step, x, losses.error)
@@ -196,6 +205,8 @@ class _Member:
                 f"{self.name}: FVU {mean['fvu']:.3g} around step {step}, after {best:.3g}: it diverges. "
                 f"Lower lr (now {self.lr:.2g})."
             )
+        if mean["l0"] < SILENT:
+            warnings.warn(f"{self.name}: hardly any latent is active. Lower sparsity (or lr).", stacklevel=3)
         rate = self.lr * self.config.rate(step - 1)
         row = {"step": step, "vectors": step * self.config.batch, **mean, "dead": int(self.dead.sum()), "lr": rate}
         self.sums = dict.fromkeys(self.sums, 0.0)
@@ -230,7 +241,7 @@ def train(
     log_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> dict[str, TrainingResult]:
-    """Train each SAE on the same batches, in the order that source and seed decide.
+    """Train each SAE on the same batches, in the order that the source decides.
 
     Args:
         saes: by name; which hook each reads is `metadata["hook_name"]`, by default the only one of the source.
@@ -243,9 +254,10 @@ def train(
     Raises ValueError (widths, hooks, data that fill no batch, held-out texts among the training texts, a folder of
     another run, an SAE that was trained before), TrainingFailed.
     """
-    members = [
-        _Member(name, prepared(name, sae, source, config.steps * config.batch), config) for name, sae in saes.items()
-    ]
+    planned = config.steps * config.batch
+    members = [_Member(name, sae, config, prepared(name, sae, source, planned)) for name, sae in saes.items()]
+    if len({id(member.sae) for member in members}) < len(members):
+        raise ValueError("One SAE is given under two names: build one for each.")
     if not members or not any(n // config.batch for n in source.sizes(0)) or not config.steps:
         raise ValueError(
             f"{len(members)} SAEs, {sum(source.sizes(0)):,} vectors in pools of {max(source.sizes(0)):,}, "
@@ -255,7 +267,9 @@ def train(
     if held_out is not None:
         check_held_out(source, held_out, {h for member in members for h in (member.hook, member.hook_out)})
     identity = {"config": asdict(replace(config, checkpoint_minutes=0.0)), "source": source.key}
-    identity["saes"] = {member.name: asdict(member.sae.config) for member in members}
+    identity["saes"] = {member.name: asdict(member.described) for member in members}
+    for known in identity["saes"].values():
+        known["metadata"].pop("lenslab_version")  # a run may go on after an update
     identity = json.loads(json.dumps(identity, default=str))  # what a checkpoint can hold, whatever metadata are
     step, place = 0, (0, 0, 0)
     resumed = latest_checkpoint(Path(folder)) if folder is not None else None
@@ -265,9 +279,10 @@ def train(
         for member in members:
             member.restore(resumed["state"]["members"][member.name])
         drop_later_checkpoints(Path(folder), step)  # damaged ones, which would stay the newest
-    opening = pool_of(source, 0, 0, config.steps * config.batch) if resumed is None else None
-    if opening is not None:
-        for member in members:
+    opening = pool_of(source, 0, 0, planned) if resumed is None else None
+    for member in members:
+        member.sae.describe(member.described)
+        if opening is not None:
             member.fit({hook: value[:FIRST].to(member.sae.W_enc.device) for hook, value in opening.items()})
     stream = batches(source, config.batch, config.steps - step, place, opening)
     del opening
@@ -283,7 +298,7 @@ def train(
         save_checkpoint(Path(folder), snapshot())
     writers = _writers(log_dir, members, step + 1)  # what a killed run logged after its checkpoint is struck out
     saved = time.monotonic()
-    done = {"total": config.steps * config.batch, "initial": step * config.batch}
+    done = {"total": planned, "initial": step * config.batch}
     bar = progress_bar(**done, unit="vec", unit_scale=True, desc="train", progress=progress)
     between = True  # steps: what a checkpoint would hold belongs together
     try:
@@ -312,12 +327,17 @@ def train(
                 saved = time.monotonic()
         results = {}
         for i, m in enumerate(members):
-            scores, rates = (None, None) if held_out is None else _measured(m, held_out)
+            try:
+                scores, rates = (None, None) if held_out is None else _measured(m, held_out)
+            except ValueError as error:  # hours of training are not thrown away for it
+                warnings.warn(f"{m.name} could not be measured on the held-out vectors: {error}", stacklevel=2)
+                scores, rates = None, None
             results[m.name] = TrainingResult(m.name, m.sae.eval(), pd.DataFrame(m.history), scores)
             if writers and scores:
                 for key, value in scores.items():
                     writers[i].add_scalar(f"held_out/{key}", value, step)
-                writers[i].add_histogram("held_out/log10 firing rate", rates[rates > 0].log10(), step)
+                if (rates > 0).any():
+                    writers[i].add_histogram("held_out/log10 firing rate", rates[rates > 0].log10(), step)
     except KeyboardInterrupt:
         if folder is not None and between:
             save_checkpoint(Path(folder), snapshot())
