@@ -64,7 +64,7 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     options.add_argument(
         "--export", action="store_true", help="write OUT-before-decay from the newest checkpoint; stop"
     )
-    options.add_argument("--smoke", action="store_true", help="a toy model on 0.4 million tokens")
+    options.add_argument("--smoke", action="store_true", help="a toy model on 0.4 million tokens, in WORK-smoke/model")
     return options
 
 
@@ -113,19 +113,21 @@ def save_folder(model: Any, tokenizer_folder: Path, folder: Path, adjust: Callab
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """The tokenizer of a finished model, unless one is there already."""
+    """The tokenizer of a finished model, unless it is there already. Raises OtherCorpus where another one is."""
     if not (target / "tokenizer.json").exists():
         target.mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
             shutil.copy(source / name, target)
+    elif (target / "tokenizer.json").read_bytes() != (source / "tokenizer.json").read_bytes():
+        raise corpus.OtherCorpus(f"{target} holds another tokenizer than {source}: give --work another folder.")
 
 
-def start_from(folder: Path, model: Any, per_step: int) -> dict:
+def start_from(folder: Path, model: Any, batch: int) -> dict:
     """Weights, tokens seen and curve of a `-before-decay` folder; the optimizers start fresh."""
     model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
     training = json.loads((folder / "training.json").read_text())
-    step = round(training["training_tokens"] / per_step)
-    return {"step": step, "started": step, "curve": training["curve"]}
+    step = round(training["training_tokens"] / (batch * corpus.CONTEXT))
+    return {"step": step, "started": step, "curve": training["curve"], "batch": training.get("batch", batch)}
 
 
 def drop_later_records(work: Path, step: int) -> None:
@@ -142,6 +144,8 @@ def train(recipe: Recipe, arguments: argparse.Namespace) -> dict:
     if arguments.smoke:
         arguments.tokens, work = min(arguments.tokens, 4e5), Path(f"{work}-smoke")
         out = work / "model"
+    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+        sys.exit(f"{out} holds something else than a model, which would be replaced as a whole: another --out.")
     try:
         texts, validation = corpus.load_documents(arguments.corpus)
         if source := arguments.start or recipe.tokenizer:
@@ -158,29 +162,40 @@ def train(recipe: Recipe, arguments: argparse.Namespace) -> dict:
     per_step = arguments.batch * corpus.CONTEXT
     steps = math.ceil(arguments.tokens / per_step)
     decay_steps = int(steps * arguments.decay)
-    plan = {"steps": steps, "decay_from": steps - decay_steps}
+    plan, key = {"steps": steps, "decay_from": steps - decay_steps}, corpus.corpus_key(texts)
     curve: list[dict] = []
+    measured: list[dict[str, float]] = []  # since the curve's last point
     step = started_at = 0
-    if arguments.start is not None:
-        known = start_from(arguments.start, model, per_step)
-        step, started_at, curve = known["step"], known["started"], known["curve"]
-        if recipe.restore is not None:
-            recipe.restore(arguments.start, work)
     resumed = latest_checkpoint(work)
+    state: dict | None = None
     if resumed is not None:
         state = resumed["state"]
-        if state["step"] > state.get("decay_from", steps) and state["steps"] != steps:
-            # the newest checkpoint lies inside the decay of another budget: go on from before that decay
+        same_plan = {name: state.get(name) for name in plan} == plan
+        if state["step"] > state.get("decay_from", steps) and not same_plan:
+            # the newest checkpoint lies inside the decay of another plan: go on from before that decay
             state = load_checkpoint(work / "predecay.pt")
+            same_plan = False
+    elif arguments.start is not None:
+        state, same_plan = start_from(arguments.start, model, arguments.batch), False
+    if state is not None:
         if state.get("batch", arguments.batch) != arguments.batch:  # the oldest checkpoints do not say it
-            sys.exit(f"the checkpoint was trained with --batch {state['batch']}: a step means other windows otherwise")
-        if state["step"] > steps:
-            sys.exit(f"{state['step'] * per_step:,} tokens were already seen: ask for more with --tokens.")
+            sys.exit(f"this was trained with --batch {state['batch']}: a step means other windows otherwise")
+        if resumed is not None and state.get("corpus", key) != key:
+            sys.exit("the checkpoint was trained on other texts (or another Python's): give --work another folder.")
+        if state["step"] > plan["decay_from"] and not same_plan:
+            sys.exit(
+                f"{state['step'] * per_step:,} tokens were already seen, and of {steps * per_step:,} the last "
+                f"{decay_steps * per_step:,} are for the decay: ask for more with --tokens."
+            )
+        step, curve, started_at = state["step"], state["curve"], state.get("started", 0)
+    if resumed is not None:
         model.load_state_dict(state["model"])
         for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        step, curve, started_at = state["step"], state["curve"], state.get("started", 0)
+        measured = state.get("measured", [])
         print(f"resumed at step {step:,}", flush=True)
+    elif state is not None and recipe.restore is not None:
+        recipe.restore(arguments.start, work)
 
     def save_before_decay(state: dict) -> None:
         model.load_state_dict(state["model"])
@@ -188,23 +203,27 @@ def train(recipe: Recipe, arguments: argparse.Namespace) -> dict:
         save_folder(model, work / "tokenizer", beside, recipe.adjust)
         if recipe.collect is not None:
             recipe.collect(work, beside, state["step"])
-        write_json(beside / "training.json", {"training_tokens": state["step"] * per_step, "curve": state["curve"]})
+        training = {"training_tokens": state["step"] * per_step, "batch": arguments.batch, "curve": state["curve"]}
+        write_json(beside / "training.json", training)
 
     if arguments.export:
-        if resumed is None or step > steps - decay_steps:
+        if resumed is None or step > plan["decay_from"]:
             sys.exit("--export needs a checkpoint from before the decay; there is none in --work.")
         save_before_decay(state)
         print(f"{step * per_step:,} tokens: weights exported")
         return {}
 
     # only now: what is refused, and --export, leave everything as it was
+    if resumed is not None and not (work / f"step-{step:08d}.pt").exists():
+        save_checkpoint(work, state, name=f"step-{step:08d}.pt")  # from before the decay: the newest from here on
     drop_later_checkpoints(work, step)
     drop_later_records(work, step)
 
     def snapshot() -> dict:
         states = [optimizer.state_dict() for optimizer, _ in optimizers]
         held = {"model": model.state_dict(), "optimizers": states, "step": step, "curve": curve}
-        return held | {"started": started_at, "batch": arguments.batch} | plan
+        held |= {"measured": measured, "started": started_at, "batch": arguments.batch, "corpus": key}
+        return held | plan
 
     def record() -> None:
         if recipe.record is not None and step in recorded_steps(steps):
@@ -212,10 +231,10 @@ def train(recipe: Recipe, arguments: argparse.Namespace) -> dict:
 
     autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=compute_dtype() is torch.bfloat16)
     started = saved_at = time.monotonic()
-    first, measured = step, []
+    first = step
     while step < steps:
         record()
-        if step == steps - decay_steps:
+        if step == plan["decay_from"]:
             save_checkpoint(work, snapshot(), name="predecay.pt")
         for optimizer, base in optimizers:
             for group in optimizer.param_groups:
@@ -250,6 +269,7 @@ def train(recipe: Recipe, arguments: argparse.Namespace) -> dict:
         recipe.collect(work, out, steps)
     training = {"training_tokens": steps * per_step, "decay_share": arguments.decay, "curve": curve}
     card = write_card(out, training, validation)
-    save_before_decay(load_checkpoint(work / "predecay.pt"))
+    if decay_steps:  # else the model is what a larger budget goes on from
+        save_before_decay(load_checkpoint(work / "predecay.pt"))
     print(json.dumps({k: v for k, v in card.items() if k != "curve"}, indent=1))
     return card

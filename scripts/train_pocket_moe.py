@@ -15,8 +15,8 @@ the weight would be 1 whatever the router says, and the router would learn nothi
 
 Matrices, each expert's on its own, are trained with Muon, everything else, routers too, with AdamW.
 
-    python scripts/train_pocket_moe.py --corpus FOLDER --tokens 30e6
-    python scripts/train_pocket_moe.py --kind pocket-switch --corpus FOLDER --tokens 15e6
+    python scripts/train_pocket_moe.py --corpus FOLDER --tokens 25e6
+    python scripts/train_pocket_moe.py --kind pocket-switch --corpus FOLDER --tokens 25e6
     python scripts/train_pocket_moe.py --corpus FOLDER --smoke        # a toy in about two minutes
 """
 

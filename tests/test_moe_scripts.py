@@ -275,6 +275,26 @@ def test_weights_and_routing_go_on_from_the_folder_on_another_machine(run, tmp_p
     assert table["step"].unique().tolist() == [0, 16, 23, 34, 40]
 
 
+def test_a_start_beside_a_run_of_its_own_changes_nothing(run, tmp_path):
+    """--start is for a folder that holds nothing: records of another run do not come among those of this one."""
+    run("here", tokens=2 * STEPS * BATCH * CONTEXT)
+    run("there", stop_before=18)
+    before = sorted(f.name for f in (tmp_path / "there-smoke" / "records").iterdir())
+    contents = [(tmp_path / "there-smoke" / "records" / name).read_bytes() for name in before]
+    run("there", stop_before=1, extra=f"--start {tmp_path / 'here-smoke' / 'model-before-decay'}")
+    assert sorted(f.name for f in (tmp_path / "there-smoke" / "records").iterdir()) == before
+    assert [(tmp_path / "there-smoke" / "records" / name).read_bytes() for name in before] == contents
+
+
+def test_a_run_does_not_go_on_with_other_texts(run, scripts, monkeypatch):
+    run("moved", stop_before=5)
+    texts = documents()
+    texts["math"][0] += " And more."
+    monkeypatch.setattr(scripts.pocket_corpus, "load_documents", lambda _: (texts, {}))
+    with pytest.raises(SystemExit, match="trained on other texts"):
+        run("moved")
+
+
 def test_the_balance_loss_says_how_even_the_load_is(scripts, small):
     model = small(kind="pocket-switch")
     for layer in model.model.layers:
@@ -323,6 +343,22 @@ def test_the_power_law_finds_a_planted_one_and_its_gain(scripts):
         assert low <= noisy[key] <= high and low - 0.02 < true < high + 0.02 and high > low
 
 
+def test_intervals_of_the_power_law_hold_where_neighbours_err_alike_and_the_loss_fell_in_a_step(scripts):
+    """Learning curves are so: batches of one region of the corpus come together, and induction forms in a step."""
+    stable, inside, seen = 160 * 3e5, 0, 0
+    for seed in range(8):
+        curve, draws, drift = planted_curve(0.0), np.random.default_rng(seed), 0.0
+        for i, point in enumerate(curve):
+            drift = 0.8 * drift + 0.01 * draws.normal()
+            point["loss"] += drift + (0.4 if i < 25 else 0.0)
+        found = scripts.pocket_card.power_law(curve, stable, samples=40)
+        low, high = found["gain_2x_95"]
+        inside += low <= 3.0 * (48**-0.4 - 96**-0.4) <= high
+        low, high = found["back_test"]["foretold_95"]
+        seen += low <= found["back_test"]["seen"] <= high
+    assert inside >= 6 and seen >= 6, (inside, seen)
+
+
 def test_a_short_curve_has_no_power_law(scripts):
     assert scripts.pocket_card.power_law(planted_curve(0.0, points=25, decay=5), 20 * 3e5) is None
     assert scripts.pocket_card.power_law([], 0) is None
@@ -340,6 +376,9 @@ def test_a_model_beside_itself_scores_the_same_and_beside_a_random_one_better(sc
     their = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     result = scripts.pocket_card.beside_tinystories(their, AutoTokenizer.from_pretrained(folder), characters=200)
     assert result["ours"] == result["theirs"] and 0.3 < result["theirs"] < 1.2 and result["documents"] >= 10
+    its = AutoTokenizer.from_pretrained(folder)
+    assert scripts.pocket_card.same_again(its, "Once upon a time, there was a dog.")
+    assert not scripts.pocket_card.same_again(its, "She said \u00e2\u20ac\u0153hello.")  # it has no such characters
     assert math.isfinite(result["ours"])
 
 

@@ -302,6 +302,7 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(run, capsys
     for name, weight in whole["model"].items():
         assert torch.equal(weight, resumed["model"][name]), name
     assert not all(torch.equal(w, halted["model"][n]) for n, w in whole["model"].items())  # it did train on
+    assert resumed["curve"] == whole["curve"] and whole["curve"]  # its point is a mean over steps of both lives
 
 
 def test_the_finished_model_is_a_folder_that_hugging_face_opens_with_the_usual_activation(run, tmp_path):
@@ -357,6 +358,65 @@ def test_a_larger_budget_goes_on_from_before_the_decay(run, tmp_path, capsys):
     halted = run("longer", tokens=larger, stop_before=3)
     assert f"resumed at step {STEPS - 4}" in capsys.readouterr().out
     assert halted["step"] == STEPS - 2  # the newest: what the smaller budget saved later is gone
+
+
+def test_an_extended_run_that_is_killed_at_once_loses_nothing(run, capsys):
+    """Going on from before the decay drops the later checkpoints: the state it goes on from must be the newest then."""
+    larger = dict(tokens=2 * STEPS * BATCH * CONTEXT, options=["--checkpoint-minutes", "5"])
+    run("extended")
+    assert run("extended", stop_before=3, **larger)["step"] == STEPS - 4
+    capsys.readouterr()
+    assert run("extended", **larger)["step"] == 2 * STEPS
+    assert f"resumed at step {STEPS - 4}" in capsys.readouterr().out
+
+
+def test_another_share_of_decay_goes_on_from_before_the_old_one(run, capsys):
+    run("share", stop_before=19)  # inside the decay of the last 4 of 20 steps
+    capsys.readouterr()
+    assert run("share", options=["--decay", "0.1"])["decay_from"] == STEPS - 2
+    assert f"resumed at step {STEPS - 4}" in capsys.readouterr().out
+
+
+def test_a_smaller_budget_whose_decay_has_passed_is_refused(run):
+    before = run("smaller", tokens=2 * STEPS * BATCH * CONTEXT, stop_before=28)
+    for steps in (30, 20):  # its decay would have begun; it would have ended
+        with pytest.raises(SystemExit, match=r"tokens were already seen, and of .* are for the decay: ask for more"):
+            run("smaller", tokens=steps * BATCH * CONTEXT)
+    assert run("smaller", tokens=2 * STEPS * BATCH * CONTEXT, stop_before=1)["step"] == before["step"]
+
+
+def test_a_start_that_has_seen_the_whole_budget_leaves_the_model_as_it_was(run, tmp_path):
+    run("here")
+    folder = tmp_path / "here-smoke" / "model-before-decay"
+    with pytest.raises(SystemExit, match="ask for more with --tokens"):
+        run("there", start=folder, tokens=10 * BATCH * CONTEXT)
+    assert not (tmp_path / "there-smoke" / "model").exists()
+    with pytest.raises(SystemExit, match=f"was trained with --batch {BATCH}"):
+        run("there", start=folder, tokens=2 * STEPS * BATCH * CONTEXT, options=["--batch", str(BATCH + 1)])
+
+
+def test_without_a_decay_the_model_itself_is_what_goes_on(run, tmp_path, capsys):
+    run("level", options=["--decay", "0"])
+    assert (tmp_path / "level-smoke" / "model" / "config.json").exists()
+    assert not (tmp_path / "level-smoke" / "model-before-decay").exists()
+    capsys.readouterr()
+    run("level", tokens=2 * STEPS * BATCH * CONTEXT)
+    assert f"resumed at step {STEPS}" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_model_is_not_replaced(run, tmp_path):
+    (tmp_path / "kept-smoke" / "model" / "pocket-gpt").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="holds something else than a model"):
+        run("kept")
+    assert (tmp_path / "kept-smoke" / "model" / "pocket-gpt").is_dir()
+
+
+def test_another_tokenizer_than_the_starts_is_refused(run, scripts, tmp_path):
+    run("here")
+    (tmp_path / "there-smoke" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "there-smoke" / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(SystemExit, match="holds another tokenizer than"):
+        run("there", start=tmp_path / "here-smoke" / "model-before-decay", tokens=2 * STEPS * BATCH * CONTEXT)
 
 
 def test_training_goes_on_from_the_weights_before_the_decay_on_another_machine(run, tmp_path, scripts):

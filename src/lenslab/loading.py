@@ -65,7 +65,7 @@ def open_weights(source: str, label: str, dtype: torch.dtype):
             if pickles
             else f"{label} has a config.json but no weights (*.safetensors)."
         )
-    if label in BUNDLED and folder == data_path("models", label):
+    if label in BUNDLED and folder.resolve() == data_path("models", label).resolve():
         _check_bundled(folder, label)
     token = os.environ.get("HF_TOKEN")  # gated models: from the environment, never from a file here
     options = {} if folder.is_dir() or not token else {"token": token}
