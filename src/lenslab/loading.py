@@ -18,6 +18,7 @@ from lenslab.paths import data_path, sha256_file
 BUNDLED = {  # name -> what it is; the weights are in data/models/NAME
     "pocket-gpt": "GPT-2 architecture, 6 layers, d_model 256, trained by this project on mixed text",
     "pocket-moe": "OLMoE architecture, 6 layers, d_model 192, 16 experts, two per token, same text and tokenizer",
+    "pocket-switch": "as pocket-moe, with 8 experts, one per token (Switch routing)",
 }
 DEFAULT = "pocket-gpt"
 HUB = {  # short names for models people ask for; any other hub name works as it is
