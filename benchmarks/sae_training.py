@@ -4,14 +4,12 @@ The same job for all (`sae_contestants.Job`): d_in 256, d_sae 4096, k 32, steps 
 CPU; bf16 autocast and a tuned allocator for every contestant but "as shipped", float32 where the CPU has no bf16
 instructions. Every contestant trains by its own trainer and must reach a held-out FVU below 0.9.
 
-1. `topk`, `relu`, `batchtopk`: from a file of vectors; `end_to_end`: from pocket-gpt and its tokens. After 100 steps
-   at penalty 1 a ReLU SAE still has about a thousand active latents, where nothing can be left out: `relu_sparse`
-   trains four times as long at penalty 4, down to the tens of active latents for which such SAEs are trained.
+1. `topk`, `relu`, `batchtopk`: from a file of vectors; `end_to_end`: from pocket-gpt and its tokens.
 2. Beside our speed stands how much of the machine's matrix-product peak it is, measured in the same run, and which
    operations the rest of the time goes into.
 3. `--memory`: the peak memory of training on 8 million vectors against that on 1 million.
 
-    python benchmarks/sae_training.py                # all five, about an hour and a half: results/sae_training_*.json
+    python benchmarks/sae_training.py                # all four, about an hour: results/sae_training_*.json
     python benchmarks/sae_training.py --memory       # four minutes: results/sae_training_memory.json
     python benchmarks/sae_training.py --quick        # toy sizes, nothing written to results/
 """
@@ -40,8 +38,7 @@ from compare import Contestant, PeerFailed, run_contestant, timed
 from sae_contestants import Job, fast_bf16, job_from
 
 VECTORS, WINDOWS = 1 << 18, 2048
-JOBS = {name: Job(architecture=name) for name in ("topk", "relu", "batchtopk")}
-JOBS |= {"relu_sparse": Job(architecture="relu", l1=4.0, steps=400), "end_to_end": Job()}
+JOBS = {name: Job(architecture=name) for name in ("topk", "relu", "batchtopk")} | {"end_to_end": Job()}
 QUICK = dict(d_sae=512, batch=512, steps=60)
 TRAINERS: dict[str, Callable[..., Any]] = {
     "lenslab": entries.lenslab,
@@ -56,7 +53,7 @@ FROM_MODEL: dict[str, Callable[..., Any]] = {
     "saelens-as-shipped": partial(entries.saelens_from_model, tuned=False),
 }
 OTHERS = ["lenslab", "saelens", "dictionary-learning"]  # sparsify has topk alone; as shipped costs minutes a round
-PEERS = {"topk": list(TRAINERS), "relu": OTHERS, "relu_sparse": OTHERS, "batchtopk": OTHERS}
+PEERS = {"topk": list(TRAINERS), "relu": OTHERS, "batchtopk": OTHERS}
 PEERS["end_to_end"] = list(FROM_MODEL)[:2]  # as shipped costs two minutes a round
 MEMORY_SIZES = (1_000_000, 8_000_000)
 
