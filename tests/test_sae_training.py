@@ -254,16 +254,18 @@ def test_what_is_interrupted_before_its_first_checkpoint_begins_again_from_the_s
     pd.testing.assert_frame_equal(again.history, whole.history)
 
 
-def test_an_interrupt_waits_for_the_step_to_end_and_leaves_a_checkpoint(vectors, tmp_path, monkeypatch):
+def test_an_interrupt_waits_for_the_step_to_end_and_leaves_a_checkpoint(vectors, tmp_path, monkeypatch, capsys):
     saes = {"first": new(), "second": new("relu")}
     whole = train({"first": new(), "second": new("relu")}, TensorSource(vectors, pool=2000), CONFIG, progress=False)
     source = TensorSource(vectors, pool=2000)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stopped_at(29, patched, ctrl_c)  # step 30, which is logged too
         train(saes, source, CONFIG, folder=tmp_path, progress=False)
+    assert "stopped and saved at step 30: the same call goes on" in capsys.readouterr().out
     state = latest_checkpoint(tmp_path)["state"]
     assert state["step"] == 30 and len(state["members"]["second"]["history"]) == 3
     resumed = train(saes, source, CONFIG, folder=tmp_path, progress=False)
+    assert "goes on at step 30 of 120" in capsys.readouterr().out
     for name, result in whole.items():
         assert torch.equal(result.trained.W_enc, resumed[name].trained.W_enc)
         pd.testing.assert_frame_equal(result.history, resumed[name].history)

@@ -279,6 +279,7 @@ def train(
         for member in members:
             member.restore(resumed["state"]["members"][member.name])
         drop_later_checkpoints(Path(folder), step)  # damaged ones, which would stay the newest
+        print(f"goes on at step {step:,} of {config.steps:,}", flush=True)
     opening = pool_of(source, 0, 0, planned) if resumed is None else None
     for member in members:
         member.sae.describe(member.described)
@@ -341,6 +342,7 @@ def train(
     except KeyboardInterrupt:
         if folder is not None and between:
             save_checkpoint(Path(folder), snapshot())
+            print(f"stopped and saved at step {step:,}: the same call goes on from there", flush=True)
         raise
     finally:
         bar.close()
