@@ -5,7 +5,18 @@ import torch
 
 from lenslab.runtime import derive_generator
 from lenslab.sae import sparse
-from lenslab.sae.sparse import Code, Decode, Encode, at_active, code_of_mask, code_of_topk
+from lenslab.sae.sparse import (
+    Code,
+    Decode,
+    Dense,
+    Encode,
+    at_active,
+    code_of_mask,
+    code_of_topk,
+    count_positive,
+    largest,
+    widened,
+)
 
 BATCH, WIDTH, LATENTS = 7, 5, 11
 
@@ -62,6 +73,55 @@ def test_outputs_and_gradients_equal_those_of_dense_products(products, kind, tie
         assert torch.allclose(found, wanted, **tolerance), f"gradient of {tuple(leaf.shape)}"
     if kind == "some":
         assert all(float(leaf.grad.abs().max()) > 0.1 for leaf in leaves)
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_dense_pass_equals_autograd_with_the_penalty_and_every_gradient(tied, shifted):
+    """Values, lengths and both biases ride in the same products: none of them may leak into another."""
+    x, target = drawn(BATCH, WIDTH).double(), drawn(BATCH, WIDTH).flip(0).double()
+    leaves, W_enc, W_dec, b_enc, b_dec = weights(tied, torch.float64)
+    shift = b_dec if shifted else None
+
+    def total(x_hat, sums):
+        return (x_hat + b_dec - target).square().sum() + 0.3 * (sums * torch.arange(1.0, BATCH + 1)).sum()
+
+    values = torch.relu((x if shift is None else x - shift) @ W_enc + b_enc)
+    wanted = total(values @ W_dec, values @ W_dec.norm(dim=1))
+    wanted_grads = torch.autograd.grad(wanted, leaves)
+
+    inputs = widened((x if shift is None else x - shift).detach(), 1.0, torch.float64)
+    pre = inputs @ widened(W_enc.T.detach(), b_enc.detach(), torch.float64).T
+    found = total(*Dense.apply(inputs, W_enc, b_enc, shift, W_dec, W_dec.norm(dim=1), pre.relu()))
+    assert torch.allclose(found, wanted, rtol=1e-12)
+    for grad, expected in zip(torch.autograd.grad(found, leaves), wanted_grads, strict=True):
+        assert float(expected.abs().max()) > 0.1 and torch.allclose(grad, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_active_latents_are_counted_and_named_in_both_precisions(dtype):
+    values = torch.relu(drawn(BATCH, LATENTS)).to(dtype)
+    values[:, 4], values[2, 0] = 0.0, 1e-6
+    count, fired = count_positive(values)
+    assert int(count) == int((values > 0).sum()) and torch.equal(fired, (values > 0).any(0)) and not fired[4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("d_sae", "k"), [(256, 16), (256, 3), (256, 17), (250, 3), (24, 1), (5, 5)])
+def test_the_largest_are_those_of_one_long_search_where_positive(d_sae, k, dtype):
+    """Vectors with nearly all, half, few and none of their values positive; with a group full of large ones."""
+    pre = torch.stack(
+        [
+            torch.randn(d_sae, generator=derive_generator(i, "pre")) + shift
+            for i, shift in enumerate((3.0, 0.0, -1.5, -9.0, 0.0))
+        ]
+    )
+    pre[4, :: max(1, d_sae // 8)] += 10
+    pre = pre.to(dtype)
+    found = largest(pre, k)
+    assert all(len(set(row)) == k for row in found.tolist())
+    wanted = torch.relu(pre.topk(k, dim=1).values)
+    assert torch.equal(torch.relu(pre.gather(1, found)).sort(dim=1, descending=True).values, wanted)
 
 
 def test_without_a_shift_the_input_is_read_as_it_is(products):

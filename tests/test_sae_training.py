@@ -841,3 +841,43 @@ def test_no_vector_is_made_that_no_step_needs_and_a_resumed_run_makes_the_same(v
     again = run(new(), Counted(vectors, pool=300), config, folder=tmp_path).sae
     assert asked[3:] == [300, 300, 100, 100]
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_a_refused_sae_is_left_as_it_was(vectors):
+    """Its metadata must not say that it was trained on data that it never saw."""
+    used = run(new(), vectors).trained
+    before = used.config
+    with pytest.raises(ValueError, match="given to a training before"):
+        run(used, TensorSource(vectors + 1, hook="vectors"), TrainingConfig(256 * 40, batch=256))
+    assert used.config == before and used.cfg.metadata.training_vectors == before.metadata["training_vectors"]
+
+
+def test_wrong_types_are_answered_in_words():
+    """In a process of its own: in the tests, types are checked before our own checks are reached."""
+    code = """
+import torch
+from lenslab.sae.architectures import build_sae
+from lenslab.sae.convert import to_saelens
+from lenslab.sae.sources import TensorSource
+from lenslab.sae.training import TrainingConfig, train
+
+sae, source, config = build_sae("topk", 4, 8, k=2), TensorSource(torch.randn(64, 4)), TrainingConfig(64, batch=32)
+done = train({"a": sae}, source, config, progress=False)["a"].sae
+for call in (
+    lambda: build_sae("topk", 4, 8, k=1.5),
+    lambda: build_sae("topk", 4, 8.0, k=2),
+    lambda: train(sae, source, config),
+    lambda: train({"a": done}, source, config),
+):
+    try:
+        call()
+    except TypeError as error:
+        print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said == [
+        "Whole numbers are needed, got {'k': 1.5}.",
+        "Whole numbers are needed, got {'d_sae': 8.0}.",
+        "`saes` are SAEs by name, {'mine': sae}; got TopK.",
+        "a is a TopKSAE: only what `build_sae` makes can be trained, not a saved SAE.",
+    ]

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lenslab.runtime import compute_dtype
-from lenslab.sae.sparse import Code, Decode, Dense, Encode, code_of_mask, code_of_topk, count_positive, usage
+from lenslab.sae.sparse import Code, Decode, Dense, Encode, code_of_mask, code_of_topk, count_positive, largest, usage
 from lenslab.sae.trainable import Losses, SAEConfig, TrainableSAE
 
 FIRST_THRESHOLD = 0.01  # jumprelu, as SAELens
@@ -43,16 +44,17 @@ SPARSE_ENOUGH = 0.02  # share of active latents below which a ReLU SAE is cheape
 class ReLU(TrainableSAE):
     def loss(self, x, target, dead=None, warm=1.0) -> Losses:
         norms, weight = self.decoder.norm(dim=1), warm * self.config.sparsity
-        values = self.fast_pre(x).relu_()
-        active = count_positive(values)
+        inputs, pre = self.fast_pre(x)
+        values = pre.relu_()
+        active, fired = count_positive(values)
         if active < SPARSE_ENOUGH * values.numel():
             code = code_of_mask(values > 0)
             values = torch.relu(Encode.apply(x, self.shift, self.W_enc, self.b_enc, code))
             x_hat, penalty = Decode.apply(values, self.decoder, code), values @ norms[code.latents]
             seen = usage(code, values)
         else:
-            x_hat, sums = Dense.apply(x, self.shift, self.W_enc, self.b_enc, self.decoder, values)
-            penalty, seen = sums @ norms, (sums > 0, active / len(x))
+            x_hat, sums = Dense.apply(inputs, self.W_enc, self.b_enc, self.shift, self.decoder, norms, values)
+            penalty, seen = sums.sum(), (fired, active / len(x))
         return self._losses(target, x_hat + self.b_dec, seen, weight * penalty / len(x))
 
 
@@ -64,10 +66,10 @@ class TopK(TrainableSAE):
         return torch.zeros_like(pre).scatter(-1, top.indices, torch.relu(top.values))
 
     def select(self, pre: Float[Tensor, "batch d_sae"]) -> Code:
-        return code_of_topk(pre.topk(self.config.k, dim=-1, sorted=False).indices, self.config.d_sae)
+        return code_of_topk(largest(pre, self.config.k), self.config.d_sae)
 
     def loss(self, x, target, dead=None, warm=1.0) -> Losses:
-        pre = self.fast_pre(x)
+        pre = self.fast_pre(x)[1]
         code = self.select(pre)
         values = torch.relu(Encode.apply(x, self.shift, self.W_enc, self.b_enc, code))
         self.watch(values.detach())
@@ -232,6 +234,9 @@ def build_sae(architecture: str, d_in: int, d_sae: int, **options: Any) -> Train
     if unknown := [name for name in options if name not in known]:
         raise TypeError(f"No option {', '.join(unknown)}; there are {', '.join(known)}.")
     config = SAEConfig(architecture, d_in, d_sae, **options)
+    counts = {"d_in": d_in, "d_sae": d_sae, "k": config.k}
+    if fractions := {name: value for name, value in counts.items() if not isinstance(value, Integral)}:
+        raise TypeError(f"Whole numbers are needed, got {fractions}.")
     unread = [name for name in options if architecture not in FOR.get(name, ARCHITECTURES)]
     widths: Sequence[int] = config.widths or (max(1, d_sae),)
     problems = {

@@ -18,6 +18,10 @@ SHARED = 0.01  # share of held-out fingerprints that may occur in the training t
 def prepared(name: str, sae: TrainableSAE, source: VectorSource, vectors: int) -> SAEConfig:
     """The SAE's configuration with everything in its metadata that the saved one should say; refuses one that does not
     fit. The SAE itself is left as it is: the training may yet be refused for another reason."""
+    if not isinstance(sae, TrainableSAE):
+        raise TypeError(
+            f"{name} is a {type(sae).__name__}: only what `build_sae` makes can be trained, not a saved SAE."
+        )
     known = dict(sae.config.metadata)
     hooks, transcoder = source.widths, sae.config.architecture == "transcoder"
     hook = known.get("hook_name") or (next(iter(hooks)) if len(hooks) == 1 else None)

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+GROUP = 8  # latents, far from each other, whose largest value stands for them at first
 CHUNK = 1 << 15  # active latents whose vectors are gathered at a time where there is no MKL
 HAS_MKL = torch.backends.mkl.is_available()  # without it torch has no sparse products on the CPU (ARM): see `_plain`
 
@@ -103,9 +104,41 @@ def usage(code: Code | None, values: Tensor) -> tuple[Bool[Tensor, " d_sae"], Fl
     return fired, positive.sum() / (len(code.rows) - 1)
 
 
-def count_positive(values: Float[Tensor, "batch d_sae"]) -> Int[Tensor, ""]:
-    """How many are not zero, none being negative: as integers, which torch counts many times faster than floats."""
-    return values.view({2: torch.int16, 4: torch.int32}[values.itemsize]).count_nonzero()
+def largest(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]:
+    """The k latents with the largest values of each vector, in no order; negative ones, which relu takes away, in
+    place of positive ones only where there are too few.
+
+    They lie in the k groups of latents whose own largest are the largest: two short searches instead of a long one.
+    """
+    n, d_sae = pre.shape
+    integers = _as_integers(pre)
+    if d_sae % GROUP or 2 * GROUP * k > d_sae or pre.device.type != "cpu":
+        return integers.topk(k, dim=1, sorted=False).indices
+    tops = integers.view(n, GROUP, d_sae // GROUP).amax(1).topk(k, dim=1, sorted=False).indices
+    members = torch.arange(0, d_sae, d_sae // GROUP, device=pre.device)
+    candidates = (tops[:, None] + members[:, None]).flatten(1)
+    return candidates.gather(1, integers.gather(1, candidates).topk(k, dim=1, sorted=False).indices)
+
+
+def count_positive(values: Float[Tensor, "batch d_sae"]) -> tuple[Int[Tensor, ""], Bool[Tensor, " d_sae"]]:
+    """(how many are not zero, latents that are not zero for some vector), none being negative."""
+    integers = _as_integers(values)
+    return integers.count_nonzero(), integers.amax(0) > 0
+
+
+def _as_integers(values: Tensor) -> Tensor:
+    """The same bits: positive ones keep their order above all negative ones, and torch counts and compares them many
+    times faster."""
+    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize])
+
+
+def widened(matrix: Float[Tensor, "row d"], column: Tensor | float, dtype: torch.dtype) -> Float[Tensor, "row wider"]:
+    """The matrix with one more column, then zeros to a width that products like: in the product with another such
+    matrix the two columns meet, which adds a bias for less than a pass over the result."""
+    n, d = matrix.shape
+    wider = torch.zeros(n, d + 8, dtype=dtype, device=matrix.device)
+    wider[:, :d], wider[:, d] = matrix, column
+    return wider
 
 
 def _plain(x: Tensor) -> bool:
@@ -135,29 +168,33 @@ class Encode(torch.autograd.Function):
 
 
 class Dense(torch.autograd.Function):
-    """The reconstruction from `values` [batch, d_sae], in whose precision its products are, and their sum per latent.
+    """The reconstruction from `values` [batch, d_sae], in whose precision its products are, and each vector's sum of
+    values times `lengths`.
 
-    `values` are relu(x @ weight + bias), computed before; gradients are as in `Encode`, none for `x`. In one piece,
-    because at this size what lies between the products costs as much as one of them: the gradient is made in one
-    place, and what it gets from the sums comes with the product.
+    `values` are relu(inputs @ weight + bias), computed before from `inputs`, which `widened` gave a column of ones;
+    gradients are as in `Encode`, none for `inputs`. In one piece, because at this size whatever passes over `values`
+    costs a fifth of a product: the gradient of the values is made in one place, and biases, lengths and their
+    gradients are one column more of the five products.
     """
 
     @staticmethod
-    def forward(ctx, x, shift, weight, bias, decoder, values):
-        ctx.shifted = shift is not None
-        x, low = (x - shift if ctx.shifted else x).to(values.dtype), decoder.to(values.dtype)
-        ctx.save_for_backward(x, weight, low, values)
-        return (values @ low).float(), values.sum(0).float()  # summed in float32, then rounded
+    def forward(ctx, inputs, weight, bias, shift, decoder, lengths, values):
+        ctx.shifted, low = shift is not None, widened(decoder, lengths, values.dtype)
+        ctx.save_for_backward(inputs, weight, low, values)
+        both = values @ low
+        return both[:, : decoder.shape[1]].to(decoder.dtype), both[:, decoder.shape[1]].to(decoder.dtype)
 
     @staticmethod
     def backward(ctx, grad, grad_sums):
-        x, weight, decoder, values = ctx.saved_tensors
-        low = grad.to(values.dtype)
-        inner = torch.addmm(grad_sums.to(values.dtype), low, decoder.T)
+        inputs, weight, decoder, values = ctx.saved_tensors
+        low, d_in, d_out = widened(grad, grad_sums, values.dtype), len(weight), grad.shape[1]
+        inner = low @ decoder.T
         torch.ops.aten.threshold_backward.grad_input(inner, values, 0, grad_input=inner)  # in place
-        bias = inner.sum(0).float()
+        encoder = (inner.T @ inputs)[:, : d_in + 1].to(weight.dtype)
+        decoder = (values.T @ low)[:, : d_out + 1].to(weight.dtype)
+        bias = encoder[:, d_in]
         shift = -(weight @ bias) if ctx.shifted else None
-        return None, shift, (x.T @ inner).float(), bias, (values.T @ low).float(), None
+        return None, encoder[:, :d_in].T, bias, shift, decoder[:, :d_out], decoder[:, d_out], None
 
 
 class Decode(torch.autograd.Function):

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lenslab.runtime import compute_dtype, derive_generator
+from lenslab.sae.sparse import widened
 
 
 class TrainingFailed(RuntimeError):
@@ -135,11 +136,11 @@ class TrainableSAE(nn.Module):
         return (x if self.shift is None else x - self.shift) @ self.W_enc + self.b_enc
 
     @torch.no_grad()
-    def fast_pre(self, x: Tensor) -> Float[Tensor, "batch d_sae"]:
-        """Pre-activations in bf16 where that is fast: to choose latents by, not to compute with."""
+    def fast_pre(self, x: Tensor) -> tuple[Float[Tensor, "batch wider"], Float[Tensor, "batch d_sae"]]:
+        """(x as it was multiplied, pre-activations), in bf16 where that is fast."""
         dtype = compute_dtype()
-        x = x if self.shift is None else x - self.shift
-        return torch.addmm(self.b_enc.to(dtype), x.to(dtype), self.W_enc.to(dtype))
+        inputs = widened(x if self.shift is None else x - self.shift, 1.0, dtype)
+        return inputs, inputs @ widened(self.W_enc.T, self.b_enc, dtype).T
 
     def activate(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """The rule at inference."""

@@ -252,8 +252,10 @@ def train(
             firing rates.
 
     Raises ValueError (widths, hooks, data that fill no batch, held-out texts among the training texts, a folder of
-    another run, an SAE that was trained before), TrainingFailed.
+    another run, an SAE that was trained before), TypeError (what is no untrained SAE), TrainingFailed.
     """
+    if not isinstance(saes, Mapping):
+        raise TypeError(f"`saes` are SAEs by name, {{'mine': sae}}; got {type(saes).__name__}.")
     planned = config.steps * config.batch
     members = [_Member(name, sae, config, prepared(name, sae, source, planned)) for name, sae in saes.items()]
     if len({id(member.sae) for member in members}) < len(members):
@@ -281,10 +283,10 @@ def train(
         drop_later_checkpoints(Path(folder), step)  # damaged ones, which would stay the newest
         print(f"goes on at step {step:,} of {config.steps:,}", flush=True)
     opening = pool_of(source, 0, 0, planned) if resumed is None else None
-    for member in members:
+    for member in members if opening is not None else ():
+        member.fit({hook: value[:FIRST].to(member.sae.W_enc.device) for hook, value in opening.items()})
+    for member in members:  # after all that can refuse one
         member.sae.describe(member.described)
-        if opening is not None:
-            member.fit({hook: value[:FIRST].to(member.sae.W_enc.device) for hook, value in opening.items()})
     stream = batches(source, config.batch, config.steps - step, place, opening)
     del opening
 
