@@ -15,6 +15,7 @@ from lenslab.sae.sparse import (
     code_of_topk,
     count_positive,
     largest,
+    positive_places,
     widened,
 )
 
@@ -145,8 +146,25 @@ def test_a_code_of_a_topk_keeps_its_order_and_values(products):
 
 def test_a_mask_becomes_a_code_by_hand():
     code = code_of_mask(torch.tensor([[True, False, True], [False, False, False], [False, True, True]]))
-    assert (code.rows.tolist(), code.latents.tolist(), code.d_sae) == ([0, 2, 2, 4], [0, 2, 1, 2], 3)
+    assert (code.rows.tolist(), code.latents.tolist(), code.width) == ([0, 2, 2, 4], [0, 2, 1, 2], 3)
     assert code.owners.tolist() == [0, 0, 2, 2]
+
+
+def test_the_transposed_code_is_that_of_the_transposed_matrix():
+    mask, values = mask_with("some"), drawn(BATCH, LATENTS)
+    code, wanted = code_of_mask(mask), code_of_mask(mask.T)
+    transposed, order = code.transposed
+    assert torch.equal(transposed.rows, wanted.rows) and torch.equal(transposed.latents, wanted.latents)
+    assert torch.equal(values[mask][order], values.T[mask.T]) and transposed.width == BATCH
+    assert code.transposed is code.transposed  # made once
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("above", [0.0, 0.5, 9.0])
+def test_places_above_a_value_by_another_way(above, dtype):
+    pre = drawn(BATCH, LATENTS).to(dtype)
+    pre[0, 0], pre[0, 1] = -0.0, 0.5
+    assert torch.equal(positive_places(pre, above), (pre > above).flatten().nonzero().flatten())
 
 
 def test_part_of_a_code_is_the_code_of_the_part():

@@ -33,12 +33,26 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lenslab.runtime import compute_dtype
-from lenslab.sae.sparse import Code, Decode, Dense, Encode, code_of_mask, code_of_topk, count_positive, largest, usage
+from lenslab.sae.sparse import (
+    Code,
+    Decode,
+    Dense,
+    Encode,
+    as_integers,
+    code_of_mask,
+    code_of_places,
+    code_of_topk,
+    count_positive,
+    largest,
+    positive_places,
+    usage,
+    widened,
+)
 from lenslab.sae.trainable import Losses, SAEConfig, TrainableSAE
 
 FIRST_THRESHOLD = 0.01  # jumprelu, as SAELens
 AT_A_TIME = 512  # vectors whose dead latents are looked at together
-SPARSE_ENOUGH = 0.02  # share of active latents below which a ReLU SAE is cheaper without its zeros
+SPARSE_ENOUGH = 0.04  # share of active latents below which a ReLU SAE is cheaper without its zeros
 
 
 class ReLU(TrainableSAE):
@@ -48,14 +62,14 @@ class ReLU(TrainableSAE):
         values = pre.relu_()
         active, fired = count_positive(values)
         if active < SPARSE_ENOUGH * values.numel():
-            code = code_of_mask(values > 0)
+            code = code_of_mask(as_integers(values))
             values = torch.relu(Encode.apply(x, self.shift, self.W_enc, self.b_enc, code))
-            x_hat, penalty = Decode.apply(values, self.decoder, code), values @ norms[code.latents]
-            seen = usage(code, values)
+            both = Decode.apply(values, widened(self.decoder, norms, norms.dtype), code)
+            x_hat, sums = both[:, : x.shape[1]], both[:, x.shape[1]]
         else:
             x_hat, sums = Dense.apply(inputs, self.W_enc, self.b_enc, self.shift, self.decoder, norms, values)
-            penalty, seen = sums.sum(), (fired, active / len(x))
-        return self._losses(target, x_hat + self.b_dec, seen, weight * penalty / len(x))
+        penalty = weight * sums.sum() / len(x)
+        return self._losses(target, x_hat + self.b_dec, (fired, active / len(x)), penalty)
 
 
 class TopK(TrainableSAE):
@@ -114,16 +128,15 @@ class BatchTopK(TopK):
 
     def select(self, pre):
         n = self.config.k * len(pre)
-        candidates = (pre > self.guess.clamp_min(0)).flatten().nonzero().flatten()
+        candidates = positive_places(pre, max(0.0, float(self.guess)))
         if len(candidates) < n:  # the guess was too high, or fewer than that are positive
-            candidates = (pre > 0).flatten().nonzero().flatten()
+            candidates = positive_places(pre)
         values = pre.flatten()[candidates]
         if len(candidates) > n:
             top = values.topk(n, sorted=False)
             self.guess.copy_(0.8 * top.values.min())
             candidates = candidates[top.indices].sort().values
-        rows = torch.bincount(candidates // pre.shape[1], minlength=len(pre)).cumsum(0)
-        return Code(torch.cat([rows.new_zeros(1), rows]), candidates % pre.shape[1], pre.shape[1])
+        return code_of_places(candidates, *pre.shape)
 
     def watch(self, values):
         kept = values[values > 0]

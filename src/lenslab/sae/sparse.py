@@ -6,17 +6,19 @@ A code is a compressed sparse row matrix `[batch, d_sae]`: `rows` says where eac
 2. `code @ W` (the decoder), and
 3. `code^T @ x` (gradients of both weights).
 The encoder's full product is still needed to know which latents are active; it is done once, in bf16 where that is
-fast, without gradients. Everything here is float32. With 32 of 4,096 latents active the three products together
-cost as much as that one.
+fast, without gradients; `largest` searches its result. Everything else here is float32. With 32 of 4,096 latents
+active the three products together cost as much as that one. Where a large share is active, as in the first steps of
+ReLU, `Dense` does the same without a code.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 GROUP = 8  # latents, far from each other, whose largest value stands for them at first
@@ -27,27 +29,38 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
 
 
-class Code(NamedTuple):
+@dataclass(frozen=True)
+class Code:
     """Which latents are active for each vector of a batch."""
 
-    rows: Int[Tensor, " batch+1"]  # where each vector's latents begin
+    rows: Int[Tensor, " rows"]  # batch + 1: where each vector's latents begin
     latents: Int[Tensor, " active"]
-    d_sae: int
+    width: int  # d_sae
 
     def matrix(self, values: Float[Tensor, " active"]) -> Tensor:
         """The sparse matrix `[batch, d_sae]` with these values."""
-        shape = (len(self.rows) - 1, self.d_sae)
+        shape = (len(self.rows) - 1, self.width)
         return torch.sparse_csr_tensor(self.rows, self.latents, values, shape, check_invariants=False)
 
     def part(self, keep: Bool[Tensor, " active"]) -> Code:
         """The code of some of its active latents."""
         before = torch.cat([self.rows.new_zeros(1), keep.cumsum(0)])
-        return Code(before[self.rows], self.latents[keep], self.d_sae)
+        return Code(before[self.rows], self.latents[keep], self.width)
 
     @property
     def owners(self) -> Int[Tensor, " active"]:
         """The vector that each active latent belongs to."""
         return torch.repeat_interleave(torch.arange(len(self.rows) - 1, device=self.rows.device), self.rows.diff())
+
+    @cached_property
+    def transposed(self) -> tuple[Code, Int[Tensor, " active"]]:
+        """(which vectors each latent is active for, where each of those places is in this code): made once for both
+        gradients, because torch's product with a transposed sparse matrix takes more than twice as long."""
+        short = torch.int16 if self.width < 1 << 15 else torch.int32  # sorted faster
+        order = self.latents.to(short).sort(stable=True).indices
+        counts = torch.bincount(self.latents, minlength=self.width)
+        rows = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return Code(rows, self.owners[order], len(self.rows) - 1), order
 
 
 def code_of_topk(latents: Int[Tensor, "batch k"], d_sae: int) -> Code:
@@ -56,11 +69,15 @@ def code_of_topk(latents: Int[Tensor, "batch k"], d_sae: int) -> Code:
     return Code(torch.arange(0, n * k + 1, k, device=latents.device), latents.flatten(), d_sae)
 
 
-def code_of_mask(mask: Bool[Tensor, "batch d_sae"]) -> Code:
-    """The latents where the mask is true."""
-    counts = mask.sum(dim=1)
-    rows = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return Code(rows, mask.nonzero()[:, 1], mask.shape[1])
+def code_of_mask(active: Shaped[Tensor, "batch d_sae"]) -> Code:
+    """The latents where `active` is not zero."""
+    return code_of_places(active.flatten().nonzero().flatten(), *active.shape)
+
+
+def code_of_places(places: Int[Tensor, " active"], n: int, d_sae: int) -> Code:
+    """The places of a flattened `[n, d_sae]`, in rising order."""
+    rows = torch.searchsorted(places, torch.arange(0, n * d_sae + 1, d_sae, device=places.device))
+    return Code(rows, places % d_sae, d_sae)
 
 
 def at_active(
@@ -84,12 +101,8 @@ def sum_rows(values: Tensor, weight: Float[Tensor, "d_sae d"], code: Code) -> Fl
 
 def sum_vectors(values: Tensor, x: Float[Tensor, "batch d"], code: Code) -> Float[Tensor, "d_sae d"]:
     """code^T @ x, with these values."""
-    if _plain(x):
-        result = x.new_zeros(code.d_sae, x.shape[1])
-        for part in torch.arange(len(values), device=x.device).split(CHUNK):
-            result.index_add_(0, code.latents[part], x[code.owners[part]] * values[part, None])
-        return result
-    return code.matrix(values).t() @ x
+    transposed, order = code.transposed
+    return sum_rows(values[order], x, transposed)
 
 
 @torch.no_grad()
@@ -99,7 +112,7 @@ def usage(code: Code | None, values: Tensor) -> tuple[Bool[Tensor, " d_sae"], Fl
     positive = values > 0  # of the k largest some may not be
     if code is None:
         return positive.any(0), positive.count_nonzero() / len(values)
-    fired = torch.zeros(code.d_sae, dtype=torch.bool, device=values.device)
+    fired = torch.zeros(code.width, dtype=torch.bool, device=values.device)
     fired[code.latents[positive]] = True
     return fired, positive.sum() / (len(code.rows) - 1)
 
@@ -111,7 +124,7 @@ def largest(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]
     They lie in the k groups of latents whose own largest are the largest: two short searches instead of a long one.
     """
     n, d_sae = pre.shape
-    integers = _as_integers(pre)
+    integers = as_integers(pre)
     if d_sae % GROUP or 2 * GROUP * k > d_sae or pre.device.type != "cpu":
         return integers.topk(k, dim=1, sorted=False).indices
     tops = integers.view(n, GROUP, d_sae // GROUP).amax(1).topk(k, dim=1, sorted=False).indices
@@ -120,13 +133,18 @@ def largest(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]
     return candidates.gather(1, integers.gather(1, candidates).topk(k, dim=1, sorted=False).indices)
 
 
+def positive_places(pre: Float[Tensor, "batch d_sae"], above: float = 0.0) -> Int[Tensor, " place"]:
+    """Places of the flattened matrix that hold more than `above`, which is not negative, in rising order."""
+    return as_integers(torch.threshold(pre, above, 0.0)).flatten().nonzero().flatten()
+
+
 def count_positive(values: Float[Tensor, "batch d_sae"]) -> tuple[Int[Tensor, ""], Bool[Tensor, " d_sae"]]:
     """(how many are not zero, latents that are not zero for some vector), none being negative."""
-    integers = _as_integers(values)
+    integers = as_integers(values)
     return integers.count_nonzero(), integers.amax(0) > 0
 
 
-def _as_integers(values: Tensor) -> Tensor:
+def as_integers(values: Tensor) -> Tensor:
     """The same bits: positive ones keep their order above all negative ones, and torch counts and compares them many
     times faster."""
     return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize])
@@ -161,7 +179,7 @@ class Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        bias = torch.zeros(ctx.code.d_sae, dtype=grad.dtype, device=grad.device)
+        bias = torch.zeros(ctx.code.width, dtype=grad.dtype, device=grad.device)
         bias.index_add_(0, ctx.code.latents, grad)
         shift = -(weight @ bias) if ctx.shifted else None
         return None, shift, sum_vectors(grad, x, ctx.code).T, bias, None
