@@ -35,19 +35,23 @@ def notebooks_table() -> str:
 
 
 def benchmarks_table() -> str:
-    """One row per result with peers: ours, and how many times each peer's value that is."""
-    rows = ["| result | ours | ours over each peer |", "|---|---|---|"]
+    """One row per result with peers: its claim, ours (lowest and highest round), and how many times each peer's value
+    that is."""
+    rows = ["| result | claim | ours (its rounds) | ours over each peer |", "|---|---|---|---|"]
     for file in sorted((REPOSITORY / "benchmarks/results").glob("*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
         if "ratios" not in result:
             continue
         ours = result["ours"] if isinstance(result["ours"], dict) else {"": result["ours"]}
         ours = ", ".join(f"{name} {value:,}".strip() for name, value in ours.items()) + f" {result['unit']}"
+        if len(rounds := result.get("rounds", {}).get("lenslab", ())) > 1:
+            ours += f" ({min(rounds):,} to {max(rounds):,})"
         known = {peer: ratio for peer, ratio in result["ratios"].items() if ratio is not None}
         ratios = ", ".join(
             f"{peer} {ratio:,.0f}" if ratio >= 100 else f"{peer} {ratio:.2f}" for peer, ratio in known.items()
         )
-        rows.append(f"| [{file.stem.replace('_', ' ')}](benchmarks/results/{file.name}) | {ours} | {ratios} |")
+        name = file.stem.replace("_", " ")
+        rows.append(f"| [{name}](benchmarks/results/{file.name}) | {result['claim']} | {ours} | {ratios} |")
     return "\n".join(rows)
 
 

@@ -36,12 +36,16 @@ twin = random_twin(model)
 print(f"{model_name(model)}: {summarize(model).parameters:,} parameters, the twin {summarize(twin).parameters:,}")
 
 # %% [markdown]
-# The summary is read from the loaded model, not from a model card.
+# The summary is read from the loaded model, not from a model card. (In a mixture of experts a router sends each token
+# to a few of many small MLPs, the experts; together they are what is called MLP below.)
 
 # %%
 summary = summarize(model)
 print(f"{summary.layers} layers of width {summary.d_model}, {summary.heads} heads, context {summary.context} tokens")
-print(f"MLP {summary.d_mlp} wide with {summary.activation}; {summary.vocabulary:,} tokens in the vocabulary")
+mlp = f"MLP {summary.d_mlp} wide"
+if summary.experts:
+    mlp = f"{summary.experts} experts {summary.d_mlp} wide, {summary.experts_per_token} of them for a token,"
+print(f"{mlp} with {summary.activation}; {summary.vocabulary:,} tokens in the vocabulary")
 summary.to_frame()
 
 # %% [markdown]
@@ -204,12 +208,13 @@ lines(
 
 # %% [markdown]
 # A norm can hide in a few dimensions (*massive activations*, two of them in GPT-2). The share of the squared norm that
-# the two largest dimensions hold, at BOS, at real tokens (the **control**), and at the twin's BOS:
+# the two largest dimensions hold, at BOS, at real tokens (the **control**), and at the twin's BOS. Which they are is
+# asked in the layer where BOS stands out most:
 
 # %%
 share = profile.to_frame()[["two_largest_first", "two_largest_rest"]].assign(twin_first=twin_profile.two_largest_first)
 print(share.round(2).to_string())
-peak_layer = int(profile.two_largest_first.argmax())
+peak_layer = int(ratio.argmax())
 peak_hook = stream_hook(model, peak_layer)
 largest = harvest(model, batch[:1], peak_hook)[peak_hook][0, 0].abs().topk(2).indices
 held, elsewhere = profile.two_largest_first[peak_layer], profile.two_largest_rest[peak_layer]
@@ -399,7 +404,8 @@ print(strongest.round(1).to_string(index=False))
 
 # %% [markdown]
 # Feature numbers carry no meaning, so the active ones should lie evenly over the range. **Null**: the same number of
-# features drawn at random, 500 times, and how uneven those are.
+# features drawn at random, 500 times, and how uneven those are. (Where nearly all features fired somewhere, neither
+# can be uneven, and nothing is tested.)
 
 # %%
 ever = (features[batch.real] > 0).any(0).numpy()

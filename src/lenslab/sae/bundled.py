@@ -86,8 +86,10 @@ def find_sae(model: TransformerBridge, name: str | None = None, *, documents: in
         sae = load_sae(release, sae_id)
         if _fits(sae, model):
             return FoundSAE(sae, f"{release} {sae_id}", "published, from the cache of the hub")
-    sae = train_small_sae(model, hook, pack(model, sampled_text(documents)), steps=steps)
-    return FoundSAE(sae, f"small SAE of {model_name(model)}", "none at hand: a small one was trained just now")
+    batch = pack(model, sampled_text(documents))
+    sae = train_small_sae(model, hook, batch, steps=steps)
+    origin = f"none at hand: a small one was trained just now, {steps} steps on {batch.n_real:,} tokens that ship"
+    return FoundSAE(sae, f"small SAE of {model_name(model)}", origin)
 
 
 def _fits(sae: SparseAutoencoder, model: TransformerBridge) -> bool:
