@@ -365,7 +365,8 @@ def test_the_threshold_follows_where_a_short_training_goes():
         ("transcoder", dict(scale="unit", centre=False), "cannot be undone"),
         ("topk", dict(d_out=8), "d_out is for transcoder, not for topk"),
         ("jumprelu", dict(bandwidth=0.0), "bandwidth"),
-        ("relu", dict(sparsity=-1.0), "penalties cannot be below 0, got -1"),
+        ("relu", dict(sparsity=-1.0), "penalties are finite and not below 0, got -1"),
+        ("relu", dict(sparsity=float("nan")), "penalties are finite and not below 0, got nan"),
     ],
 )
 def test_what_cannot_be_is_refused(name, options, message):
@@ -376,7 +377,7 @@ def test_what_cannot_be_is_refused(name, options, message):
 def test_sizes_and_unknown_options_are_refused_and_a_seed_gives_the_same_weights():
     with pytest.raises(ValueError, match="at least 1"):
         build_sae("relu", WIDTH, 0)
-    with pytest.raises(TypeError, match="No option l1; there are k, sparsity, "):
+    with pytest.raises(TypeError, match="No option l1; relu reads sparsity, "):
         build_sae("relu", WIDTH, LATENTS, l1=3)
     first, again, other = (build_sae("relu", WIDTH, LATENTS, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first.W_enc, again.W_enc) and not torch.equal(first.W_enc, other.W_enc)

@@ -475,10 +475,20 @@ def test_fewer_vectors_than_a_batch_are_refused(vectors):
     for source, config in (
         (TensorSource(vectors[:200]), CONFIG),  # too few at all
         (TensorSource(vectors[:2000], pool=256), replace(CONFIG, batch=300)),  # in every pool
-        (TensorSource(vectors), replace(CONFIG, vectors=255)),  # asked for
     ):
         with pytest.raises(ValueError, match=r"a step needs (256|300) vectors"):
             run(new(), source, config)
+    with pytest.raises(ValueError, match=r"1 SAEs to train on 255 vectors, 256 at a step.*Raise `vectors`"):
+        run(new(), TensorSource(vectors), replace(CONFIG, vectors=255))
+    with pytest.raises(ValueError, match=r"0 SAEs .*there must be an SAE"):
+        train({}, TensorSource(vectors), CONFIG)
+
+
+def test_a_short_training_has_a_history_too(vectors):
+    """Rows are means since the row before: with one row for all of it, the last would not say where it ended."""
+    rows = {n: TrainingConfig(n * 256, batch=256).row for n in (6, 29, 400, 5000)}
+    assert rows == {6: 10, 29: 10, 400: 20, 5000: 50} and replace(CONFIG, log_every=7).row == 7
+    assert run(new(), vectors, TrainingConfig(29 * 256, batch=256)).history["step"].tolist() == [10, 20, 29]
 
 
 def test_constant_and_broken_vectors_are_refused(vectors, tmp_path):
@@ -858,7 +868,8 @@ def test_wrong_types_are_answered_in_words():
 import torch
 from lenslab.sae.architectures import build_sae
 from lenslab.sae.convert import to_saelens
-from lenslab.sae.sources import TensorSource
+from lenslab.sae.pretrained import save_sae
+from lenslab.sae.sources import ModelSource, TensorSource
 from lenslab.sae.training import TrainingConfig, train
 
 sae, source, config = build_sae("topk", 4, 8, k=2), TensorSource(torch.randn(64, 4)), TrainingConfig(64, batch=32)
@@ -868,6 +879,8 @@ for call in (
     lambda: build_sae("topk", 4, 8.0, k=2),
     lambda: train(sae, source, config),
     lambda: train({"a": done}, source, config),
+    lambda: ModelSource(None, ["a text"], "hook"),
+    lambda: save_sae(sae, "nowhere"),
 ):
     try:
         call()
@@ -880,4 +893,6 @@ for call in (
         "Whole numbers are needed, got {'d_sae': 8.0}.",
         "`saes` are SAEs by name, {'mine': sae}; got TopK.",
         "a is a TopKSAE: only what `build_sae` makes can be trained, not a saved SAE.",
+        "Needs a TokenBatch, got list: `pack(model, texts)` makes one of texts.",
+        "A TopK is no SAE to be saved: give the `.sae` of what `train` returns.",
     ]

@@ -23,6 +23,7 @@ SAELens does not train, is batchtopk because SAELens has no topk transcoder to s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from numbers import Integral
@@ -245,7 +246,8 @@ def build_sae(architecture: str, d_in: int, d_sae: int, **options: Any) -> Train
         raise ValueError(f"No architecture {architecture!r}; there are {', '.join(ARCHITECTURES)}.")
     known = [field.name for field in fields(SAEConfig)][3:]
     if unknown := [name for name in options if name not in known]:
-        raise TypeError(f"No option {', '.join(unknown)}; there are {', '.join(known)}.")
+        read = [name for name in known if architecture in FOR.get(name, ARCHITECTURES)]
+        raise TypeError(f"No option {', '.join(unknown)}; {architecture} reads {', '.join(read)}.")
     config = SAEConfig(architecture, d_in, d_sae, **options)
     counts = {"d_in": d_in, "d_sae": d_sae, "k": config.k}
     if fractions := {name: value for name, value in counts.items() if not isinstance(value, Integral)}:
@@ -256,8 +258,9 @@ def build_sae(architecture: str, d_in: int, d_sae: int, **options: Any) -> Train
         "; ".join(f"{name} is for {', '.join(FOR[name])}, not for {architecture}" for name in unread): bool(unread),
         f"d_in and d_sae are at least 1, got {d_in} and {d_sae}": min(d_in, d_sae) < 1,
         "the bandwidth of jumprelu must be above 0": config.bandwidth <= 0,
-        f"penalties cannot be below 0, got {config.sparsity} and {config.auxiliary}": config.sparsity < 0
-        or config.auxiliary < 0,
+        f"penalties are finite and not below 0, got {config.sparsity} and {config.auxiliary}": not all(
+            0 <= weight < math.inf for weight in (config.sparsity, config.auxiliary)
+        ),
         f"k must lie between 1 and d_sae = {d_sae}, got {config.k}": not 0 < config.k <= d_sae
         and architecture in TOPK_FAMILY,
         f"widths must rise to d_sae = {d_sae}, got {tuple(widths)}": list(widths) != sorted(set(widths))

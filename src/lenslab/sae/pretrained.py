@@ -153,12 +153,14 @@ def save_sae(
         dtype: of the weights on disk, e.g. torch.bfloat16 for half the size; loaded back as float32 all the same.
         card: saved beside as card.json: what was measured, on what.
 
-    Raises NotAnSAE for an SAE without hook or model name: whoever loads it could not know what to feed it.
+    Raises NotAnSAE for an SAE without hook or model name: whoever loads it could not know what to feed it; TypeError.
     """
     from sae_lens import __version__
 
     if hasattr(sae, "save_inference_model"):  # one that is still in training form
         sae = inference_form(sae)
+    if not hasattr(sae, "process_state_dict_for_saving"):
+        raise TypeError(f"A {type(sae).__name__} is no SAE to be saved: give the `.sae` of what `train` returns.")
     if not sae_hook(sae) or not sae_model(sae):
         raise NotAnSAE("This SAE does not say which model it reads: set sae.cfg.metadata.model_name.")
     state = dict(sae.state_dict())

@@ -195,6 +195,8 @@ class ModelSource(_Pooled):
         pool: int = POOL,
         seed: int = 0,
     ):
+        if not isinstance(batch, TokenBatch):
+            raise TypeError(f"Needs a TokenBatch, got {type(batch).__name__}: `pack(model, texts)` makes one of texts.")
         hooks = (hooks,) if isinstance(hooks, str) else tuple(dict.fromkeys(hooks))
         check_hooks(model, hooks)
         compute = str(compute_dtype()).removeprefix("torch.") if compute == "auto" else compute

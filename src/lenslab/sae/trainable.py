@@ -22,7 +22,7 @@ from lenslab.sae.sparse import widened
 
 
 class TrainingFailed(RuntimeError):
-    """NaN, Inf or a loss that ran away; the last checkpoint is from before it happened."""
+    """NaN, Inf or a loss that ran away; a checkpoint is from before it happened."""
 
 
 class Losses(NamedTuple):

@@ -59,14 +59,14 @@ class TrainingConfig:
     sparsity_warm_up: float = 0.1  # share of the steps in which penalties rise
     dead_after: int = 200_000  # vectors without firing after which a latent counts as dead
     seed: int = 0  # of resampling; the order of the vectors is the source's, first weights the SAE's
-    log_every: int = 50  # steps
+    log_every: int | None = None  # steps; None: 50, in short trainings down to 10
     checkpoint_minutes: float = 5.0  # where a folder is given
 
     def __post_init__(self) -> None:
         wrong = {
             name: getattr(self, name)
             for name in ("vectors", "batch", "log_every", "dead_after")
-            if getattr(self, name) < 1
+            if getattr(self, name) is not None and getattr(self, name) < 1
         }
         wrong |= {
             name: v
@@ -80,6 +80,11 @@ class TrainingConfig:
     @property
     def steps(self) -> int:
         return int(self.vectors) // self.batch
+
+    @property
+    def row(self) -> int:
+        """Steps between two rows of the history."""
+        return self.log_every or min(50, max(10, self.steps // 20))
 
     def rate(self, step: int) -> float:
         """Share of the peak rate at a step."""
@@ -100,6 +105,7 @@ class TrainingResult:
 
     name: str
     trained: TrainableSAE = field(repr=False)
+    # means over the steps since the row before:
     # step, vectors, loss, fvu, mse (per dimension, of scaled vectors), sparsity, auxiliary, l0, dead, lr
     history: pd.DataFrame = field(repr=False)
     held_out: dict[str, float | int] | None  # fvu, l0, dead, vectors
@@ -155,7 +161,7 @@ class _Member:
         if not math.isfinite(found) or fvu > DIVERGED:
             raise TrainingFailed(
                 f"{self.name}: loss {found:.3g} (FVU {fvu:.3g}) at step {step}: diverged. "
-                f"Lower lr (now {self.lr:.2g}); the last checkpoint is from before."
+                f"Lower lr (now {self.lr:.2g}); a checkpoint, where a folder was given, is from before."
             )
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
@@ -260,11 +266,15 @@ def train(
     members = [_Member(name, sae, config, prepared(name, sae, source, planned)) for name, sae in saes.items()]
     if len({id(member.sae) for member in members}) < len(members):
         raise ValueError("One SAE is given under two names: build one for each.")
-    if not members or not any(n // config.batch for n in source.sizes(0)) or not config.steps:
+    if not members or not config.steps:
         raise ValueError(
-            f"{len(members)} SAEs, {sum(source.sizes(0)):,} vectors in pools of {max(source.sizes(0)):,}, "
-            f"{config.vectors:,} asked for: a step needs {config.batch:,} vectors from one pool. "
-            "Give more text or a smaller batch."
+            f"{len(members)} SAEs to train on {config.vectors:,} vectors, {config.batch:,} at a step: there must be an "
+            "SAE, and vectors for a step. Raise `vectors` or make the batch smaller."
+        )
+    if not any(n // config.batch for n in source.sizes(0)):
+        raise ValueError(
+            f"{sum(source.sizes(0)):,} vectors in pools of {max(source.sizes(0)):,}: a step needs {config.batch:,} "
+            "vectors from one pool. Give more text or a smaller batch."
         )
     if held_out is not None:
         check_held_out(source, held_out, {h for member in members for h in (member.hook, member.hook_out)})
@@ -314,8 +324,8 @@ def train(
                     member.step(step, {hook: value.to(device) for hook, value in vectors.items()})
                 del vectors  # a batch is a view: it would keep its pool while the next one is made
                 step, place = step + 1, after
-                if step % config.log_every == 0 or step == config.steps:
-                    since = (step - 1) % config.log_every + 1
+                if step % config.row == 0 or step == config.steps:
+                    since = (step - 1) % config.row + 1
                     rows = [member.log(step, since) for member in members]
                     bar.set_postfix({k: f"{rows[0][k]:.3g}" for k in ("loss", "fvu", "l0", "dead")})
                     for writer, row in zip(writers, rows, strict=False):
