@@ -201,7 +201,10 @@ def memory(job: Job, sizes: tuple[int, int], write: bool) -> dict[str, Any]:
         "lenslab",
         {"lenslab": [{"units": found[large], "seconds": 1}], name: [{"units": found[small], "seconds": 1}]},
         {},
-    ) | {"holds": found[large] < 1.1 * found[small], "job": asdict(job), "precision": entries.precision()}
+    ) | {"holds": found[large] < 1.1 * found[small], "precision": entries.precision()}
+    result["job"] = asdict(replace(job, steps=large // job.batch)) | {
+        "data": "synthetic vectors, made as they are read"
+    }
     if write:
         write_json(harness.RESULTS / "sae_training_memory.json", result)
     return result

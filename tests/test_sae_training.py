@@ -867,7 +867,6 @@ def test_wrong_types_are_answered_in_words():
     code = """
 import torch
 from lenslab.sae.architectures import build_sae
-from lenslab.sae.convert import to_saelens
 from lenslab.sae.pretrained import save_sae
 from lenslab.sae.sources import ModelSource, TensorSource
 from lenslab.sae.training import TrainingConfig, train

@@ -209,7 +209,7 @@ lines(
 # %% [markdown]
 # A norm can hide in a few dimensions (*massive activations*, two of them in GPT-2). The share of the squared norm that
 # the two largest dimensions hold, at BOS, at real tokens (the **control**), and at the twin's BOS. Which they are is
-# asked in the layer where BOS stands out most:
+# asked in the layer where BOS is longest compared with the others (the ratio above):
 
 # %%
 share = profile.to_frame()[["two_largest_first", "two_largest_rest"]].assign(twin_first=twin_profile.two_largest_first)

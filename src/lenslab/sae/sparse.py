@@ -190,8 +190,8 @@ class Dense(torch.autograd.Function):
     values times `lengths`.
 
     `values` are relu(inputs @ weight + bias), computed before from `inputs`, which `widened` gave a column of ones;
-    gradients are as in `Encode`, none for `inputs`. In one piece, because at this size whatever passes over `values`
-    costs a fifth of a product: the gradient of the values is made in one place, and biases, lengths and their
+    gradients are as in `Encode`, none for `inputs`. In one piece, because at this size each pass over `values` costs
+    a tenth to a fifth of a product: the gradient of the values is made in one place, and biases, lengths and their
     gradients are one column more of the five products.
     """
 
