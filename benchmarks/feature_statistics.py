@@ -1,12 +1,15 @@
-"""Statistics of phase 2: AUROCs under shuffled labels against scipy and scikit-learn, and how long all of it takes.
+"""Statistics of phase 2: AUROCs under shuffled labels against scipy and scikit-learn, and how long
+all of it takes.
 
-Activations with the sizes of phase 2 (420 texts, 2,048 latents, a tenth of them above zero) and its labels; all
-contestants compute the AUROC of every latent under shuffled labels, in float64 on the same matrix.
+Activations with the sizes of phase 2 (420 texts, 2,048 latents, a tenth of them above zero) and its
+labels; all contestants compute the AUROC of every latent under shuffled labels, in float64 on the
+same matrix.
 
 1. `lenslab`: `auroc_permutations`, 1,000 shuffles: ranks once, then one matrix product.
-2. `scipy`: `mannwhitneyu`, all latents at once, 8 shuffles. `scikit-learn`: `roc_auc_score`, 64 latents, 4 shuffles.
-   Theirs are counted for what they did: nobody would wait for a thousand.
-3. Beside our speed: seconds of each statistic of phase 2 with 1,000 shuffles, four controls included, and their sum.
+2. `scipy`: `mannwhitneyu`, all latents at once, 8 shuffles. `scikit-learn`: `roc_auc_score`, 64
+   latents, 4 shuffles. Theirs are counted for what they did: nobody would wait for a thousand.
+3. Beside our speed: seconds of each statistic of phase 2 with 1,000 shuffles, four controls
+   included, and their sum.
 
     python benchmarks/feature_statistics.py            # a minute: results/feature_statistics.json
 """
@@ -32,7 +35,9 @@ CATEGORIES = 7
 def activations(seed: int = 0) -> np.ndarray:
     """[text, latent], most of it zero."""
     random = np.random.default_rng(seed)
-    return np.where(random.random((TEXTS, LATENTS)) < ACTIVE, random.gamma(2.0, 4.0, (TEXTS, LATENTS)), 0.0)
+    return np.where(
+        random.random((TEXTS, LATENTS)) < ACTIVE, random.gamma(2.0, 4.0, (TEXTS, LATENTS)), 0.0
+    )
 
 
 def members() -> np.ndarray:
@@ -55,12 +60,10 @@ def ours() -> Callable:
 
 def everything() -> dict[str, float]:
     """Seconds of each statistic of phase 2."""
-    from lenslab.analysis.concepts import coactivation, concept_features
-    from lenslab.analysis.counts import count_specialists_null
-    from lenslab.analysis.features import summarize_features
-    from lenslab.analysis.labels import label_texts
-    from lenslab.analysis.specialists import discriminate, find_specialists
-    from lenslab.data import load_probes
+    from lenslab.features.ranking import count_specialists_null, summarize_features
+    from lenslab.features.specialists import discriminate, find_specialists
+    from lenslab.features.together import coactivation, concept_features
+    from lenslab.texts import label_texts, load_probes
 
     labels = label_texts(load_probes("categories"))
     matrix, controls = activations(), {f"control {i}": activations(i) for i in range(1, 5)}
@@ -120,7 +123,9 @@ CONTESTANTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--contestant", choices=sorted(CONTESTANTS), help=argparse.SUPPRESS)
     given = parser.parse_args()

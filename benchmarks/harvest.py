@@ -1,11 +1,13 @@
 """Harvesting activations: ours against SAELens's ActivationsStore and a bare Hugging Face forward.
 
-The same job for all: the residual stream after block 3 of pocket-gpt for the same 256 windows of 256 tokens, 16
-windows a pass, no gradients. Once with every contestant in float32, what `harvest` computes in by default when it
-returns activations; once, where the machine computes bf16 fast, with every contestant under bf16 autocast, what it
-computes in for a store. What comes out is float32 each time.
+The same job for all: the residual stream after block 3 of pocket-gpt for the same 256 windows of
+256 tokens, 16 windows a pass, no gradients. Once with every contestant in float32, what `harvest`
+computes in by default when it returns activations; once, where the machine computes bf16 fast, with
+every contestant under bf16 autocast, what it computes in for a store. What comes out is float32
+each time.
 
-    python benchmarks/harvest.py            # writes results/harvest_float32.json and harvest_bfloat16.json
+    python benchmarks/harvest.py            # writes results/harvest_float32.json and
+    harvest_bfloat16.json
 """
 
 from __future__ import annotations
@@ -33,14 +35,16 @@ def tokens() -> torch.Tensor:
 
 
 def in_bf16() -> bool:
-    """Read here and not from lenslab: importing that would tune the allocator of "as shipped" contestants."""
+    """Read here and not from lenslab: importing that would tune the allocator of "as shipped"
+    contestants."""
     return os.environ[PRECISION] == "bfloat16"
 
 
 def ours():
-    """lenslab.activations.harvest, results in memory."""
-    from lenslab.activations import TokenBatch, harvest
+    """lenslab.capture.harvest, results in memory."""
+    from lenslab.capture import harvest
     from lenslab.models import load_model
+    from lenslab.tokens import TokenBatch
 
     model, ids = load_model("pocket-gpt"), tokens()
     real = torch.ones_like(ids, dtype=torch.bool)
@@ -91,7 +95,8 @@ def saelens():
 
 
 def saelens_as_shipped():
-    """SAELens's store as its trainer reads it: through the mixing buffer, with the system's allocator."""
+    """SAELens's store as its trainer reads it: through the mixing buffer, with the system's
+    allocator."""
     store = _saelens_store()
 
     @torch.no_grad()
@@ -105,7 +110,9 @@ def hugging_face():
     """A forward hook and an exception that stops the run: the least that any library can do."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()  # with its own default attention
+    model = AutoModelForCausalLM.from_pretrained(
+        MODEL, dtype=torch.float32
+    ).eval()  # with its own default attention
     ids, autocast, kept = tokens(), in_bf16(), []
 
     class Stop(Exception):
@@ -141,10 +148,16 @@ CONTESTANTS = {
 
 def main() -> None:
     global WINDOWS
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--windows", type=int, default=WINDOWS, help="fewer for a trial; a claim needs them all")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), action="append", help="default both")
+    parser.add_argument(
+        "--windows", type=int, default=WINDOWS, help="fewer for a trial; a claim needs them all"
+    )
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), action="append", help="default both"
+    )
     parser.add_argument("--contestant", choices=sorted(CONTESTANTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     WINDOWS = arguments.windows

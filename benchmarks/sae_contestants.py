@@ -1,11 +1,13 @@
-"""How each library trains one SAE on the same vectors: its own trainer, its own loop, the same order of vectors.
+"""How each library trains one SAE on the same vectors: its own trainer, its own loop, the same
+order of vectors.
 
-1. Vectors are activations of pocket-gpt, harvested once, scaled to a mean norm of sqrt(d_in) and saved; every
-   contestant reads that file, whatever environment it runs in.
-2. `train(job, vectors)` builds the library's SAE, trains it by the library's own trainer and returns it, in the form
-   that is used afterwards, for the check that something was learned.
-3. Settings are the library's own, but for what the job says (architecture, sizes, learning rate, seed) and for bf16
-   autocast, which every contestant gets where the machine computes it fast, unless it is called "as shipped".
+1. Vectors are activations of pocket-gpt, harvested once, scaled to a mean norm of sqrt(d_in) and
+   saved; every contestant reads that file, whatever environment it runs in.
+2. `train(job, vectors)` builds the library's SAE, trains it by the library's own trainer and
+   returns it, in the form that is used afterwards, for the check that something was learned.
+3. Settings are the library's own, but for what the job says (architecture, sizes, learning rate,
+   seed) and for bf16 autocast, which every contestant gets where the machine computes it fast,
+   unless it is called "as shipped".
 
 Nothing here imports lenslab at its head: peers run in environments that have it not.
 """
@@ -19,7 +21,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from importlib import import_module  # peers are not requirements of this project: named by string, never by statement
+from importlib import (
+    import_module,  # peers are not requirements of this project: named by string, never by statement
+)
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,19 +84,24 @@ def precision() -> str:
 
 
 def autocast(enabled: bool = True) -> Any:
-    """bf16 around a whole training: without the cache of cast weights, which would keep those of the first step."""
+    """bf16 around a whole training: without the cache of cast weights, which would keep those of
+    the first step."""
     return (
-        torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False) if enabled and fast_bf16() else nullcontext()
+        torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
+        if enabled and fast_bf16()
+        else nullcontext()
     )
 
 
 def vectors_file(n: int) -> Path:
-    """The file of `n` training vectors and HELD_OUT more, harvested by lenslab if it is not there: [vector, d_in]."""
-    from lenslab.activations import harvest, pack
-    from lenslab.data import sampled_text
+    """The file of `n` training vectors and HELD_OUT more, harvested by lenslab if it is not there:
+    [vector, d_in]."""
+    from lenslab.capture import harvest
+    from lenslab.files import atomic_write, content_key
     from lenslab.models import load_model, model_key
-    from lenslab.paths import atomic_write, content_key
     from lenslab.runtime import derive_generator
+    from lenslab.texts import sampled_text
+    from lenslab.tokens import pack
 
     model, total = load_model(MODEL), n + HELD_OUT
     file = CACHE / f"vectors-{n}-{content_key(model_key(model), HOOK)}.npy"
@@ -102,7 +111,8 @@ def vectors_file(n: int) -> Path:
         x = harvest(model, batch, HOOK, compute="float32")[HOOK][batch.real][:total]
         if len(x) < total:
             raise ValueError(f"only {len(x)} vectors for {total}: ask for fewer")
-        # documents of the held-out vectors, the last ones, are not trained on: only the others are shuffled
+        # documents of the held-out vectors, the last ones, are not trained on: only the others are
+        # shuffled
         x[:n] = x[torch.randperm(n, generator=derive_generator(0, "benchmark vectors"))]
         x *= math.sqrt(x.shape[1]) / x[:n].norm(dim=1).mean()
         with atomic_write(file) as temporary:
@@ -137,22 +147,29 @@ def held_out(sae: Trained, x: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def set_mean_l0(sae: Any, vectors: Tensor, k: int) -> None:
-    """One threshold for all latents of a JumpReLU SAE, such that k are active on average on some training vectors."""
+    """One threshold for all latents of a JumpReLU SAE, such that k are active on average on some
+    training vectors."""
     sae.threshold.data.zero_()
     active = torch.cat([sae.encode(part) for part in vectors[:CALIBRATION].split(1024)]).flatten()
     sae.threshold.data.fill_(float(active.topk(k * min(CALIBRATION, len(vectors)) + 1).values[-1]))
 
 
-# ------------------------------------------------------------------------------------------------ the contestants
+# ------------------------------------------------------------------------------------------------
+# the contestants
 
 
 class InOrder:
-    """A source of lenslab's (`lenslab.sae.sources.VectorSource`) that deals vectors out as they lie, as `batches`."""
+    """A source of lenslab's (`lenslab.sae.train.sources.VectorSource`) that deals vectors out as
+    they lie, as `batches`."""
 
     known_by = "vectors"
 
     def __init__(self, vectors: Tensor):
-        self.vectors, self.key, self.metadata = vectors, f"{len(vectors)} in order", {"model_name": MODEL}
+        self.vectors, self.key, self.metadata = (
+            vectors,
+            f"{len(vectors)} in order",
+            {"model_name": MODEL},
+        )
         self.widths = {HOOK: vectors.shape[1]}
 
     def sizes(self, epoch: int) -> list[int]:
@@ -170,10 +187,12 @@ class Synthetic(InOrder):
 
     def __init__(self, n: int, d_in: int = 256):
         from lenslab.runtime import derive_generator
-        from lenslab.sae.sources import POOL
+        from lenslab.sae.train.sources import POOL
 
         self.n, self.largest, self.generator = n, min(n, POOL), derive_generator
-        self.directions = torch.randn(1024, d_in, generator=derive_generator(0, "synthetic directions"))
+        self.directions = torch.randn(
+            1024, d_in, generator=derive_generator(0, "synthetic directions")
+        )
         self.key, self.metadata, self.widths = f"{n} synthetic", {"model_name": MODEL}, {HOOK: d_in}
 
     def sizes(self, epoch: int) -> list[int]:
@@ -184,7 +203,9 @@ class Synthetic(InOrder):
         active = torch.randint(len(self.directions), (self.largest, 8), generator=generator)
         strength = torch.rand(self.largest, 8, generator=generator)
         return {
-            HOOK: torch.nn.functional.embedding_bag(active, self.directions, per_sample_weights=strength, mode="sum")
+            HOOK: torch.nn.functional.embedding_bag(
+                active, self.directions, per_sample_weights=strength, mode="sum"
+            )
         }
 
 
@@ -200,8 +221,8 @@ def lenslab_from_stream(job: Job) -> Trained:
 
 
 def _lenslab(job: Job, source: Any, d_in: int) -> Trained:
-    from lenslab.sae.architectures import build_sae
-    from lenslab.sae.training import TrainingConfig, train
+    from lenslab.sae.train.architectures import build_sae
+    from lenslab.sae.train.trainer import TrainingConfig, train
 
     metadata = {"hook_name": HOOK, "model_name": MODEL}
     options = {"sparsity": job.l1} if job.architecture == "relu" else {"k": job.k}
@@ -249,7 +270,8 @@ def saelens(job: Job, vectors: Tensor, *, tuned: bool = True) -> Trained:
 
 
 def saelens_centred(job: Job, vectors: Tensor) -> Trained:
-    """SAELens's trainer on vectors less their mean, which lenslab subtracts by itself; folded into the bias after."""
+    """SAELens's trainer on vectors less their mean, which lenslab subtracts by itself; folded into
+    the bias after."""
     mean = vectors.mean(0)
     sae = saelens(job, vectors - mean)
     sae.b_dec.data += mean  # the encoder reads x - b_dec
@@ -273,20 +295,31 @@ def saelens_as_shipped(job: Job, vectors: Tensor) -> Trained:
 
 
 def dictionary_learning(job: Job, vectors: Tensor) -> Trained:
-    """dictionary-learning's trainSAE; on a CPU it has no autocast of its own, so it is given one from outside."""
+    """dictionary-learning's trainSAE; on a CPU it has no autocast of its own, so it is given one
+    from outside."""
     names = {"topk": "TopKTrainer", "relu": "StandardTrainer", "batchtopk": "BatchTopKTrainer"}
     trainers = import_module("dictionary_learning.trainers")
     training = import_module("dictionary_learning.training")
     trainer = getattr(trainers, names[job.architecture])
     kept = []
 
-    class Kept(trainer):  # trainSAE returns nothing: this is how to get at what it trained without a pickle
+    class Kept(
+        trainer
+    ):  # trainSAE returns nothing: this is how to get at what it trained without a pickle
         def __init__(self, **options: Any):
             super().__init__(**options)
             kept.append(self)
 
-    options = dict(steps=job.steps, activation_dim=vectors.shape[1], dict_size=job.d_sae, lr=job.lr, seed=job.seed)
-    options |= dict(warmup_steps=job.steps // 20, decay_start=job.steps - max(1, job.steps // 5), device="cpu")
+    options = dict(
+        steps=job.steps,
+        activation_dim=vectors.shape[1],
+        dict_size=job.d_sae,
+        lr=job.lr,
+        seed=job.seed,
+    )
+    options |= dict(
+        warmup_steps=job.steps // 20, decay_start=job.steps - max(1, job.steps // 5), device="cpu"
+    )
     if job.architecture == "relu":
         options |= dict(l1_penalty=job.l1, sparsity_warmup_steps=None)
     else:
@@ -302,11 +335,14 @@ def dictionary_learning(job: Job, vectors: Tensor) -> Trained:
 
 
 def eai_sparsify(job: Job, vectors: Tensor) -> Trained:
-    """sparsify's Trainer, which reads from a model only: its model here looks the saved vectors up and does no more.
+    """sparsify's Trainer, which reads from a model only: its model here looks the saved vectors up
+    and does no more.
 
     TopK alone. Its optimizer is its default (schedule-free sign descent) at its own learning rate.
     """
-    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # where triton is installed it would be given CPU tensors
+    os.environ.setdefault(
+        "SPARSIFY_DISABLE_TRITON", "1"
+    )  # where triton is installed it would be given CPU tensors
     sparsify = import_module("sparsify")
     datasets = import_module("datasets")
     if job.architecture != "topk":
@@ -327,7 +363,9 @@ def eai_sparsify(job: Job, vectors: Tensor) -> Trained:
         trainer = sparsify.Trainer(config, data, _LookUp(vectors))
         trainer.save = lambda *given, **options: None  # nothing of a speed measurement is kept
         trainer.fit()
-    for optimizer in trainer.optimizers:  # as its own saving does: the averaged weights are the result
+    for (
+        optimizer
+    ) in trainer.optimizers:  # as its own saving does: the averaged weights are the result
         optimizer.eval()
     return _Dense(trainer.saes["site"], job.d_sae)
 
@@ -340,7 +378,9 @@ class _Dense:
 
     def encode(self, x: Tensor) -> Tensor:
         found = self.sae.encode(x)
-        return torch.zeros(len(x), self.d_sae).scatter_(1, found.top_indices, found.top_acts.float())
+        return torch.zeros(len(x), self.d_sae).scatter_(
+            1, found.top_indices, found.top_acts.float()
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents @ self.sae.W_dec + self.sae.b_dec
@@ -364,15 +404,17 @@ class _LookUp(torch.nn.Module):
         return self.site(self.vectors[input_ids])
 
 
-# -------------------------------------------------------------------------------------------- from the model itself
+# -------------------------------------------------------------------------------------------- from
+# the model itself
 
 
 def tokens_file(n: int) -> Path:
-    """The file of `n` windows of tokens and 32 more that nobody trains on: [window, 256], BOS first."""
-    from lenslab.activations import pack
-    from lenslab.data import sampled_text
+    """The file of `n` windows of tokens and 32 more that nobody trains on: [window, 256], BOS
+    first."""
+    from lenslab.files import atomic_write, content_key
     from lenslab.models import load_model, model_key
-    from lenslab.paths import atomic_write, content_key
+    from lenslab.texts import sampled_text
+    from lenslab.tokens import pack
 
     model, total = load_model(MODEL), n + UNSEEN_WINDOWS
     file = CACHE / f"tokens-{n}-{content_key(model_key(model))}.npy"
@@ -387,9 +429,9 @@ def tokens_file(n: int) -> Path:
 
 def lenslab_from_model(job: Job, ids: Tensor) -> tuple[Trained, Any]:
     """lenslab's train on what its model computes as it goes -> (SAE, model)."""
-    from lenslab.activations import TokenBatch
     from lenslab.models import load_model
-    from lenslab.sae.sources import ModelSource
+    from lenslab.sae.train.sources import ModelSource
+    from lenslab.tokens import TokenBatch
 
     model = load_model(MODEL, device="cpu")
     real = ~torch.isin(ids, torch.tensor(model.tokenizer.all_special_ids))
@@ -409,16 +451,22 @@ def saelens_from_model(job: Job, ids: Tensor, *, tuned: bool = True) -> tuple[Tr
     from transformer_lens.model_bridge import TransformerBridge
 
     fast = tuned and fast_bf16()
-    model = TransformerBridge.boot_transformers(str(HERE.parent / "data" / "models" / MODEL), device="cpu").eval()
+    model = TransformerBridge.boot_transformers(
+        str(HERE.parent / "data" / "models" / MODEL), device="cpu"
+    ).eval()
     config = LanguageModelSAERunnerConfig(
-        sae=TopKTrainingSAEConfig(d_in=int(model.cfg.d_model), d_sae=job.d_sae, k=job.k, device="cpu"),
+        sae=TopKTrainingSAEConfig(
+            d_in=int(model.cfg.d_model), d_sae=job.d_sae, k=job.k, device="cpu"
+        ),
         model_name=MODEL,
         hook_name=HOOK,
         streaming=False,
         context_size=ids.shape[1],
         training_tokens=job.samples,
         train_batch_size_tokens=job.batch,
-        store_batch_size_prompts=16 if tuned else 32,  # 16 is the faster of the two here, 32 the default
+        store_batch_size_prompts=16
+        if tuned
+        else 32,  # 16 is the faster of the two here, 32 the default
         exclude_special_tokens=True,
         autocast=fast,
         autocast_lm=fast,
@@ -437,11 +485,13 @@ def saelens_from_model(job: Job, ids: Tensor, *, tuned: bool = True) -> tuple[Tr
     return _saelens_inference(runner.run()), model
 
 
-# --------------------------------------------------------------------------------------------------- timing
+# ---------------------------------------------------------------------------------------------------
+# timing
 
 
 def prepare(train: Train, job: Job, file: str, warm: int = 4) -> Callable[[], Any]:
-    """For `compare.timed`: warm up with a few steps, then time all of them; FVU and L0 are measured afterwards."""
+    """For `compare.timed`: warm up with a few steps, then time all of them; FVU and L0 are measured
+    afterwards."""
 
     def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
         vectors, unseen = load_vectors(file)
@@ -450,8 +500,11 @@ def prepare(train: Train, job: Job, file: str, warm: int = 4) -> Callable[[], An
             sae = train(job, vectors)
 
             def check() -> dict[str, float]:
-                # SAELens's running threshold needs hundreds of steps to arrive: set it, for both libraries alike
-                if job.architecture == "batchtopk" and isinstance(sae.threshold, torch.nn.Parameter):
+                # SAELens's running threshold needs hundreds of steps to arrive: set it, for both
+                # libraries alike
+                if job.architecture == "batchtopk" and isinstance(
+                    sae.threshold, torch.nn.Parameter
+                ):
                     set_mean_l0(sae, vectors, job.k)
                 return checked(held_out(sae, unseen))
 
@@ -462,8 +515,11 @@ def prepare(train: Train, job: Job, file: str, warm: int = 4) -> Callable[[], An
     return make
 
 
-def prepare_end_to_end(train: Callable[..., tuple[Trained, Any]], job: Job, file: str) -> Callable[[], Any]:
-    """As `prepare`, from windows of tokens; the check reads the stream of the windows that were left out."""
+def prepare_end_to_end(
+    train: Callable[..., tuple[Trained, Any]], job: Job, file: str
+) -> Callable[[], Any]:
+    """As `prepare`, from windows of tokens; the check reads the stream of the windows that were
+    left out."""
 
     def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
         ids = torch.from_numpy(np.load(file))
@@ -487,9 +543,12 @@ def stream(model: Any, ids: Tensor) -> Tensor:
 
 
 def checked(found: dict[str, float]) -> dict[str, float]:
-    """Refuse a contestant that did not train: predicting the mean of all vectors has an FVU of 1."""
+    """Refuse a contestant that did not train: predicting the mean of all vectors has an FVU of
+    1."""
     if not found["fvu"] < 0.9:
-        raise RuntimeError(f"it did not train: held-out FVU {found['fvu']:.3f}, L0 {found['l0']:.1f}")
+        raise RuntimeError(
+            f"it did not train: held-out FVU {found['fvu']:.3f}, L0 {found['l0']:.1f}"
+        )
     return found
 
 

@@ -1,19 +1,22 @@
-"""Training SAEs: ours against SAELens, dictionary-learning and sparsify, vectors per second on the same vectors.
+"""Training SAEs: ours against SAELens, dictionary-learning and sparsify, vectors per second on the
+same vectors.
 
-The same job for all (`sae_contestants.Job`): d_in 256, d_sae 4096, k 32, steps of 4,096 vectors, on this machine's
-CPU; bf16 autocast and a tuned allocator for every contestant but "as shipped", float32 where the CPU has no bf16
-instructions. Every contestant trains by its own trainer and must reach a held-out FVU below 0.9.
+The same job for all (`sae_contestants.Job`): d_in 256, d_sae 4096, k 32, steps of 4,096 vectors, on
+this machine's CPU; bf16 autocast and a tuned allocator for every contestant but "as shipped",
+float32 where the CPU has no bf16 instructions. Every contestant trains by its own trainer and must
+reach a held-out FVU below 0.9.
 
-1. `topk`, `relu`, `batchtopk`: from a file of vectors; `end_to_end`: from pocket-gpt and its tokens. `relu` is short
-   and its penalty light, so that a quarter of the latents stay active; `relu_sparse` is longer and heavier, nearer to
-   the L0 that such SAEs are trained for.
-2. Beside our speed stands how much of the machine's matrix-product peak it is, measured in the same run, and which
-   operations the rest of the time goes into.
+1. `topk`, `relu`, `batchtopk`: from a file of vectors; `end_to_end`: from pocket-gpt and its
+   tokens. `relu` is short and its penalty light, so that a quarter of the latents stay active;
+   `relu_sparse` is longer and heavier, nearer to the L0 that such SAEs are trained for.
+2. Beside our speed stands how much of the machine's matrix-product peak it is, measured in the same
+   run, and which operations the rest of the time goes into.
 3. `--memory`: the peak memory of training on 8 million vectors against that on 1 million.
 
-    python benchmarks/sae_training.py                # all five, 80 minutes: results/sae_training_*.json
-    python benchmarks/sae_training.py --memory       # four minutes: results/sae_training_memory.json
-    python benchmarks/sae_training.py --quick        # toy sizes, nothing written to results/
+    python benchmarks/sae_training.py                # all five, 80 minutes:
+    results/sae_training_*.json python benchmarks/sae_training.py --memory       # four minutes:
+    results/sae_training_memory.json python benchmarks/sae_training.py --quick        # toy sizes,
+    nothing written to results/
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ from compare import Contestant, PeerFailed, run_contestant, timed
 from sae_contestants import Job, fast_bf16, job_from
 
 VECTORS, WINDOWS = 1 << 18, 2048
-JOBS = {name: Job(architecture=name) for name in ("topk", "relu", "batchtopk")} | {"end_to_end": Job()}
+JOBS = {name: Job(architecture=name) for name in ("topk", "relu", "batchtopk")} | {
+    "end_to_end": Job()
+}
 JOBS["relu_sparse"] = Job(architecture="relu", l1=4.0, steps=400)
 QUICK = dict(d_sae=512, batch=512, steps=60)
 TRAINERS: dict[str, Callable[..., Any]] = {
@@ -55,7 +60,11 @@ FROM_MODEL: dict[str, Callable[..., Any]] = {
     "saelens": entries.saelens_from_model,
     "saelens-as-shipped": partial(entries.saelens_from_model, tuned=False),
 }
-OTHERS = ["lenslab", "saelens", "dictionary-learning"]  # sparsify has topk alone; as shipped costs minutes a round
+OTHERS = [
+    "lenslab",
+    "saelens",
+    "dictionary-learning",
+]  # sparsify has topk alone; as shipped costs minutes a round
 PEERS = {"topk": list(TRAINERS), "relu": OTHERS, "batchtopk": OTHERS, "relu_sparse": OTHERS}
 PEERS["end_to_end"] = list(FROM_MODEL)[:2]  # as shipped costs two minutes a round
 MEMORY_SIZES = (1_000_000, 8_000_000)
@@ -73,11 +82,13 @@ def contestants(kind: str, job: Job, file: str) -> dict[str, Contestant]:
     return found
 
 
-# ------------------------------------------------------------------- how much of the machine, and where the rest goes
+# ------------------------------------------------------------------- how much of the machine, and
+# where the rest goes
 
 
 def matrix_peak() -> tuple[int, Callable[[], dict[str, float]]]:
-    """The fastest matrix product of this machine, GFLOP/s, over the shapes of the job and a large square one."""
+    """The fastest matrix product of this machine, GFLOP/s, over the shapes of the job and a large
+    square one."""
     best, start = {}, time.perf_counter()
     for dtype in (torch.bfloat16, torch.float32) if fast_bf16() else (torch.float32,):
         for m, k, n in ((4096, 256, 4096), (4096, 4096, 256), (2048, 2048, 2048)):
@@ -88,17 +99,24 @@ def matrix_peak() -> tuple[int, Callable[[], dict[str, float]]]:
                 a @ b
                 speed = 2 * m * k * n / (time.perf_counter() - begun) / 1e9
                 best[str(dtype)[6:]] = max(best.get(str(dtype)[6:], 0.0), speed)
-    return 1, lambda: {"peak_gflops": max(best.values()), "seconds_taken": time.perf_counter() - start, **best}
+    return 1, lambda: {
+        "peak_gflops": max(best.values()),
+        "seconds_taken": time.perf_counter() - start,
+        **best,
+    }
 
 
 class Products(TorchDispatchMode):
-    """Counts the operations of matrix products: dense ones, and sparse ones by the entries they hold."""
+    """Counts the operations of matrix products: dense ones, and sparse ones by the entries they
+    hold."""
 
     def __init__(self) -> None:
         super().__init__()
         self.dense = self.sparse = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         packet = function.overloadpacket
         if packet in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
@@ -114,7 +132,8 @@ class Products(TorchDispatchMode):
 
 
 def profile(job: Job, file: str) -> tuple[int, Callable[[], dict[str, Any]]]:
-    """Our own training under torch's profiler: share of the time per operation, and the products' operations."""
+    """Our own training under torch's profiler: share of the time per operation, and the products'
+    operations."""
     from torch.profiler import ProfilerActivity
 
     vectors, _ = entries.load_vectors(file)
@@ -128,20 +147,32 @@ def profile(job: Job, file: str) -> tuple[int, Callable[[], dict[str, Any]]]:
     events = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)
     inside = sum(e.self_cpu_time_total for e in events) / 1e6
     top = [
-        {"operation": e.key, "share": round(e.self_cpu_time_total / 1e6 / seconds, 4), "calls": e.count}
+        {
+            "operation": e.key,
+            "share": round(e.self_cpu_time_total / 1e6 / seconds, 4),
+            "calls": e.count,
+        }
         for e in events[:12]
     ]
     return job.samples, lambda: {
         "dense_gflop_per_vector": products.dense / job.samples / 1e9,
         "sparse_gflop_per_vector": products.sparse / job.samples / 1e9,
-        "where_the_time_goes": {"outside_operations": round(max(0.0, 1 - inside / seconds), 4), "top": top},
+        "where_the_time_goes": {
+            "outside_operations": round(max(0.0, 1 - inside / seconds), 4),
+            "top": top,
+        },
     }
 
 
-def more(kind: str, job: Job, file: str, arguments: list[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def more(
+    kind: str, job: Job, file: str, arguments: list[str]
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def found(taken: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         checks = {
-            name: {key: round(statistics.median(one[key] for one in rounds), 4) for key in ("fvu", "l0")}
+            name: {
+                key: round(statistics.median(one[key] for one in rounds), 4)
+                for key in ("fvu", "l0")
+            }
             for name, rounds in taken.items()
         }
         result: dict[str, Any] = {
@@ -152,7 +183,10 @@ def more(kind: str, job: Job, file: str, arguments: list[str]) -> Callable[[dict
         }
         if kind == "end_to_end":
             return result
-        peaks = [run_contestant(__file__, "matrix-peak", Contestant(matrix_peak), arguments) for _ in range(3)]
+        peaks = [
+            run_contestant(__file__, "matrix-peak", Contestant(matrix_peak), arguments)
+            for _ in range(3)
+        ]
         seen = run_contestant(__file__, "profile", Contestant(matrix_peak), arguments)
         speed = statistics.median(one["units"] / one["seconds"] for one in taken["lenslab"])
         peak, dense = max(one["peak_gflops"] for one in peaks), 10 * 256 * job.d_sae / 1e9
@@ -161,7 +195,9 @@ def more(kind: str, job: Job, file: str, arguments: list[str]) -> Callable[[dict
             "matrix_products": {
                 "peak_gflops": round(peak),
                 "peak_float32_gflops": round(max(one["float32"] for one in peaks)),
-                "executed_gflops": {kind: round(flop * speed, 1) for kind, flop in executed.items()},
+                "executed_gflops": {
+                    kind: round(flop * speed, 1) for kind, flop in executed.items()
+                },
                 "share_of_peak": round(sum(executed.values()) * speed / peak, 3),
                 "share_of_peak_if_all_were_dense": round(dense * speed / peak, 3),
                 "counted": "executed: dense and sparse matrix products as run; if all were dense: 10 d_in d_sae per "
@@ -173,7 +209,8 @@ def more(kind: str, job: Job, file: str, arguments: list[str]) -> Callable[[dict
     return found
 
 
-# ------------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------------------
+# memory
 
 
 def peak_memory(job: Job, n: int) -> tuple[int, Callable[[], dict[str, float]]]:
@@ -191,7 +228,7 @@ def memory(job: Job, sizes: tuple[int, int], write: bool) -> dict[str, Any]:
         extra = ["--job", json.dumps(asdict(job)), "--count", str(n)]
         found[n] = run_contestant(__file__, "memory", Contestant(matrix_peak), extra)["peak_mb"]
         print(f"{n:10,} vectors: peak {found[n]:8.0f} MB", flush=True)
-    from lenslab.paths import write_json
+    from lenslab.files import write_json
 
     small, large = sizes
     name = f"lenslab, {small:,} vectors"
@@ -199,7 +236,10 @@ def memory(job: Job, sizes: tuple[int, int], write: bool) -> dict[str, Any]:
         f"training on {large:,} vectors takes at most 1.1 times the memory of training on {small:,}",
         "MB",
         "lenslab",
-        {"lenslab": [{"units": found[large], "seconds": 1}], name: [{"units": found[small], "seconds": 1}]},
+        {
+            "lenslab": [{"units": found[large], "seconds": 1}],
+            name: [{"units": found[small], "seconds": 1}],
+        },
         {},
     ) | {"holds": found[large] < 1.1 * found[small], "precision": entries.precision()}
     result["job"] = asdict(replace(job, steps=large // job.batch)) | {
@@ -210,16 +250,27 @@ def memory(job: Job, sizes: tuple[int, int], write: bool) -> dict[str, Any]:
     return result
 
 
-# ------------------------------------------------------------------------------------------------------- the run
+# -------------------------------------------------------------------------------------------------------
+# the run
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=list(JOBS), default=list(JOBS), help="some of the jobs")
-    parser.add_argument("--quick", action="store_true", help="toy sizes, one round, nothing written to results/")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(JOBS), default=list(JOBS), help="some of the jobs"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="toy sizes, one round, nothing written to results/"
+    )
     parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
-    for name in ("--contestant", "--kind", "--job", "--vectors", "--count"):  # how a contestant's process is called
+    for name in (
+        "--contestant",
+        "--kind",
+        "--job",
+        "--vectors",
+        "--count",
+    ):  # how a contestant's process is called
         parser.add_argument(name, help=argparse.SUPPRESS)
     return parser.parse_args(words)
 

@@ -1,1 +1,2 @@
-"""No package to import: this file keeps pytest's two conftest.py (here and in tests/) apart by name."""
+"""No package to import: this file keeps pytest's two conftest.py (here and in tests/) apart by
+name."""

@@ -1,7 +1,7 @@
 """nbval compares what a notebook prints and nothing else, under the conditions it was built under.
 
-Also here: a kernel that tries to reach the network fails the cell that tried, even where the code catches
-the error (`scripts/offline/sitecustomize.py` refuses and writes it down).
+Also here: a kernel that tries to reach the network fails the cell that tried, even where the code
+catches the error (`scripts/offline/sitecustomize.py` refuses and writes it down).
 """
 
 import os
@@ -14,7 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
-from notebook_execution import REFERENCE, without_widgets  # noqa: E402
+from notebook_execution import REFERENCE, without_widgets
 
 NOT_COMPARED = ("application/vnd.plotly.v1+json", "image/png", "text/html", "stderr")
 _folder = tempfile.TemporaryDirectory(prefix="lenslab-nbval-")  # removed when the process ends
@@ -27,7 +27,8 @@ def pytest_collectstart(collector):
 
 
 def pytest_itemcollected(item):
-    """Progress bars are widgets, which nbval would miss or find according to the machine's speed."""
+    """Progress bars are widgets, which nbval would miss or find according to the machine's
+    speed."""
     if type(item).__name__ == "IPyNbCell":
         compare = item.compare_outputs
         item.compare_outputs = lambda test, ref, **options: compare(
@@ -42,7 +43,12 @@ def pytest_runtest_setup(item):
         return (yield)
     blocker = str(REPOSITORY / "scripts" / "offline")
     path = os.pathsep.join(filter(None, [blocker, os.environ.get("PYTHONPATH")]))
-    own = {"PYTHONPATH": path, "LENSLAB_OUTPUTS": _folder.name, "LENSLAB_NETWORK_LOG": str(ATTEMPTS), "LENSLAB_PNG": ""}
+    own = {
+        "PYTHONPATH": path,
+        "LENSLAB_OUTPUTS": _folder.name,
+        "LENSLAB_NETWORK_LOG": str(ATTEMPTS),
+        "LENSLAB_PNG": "",
+    }
     before = {name: os.environ.get(name) for name in REFERENCE | own}
     os.environ.update(REFERENCE | own)
     for name in ("LENSLAB_MODEL", "LENSLAB_MODEL_TWIN", "LENSLAB_FULL"):

@@ -1,12 +1,14 @@
 """Do the notebooks keep to the policy, and does comparing their printed text mean anything?
 
-- `policy`: what can be read off the files (also a test): built from their source, executed, short, small, printing.
-- `stability`: executed with 1 and 2 threads and on other instruction sets, every compared cell prints the same.
-- `sensitivity`: executed on the random-weight twin, at least 40 % of the compared cells print something else;
-  else the comparison would pass whatever the model does.
+- `policy`: what can be read off the files (also a test): built from their source, executed, short,
+  small, printing.
+- `stability`: executed with 1 and 2 threads and on other instruction sets, every compared cell
+  prints the same.
+- `sensitivity`: executed on the random-weight twin, at least 40 % of the compared cells print
+  something else; else the comparison would pass whatever the model does.
 
-The last two execute everything several times (`make check-notebooks`, minutes) and write what they measured to
-`benchmarks/results/notebooks.json`.
+The last two execute everything several times (`make check-notebooks`, minutes) and write what they
+measured to `benchmarks/results/notebooks.json`.
 """
 
 from __future__ import annotations
@@ -32,22 +34,36 @@ from notebook_execution import (
     same_source,
 )
 
-from lenslab.paths import REPOSITORY, write_json
+from lenslab.files import REPOSITORY, write_json
 from lenslab.runtime import machine_summary
 from lenslab.show.images import PLOTLY_MIME
 
-LIMIT_BYTES, PRINT_SHARE, SHORT_LINES, SHORT_SHARE, LONGEST_OUTPUT, SENSITIVE_SHARE = 1_500_000, 0.6, 12, 0.9, 40, 0.4
+LIMIT_BYTES, PRINT_SHARE, SHORT_LINES, SHORT_SHARE, LONGEST_OUTPUT, SENSITIVE_SHARE = (
+    1_500_000,
+    0.6,
+    12,
+    0.9,
+    40,
+    0.4,
+)
 MAY_DEFINE = ("phase_4",)  # builds an SAE before the reader's eyes
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:work|root|home|Users|tmp|var|opt|usr)/[\w.]")
 TOO_PRECISE = re.compile(r"(?<![\w.])-?\d+\.\d{5,}")
-NETWORK = re.compile(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//[^"'>]+\.(?:js|css)""", re.IGNORECASE)
+NETWORK = re.compile(
+    r"""(?:src|href)\s*=\s*["']?(?:https?:)?//[^"'>]+\.(?:js|css)""", re.IGNORECASE
+)
 
-# One line per condition: threads, then instruction sets. Torch's own kernels, oneDNN and MKL each choose theirs.
+# One line per condition: threads, then instruction sets. Torch's own kernels, oneDNN and MKL each
+# choose theirs.
 CONDITIONS = {
     "1 thread": {"OMP_NUM_THREADS": "1"},
     "2 threads": {"OMP_NUM_THREADS": "2"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"},
-    "default": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
+    "default": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_CBWR": "COMPATIBLE",
+    },
 }
 
 
@@ -60,7 +76,9 @@ def policy(source: Path, built: Path) -> tuple[list[str], dict]:
     texts, sources = [printed(cell) for cell in cells], [cell.source for cell in cells]
     outputs = [output for cell in cells for output in cell.outputs]
     lengths = [len(text.strip().splitlines()) for text in sources]
-    definitions = sum(len(re.findall(r"^\s*(?:async )?(?:def|class) ", text, re.MULTILINE)) for text in sources)
+    definitions = sum(
+        len(re.findall(r"^\s*(?:async )?(?:def|class) ", text, re.MULTILINE)) for text in sources
+    )
     figures = [output.data for output in outputs if PLOTLY_MIME in output.get("data", {})]
     facts = {
         "bytes": built.stat().st_size,
@@ -76,9 +94,13 @@ def policy(source: Path, built: Path) -> tuple[list[str], dict]:
     if facts["bytes"] > LIMIT_BYTES:
         faults.append(f"{facts['bytes'] / 1e6:.2f} MB, more than {LIMIT_BYTES / 1e6}")
     if facts["printing"] < PRINT_SHARE:
-        faults.append(f"{facts['printing']:.0%} of the code cells print a result, fewer than {PRINT_SHARE:.0%}")
+        faults.append(
+            f"{facts['printing']:.0%} of the code cells print a result, fewer than {PRINT_SHARE:.0%}"
+        )
     if facts["within_12_lines"] < SHORT_SHARE:
-        faults.append(f"{facts['within_12_lines']:.0%} of the code cells are within {SHORT_LINES} lines")
+        faults.append(
+            f"{facts['within_12_lines']:.0%} of the code cells are within {SHORT_LINES} lines"
+        )
     if definitions > 1 and not source.stem.startswith(MAY_DEFINE):
         faults.append(f"{definitions} definitions: helpers live in the package")
     if any(output.output_type == "error" for output in outputs):
@@ -96,8 +118,15 @@ def _cell_faults(notebook: NotebookNode) -> list[str]:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             number += 1
-            text, html = printed(cell), json.dumps([o.get("data", {}).get("text/html", "") for o in cell.outputs])
-            if before is None or before.cell_type != "markdown" or not _says_something(before.source):
+            text, html = (
+                printed(cell),
+                json.dumps([o.get("data", {}).get("text/html", "") for o in cell.outputs]),
+            )
+            if (
+                before is None
+                or before.cell_type != "markdown"
+                or not _says_something(before.source)
+            ):
                 faults.append(f"code cell {number} has no sentence of purpose above it")
             if found := TOO_PRECISE.search(text):
                 faults.append(f"code cell {number} prints {found.group()}: round what is compared")
@@ -114,11 +143,16 @@ def _cell_faults(notebook: NotebookNode) -> list[str]:
 def _says_something(markdown: str) -> bool:
     """True for a sentence; a heading alone is none."""
     prose = [line for line in markdown.splitlines() if line.strip() and not line.startswith("#")]
-    return any(line.rstrip().rstrip("*_)`").endswith((".", ":", "?", "!")) or "." in line for line in prose)
+    return any(
+        line.rstrip().rstrip("*_)`").endswith((".", ":", "?", "!")) or "." in line for line in prose
+    )
 
 
-def texts_under(source: Path, folder: Path, condition: dict[str, str], label: str) -> tuple[list[str], list[int]]:
-    """What each code cell prints when executed under a condition, and the numbers of the cells that failed."""
+def texts_under(
+    source: Path, folder: Path, condition: dict[str, str], label: str
+) -> tuple[list[str], list[int]]:
+    """What each code cell prints when executed under a condition, and the numbers of the cells that
+    failed."""
     notebook = read_source(source)
     with tempfile.TemporaryDirectory() as outputs:
         environment = {**REFERENCE, **condition, "LENSLAB_OUTPUTS": outputs, "LENSLAB_PNG": ""}
@@ -134,22 +168,30 @@ def committed_texts(built: Path) -> list[str]:
 
 
 def stability(source: Path, folder: Path) -> dict:
-    """Under each condition, the code cells (from 1) that print something else than the committed file."""
+    """Under each condition, the code cells (from 1) that print something else than the committed
+    file."""
     committed, result = committed_texts(folder / f"{source.stem}.ipynb"), {}
     for label, condition in CONDITIONS.items():
         texts, errors = texts_under(source, folder, condition, label)
-        differ = [n for n, (one, other) in enumerate(zip(committed, texts, strict=True), 1) if one != other]
+        differ = [
+            n
+            for n, (one, other) in enumerate(zip(committed, texts, strict=True), 1)
+            if one != other
+        ]
         result[label] = {"differ": differ, "errors": errors}
         for n in differ:
-            print(f"  cell {n} committed:\n{committed[n - 1]}\n  under {label}:\n{texts[n - 1]}", file=sys.stderr)
+            print(
+                f"  cell {n} committed:\n{committed[n - 1]}\n  under {label}:\n{texts[n - 1]}",
+                file=sys.stderr,
+            )
     return result
 
 
 def sensitivity(source: Path, folder: Path) -> dict:
     """How many of the compared cells print something else on the random-weight twin.
 
-    A cell that fails on the twin is counted apart, not as changed: it would say that something broke, not
-    that a number moved.
+    A cell that fails on the twin is counted apart, not as changed: it would say that something
+    broke, not that a number moved.
     """
     committed = committed_texts(folder / f"{source.stem}.ipynb")
     texts, errors = texts_under(source, folder, {"LENSLAB_MODEL_TWIN": "1"}, "random twin")
@@ -184,15 +226,26 @@ def main() -> int:
         if "stability" in options.checks:
             values[name]["stability"] = stability(source, folder)
             for label, found in values[name]["stability"].items():
-                bad += [f"{name}: cells {found['differ']} differ under {label}"] if found["differ"] else []
+                bad += (
+                    [f"{name}: cells {found['differ']} differ under {label}"]
+                    if found["differ"]
+                    else []
+                )
         if "sensitivity" in options.checks:
             found = values[name]["sensitivity"] = sensitivity(source, folder)
-            print(f"{name}: {found['changed']} of {found['compared']} compared cells change on the random twin")
+            print(
+                f"{name}: {found['changed']} of {found['compared']} compared cells change on the random twin"
+            )
             bad += (
-                [f"{name}: only {found['share']:.0%} of the cells change"] if found["share"] < SENSITIVE_SHARE else []
+                [f"{name}: only {found['share']:.0%} of the cells change"]
+                if found["share"] < SENSITIVE_SHARE
+                else []
             )
     if options.record and not options.notebooks:
-        versions = {p: importlib.metadata.version(p) for p in ("torch", "transformer-lens", "sae-lens", "nbval")}
+        versions = {
+            p: importlib.metadata.version(p)
+            for p in ("torch", "transformer-lens", "sae-lens", "nbval")
+        }
         claim = (
             "Printed results of the notebooks are the same with 1 and 2 threads and on other instruction sets, "
             f"and at least {SENSITIVE_SHARE:.0%} of them change on the random-weight twin"
@@ -200,9 +253,17 @@ def main() -> int:
         machine = machine_summary()
         write_json(
             options.record,
-            {"claim": claim, "values": values, "holds": not bad, "machine": machine, "versions": versions},
+            {
+                "claim": claim,
+                "values": values,
+                "holds": not bad,
+                "machine": machine,
+                "versions": versions,
+            },
         )
-    print("\n".join(bad) if bad else f"{' and '.join(options.checks)}: fine for {', '.join(values)}")
+    print(
+        "\n".join(bad) if bad else f"{' and '.join(options.checks)}: fine for {', '.join(values)}"
+    )
     return 1 if bad else 0
 
 

@@ -1,9 +1,12 @@
-"""How well a model does what the prompt pairs ask, beside its random-weight twin; and the tables of the probes' card.
+"""How well a model does what the prompt pairs ask, beside its random-weight twin; and the tables of
+the probes' card.
 
-1. Leave out pairs that the model's tokenizer cannot use: an answer of several tokens, prompts of unequal length.
+1. Leave out pairs that the model's tokenizer cannot use: an answer of several tokens, prompts of
+   unequal length.
 2. Run every prompt alone (no padding) and read the logits at its last position.
-3. Right means that the prompt's own answer has the higher logit of the two. Counted on clean prompts, on corrupt ones
-   and on both of a pair: a model that ignores what differs gives the same order twice and is never right on both.
+3. Right means that the prompt's own answer has the higher logit of the two. Counted on clean
+   prompts, on corrupt ones and on both of a pair: a model that ignores what differs gives the same
+   order twice and is never right on both.
 4. The same for the twin: what it gets right was not learned.
 5. Write competence-MODEL.json and fill the tables of data/probes/README.md.
 
@@ -26,11 +29,11 @@ import torch
 from sklearn.metrics import roc_auc_score
 from tqdm.auto import tqdm
 
-from lenslab.activations import tokenize
-from lenslab.data import load_probes
+from lenslab.files import atomic_write, data_path, sha256_file, write_json
 from lenslab.models import load_model, model_key, model_name, random_twin
-from lenslab.paths import atomic_write, data_path, sha256_file, write_json
 from lenslab.stats import clopper_pearson
+from lenslab.texts import load_probes
+from lenslab.tokens import tokenize
 
 SIDES = ("clean", "corrupt")
 CARD = data_path("probes", "README.md")
@@ -50,7 +53,8 @@ CUES = {  # a feature that knows only this finds these shares of the texts
 
 
 def next_id(tokenizer, prompt: str, answer: str) -> int | None:
-    """The one token that an answer is where it stands, after its prompt; None where it is several, or joins it."""
+    """The one token that an answer is where it stands, after its prompt; None where it is several,
+    or joins it."""
     ids, whole = tokenizer([prompt, prompt + answer], add_special_tokens=False).input_ids
     return whole[-1] if whole[:-1] == ids else None
 
@@ -67,7 +71,8 @@ def misfit(tokenizer, pair: dict) -> str:
 
 
 def logit_differences(model, pairs: pd.DataFrame) -> pd.DataFrame:
-    """logit(own answer) - logit(the other prompt's answer) after each prompt: columns `clean`, `corrupt`."""
+    """logit(own answer) - logit(the other prompt's answer) after each prompt: columns `clean`,
+    `corrupt`."""
     prompts = [prompt for side in SIDES for prompt in pairs[f"prompt_{side}"]]
     own = [answer for side in SIDES for answer in pairs[f"answer_{side}"]]
     other = [answer for side in SIDES[::-1] for answer in pairs[f"answer_{side}"]]
@@ -77,9 +82,13 @@ def logit_differences(model, pairs: pd.DataFrame) -> pd.DataFrame:
     with tqdm(total=len(prompts), desc=model_name(model), delay=2) as bar, torch.inference_mode():
         for length in lengths.unique().tolist():  # one length at a time: nothing is padded
             for rows in (lengths == length).nonzero().flatten().split(32):
-                logits = model(batch.tokens[rows, :length].to(model.cfg.device))[:, -1].float().cpu()
+                logits = (
+                    model(batch.tokens[rows, :length].to(model.cfg.device))[:, -1].float().cpu()
+                )
                 for row, values in zip(rows.tolist(), logits, strict=True):
-                    mine, theirs = (next_id(model.tokenizer, prompts[row], a[row]) for a in (own, other))
+                    mine, theirs = (
+                        next_id(model.tokenizer, prompts[row], a[row]) for a in (own, other)
+                    )
                     found[row] = values[mine] - values[theirs]
                 bar.update(len(rows))
     clean, corrupt = found.chunk(2)
@@ -87,19 +96,24 @@ def logit_differences(model, pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def competence(pairs: pd.DataFrame, differences: pd.DataFrame) -> list[dict]:
-    """One row per task, per number of attractors and per template: shares with 95 % intervals, mean differences."""
+    """One row per task, per number of attractors and per template: shares with 95 % intervals, mean
+    differences."""
     right = pd.DataFrame({side: differences[side] > 0 for side in SIDES})
     right["both"] = right["clean"] & right["corrupt"]
     groups = [(task, "all", rows) for task, rows in pairs.groupby("task", sort=False)]
     for column in ("n_attractors", "template"):
         for (task, value), rows in pairs.groupby(["task", column], sort=False):
-            groups.append((task, ATTRACTORS[int(value)] if column == "n_attractors" else value, rows))
+            groups.append(
+                (task, ATTRACTORS[int(value)] if column == "n_attractors" else value, rows)
+            )
     found = []
     for task, group, rows in groups:
         row = {"task": task, "group": group, "pairs": len(rows)}
         for kind in right:
             interval = clopper_pearson(int(right.loc[rows.index, kind].sum()), len(rows))
-            row[f"right_{kind}"] = [round(v, 4) for v in (interval.estimate, interval.low, interval.high)]
+            row[f"right_{kind}"] = [
+                round(v, 4) for v in (interval.estimate, interval.low, interval.high)
+            ]
         means = differences.loc[rows.index].mean()
         row |= {f"difference_{side}": round(float(means[side]), 4) for side in SIDES}
         found.append(row | {"difference": round(float(means.mean()), 4)})
@@ -107,11 +121,14 @@ def competence(pairs: pd.DataFrame, differences: pd.DataFrame) -> list[dict]:
 
 
 def measure(model) -> dict:
-    """Competence of a model and of its twin on the pairs its tokenizer can use, and what it was measured with."""
+    """Competence of a model and of its twin on the pairs its tokenizer can use, and what it was
+    measured with."""
     pairs = load_probes("prompt_pairs")
     usable = pairs[[not misfit(model.tokenizer, pair) for pair in pairs.to_dict("records")]]
     if usable.empty:
-        raise SystemExit(f"{model_name(model)}: its tokenizer can use no pair (answers of several tokens).")
+        raise SystemExit(
+            f"{model_name(model)}: its tokenizer can use no pair (answers of several tokens)."
+        )
     twin = random_twin(model)
     return {
         "model": model_name(model),
@@ -121,7 +138,9 @@ def measure(model) -> dict:
         "pairs_left_out": len(pairs) - len(usable),
         "model_rows": competence(usable, logit_differences(model, usable)),
         "twin_rows": competence(usable, logit_differences(twin, usable)),
-        "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens", "lenslab")},
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "transformer-lens", "lenslab")
+        },
     }
 
 
@@ -143,14 +162,23 @@ def markdown(rows: list[dict]) -> str:
 
 def counts_table() -> str:
     rows = []
-    for name, by, within in (("categories", "category", "register"), ("matched", "form", "notation")):
+    for name, by, within in (
+        ("categories", "category", "register"),
+        ("matched", "form", "notation"),
+    ):
         for value, part in probes(name).groupby(by, sort=False):
-            parts = ", ".join(f"{k} {n}" for k, n in part.groupby(within, sort=False).size().items())
+            parts = ", ".join(
+                f"{k} {n}" for k, n in part.groupby(within, sort=False).size().items()
+            )
             rows.append({"set": name, "part": value, "texts": len(part), "of which": parts})
-            rows[-1] |= {half: int((part["split"] == half).sum()) for half in ("discovery", "held_out")}
+            rows[-1] |= {
+                half: int((part["split"] == half).sum()) for half in ("discovery", "held_out")
+            }
     for task, part in load_probes("prompt_pairs").groupby("task", sort=False):
         parts = f"{part['template'].nunique()} templates"
-        rows.append({"set": "prompt_pairs", "part": task, "texts": f"{len(part)} pairs", "of which": parts})
+        rows.append(
+            {"set": "prompt_pairs", "part": task, "texts": f"{len(part)} pairs", "of which": parts}
+        )
         rows[-1] |= {half: int((part["split"] == half).sum()) for half in ("discovery", "held_out")}
     return markdown(rows)
 
@@ -161,7 +189,12 @@ def lengths_table() -> str:
         frame = probes(name)
         for value, part in frame.groupby(by, sort=False):
             tokens = part["tokens"]
-            row = {"set": name, "part": value, "mean tokens": f"{tokens.mean():.1f}", "sd": f"{tokens.std():.1f}"}
+            row = {
+                "set": name,
+                "part": value,
+                "mean tokens": f"{tokens.mean():.1f}",
+                "sd": f"{tokens.std():.1f}",
+            }
             row |= {"min": tokens.min(), "max": tokens.max()}
             for unit in ("tokens", "characters"):
                 row[f"AUROC of {unit}"] = f"{roc_auc_score(frame[by] == value, frame[unit]):.2f}"
@@ -181,14 +214,19 @@ def cues_table() -> str:
 
 def templates_table() -> str:
     rows = []
-    for (task, template), part in load_probes("prompt_pairs").groupby(["task", "template"], sort=False):
+    for (task, template), part in load_probes("prompt_pairs").groupby(
+        ["task", "template"], sort=False
+    ):
         shown = template.replace("\n", "⏎")
-        rows.append({"task": task, "template of the clean prompt": f"`{shown}`", "pairs": len(part)})
+        rows.append(
+            {"task": task, "template of the clean prompt": f"`{shown}`", "pairs": len(part)}
+        )
     return markdown(rows)
 
 
 def competence_table() -> str:
-    """Tasks, attractors, templates of brackets. Learned: the model's interval for both lies above the twin's."""
+    """Tasks, attractors, templates of brackets. Learned: the model's interval for both lies above
+    the twin's."""
 
     def percent(values: list[float]) -> str:
         return f"{values[0]:.0%} ({values[1]:.0%} to {values[2]:.0%})"
@@ -200,20 +238,35 @@ def competence_table() -> str:
             task, group = ours["task"], ours["group"]
             if group in ("all", *ATTRACTORS) or task == "brackets":
                 shown = {"all": f"**{task}**"} | {name: f"{task}, {name}" for name in ATTRACTORS}
-                row = {"model": found["model"], "task": shown.get(group, f"`{group}`"), "pairs": ours["pairs"]}
-                row |= {f"right on {kind}": percent(ours[f"right_{kind}"]) for kind in (*SIDES, "both")}
-                row |= {"mean difference": f"{ours['difference']:+.2f}", "twin: both": percent(twin["right_both"])}
+                row = {
+                    "model": found["model"],
+                    "task": shown.get(group, f"`{group}`"),
+                    "pairs": ours["pairs"],
+                }
+                row |= {
+                    f"right on {kind}": percent(ours[f"right_{kind}"]) for kind in (*SIDES, "both")
+                }
+                row |= {
+                    "mean difference": f"{ours['difference']:+.2f}",
+                    "twin: both": percent(twin["right_both"]),
+                }
                 row["twin: difference"] = f"{twin['difference']:+.2f}"
-                rows.append(row | {"learned": "yes" if ours["right_both"][1] > twin["right_both"][2] else "no"})
+                rows.append(
+                    row
+                    | {"learned": "yes" if ours["right_both"][1] > twin["right_both"][2] else "no"}
+                )
     return markdown(rows) if rows else "Not measured yet."
 
 
 def blind_table() -> str:
-    """What the second reader saw of each kind, how many named alike, and how often another kind was considered."""
+    """What the second reader saw of each kind, how many named alike, and how often another kind was
+    considered."""
     reading = json.loads(data_path("probes", "blind_reading.json").read_text(encoding="utf-8"))
     written = probes("categories").set_index("id")["category"]
     found = pd.DataFrame(reading["labels"]).assign(category=lambda f: written[f["id"]].to_numpy())
-    found = found.assign(agrees=found["label"] == found["category"], hesitated=found["second"].notna())
+    found = found.assign(
+        agrees=found["label"] == found["category"], hesitated=found["second"].notna()
+    )
     rows = found.groupby("category", sort=False)[["agrees", "hesitated"]].agg(["size", "sum"])
     table = [
         {
@@ -252,15 +305,25 @@ def filled(card: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="pocket-gpt", help="bundled name, local folder or hub name")
-    parser.add_argument("--out", type=Path, default=data_path("probes"), help="folder of competence-MODEL.json")
-    parser.add_argument("--card", action="store_true", help="fill the tables of the card, measure nothing")
+    parser.add_argument(
+        "--model", default="pocket-gpt", help="bundled name, local folder or hub name"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=data_path("probes"), help="folder of competence-MODEL.json"
+    )
+    parser.add_argument(
+        "--card", action="store_true", help="fill the tables of the card, measure nothing"
+    )
     given = parser.parse_args(arguments)
     if not given.card:
         found = measure(load_model(given.model))
         write_json(given.out / f"competence-{found['model'].replace('/', '-')}.json", found)
         tasks = [row for row in found["model_rows"] if row["group"] == "all"]
-        print(pd.DataFrame(tasks)[["task", "pairs", "right_both", "difference"]].to_string(index=False))
+        print(
+            pd.DataFrame(tasks)[["task", "pairs", "right_both", "difference"]].to_string(
+                index=False
+            )
+        )
     if given.out == data_path("probes"):  # elsewhere the card has nothing to show
         new = filled(CARD.read_text(encoding="utf-8"))
         with atomic_write(CARD) as temporary:

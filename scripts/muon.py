@@ -1,8 +1,9 @@
 """Muon in float32: momentum, then the nearest orthogonal matrix by Newton-Schulz.
 
-`torch.optim.Muon` orthogonalises in bf16, which a CPU without bf16 instructions emulates slowly, sees a fused
-matrix as one and refuses experts, whose matrices lie one behind another in a tensor of three axes. This is the
-same algorithm, in the precision of the machine, with fused matrices split and each expert's on its own. Source of
+`torch.optim.Muon` orthogonalises in bf16, which a CPU without bf16 instructions emulates slowly,
+sees a fused matrix as one and refuses experts, whose matrices lie one behind another in a tensor of
+three axes. This is the same algorithm, in the precision of the machine, with fused matrices split
+and each expert's on its own. Source of
 the coefficients: Jordan et al. 2024.
 """
 
@@ -27,8 +28,9 @@ def orthogonalise(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups hold GPT-2's `[d_in, d_out]` matrices, query, key and value side by side, or, with `linear=True`,
-    `[..., d_out, d_in]` matrices, of which `fused` (the gate and up projections of an expert) lie one under another.
+    """Groups hold GPT-2's `[d_in, d_out]` matrices, query, key and value side by side, or, with
+    `linear=True`, `[..., d_out, d_in]` matrices, of which `fused` (the gate and up projections of
+    an expert) lie one under another.
     """
 
     def __init__(self, parameters, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -43,7 +45,9 @@ class Muon(torch.optim.Optimizer):
                 buffer.lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(buffer, group["momentum"])
                 if group.get("linear"):
-                    parts = update.unflatten(-2, (group.get("fused", 1), -1))  # [..., fused, d_out, d_in]
+                    parts = update.unflatten(
+                        -2, (group.get("fused", 1), -1)
+                    )  # [..., fused, d_out, d_in]
                     d_out, d_in = parts.shape[-2:]
                     update = orthogonalise(parts).flatten(-3, -2)
                 else:

@@ -1,8 +1,9 @@
 """Read, execute and judge the notebooks: what `build`, `run` and `check_notebooks.py` share.
 
-A notebook's source is `notebooks/interactive/NAME.py` (`# %%` cells); `notebooks/NAME.ipynb` is built from it.
-Execution runs in a kernel of this very interpreter, cell by cell, so that progress shows and an interrupted
-run keeps what it did. Numbers are compared as text: what a cell prints, and the text of its last line.
+A notebook's source is `notebooks/interactive/NAME.py` (`# %%` cells); `notebooks/NAME.ipynb` is
+built from it. Execution runs in a kernel of this very interpreter, cell by cell, so that progress
+shows and an interrupted run keeps what it did. Numbers are compared as text: what a cell prints,
+and the text of its last line.
 """
 
 from __future__ import annotations
@@ -25,8 +26,14 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled"}
-# What the committed outputs are made under, and what nbval compares them under (notebooks/conftest.py).
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "WANDB_MODE": "disabled",
+}
+# What the committed outputs are made under, and what nbval compares them under
+# (notebooks/conftest.py).
 REFERENCE = OFFLINE | {
     "OMP_NUM_THREADS": "2",
     "PYTHONHASHSEED": "0",
@@ -39,7 +46,8 @@ WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 
 @dataclass(frozen=True)
 class Execution:
-    """What became of one notebook. `cell` is the number of the failing cell among the code cells, from 1."""
+    """What became of one notebook. `cell` is the number of the failing cell among the code cells,
+    from 1."""
 
     name: str
     cells: int
@@ -64,13 +72,18 @@ def natural(path: Path) -> list:
 
 
 def find_notebooks(folder: Path, names: str = "") -> list[Path]:
-    """The sources below `folder/interactive`, in order, or those named (separated by spaces or commas).
+    """The sources below `folder/interactive`, in order, or those named (separated by spaces or
+    commas).
 
     Raises FileNotFoundError for a name that does not exist, with those that do.
     """
     sources = sorted((folder / "interactive").glob("*.py"), key=natural)
     known = {source.stem: source for source in sources}
-    wanted = [Path(name).name.removesuffix(".ipynb").removesuffix(".py") for name in re.split(r"[\s,]+", names) if name]
+    wanted = [
+        Path(name).name.removesuffix(".ipynb").removesuffix(".py")
+        for name in re.split(r"[\s,]+", names)
+        if name
+    ]
     unknown = [name for name in wanted if name not in known]
     if unknown or not known:
         raise FileNotFoundError(
@@ -80,7 +93,8 @@ def find_notebooks(folder: Path, names: str = "") -> list[Path]:
 
 
 def read_source(source: Path) -> NotebookNode:
-    """A notebook without outputs from its `.py`, the same bytes every time (cell ids are numbers)."""
+    """A notebook without outputs from its `.py`, the same bytes every time (cell ids are
+    numbers)."""
     notebook = jupytext.read(source, fmt="py:percent")
     notebook.metadata = NotebookNode(
         kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -99,11 +113,14 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 
 def same_source(one: NotebookNode, other: NotebookNode) -> bool:
     """True where both hold the same cells: kind and text, in order."""
-    return [(c.cell_type, c.source) for c in one.cells] == [(c.cell_type, c.source) for c in other.cells]
+    return [(c.cell_type, c.source) for c in one.cells] == [
+        (c.cell_type, c.source) for c in other.cells
+    ]
 
 
 def without_widgets(outputs: list) -> list:
-    """Outputs less progress bars and other widgets: whether a bar shows depends on how fast the machine is."""
+    """Outputs less progress bars and other widgets: whether a bar shows depends on how fast the
+    machine is."""
     return [output for output in outputs if WIDGET_MIME not in output.get("data", {})]
 
 
@@ -123,11 +140,14 @@ def printed(cell: NotebookNode) -> str:
 
 
 def _kernel_manager() -> AsyncKernelManager:
-    """A kernel of this interpreter: whichever `python3` kernel a user has registered elsewhere does not matter."""
+    """A kernel of this interpreter: whichever `python3` kernel a user has registered elsewhere does
+    not matter."""
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     manager = AsyncKernelManager(kernel_name="python3")
     metadata = {"supported_encryption": "curve"}  # or the kernel warns that it talks in plain text
-    manager._kernel_spec = KernelSpec(argv=argv, display_name="Python 3", language="python", metadata=metadata)
+    manager._kernel_spec = KernelSpec(
+        argv=argv, display_name="Python 3", language="python", metadata=metadata
+    )
     with suppress(Exception):  # a ZeroMQ built without encryption: then it warns
         manager.transport_encryption = "auto"
     return manager
@@ -135,13 +155,16 @@ def _kernel_manager() -> AsyncKernelManager:
 
 def _peak_memory(manager: AsyncKernelManager) -> int | None:
     with suppress(OSError, AttributeError, ValueError):
-        status = Path(f"/proc/{manager.provisioner.pid}/status").read_text(encoding="ascii", errors="replace")
+        status = Path(f"/proc/{manager.provisioner.pid}/status").read_text(
+            encoding="ascii", errors="replace"
+        )
         return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) // 1024
     return None
 
 
 def _cause_of_death(manager: AsyncKernelManager) -> str:
-    """The signal or exit status a kernel ended with; SIGKILL is what running out of memory looks like."""
+    """The signal or exit status a kernel ended with; SIGKILL is what running out of memory looks
+    like."""
     code = getattr(getattr(manager.provisioner, "process", None), "returncode", None)
     if code is None:
         return "no exit status"
@@ -161,8 +184,9 @@ def execute(
 ) -> Execution:
     """Execute a notebook in place, in `folder`, with `environment` added to this process's own.
 
-    Stops at the first failing cell unless `keep_going`. `on_cell(done, cells, seconds)` is called before every
-    cell and at the end. KeyboardInterrupt passes through; the outputs so far are in the notebook by then.
+    Stops at the first failing cell unless `keep_going`. `on_cell(done, cells, seconds)` is called
+    before every cell and at the end. KeyboardInterrupt passes through; the outputs so far are in
+    the notebook by then.
     """
     cells = code_cells(notebook)
     for cell in cells:
@@ -201,10 +225,14 @@ def execute(
 
 def write_notebook(notebook: NotebookNode, path: Path) -> None:
     """Write a notebook atomically, its outputs without what changes from run to run."""
-    from lenslab.paths import atomic_write
+    from lenslab.files import atomic_write
 
     notebook = nbformat.from_dict(notebook)
-    notebook.metadata["language_info"] = {"name": "python", "file_extension": ".py", "mimetype": "text/x-python"}
+    notebook.metadata["language_info"] = {
+        "name": "python",
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+    }
     with atomic_write(path) as temporary:
         nbformat.write(notebook, temporary)
 

@@ -1,13 +1,16 @@
-"""The training text of the pocket models: documents by category -> tokenizer -> windows of token ids.
+"""The training text of the pocket models: documents by category -> tokenizer -> windows of token
+ids.
 
-1. Documents come from a folder `CATEGORY/SOURCE.jsonl.gz` of {"text": ...} lines, or from the hub, and, as
-   category `python`, from the standard library of the Python that runs this.
+1. Documents come from a folder `CATEGORY/SOURCE.jsonl.gz` of {"text": ...} lines, or from the hub,
+   and, as category `python`, from the standard library of the Python that runs this.
 2. A document is held out when the first 32 bits of its SHA-256 fall in the lowest 2 of 100 classes.
-3. A byte-level BPE is trained on a sample balanced over categories. Beside it is kept which texts it was trained
-   on, and other texts are refused: a run resumed with them would train on ids of another meaning.
-4. Each category becomes one stream of ids, documents joined by EOS; a window is BOS and the next 256 ids: 256
-   inputs and as many targets.
-5. Window g of a run depends only on the seed and on g: a resumed run reads what the uninterrupted one would.
+3. A byte-level BPE is trained on a sample balanced over categories. Beside it is kept which texts
+   it was trained on, and other texts are refused: a run resumed with them would train on ids of
+   another meaning.
+4. Each category becomes one stream of ids, documents joined by EOS; a window is BOS and the next
+   256 ids: 256 inputs and as many targets.
+5. Window g of a run depends only on the seed and on g: a resumed run reads what the uninterrupted
+   one would.
 """
 
 from __future__ import annotations
@@ -61,7 +64,9 @@ def read_folder(folder: Path) -> dict[str, list[str]]:
     documents: dict[str, list[str]] = {}
     for file in sorted(folder.glob("*/*.jsonl.gz")):
         with gzip.open(file, "rt", encoding="utf-8") as lines:
-            documents.setdefault(file.parent.name, []).extend(json.loads(line)["text"] for line in lines)
+            documents.setdefault(file.parent.name, []).extend(
+                json.loads(line)["text"] for line in lines
+            )
     if not documents:
         raise NoCorpus(
             f"No corpus in {folder}: it needs CATEGORY/SOURCE.jsonl.gz files of {{'text': ...}} lines. "
@@ -82,7 +87,8 @@ def read_hub(documents_each: int = 20_000) -> dict[str, list[str]]:
 
 
 def read_python(limit: int = 8000) -> list[str]:
-    """The standard library's sources, cut at blank lines into documents of at most `limit` characters."""
+    """The standard library's sources, cut at blank lines into documents of at most `limit`
+    characters."""
     documents = []
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
         if "site-packages" in file.parts or "test" in file.parts or "idlelib" in file.parts:
@@ -118,12 +124,17 @@ def corpus_key(train: dict[str, list[str]]) -> str:
 
 
 def train_tokenizer(
-    train: dict[str, list[str]], folder: Path, vocabulary: int = VOCABULARY, characters: int = 2_500_000
+    train: dict[str, list[str]],
+    folder: Path,
+    vocabulary: int = VOCABULARY,
+    characters: int = 2_500_000,
 ):
-    """A byte-level BPE trained on about `characters` characters of each category; saved, then reopened.
+    """A byte-level BPE trained on about `characters` characters of each category; saved, then
+    reopened.
 
-    One that is there already is used: if it was trained here, only for the same texts (`NAME.corpus` beside the
-    folder says which; raises OtherCorpus), and as it is where it was copied from a finished model.
+    One that is there already is used: if it was trained here, only for the same texts
+    (`NAME.corpus` beside the folder says which; raises OtherCorpus), and as it is where it was
+    copied from a finished model.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -149,7 +160,10 @@ def train_tokenizer(
         bpe.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocabulary, special_tokens=[BOS, EOS, PAD], initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocabulary,
+            special_tokens=[BOS, EOS, PAD],
+            initial_alphabet=alphabet,
+            show_progress=False,
         )
         bpe.train_from_iterator(sample, trainer)
         PreTrainedTokenizerFast(
@@ -169,11 +183,14 @@ def train_tokenizer(
 
 
 def encode_streams(train: dict[str, list[str]], tokenizer, cache: Path) -> dict[str, np.ndarray]:
-    """One uint16 stream of ids per category, documents in a fixed shuffled order, each ended by EOS.
+    """One uint16 stream of ids per category, documents in a fixed shuffled order, each ended by
+    EOS.
 
     Cached by the content of tokenizer and texts. A category without documents has no stream.
     """
-    fingerprint = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode() + corpus_key(train).encode())
+    fingerprint = hashlib.sha256(
+        tokenizer.backend_tokenizer.to_str().encode() + corpus_key(train).encode()
+    )
     folder = cache / f"streams-{fingerprint.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     streams = {}
@@ -186,7 +203,9 @@ def encode_streams(train: dict[str, list[str]], tokenizer, cache: Path) -> dict[
             parts = []
             for start in range(0, len(order), 1000):
                 batch = [texts[i] for i in order[start : start + 1000]]
-                for row in tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+                for row in tokenizer.backend_tokenizer.encode_batch_fast(
+                    batch, add_special_tokens=False
+                ):
                     parts.append(np.array([*row.ids, tokenizer.eos_token_id], dtype=np.uint16))
             temporary = file.with_suffix(".tmp.npy")
             np.save(temporary, np.concatenate(parts))
@@ -196,14 +215,21 @@ def encode_streams(train: dict[str, list[str]], tokenizer, cache: Path) -> dict[
 
 
 class Windows:
-    """Window g of the run, for any g: `[CONTEXT + 1]` ids starting with BOS. Stateless but for a cached plan.
+    """Window g of the run, for any g: `[CONTEXT + 1]` ids starting with BOS. Stateless but for a
+    cached plan.
 
-    One id more than the context, so that the last position has a target and its embedding is trained.
-    `vocabulary` is the tokenizer's: random spans are drawn from the whole of it, special ids left out.
+    One id more than the context, so that the last position has a target and its embedding is
+    trained. `vocabulary` is the tokenizer's: random spans are drawn from the whole of it, special
+    ids left out.
     """
 
     def __init__(
-        self, streams: dict[str, np.ndarray], seed: int, bos: int, n_special: int = 3, vocabulary: int | None = None
+        self,
+        streams: dict[str, np.ndarray],
+        seed: int,
+        bos: int,
+        n_special: int = 3,
+        vocabulary: int | None = None,
     ):
         self.names = [c for c in sorted(streams) if len(streams[c]) > CONTEXT]
         if not self.names:
@@ -216,10 +242,13 @@ class Windows:
         self.plan = np.zeros((0, 2), dtype=np.int32)
 
     def _extend(self, need: int) -> None:
-        """Plan in fixed blocks of 2^16 windows, so that the plan's beginning never depends on its length."""
+        """Plan in fixed blocks of 2^16 windows, so that the plan's beginning never depends on its
+        length."""
         while len(self.plan) < need:
             block = len(self.plan) >> 16
-            drawn = np.random.default_rng([self.seed, 2, block]).choice(len(self.names), size=1 << 16, p=self.shares)
+            drawn = np.random.default_rng([self.seed, 2, block]).choice(
+                len(self.names), size=1 << 16, p=self.shares
+            )
             seen = (
                 np.bincount(self.plan[:, 0], minlength=len(self.names))
                 if len(self.plan)
@@ -237,7 +266,11 @@ class Windows:
         c, k = self.plan[g]
         name = self.names[c]
         epoch, offset = divmod(int(k), self.sizes[name])
-        slot = int(np.random.default_rng([self.seed, 3, int(c), epoch]).permutation(self.sizes[name])[offset])
+        slot = int(
+            np.random.default_rng([self.seed, 3, int(c), epoch]).permutation(self.sizes[name])[
+                offset
+            ]
+        )
         window = np.empty(CONTEXT + 1, dtype=np.int64)
         window[0] = self.bos
         window[1:] = self.streams[name][slot * CONTEXT : (slot + 1) * CONTEXT]

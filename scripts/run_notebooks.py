@@ -1,9 +1,13 @@
 """Run the notebooks, in order, into `outputs/`: `make run`.
 
-1. Each notebook is executed from its source, on the model named by `--model` (default: the bundled one).
-2. Its executed copy goes to `outputs/notebooks/`; figures, tables and records it saves, to `outputs/results/`.
-3. After every notebook `outputs/index.html` is written anew, so an interrupted run keeps what it did.
-4. A failing notebook does not stop the others; the summary names its cell, and the exit status is 1.
+1. Each notebook is executed from its source, on the model named by `--model` (default: the bundled
+   one).
+2. Its executed copy goes to `outputs/notebooks/`; figures, tables and records it saves, to
+   `outputs/results/`.
+3. After every notebook `outputs/index.html` is written anew, so an interrupted run keeps what it
+   did.
+4. A failing notebook does not stop the others; the summary names its cell, and the exit status is
+   1.
 """
 
 from __future__ import annotations
@@ -14,14 +18,23 @@ import signal
 import sys
 from pathlib import Path
 
-from notebook_execution import OFFLINE, Execution, execute, find_notebooks, progress, read_source, write_notebook
+from notebook_execution import (
+    OFFLINE,
+    Execution,
+    execute,
+    find_notebooks,
+    progress,
+    read_source,
+    write_notebook,
+)
 
-from lenslab.paths import REPOSITORY, outputs_path, write_json
+from lenslab.files import REPOSITORY, outputs_path, write_json
 from lenslab.show.index import write_index
 
 
 def resolve_model(model: str, caller: str | None = None) -> str:
-    """A folder as an absolute path, from the working directory or the caller's (`make -C`); else the name itself."""
+    """A folder as an absolute path, from the working directory or the caller's (`make -C`); else
+    the name itself."""
     if not model:
         return ""
     for base in (os.getcwd(), caller):
@@ -37,7 +50,11 @@ def is_local(model: str) -> bool:
 
 def environment_for(model: str, full: bool, outputs: Path) -> dict[str, str]:
     """What the notebooks' kernels get; offline unless the model has to come from the hub."""
-    environment = {"LENSLAB_OUTPUTS": str(outputs), "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        "LENSLAB_OUTPUTS": str(outputs),
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     if model:
         environment["LENSLAB_MODEL"] = model
     if full:
@@ -52,8 +69,11 @@ def describe(run: Execution) -> str:
     return head if run.passed else f"{head}\n    FAILED in code cell {run.cell}: {run.error}"
 
 
-def run_all(sources: list[Path], folder: Path, outputs: Path, environment: dict[str, str]) -> list[Execution]:
-    """Execute every source; copies, `run.json` and the index are written after each. KeyboardInterrupt passes."""
+def run_all(
+    sources: list[Path], folder: Path, outputs: Path, environment: dict[str, str]
+) -> list[Execution]:
+    """Execute every source; copies, `run.json` and the index are written after each.
+    KeyboardInterrupt passes."""
     runs: list[Execution] = []
     for source in sources:
         notebook = read_source(source)
@@ -69,9 +89,13 @@ def run_all(sources: list[Path], folder: Path, outputs: Path, environment: dict[
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="", help="bundled name, local Hugging Face folder, or name on the hub")
+    parser.add_argument(
+        "--model", default="", help="bundled name, local Hugging Face folder, or name on the hub"
+    )
     parser.add_argument("--notebooks", default="", help="names, separated by spaces (default: all)")
-    parser.add_argument("--full", action="store_true", help="recompute the long results that ship with the project")
+    parser.add_argument(
+        "--full", action="store_true", help="recompute the long results that ship with the project"
+    )
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "notebooks")
     options = parser.parse_args()
     try:
@@ -81,9 +105,16 @@ def main() -> int:
         return 2
     model = resolve_model(options.model, os.environ.get("LENSLAB_CALLER"))
     outputs = outputs_path().resolve()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` and `timeout` end it as Ctrl-C does
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # `kill` and `timeout` end it as Ctrl-C does
     try:
-        runs = run_all(sources, options.folder.resolve(), outputs, environment_for(model, options.full, outputs))
+        runs = run_all(
+            sources,
+            options.folder.resolve(),
+            outputs,
+            environment_for(model, options.full, outputs),
+        )
     except KeyboardInterrupt:
         print(f"\nInterrupted. What was done is in {outputs}", file=sys.stderr)
         return 130

@@ -1,12 +1,15 @@
-"""Sample a corpus from a bundled model: text that may ship with the project, for what needs more text than the probes.
+"""Sample a corpus from a bundled model: text that may ship with the project, for what needs more
+text than the probes.
 
-1. For every category there are a few neutral openings. A batch is one opening, many times: all rows have one length.
-2. Tokens are drawn at temperature 1, nothing cut off (BOS and padding apart, which are no text), with keys and
-   values cached, until EOS or the end of the context; in bf16 where the machine computes that fast.
-3. Batch i depends on the model, on the seed and on i alone. Each is kept in --work as it is made, so a killed run
-   goes on where it stopped.
-4. All batches, in order, become `sampled.parquet` (id, category, prompt, text, tokens), and a README beside it says
-   what it is and what it cannot show.
+1. For every category there are a few neutral openings. A batch is one opening, many times: all rows
+   have one length.
+2. Tokens are drawn at temperature 1, nothing cut off (BOS and padding apart, which are no text),
+   with keys and values cached, until EOS or the end of the context; in bf16 where the machine
+   computes that fast.
+3. Batch i depends on the model, on the seed and on i alone. Each is kept in --work as it is made,
+   so a killed run goes on where it stopped.
+4. All batches, in order, become `sampled.parquet` (id, category, prompt, text, tokens), and a
+   README beside it says what it is and what it cannot show.
 
     python scripts/sample_text.py --tokens 1e6
     python scripts/sample_text.py --tokens 2e4 --batch 16 --out FOLDER      # a look
@@ -21,14 +24,38 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lenslab.paths import atomic_write, content_key, data_path, sha256_file
+from lenslab.files import atomic_write, content_key, data_path, sha256_file
 from lenslab.runtime import compute_dtype, default_device, derive_generator, progress_bar
 
 OPENINGS = {
-    "narrative": ["Once there was", "In the evening", "She opened the door", "The old man", "It had rained all day"],
-    "expository": ["The history of", "In biology, a", "There are several kinds of", "A volcano is", "The first"],
-    "formal": ["The parties agree", "Section 1.", "The committee", "Any person who", "In accordance with"],
-    "conversational": ["Hello, how are", "What did you", "Yes, but", "I was going to ask", "Do you remember"],
+    "narrative": [
+        "Once there was",
+        "In the evening",
+        "She opened the door",
+        "The old man",
+        "It had rained all day",
+    ],
+    "expository": [
+        "The history of",
+        "In biology, a",
+        "There are several kinds of",
+        "A volcano is",
+        "The first",
+    ],
+    "formal": [
+        "The parties agree",
+        "Section 1.",
+        "The committee",
+        "Any person who",
+        "In accordance with",
+    ],
+    "conversational": [
+        "Hello, how are",
+        "What did you",
+        "Yes, but",
+        "I was going to ask",
+        "Do you remember",
+    ],
     "social": ["Just got home", "Does anyone know", "So happy", "I can't believe", "Today I"],
     "math": ["Let x be", "If there are 12", "Suppose that", "The sum of", "Solve the equation"],
     "non_english": ["Es war einmal", "El hombre", "La ville", "Il giorno", "В начале"],
@@ -64,7 +91,8 @@ What it cannot show:
 
 
 def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One token of each row of logits `[row, vocabulary]` at temperature 1 -> `[row, 1]`, by the inverse of the
+    """One token of each row of logits `[row, vocabulary]` at temperature 1 -> `[row, 1]`, by the
+    inverse of the
     cumulated shares: a tenth of the time that torch.multinomial takes."""
     share = logits.softmax(-1).cumsum(-1)
     at = torch.rand(len(share), 1, generator=generator) * share[:, -1:]
@@ -72,8 +100,11 @@ def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def sample_batch(model, prompt: list[int], rows: int, generator: torch.Generator, banned: list[int]) -> list[list[int]]:
-    """`rows` continuations of one prompt of ids (BOS first), each up to EOS or the end of the context; prompt kept."""
+def sample_batch(
+    model, prompt: list[int], rows: int, generator: torch.Generator, banned: list[int]
+) -> list[list[int]]:
+    """`rows` continuations of one prompt of ids (BOS first), each up to EOS or the end of the
+    context; prompt kept."""
     device, end = next(model.parameters()).device, model.config.eos_token_id
     tokens = torch.tensor([prompt] * rows, device=device)
     cache, new, ended = None, tokens, torch.zeros(rows, dtype=torch.bool, device=device)
@@ -109,10 +140,18 @@ def batch_frame(model, tokenizer, number: int, rows: int, seed: int) -> pd.DataF
     )
 
 
-def sample(folder: Path, out: Path, work: Path, tokens: int, rows: int, seed: int, progress: bool = True) -> Path:
+def sample(
+    folder: Path, out: Path, work: Path, tokens: int, rows: int, seed: int, progress: bool = True
+) -> Path:
     """Batches until `tokens` are there, then the file and its card; returns the file."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype()).to(default_device()).eval()
-    model.set_attn_implementation("eager")  # for one new token a step faster on a CPU than the fused kernel
+    model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype())
+        .to(default_device())
+        .eval()
+    )
+    model.set_attn_implementation(
+        "eager"
+    )  # for one new token a step faster on a CPU than the fused kernel
     tokenizer = AutoTokenizer.from_pretrained(folder)
     key = sha256_file(folder / "model.safetensors")[:16]
     parts = work / content_key(key, rows, seed, str(compute_dtype()), OPENINGS)
@@ -122,7 +161,9 @@ def sample(folder: Path, out: Path, work: Path, tokens: int, rows: int, seed: in
             file = parts / f"batch-{number:05d}.parquet"
             if not file.exists():
                 with atomic_write(file) as temporary:
-                    batch_frame(model, tokenizer, number, rows, seed).to_parquet(temporary, index=False)
+                    batch_frame(model, tokenizer, number, rows, seed).to_parquet(
+                        temporary, index=False
+                    )
             frames.append(pd.read_parquet(file))
             new = int(frames[-1]["tokens"].sum())
             done, number = done + new, number + 1
@@ -132,7 +173,9 @@ def sample(folder: Path, out: Path, work: Path, tokens: int, rows: int, seed: in
     with atomic_write(out / "sampled.parquet") as temporary:
         frame.to_parquet(temporary, compression="zstd", index=False)
     by_category = frame.groupby("category", sort=False)["tokens"].agg(["size", "sum"])
-    rows_of_table = [f"| {name} | {size:,} | {total:,} |" for name, size, total in by_category.itertuples()]
+    rows_of_table = [
+        f"| {name} | {size:,} | {total:,} |" for name, size, total in by_category.itertuples()
+    ]
     card = CARD.format(
         documents=len(frame),
         tokens=int(frame["tokens"].sum()),
@@ -148,12 +191,18 @@ def sample(folder: Path, out: Path, work: Path, tokens: int, rows: int, seed: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=data_path("models", "pocket-gpt"))
     parser.add_argument("--out", type=Path, default=data_path("corpus"))
-    parser.add_argument("--work", type=Path, default=Path("runs/sampled-text"), help="batches as they are made")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/sampled-text"), help="batches as they are made"
+    )
     parser.add_argument("--tokens", type=float, default=1e6)
-    parser.add_argument("--batch", type=int, default=128, help="texts per batch, all after one opening")
+    parser.add_argument(
+        "--batch", type=int, default=128, help="texts per batch, all after one opening"
+    )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     file = sample(given.model, given.out, given.work, int(given.tokens), given.batch, given.seed)

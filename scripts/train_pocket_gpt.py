@@ -36,7 +36,9 @@ def build_model(vocabulary: int, smoke: bool) -> GPT2LMHeadModel:
     )
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config)
-    model.set_attn_implementation("eager")  # at 256 positions a tenth faster on a CPU than the fused kernel
+    model.set_attn_implementation(
+        "eager"
+    )  # at 256 positions a tenth faster on a CPU than the fused kernel
     return model
 
 
@@ -49,12 +51,16 @@ def build_optimizers(model: GPT2LMHeadModel) -> Optimizers:
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".h." in n)]
     return [
         (Muon(matrices, lr=MUON_LR, weight_decay=0.01), MUON_LR),
-        (torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True), ADAM_LR),
+        (
+            torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+            ADAM_LR,
+        ),
     ]
 
 
 def backward(model: GPT2LMHeadModel, batch: torch.Tensor) -> dict[str, float]:
-    """Gradients of the mean next-token loss of `batch` `[window, position + 1]`; returns the loss."""
+    """Gradients of the mean next-token loss of `batch` `[window, position + 1]`; returns the
+    loss."""
     hidden = model.transformer(batch[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
     loss, gradient = chunked_unembedding(model, hidden, batch[:, 1:].flatten())
     hidden.backward(gradient)

@@ -1,17 +1,19 @@
 """Train a mixture of experts on the corpus and with the tokenizer of pocket-gpt.
 
-`pocket-moe`: OLMoE architecture, 6 layers, d_model 192, 16 experts of width 96, two per token (7.8 million parameters).
-`pocket-switch`: 8 experts, one per token, weighted by its probability: Switch routing. (Normalised over one expert
-the weight would be 1 whatever the router says, and the router would learn nothing.)
+`pocket-moe`: OLMoE architecture, 6 layers, d_model 192, 16 experts of width 96, two per token (7.8
+million parameters). `pocket-switch`: 8 experts, one per token, weighted by its probability: Switch
+routing. (Normalised over one expert the weight would be 1 whatever the router says, and the router
+would learn nothing.)
 
 1. The loop, its checkpoints and its decay are those of pocket_training.py.
-2. Tokens are sorted by expert, so that each expert is one small matrix product (`sorted_experts`); the same numbers
-   as Hugging Face's loop over experts, half as long again per second.
-3. The router computes in float32 even where the rest is bf16: a rounded logit sends a token elsewhere.
-4. An auxiliary loss keeps the experts' loads alike, one for each layer, as in Switch: pooled over layers, as Hugging
-   Face's own is, an overload in one layer hides behind another's.
-5. At about twenty steps of geometric spacing the routing of fixed texts is recorded: `routing.parquet` beside the
-   model, one row per token, layer and slot.
+2. Tokens are sorted by expert, so that each expert is one small matrix product (`sorted_experts`);
+   the same numbers as Hugging Face's loop over experts, half as long again per second.
+3. The router computes in float32 even where the rest is bf16: a rounded logit sends a token
+   elsewhere.
+4. An auxiliary loss keeps the experts' loads alike, one for each layer, as in Switch: pooled over
+   layers, as Hugging Face's own is, an overload in one layer hides behind another's.
+5. At about twenty steps of geometric spacing the routing of fixed texts is recorded:
+   `routing.parquet` beside the model, one row per token, layer and slot.
 
 Matrices, each expert's on its own, are trained with Muon, everything else, routers too, with AdamW.
 
@@ -40,7 +42,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
-from lenslab.paths import atomic_write, data_path
+from lenslab.files import atomic_write, data_path
 
 ADAM_LR, MUON_LR, BALANCE = 3e-3, 0.02, 0.01
 ROUTER_LR = 3e-4  # a step of Adam moves all logits of a token alike: at 3e-3 by a third, and the load swings with it
@@ -50,21 +52,31 @@ KINDS = {
 }
 
 
-def sorted_experts(experts: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """What `OlmoeExperts` computes: hidden `[token, d]`, chosen and weights `[token, slot]` -> `[token, d]`.
+def sorted_experts(
+    experts: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """What `OlmoeExperts` computes: hidden `[token, d]`, chosen and weights `[token, slot]` ->
+    `[token, d]`.
 
-    Rows are gathered by expert once, so that the rest is one product per expert on rows that lie together, and
-    what is between the products is done for all experts at once. Whole weights are cast, not slices of them, and
-    `unbind` and `split` have gradients that are put together once; slices would each make a tensor of full size.
+    Rows are gathered by expert once, so that the rest is one product per expert on rows that lie
+    together, and what is between the products is done for all experts at once. Whole weights are
+    cast, not slices of them, and `unbind` and `split` have gradients that are put together once;
+    slices would each make a tensor of full size.
     """
-    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
+    dtype = (
+        torch.get_autocast_dtype(hidden.device.type)
+        if torch.is_autocast_enabled(hidden.device.type)
+        else None
+    )
     dtype = dtype or hidden.dtype
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
     counts = flat.bincount(minlength=experts.num_experts).tolist()
     rows = hidden.to(dtype)[order // chosen.shape[1]].split(counts)
     matrices = experts.gate_up_proj.to(dtype).unbind(0)
-    gate, up = torch.cat([linear(r, m) for r, m in zip(rows, matrices, strict=True)]).chunk(2, dim=-1)
+    gate, up = torch.cat([linear(r, m) for r, m in zip(rows, matrices, strict=True)]).chunk(
+        2, dim=-1
+    )
     inner = (experts.act_fn(gate) * up * weights.flatten()[order].to(dtype)[:, None]).split(counts)
     matrices = experts.down_proj.to(dtype).unbind(0)
     result = torch.cat([linear(r, m) for r, m in zip(inner, matrices, strict=True)])
@@ -127,10 +139,12 @@ def build_optimizers(model: OlmoeForCausalLM) -> Optimizers:
 
 
 def backward(model: OlmoeForCausalLM, batch: torch.Tensor) -> dict[str, float]:
-    """Gradients of the mean next-token loss plus 0.01 times each layer's balance loss; returns both in the mean.
+    """Gradients of the mean next-token loss plus 0.01 times each layer's balance loss; returns both
+    in the mean.
 
-    The balance loss is that of Switch, experts times the summed product of load and mean probability: the slots per
-    token where loads are even, up to the number of experts where all goes to one.
+    The balance loss is that of Switch, experts times the summed product of load and mean
+    probability: the slots per token where loads are even, up to the number of experts where all
+    goes to one.
     """
     config = model.config
     output = model.model(batch[:, :-1], use_cache=False, output_router_logits=True)
@@ -151,12 +165,17 @@ def probe_texts() -> list[str]:
 
 
 def record_routing(model: Any, tokenizer: Any, step: int, tokens: int, work: Path) -> None:
-    """The experts and weights of every token of the probe texts, BOS included, as one file of `work/records`."""
+    """The experts and weights of every token of the probe texts, BOS included, as one file of
+    `work/records`."""
     parts = []
     for number, text in enumerate(probe_texts()):
-        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids][: corpus.CONTEXT]
+        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids][
+            : corpus.CONTEXT
+        ]
         device = next(model.parameters()).device
-        experts, weights = (t[:, 0].cpu() for t in expert_choices(model, torch.tensor([ids], device=device)))
+        experts, weights = (
+            t[:, 0].cpu() for t in expert_choices(model, torch.tensor([ids], device=device))
+        )
         layer, position, slot = (index.flatten() for index in np.indices(experts.shape))
         columns = {
             "step": np.full(len(layer), step, np.int32),
@@ -175,7 +194,8 @@ def record_routing(model: Any, tokenizer: Any, step: int, tokens: int, work: Pat
 
 
 def collect_routing(work: Path, folder: Path, last: int) -> None:
-    """Steps up to `last` in one file beside the model: texts are those of data/probes/first_look.jsonl, in order."""
+    """Steps up to `last` in one file beside the model: texts are those of
+    data/probes/first_look.jsonl, in order."""
     files = sorted((work / "records").glob("step-*.parquet"))
     frames = [pd.read_parquet(file) for file in files if int(file.stem.split("-")[1]) <= last]
     with atomic_write(folder / "routing.parquet") as temporary:
@@ -183,7 +203,8 @@ def collect_routing(work: Path, folder: Path, last: int) -> None:
 
 
 def restore_routing(folder: Path, work: Path) -> None:
-    """What `collect_routing` put beside a model, as files of `work/records` again: the series goes on from there."""
+    """What `collect_routing` put beside a model, as files of `work/records` again: the series goes
+    on from there."""
     for step, rows in pd.read_parquet(folder / "routing.parquet").groupby("step"):
         with atomic_write(work / "records" / f"step-{step:08d}.parquet") as temporary:
             rows.to_parquet(temporary, compression="zstd", index=False)
@@ -198,7 +219,9 @@ def recipe(kind: str, tokenizer: Path) -> Recipe:
 def main() -> None:
     options = parser(__doc__, "KIND")
     options.add_argument("--kind", choices=sorted(KINDS), default="pocket-moe")
-    options.add_argument("--tokenizer", type=Path, default=data_path("models", "pocket-gpt"), help="a model's folder")
+    options.add_argument(
+        "--tokenizer", type=Path, default=data_path("models", "pocket-gpt"), help="a model's folder"
+    )
     arguments = options.parse_args()
     train(recipe(arguments.kind, arguments.tokenizer), arguments)
 

@@ -1,15 +1,19 @@
-"""Train the SAEs that ship with lenslab: four layers of a model, three sparsities each, from one pass of the model.
+"""Train the SAEs that ship with lenslab: four layers of a model, three sparsities each, from one
+pass of the model.
 
-1. Documents come from the corpus (pocket_corpus.py) in the shares that the model was trained on; held-out ones
-   are kept for step 3.
-2. They are packed into windows; the vectors of real tokens (neither BOS nor EOS) train TopK SAEs, all at once.
-3. Each is measured as users will have it (weights stored as bf16) on held-out documents, beside random directions of
-   the same L0. The middle sparsity ships; the metrics of all stand in its card.json.
+1. Documents come from the corpus (pocket_corpus.py) in the shares that the model was trained on;
+   held-out ones are kept for step 3.
+2. They are packed into windows; the vectors of real tokens (neither BOS nor EOS) train TopK SAEs,
+   all at once.
+3. Each is measured as users will have it (weights stored as bf16) on held-out documents, beside
+   random directions of the same L0. The middle sparsity ships; the metrics of all stand in its
+   card.json.
 4. `--twin` trains one on the random-weight twin, the control of phase 2.
 
-    python scripts/train_pocket_saes.py --corpus FOLDER                                  # a quarter of an hour
-    python scripts/train_pocket_saes.py --corpus FOLDER --twin --layers 3 --k 16
-    python scripts/train_pocket_saes.py --corpus FOLDER --model FOLDER --smoke           # a toy, one minute
+    python scripts/train_pocket_saes.py --corpus FOLDER                                  # a quarter
+    of an hour python scripts/train_pocket_saes.py --corpus FOLDER --twin --layers 3 --k 16 python
+    scripts/train_pocket_saes.py --corpus FOLDER --model FOLDER --smoke           # a toy, one
+    minute
 """
 
 from __future__ import annotations
@@ -27,21 +31,26 @@ import numpy as np
 import pocket_corpus as corpus
 import torch
 
-from lenslab.activations import TokenBatch, pack
-from lenslab.models import load_model, model_key, model_name, random_twin, stream_hook
-from lenslab.paths import data_path
+from lenslab.files import data_path
+from lenslab.hooks import stream_hook
+from lenslab.models import load_model, model_key, model_name, random_twin
 from lenslab.runtime import machine_summary
-from lenslab.sae.architectures import build_sae
-from lenslab.sae.evaluation import VERSIONED, evaluate_null, evaluate_sae
-from lenslab.sae.pretrained import SparseAutoencoder, load_sae, save_sae
-from lenslab.sae.sources import ModelSource
-from lenslab.sae.training import TrainingConfig, train
+from lenslab.sae.controls import evaluate_null
+from lenslab.sae.evaluate import VERSIONED, evaluate_sae
+from lenslab.sae.load import SparseAutoencoder, load_sae, save_sae
+from lenslab.sae.train.architectures import build_sae
+from lenslab.sae.train.sources import ModelSource
+from lenslab.sae.train.trainer import TrainingConfig, train
+from lenslab.tokens import TokenBatch, pack
 
 
 def windows(model, documents: dict[str, list[str]], tokens: int, seed: int) -> TokenBatch:
-    """About `tokens` tokens of packed windows, documents drawn by category as for the model, then shuffled."""
+    """About `tokens` tokens of packed windows, documents drawn by category as for the model, then
+    shuffled."""
     chosen, random = [], np.random.default_rng([seed, tokens])
-    shares = {category: corpus.MIX.get(category, 0.1) for category, texts in documents.items() if texts}
+    shares = {
+        category: corpus.MIX.get(category, 0.1) for category, texts in documents.items() if texts
+    }
     per_token = _characters_per_token(model, documents)
     for category, share in sorted(shares.items()):
         characters = tokens * per_token * share / sum(shares.values())
@@ -58,7 +67,9 @@ def windows(model, documents: dict[str, list[str]], tokens: int, seed: int) -> T
 def _characters_per_token(model, documents: dict[str, list[str]]) -> float:
     sample = [texts[0][:2000] for texts in documents.values() if texts]
     ids = model.tokenizer(sample, add_special_tokens=False, verbose=False).input_ids
-    return 1.15 * sum(map(len, sample)) / sum(map(len, ids))  # rather too many documents than too few
+    return (
+        1.15 * sum(map(len, sample)) / sum(map(len, ids))
+    )  # rather too many documents than too few
 
 
 def stored(sae: SparseAutoencoder, device: str) -> SparseAutoencoder:
@@ -81,38 +92,67 @@ def measure(model, sae: SparseAutoencoder, held_out: TokenBatch, name: str, seed
 
 def main(arguments: list[str] | None = None) -> list[Path]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--corpus", default="corpus", help="folder CATEGORY/SOURCE.jsonl.gz, or 'hub'")
-    parser.add_argument("--model", default="pocket-gpt", help="bundled name, local folder or hub name")
-    parser.add_argument("--twin", action="store_true", help="the same architecture with untrained weights")
+    parser.add_argument(
+        "--corpus", default="corpus", help="folder CATEGORY/SOURCE.jsonl.gz, or 'hub'"
+    )
+    parser.add_argument(
+        "--model", default="pocket-gpt", help="bundled name, local folder or hub name"
+    )
+    parser.add_argument(
+        "--twin", action="store_true", help="the same architecture with untrained weights"
+    )
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 3, 5])
     parser.add_argument("--stream", default="residual", help="residual, attention or mlp")
     parser.add_argument("--d-sae", type=int, default=2048)
-    parser.add_argument("--k", type=int, nargs="+", default=[16, 8, 32], help="sparsities; the first one ships")
-    parser.add_argument("--vectors", type=float, default=1.2e6, help="activations to train on, all distinct")
+    parser.add_argument(
+        "--k", type=int, nargs="+", default=[16, 8, 32], help="sparsities; the first one ships"
+    )
+    parser.add_argument(
+        "--vectors", type=float, default=1.2e6, help="activations to train on, all distinct"
+    )
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--validation", type=float, default=2e4, help="held-out tokens to measure on")
+    parser.add_argument(
+        "--validation", type=float, default=2e4, help="held-out tokens to measure on"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=data_path("saes"), help="folder of the SAEs' folders")
+    parser.add_argument(
+        "--out", type=Path, default=data_path("saes"), help="folder of the SAEs' folders"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/pocket-saes"), help="checkpoints")
-    parser.add_argument("--smoke", action="store_true", help="d_sae 128 on 40 thousand vectors, for development")
+    parser.add_argument(
+        "--smoke", action="store_true", help="d_sae 128 on 40 thousand vectors, for development"
+    )
     given = parser.parse_args(arguments)
     if given.smoke:
-        given.d_sae, given.k, given.vectors, given.validation, given.batch = 128, [8, 4], 4e4, 4e3, 512
+        given.d_sae, given.k, given.vectors, given.validation, given.batch = (
+            128,
+            [8, 4],
+            4e4,
+            4e3,
+            512,
+        )
 
     model = load_model(given.model)
     model = random_twin(model) if given.twin else model
     short = {"residual": "resid", "attention": "attn"}.get(given.stream, given.stream)
-    called = re.sub(r"[^\w.-]+", "-", model_name(model)).strip("-")  # "pocket-gpt (random twin)" as a folder's name
+    called = re.sub(r"[^\w.-]+", "-", model_name(model)).strip(
+        "-"
+    )  # "pocket-gpt (random twin)" as a folder's name
     hooks = {layer: stream_hook(model, layer, given.stream) for layer in given.layers}
     train_documents, validation = corpus.load_documents(given.corpus)
     batch = windows(model, train_documents, int(given.vectors), given.seed)
     held_out = windows(model, validation, int(given.validation), given.seed)
-    print(f"{model_name(model)} ({model_key(model)}): {batch.n_real:,} vectors in {len(batch):,} windows", flush=True)
+    print(
+        f"{model_name(model)} ({model_key(model)}): {batch.n_real:,} vectors in {len(batch):,} windows",
+        flush=True,
+    )
 
     options = dict(d_sae=given.d_sae, seed=given.seed)
     saes = {
-        f"{layer}-k{k}": build_sae("topk", model.cfg.d_model, k=k, metadata={"hook_name": hook}, **options)
+        f"{layer}-k{k}": build_sae(
+            "topk", model.cfg.d_model, k=k, metadata={"hook_name": hook}, **options
+        )
         for layer, hook in hooks.items()
         for k in given.k
     }
@@ -138,7 +178,9 @@ def main(arguments: list[str] | None = None) -> list[Path]:
         levels = {}
         for k in given.k:
             sae = stored(trained[f"{layer}-k{k}"].sae, str(model.cfg.device))
-            levels[str(k)] = measure(model, sae, held_out, f"{name}, k {k}", given.seed) | {"ships": k == given.k[0]}
+            levels[str(k)] = measure(model, sae, held_out, f"{name}, k {k}", given.seed) | {
+                "ships": k == given.k[0]
+            }
         first = levels[str(given.k[0])]
         card = {
             "trained_on": about,
@@ -150,7 +192,9 @@ def main(arguments: list[str] | None = None) -> list[Path]:
             "versions": {package: version(package) for package in VERSIONED},
         }
         sae = trained[f"{layer}-k{given.k[0]}"].sae
-        written.append(save_sae(sae, given.out / name, dtype=torch.bfloat16, card=json.loads(json.dumps(card))))
+        written.append(
+            save_sae(sae, given.out / name, dtype=torch.bfloat16, card=json.loads(json.dumps(card)))
+        )
     return written
 
 

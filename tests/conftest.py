@@ -1,9 +1,12 @@
-"""Fixtures every test may use: the shared folder, tiny random models in the formats that users have."""
+"""Fixtures every test may use: the shared folder, tiny random models in the formats that users
+have."""
 
 import os
 import signal
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background with `&`
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as a shell starts what it runs in the background with `&`
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -13,14 +16,16 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("lenslab", "beartype.beartype")  # shapes in annotations are checked in every test
+install_import_hook(
+    "lenslab", "beartype.beartype"
+)  # shapes in annotations are checked in every test
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from lenslab.paths import REPOSITORY  # noqa: E402
+from lenslab.files import REPOSITORY
 
 TEXTS = [
     "A cat sat on the mat.",
@@ -32,7 +37,8 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of shared fixtures beside the repository; tests that need it skip where it is absent."""
+    """The folder of shared fixtures beside the repository; tests that need it skip where it is
+    absent."""
     folder = REPOSITORY.parent / "shared"
     if not folder.is_dir():
         pytest.skip("the shared fixtures are not beside this checkout")
@@ -51,10 +57,18 @@ def make_tokenizer(folder: Path, bos_is_eos: bool = False) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
         TEXTS,
-        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
-    names = dict(bos_token=special[0], eos_token=special[-1] if bos_is_eos else special[1], pad_token=special[-1])
-    PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=64, **names).save_pretrained(folder)
+    names = dict(
+        bos_token=special[0],
+        eos_token=special[-1] if bos_is_eos else special[1],
+        pad_token=special[-1],
+    )
+    PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=64, **names).save_pretrained(
+        folder
+    )
 
 
 @pytest.fixture(scope="session")
@@ -89,9 +103,9 @@ def gpt2_shared_end_folder(tmp_path_factory) -> Path:
     make_tokenizer(folder, bos_is_eos=True)
     torch.manual_seed(1)
     vocabulary = len(AutoTokenizer.from_pretrained(folder))
-    GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_positions=64, n_embd=32, n_layer=2, n_head=4)).save_pretrained(
-        folder
-    )
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=vocabulary, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    ).save_pretrained(folder)
     return folder
 
 
@@ -129,13 +143,17 @@ def llama_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def olmoe_folder(tmp_path_factory) -> Path:
     """A random mixture of experts: four, two of them per token."""
-    return save_random(tmp_path_factory.mktemp("olmoe-twin"), "Olmoe", num_experts=4, num_experts_per_tok=2)
+    return save_random(
+        tmp_path_factory.mktemp("olmoe-twin"), "Olmoe", num_experts=4, num_experts_per_tok=2
+    )
 
 
 @pytest.fixture(scope="session")
 def switch_folder(tmp_path_factory) -> Path:
     """A random mixture with Switch routing: one expert per token, weighted by its probability."""
-    return save_random(tmp_path_factory.mktemp("switch-twin"), "Olmoe", num_experts=4, num_experts_per_tok=1)
+    return save_random(
+        tmp_path_factory.mktemp("switch-twin"), "Olmoe", num_experts=4, num_experts_per_tok=1
+    )
 
 
 @pytest.fixture(scope="session")

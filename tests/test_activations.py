@@ -1,21 +1,14 @@
-"""TokenBatch and harvest: what counts as a token, and that what is harvested is what the model computed."""
+"""TokenBatch and harvest: what counts as a token, and that what is harvested is what the model
+computed."""
 
 import pytest
 import torch
 
-from lenslab import activations
-from lenslab.activations import (
-    NoRealToken,
-    TextTooLong,
-    TokenBatch,
-    TooLargeForMemory,
-    harvest,
-    pack,
-    token_string,
-    tokenize,
-)
-from lenslab.forward import BadActivations
-from lenslab.models import UnknownHook, hook_names, load_model, stream_hook
+from lenslab import tokens as activations
+from lenslab.capture import BadActivations, TooLargeForMemory, harvest
+from lenslab.hooks import UnknownHook, hook_names, stream_hook
+from lenslab.models import load_model
+from lenslab.tokens import NoRealToken, TextTooLong, TokenBatch, pack, token_string, tokenize
 
 TEXTS = ["A cat sat on the mat.", "def add(a, b):", "Paris", "2 + 2 = 4, they say, and so it is."]
 
@@ -37,7 +30,9 @@ def one_end(gpt2_shared_end_folder):
 
 @pytest.fixture(params=["gpt2", "gpt2 with one special token", "llama", "olmoe"])
 def any_model(request, model, one_end, llama, olmoe):
-    return {"gpt2": model, "gpt2 with one special token": one_end, "llama": llama, "olmoe": olmoe}[request.param]
+    return {"gpt2": model, "gpt2 with one special token": one_end, "llama": llama, "olmoe": olmoe}[
+        request.param
+    ]
 
 
 # What counts as a token
@@ -45,7 +40,8 @@ def any_model(request, model, one_end, llama, olmoe):
 
 @pytest.mark.parametrize("pad_side", ["left", "right"])
 def test_masks_come_from_lengths_even_where_bos_is_id_0_or_the_padding(any_model, pad_side):
-    """W4.3: counting ids that differ from EOS read the second-to-last token, because BOS has that id too."""
+    """W4.3: counting ids that differ from EOS read the second-to-last token, because BOS has that
+    id too."""
     batch = tokenize(any_model, TEXTS, pad_side=pad_side)
     lengths = [len(any_model.tokenizer(text, add_special_tokens=False).input_ids) for text in TEXTS]
     assert any_model.tokenizer.bos_token_id == 0
@@ -116,7 +112,9 @@ def test_over_long_texts_are_refused_unless_told_and_then_said(model):
 
 def test_a_text_that_just_fits_is_kept_whole(model):
     ids = model.tokenizer("word " * 200, add_special_tokens=False).input_ids
-    text = next(t for n in range(90, 0, -1) if len(_ids(model, t := model.tokenizer.decode(ids[:n]))) == 63)
+    text = next(
+        t for n in range(90, 0, -1) if len(_ids(model, t := model.tokenizer.decode(ids[:n]))) == 63
+    )
     assert tokenize(model, text).tokens.shape == (1, 64)
     with pytest.raises(TextTooLong):
         tokenize(model, text + "?")
@@ -131,7 +129,9 @@ def test_broken_unicode_and_things_that_are_no_text_are_refused(model):
         tokenize(model, ["fine", "ab\ud83d"])
     with pytest.raises(ValueError, match="Text 1001 is not valid"):
         pack(model, ["fine"] * 1001 + ["\udc00"])
-    with pytest.raises(Exception, match=r"NoneType|str"):  # beartype in tests, our own TypeError without it
+    with pytest.raises(
+        Exception, match=r"NoneType|str"
+    ):  # beartype in tests, our own TypeError without it
         tokenize(model, ["fine", None])
 
 
@@ -139,17 +139,24 @@ def test_strings_are_readable_and_safe(model):
     batch = tokenize(model, ["A cat sat €", "Paris is a city on a river"])
     strings = batch.strings(0)
     assert strings[0] == "<|bos|>" and len(strings) == batch.tokens.shape[1]
-    assert "".join(s for s, real in zip(strings, batch.real[0], strict=True) if real) == "A cat sat <0xE2><0x82><0xAC>"
+    assert (
+        "".join(s for s, real in zip(strings, batch.real[0], strict=True) if real)
+        == "A cat sat <0xE2><0x82><0xAC>"
+    )
     shorter = min((0, 1), key=lambda row: int(batch.attention[row].sum()))
     assert batch.strings(shorter)[-1] == "" or bool(batch.attention.all())
-    assert not any("\ufffd" in token_string(model.tokenizer, i) for i in range(len(model.tokenizer)))
+    assert not any(
+        "\ufffd" in token_string(model.tokenizer, i) for i in range(len(model.tokenizer))
+    )
 
 
 def test_sentencepiece_spaces_survive():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    pieces = Tokenizer(models.WordLevel({"<s>": 0, "▁Once": 1, "▁upon": 2, "<0xE2>": 3}, unk_token="<s>"))
+    pieces = Tokenizer(
+        models.WordLevel({"<s>": 0, "▁Once": 1, "▁upon": 2, "<0xE2>": 3}, unk_token="<s>")
+    )
     pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, bos_token="<s>")
     assert [token_string(tokenizer, i) for i in range(4)] == ["<s>", " Once", " upon", "<0xE2>"]
@@ -158,7 +165,11 @@ def test_sentencepiece_spaces_survive():
 def test_packing_loses_nothing_and_marks_bos_and_separators_unreal(model):
     batch = pack(model, TEXTS, length=10)
     ids = [model.tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
-    assert batch.tokens.shape[1] == 10 and (batch.tokens[:, 0] == 0).all() and not batch.real[:, 0].any()
+    assert (
+        batch.tokens.shape[1] == 10
+        and (batch.tokens[:, 0] == 0).all()
+        and not batch.real[:, 0].any()
+    )
     assert batch.tokens[batch.real].tolist() == [i for row in ids for i in row]
     separators = batch.attention & ~batch.real
     separators[:, 0] = False
@@ -168,8 +179,15 @@ def test_packing_loses_nothing_and_marks_bos_and_separators_unreal(model):
 
 def test_every_token_knows_its_document(model):
     ids = [_ids(model, text) for text in TEXTS]
-    for batch in (pack(model, TEXTS, length=10), tokenize(model, TEXTS), tokenize(model, TEXTS, pad_side="left")):
-        assert torch.equal(batch.document >= 0, batch.real) and (batch.document[~batch.real] == -1).all()
+    for batch in (
+        pack(model, TEXTS, length=10),
+        tokenize(model, TEXTS),
+        tokenize(model, TEXTS, pad_side="left"),
+    ):
+        assert (
+            torch.equal(batch.document >= 0, batch.real)
+            and (batch.document[~batch.real] == -1).all()
+        )
         for number, row in enumerate(ids):
             assert batch.tokens[batch.document == number].tolist() == row
         later = batch[[len(batch) - 1]]
@@ -177,12 +195,20 @@ def test_every_token_knows_its_document(model):
         plain = TokenBatch(batch.tokens, batch.real, batch.attention, batch.texts, batch.pad_side)
         assert plain.key == batch.key and plain.document is None and plain[:1].document is None
     with pytest.raises(ValueError, match="-1 elsewhere"):
-        TokenBatch(batch.tokens, batch.real, batch.attention, batch.texts, document=torch.zeros_like(batch.tokens))
+        TokenBatch(
+            batch.tokens,
+            batch.real,
+            batch.attention,
+            batch.texts,
+            document=torch.zeros_like(batch.tokens),
+        )
 
 
 def test_a_slice_or_a_list_of_rows_is_a_batch(model):
     batch = tokenize(model, TEXTS)
-    assert batch[1:3].texts == tuple(TEXTS[1:3]) and torch.equal(batch[[3, 0]].tokens, batch.tokens[[3, 0]])
+    assert batch[1:3].texts == tuple(TEXTS[1:3]) and torch.equal(
+        batch[[3, 0]].tokens, batch.tokens[[3, 0]]
+    )
     assert batch[:2].key != batch[2:].key and batch[:2].key == tokenize(model, TEXTS)[:2].key
     with pytest.raises(NoRealToken):
         batch[4:]
@@ -192,7 +218,8 @@ def test_a_slice_or_a_list_of_rows_is_a_batch(model):
 
 
 def test_every_hook_gives_what_run_with_cache_gives(any_model):
-    """W1.1: names that say pre and post. The names filter, the early stop and the batch change no value."""
+    """W1.1: names that say pre and post. The names filter, the early stop and the batch change no
+    value."""
     batch = tokenize(any_model, TEXTS[:1])
     with torch.inference_mode():
         _, cache = any_model.run_with_cache(batch.tokens)
@@ -203,20 +230,31 @@ def test_every_hook_gives_what_run_with_cache_gives(any_model):
         expected = cache[hook].float()
         if shape[0] == 2:
             expected = expected.unflatten(0, batch.tokens.shape)
-        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4, msg=lambda m, h=hook: f"{h}: {m}")
+        torch.testing.assert_close(
+            value, expected, atol=1e-5, rtol=1e-4, msg=lambda m, h=hook: f"{h}: {m}"
+        )
 
 
 @pytest.mark.parametrize("pad_side", ["left", "right"])
 def test_batched_equals_single_at_every_real_token(any_model, pad_side):
     """W4.3: the same text gave 56.7 in a batch and 4.7 alone."""
-    hooks = [stream_hook(any_model, 1), "blocks.1.hook_resid_pre", "blocks.0.hook_attn_out", "blocks.1.attn.hook_z"]
+    hooks = [
+        stream_hook(any_model, 1),
+        "blocks.1.hook_resid_pre",
+        "blocks.0.hook_attn_out",
+        "blocks.1.attn.hook_z",
+    ]
     batch = tokenize(any_model, TEXTS, pad_side=pad_side)
     together = harvest(any_model, batch, hooks, compute="float32", batch_size=3)
     for row, text in enumerate(TEXTS):
         alone = harvest(any_model, tokenize(any_model, text), hooks, compute="float32")
         for hook in hooks:
             torch.testing.assert_close(
-                together[hook][row][batch.attention[row]], alone[hook][0], atol=1e-5, rtol=0, msg=hook
+                together[hook][row][batch.attention[row]],
+                alone[hook][0],
+                atol=1e-5,
+                rtol=0,
+                msg=hook,
             )
             assert not together[hook][row][~batch.attention[row]].any(), "padding is zero"
 
@@ -226,16 +264,27 @@ def test_batch_size_and_company_change_nothing(model):
     batch = tokenize(model, TEXTS)
     whole = harvest(model, batch, hook, compute="float32", batch_size=16)[hook]
     for size in (1, 2, 3):
-        torch.testing.assert_close(harvest(model, batch, hook, compute="float32", batch_size=size)[hook], whole)
-    torch.testing.assert_close(harvest(model, batch[1:3], hook, compute="float32")[hook], whole[1:3])
+        torch.testing.assert_close(
+            harvest(model, batch, hook, compute="float32", batch_size=size)[hook], whole
+        )
+    torch.testing.assert_close(
+        harvest(model, batch[1:3], hook, compute="float32")[hook], whole[1:3]
+    )
 
 
 def test_the_input_of_a_block_is_the_output_of_the_one_before(any_model):
     """W1.1: hidden_states[k] is the input of block k; here the names say so."""
     batch = tokenize(any_model, TEXTS)
-    found = harvest(any_model, batch, ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"], compute="float32")
+    found = harvest(
+        any_model, batch, ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"], compute="float32"
+    )
     assert torch.equal(found["blocks.0.hook_resid_post"], found["blocks.1.hook_resid_pre"])
-    parts = ["blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out", "blocks.1.hook_resid_post"]
+    parts = [
+        "blocks.1.hook_resid_pre",
+        "blocks.1.hook_attn_out",
+        "blocks.1.hook_mlp_out",
+        "blocks.1.hook_resid_post",
+    ]
     pre, attention, mlp, post = harvest(any_model, batch, parts, compute="float32").values()
     torch.testing.assert_close(pre + attention + mlp, post, atol=1e-5, rtol=1e-5)
 
@@ -248,7 +297,9 @@ def test_the_last_residual_is_not_yet_normalised(any_model):
     post, normed, logits = harvest(any_model, batch, hooks, compute="float32").values()
     assert not torch.allclose(post, normed, atol=1e-3)
     with torch.inference_mode():
-        true = any_model(batch.tokens[:, : batch.tokens.shape[1]], attention_mask=batch.attention.long())
+        true = any_model(
+            batch.tokens[:, : batch.tokens.shape[1]], attention_mask=batch.attention.long()
+        )
         again = any_model.unembed(any_model.ln_final(post))
     real = batch.real
     torch.testing.assert_close(again[real], true[real], atol=1e-4, rtol=1e-4)
@@ -265,7 +316,9 @@ def test_a_value_patched_into_where_it_came_from_changes_nothing(any_model, stre
     with torch.inference_mode():
         clean = any_model(batch.tokens)
         patched = any_model.run_with_hooks(batch.tokens, fwd_hooks=[(hook, lambda t, hook: value)])
-        wrong = any_model.run_with_hooks(batch.tokens, fwd_hooks=[(hook, lambda t, hook: next(iter(other.values())))])
+        wrong = any_model.run_with_hooks(
+            batch.tokens, fwd_hooks=[(hook, lambda t, hook: next(iter(other.values())))]
+        )
     torch.testing.assert_close(patched, clean, atol=1e-5, rtol=0)
     assert (wrong - clean).abs().max() > 1e-4, "the test can fail"
 
@@ -275,13 +328,17 @@ def test_edits_in_force_are_seen(model):
     batch = tokenize(model, TEXTS)
     with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda t, hook: t * 0)]):
         edited = harvest(model, batch, hook, compute="float32")[hook]
-    assert not torch.allclose(edited, harvest(model, batch, hook, compute="float32")[hook], atol=1e-3)
+    assert not torch.allclose(
+        edited, harvest(model, batch, hook, compute="float32")[hook], atol=1e-3
+    )
 
 
 def test_patterns_are_text_head_query_key_and_sum_to_one(any_model):
     hook = "blocks.1.attn.hook_pattern"
     batch = tokenize(any_model, TEXTS)
-    pattern = harvest(any_model, batch, [hook, stream_hook(any_model, 0)], compute="float32", batch_size=3)[hook]
+    pattern = harvest(
+        any_model, batch, [hook, stream_hook(any_model, 0)], compute="float32", batch_size=3
+    )[hook]
     length = batch.tokens.shape[1]
     assert pattern.shape == (4, any_model.cfg.n_heads, length, length)
     rows = pattern.transpose(1, 2)[batch.real]
@@ -296,7 +353,9 @@ def test_a_pattern_of_as_many_heads_as_positions_is_not_taken_for_one_value_a_to
     alone = harvest(model, batch[1:], hook, compute="float32")[hook][0]
     short = int(batch.attention[1].sum())
     together = harvest(model, batch, hook, compute="float32")[hook][1]
-    torch.testing.assert_close(together[:, :short, :short], alone[:, :short, :short], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        together[:, :short, :short], alone[:, :short, :short], atol=1e-5, rtol=0
+    )
 
 
 def test_routers_come_back_by_text(olmoe):
@@ -306,10 +365,14 @@ def test_routers_come_back_by_text(olmoe):
 
 
 def test_the_run_stops_after_the_last_block_needed(model):
-    """A harvest from the middle must not pay for the rest: later blocks and the logits never run."""
+    """A harvest from the middle must not pay for the rest: later blocks and the logits never
+    run."""
     batch, ran = tokenize(model, TEXTS), []
     watch = [(f"blocks.{k}.hook_in", lambda t, hook, k=k: ran.append(k)) for k in range(3)]
-    watch += [(f"blocks.{k}.hook_attn_out", lambda t, hook, k=k: ran.append(f"attention {k}")) for k in range(3)]
+    watch += [
+        (f"blocks.{k}.hook_attn_out", lambda t, hook, k=k: ran.append(f"attention {k}"))
+        for k in range(3)
+    ]
     watch += [("unembed.hook_in", lambda t, hook: ran.append("unembed"))]
     expected = {
         "hook_embed": [0],
@@ -335,13 +398,17 @@ def test_harvest_leaves_no_trace_on_the_model(model):
         assert torch.equal(model(batch.tokens), before)
     assert not any(point.has_hooks() for point in model.hook_dict.values())
     weight = torch.ones(32, requires_grad=True)
-    (result[stream_hook(model, 1)] @ weight).sum().backward()  # an inference tensor could not be trained on
+    (
+        result[stream_hook(model, 1)] @ weight
+    ).sum().backward()  # an inference tensor could not be trained on
     assert weight.grad is not None and not torch.is_inference_mode_enabled()
 
 
 def test_fused_kernels_are_used_unless_a_hook_looks_inside(model, monkeypatch):
     """They are faster; the test of every hook above shows that they give the same values."""
-    from transformer_lens.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
+    from transformer_lens.model_bridge.generalized_components.joint_qkv_attention import (
+        JointQKVAttentionBridge,
+    )
 
     written_out = []
     slow = JointQKVAttentionBridge._apply_reconstruct_attention_mask
@@ -402,9 +469,13 @@ def test_nan_and_inf_are_refused_by_hook_and_text(model, value):
         return tensor
 
     batch = tokenize(model, TEXTS)
-    tokens_of_row = batch.attention.sum(1).sort(descending=True).values  # harvest runs the longest first
+    tokens_of_row = (
+        batch.attention.sum(1).sort(descending=True).values
+    )  # harvest runs the longest first
     longest = int(batch.attention.sum(1).argmax())
-    refused = pytest.raises(BadActivations, match=rf"blocks\.0\.hook_resid_post of text {longest}\.")
+    refused = pytest.raises(
+        BadActivations, match=rf"blocks\.0\.hook_resid_post of text {longest}\."
+    )
     with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", spoil)]), refused:
         harvest(model, batch, stream_hook(model, 0))
     assert not any(point.has_hooks() for point in model.hook_dict.values())

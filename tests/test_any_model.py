@@ -1,17 +1,21 @@
-"""Any model: a Gemma 3 folder goes from text to a trained, saved, loaded, evaluated and spliced SAE, as GPT-2 does."""
+"""Any model: a Gemma 3 folder goes from text to a trained, saved, loaded, evaluated and spliced
+SAE, as GPT-2 does."""
 
 import pytest
 import torch
 from conftest import TEXTS, make_tokenizer
 
-from lenslab.activations import harvest, pack, tokenize
-from lenslab.analysis.interventions import splice
-from lenslab.models import load_model, model_key, model_name, stream_hook
-from lenslab.sae.architectures import build_sae
-from lenslab.sae.evaluation import evaluate_null, evaluate_sae
-from lenslab.sae.pretrained import SAEMismatch, check_sae, load_sae, sae_hook, save_sae
-from lenslab.sae.sources import ModelSource
-from lenslab.sae.training import TrainingConfig, train
+from lenslab.capture import harvest
+from lenslab.circuits.interventions import splice
+from lenslab.hooks import stream_hook
+from lenslab.models import load_model, model_key, model_name
+from lenslab.sae.controls import evaluate_null
+from lenslab.sae.evaluate import evaluate_sae
+from lenslab.sae.load import SAEMismatch, check_sae, load_sae, sae_hook, save_sae
+from lenslab.sae.train.architectures import build_sae
+from lenslab.sae.train.sources import ModelSource
+from lenslab.sae.train.trainer import TrainingConfig, train
+from lenslab.tokens import pack, tokenize
 
 LAYER, WIDTH = 1, 32
 SITES = {  # what an SAE may read, and the module of Hugging Face's model whose output that is
@@ -25,7 +29,8 @@ HOOKS = [hook for hook, _ in SITES.values()]
 
 @pytest.fixture(scope="module")
 def gemma_folder(tmp_path_factory):
-    """A random Gemma 3 (text): two layers, one with a sliding window, grouped queries, norms after each sublayer."""
+    """A random Gemma 3 (text): two layers, one with a sliding window, grouped queries, norms after
+    each sublayer."""
     from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
     folder = tmp_path_factory.mktemp("gemma-3-twin")
@@ -47,7 +52,9 @@ def gemma_folder(tmp_path_factory):
         pad_token_id=2,
     )
     model = Gemma3ForCausalLM(config)
-    with torch.no_grad():  # as initialised, norms hide how little the MLP says: weights of a trained size
+    with (
+        torch.no_grad()
+    ):  # as initialised, norms hide how little the MLP says: weights of a trained size
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and "embed" not in name:
                 parameter.mul_(6)
@@ -66,7 +73,8 @@ def batch(gemma):
 
 
 def reference(folder, module, row):
-    """What Hugging Face's own model computes at a module for one text without padding: [pos, width]."""
+    """What Hugging Face's own model computes at a module for one text without padding: [pos,
+    width]."""
     from transformers import AutoModelForCausalLM
 
     model, seen = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), []
@@ -82,8 +90,11 @@ def reference(folder, module, row):
 
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("pad_side", ["right", "left"])
-def test_a_hook_holds_what_hugging_face_computes_there_whatever_the_padding(gemma, gemma_folder, site, pad_side):
-    """S2.2: MLP down-projection outputs are not what the MLP adds: Gemma 3 puts a norm between the two."""
+def test_a_hook_holds_what_hugging_face_computes_there_whatever_the_padding(
+    gemma, gemma_folder, site, pad_side
+):
+    """S2.2: MLP down-projection outputs are not what the MLP adds: Gemma 3 puts a norm between the
+    two."""
     hook, module = SITES[site]
     batch = tokenize(gemma, TEXTS, pad_side=pad_side)
     values = harvest(gemma, batch, hook, compute="float32")[hook]
@@ -121,7 +132,8 @@ def test_bos_and_padding_are_dropped_and_every_other_token_is_kept(gemma, batch)
     assert torch.allclose(values, torch.cat(rows), atol=1e-4)
 
 
-# --------------------------------------------------------------------------- from text to a spliced SAE of one's own
+# --------------------------------------------------------------------------- from text to a spliced
+# SAE of one's own
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +141,10 @@ def text(gemma):
     """Windows to train on, and others that are not trained on."""
     words = " ".join(TEXTS).split()
     generator = torch.Generator().manual_seed(0)
-    documents = [" ".join(words[i] for i in torch.randint(len(words), (40,), generator=generator)) for _ in range(60)]
+    documents = [
+        " ".join(words[i] for i in torch.randint(len(words), (40,), generator=generator))
+        for _ in range(60)
+    ]
     return pack(gemma, documents[:45], length=32), pack(gemma, documents[45:], length=32)
 
 
@@ -151,7 +166,9 @@ def trained(gemma, text):
 
 
 @pytest.mark.parametrize("hook", HOOKS, ids=SITES)
-def test_an_sae_of_ones_own_is_saved_loaded_and_better_than_random_directions(gemma, text, trained, hook, tmp_path):
+def test_an_sae_of_ones_own_is_saved_loaded_and_better_than_random_directions(
+    gemma, text, trained, hook, tmp_path
+):
     sae = load_sae(save_sae(trained[hook].sae, tmp_path / "sae"))
     assert sae_hook(sae) == hook
     check_sae(sae, gemma)
@@ -179,7 +196,8 @@ def test_it_can_be_spliced_and_its_edits_reach_the_logits(gemma, text, trained, 
 
 
 def test_the_trainer_sees_real_tokens_and_nothing_else(gemma, text, trained):
-    """A vector of BOS among the training vectors would be by far the longest, and pull the mean towards itself."""
+    """A vector of BOS among the training vectors would be by far the longest, and pull the mean
+    towards itself."""
     hook, batch = HOOKS[0], text[0]
     x = harvest(gemma, batch, hook)[hook]
     real, every = x[batch.real], x[batch.attention]
@@ -188,7 +206,9 @@ def test_the_trainer_sees_real_tokens_and_nothing_else(gemma, text, trained):
     assert torch.allclose(centre, real.mean(0), atol=0.01 * float(real.norm(dim=1).mean()))
 
 
-def test_an_sae_of_the_down_projection_does_not_pass_for_one_of_the_mlp_stream(gemma, trained, model):
+def test_an_sae_of_the_down_projection_does_not_pass_for_one_of_the_mlp_stream(
+    gemma, trained, model
+):
     sae = trained[SITES["down projection"][0]].sae
     with pytest.raises(SAEMismatch):
         check_sae(sae, model)  # GPT-2

@@ -1,4 +1,5 @@
-"""The benchmarks' harness on toy sizes: what it counts, compares, resumes and leaves out. Never how long it takes."""
+"""The benchmarks' harness on toy sizes: what it counts, compares, resumes and leaves out. Never how
+long it takes."""
 
 import json
 import math
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lenslab.paths import REPOSITORY
+from lenslab.files import REPOSITORY
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 SCHEMA = {"claim", "ours", "peers", "ratios", "unit", "machine", "versions"}
@@ -23,7 +24,10 @@ RESULTS = sorted((BENCHMARKS / "results").glob("sae_*.json"))
 def modules():
     """The benchmark files, which are scripts beside each other and no package."""
     sys.path.insert(0, str(BENCHMARKS))
-    yield {name: import_module(name) for name in ("compare", "sae_contestants", "sae_training", "sae_quality")}
+    yield {
+        name: import_module(name)
+        for name in ("compare", "sae_contestants", "sae_training", "sae_quality")
+    }
     sys.path.remove(str(BENCHMARKS))
 
 
@@ -45,7 +49,8 @@ def quality(modules):
     return modules["sae_quality"]
 
 
-# ------------------------------------------------------------------------------------------------- the harness
+# -------------------------------------------------------------------------------------------------
+# the harness
 
 
 def test_a_result_names_the_versions_of_peers_that_have_an_environment_of_their_own(compare):
@@ -90,24 +95,40 @@ def contestants(compare, names):
 def test_rounds_are_interleaved_and_ratios_are_the_median_of_the_rounds_own(compare, monkeypatch):
     order = play(compare, monkeypatch, {"ours": [1, 2, 4], "peer": [3, 4, 4]})
     result = compare.compare(
-        "x.py", "a claim", "u/s", "ours", contestants(compare, ["ours", "peer"]), rounds=3, more=lambda taken: {"n": 1}
+        "x.py",
+        "a claim",
+        "u/s",
+        "ours",
+        contestants(compare, ["ours", "peer"]),
+        rounds=3,
+        more=lambda taken: {"n": 1},
     )
     assert order == ["ours", "peer"] * 3
     assert (result["ours"], result["peers"]["peer"]) == (6, 3)  # medians of 12, 6, 3 and of 4, 3, 3
-    assert result["ratios"]["peer"] == 2  # of 3, 2 and 1: not the ratio of the medians' rounds by chance
+    assert (
+        result["ratios"]["peer"] == 2
+    )  # of 3, 2 and 1: not the ratio of the medians' rounds by chance
     written = json.loads((compare.RESULTS / "x.json").read_text())
     assert written == result and set(result) >= SCHEMA and result["n"] == 1
     assert result["rounds"] == {"ours": [12, 6, 3], "peer": [4, 3, 3]}
 
 
 def test_a_peer_that_fails_is_left_out_and_the_result_says_why(compare, monkeypatch):
-    play(compare, monkeypatch, {"ours": [1, 1], "good": [2, 2], "bad": ["could not be installed: no wheel"]})
-    result = compare.compare("x.py", "c", "u", "ours", contestants(compare, ["ours", "good", "bad"]), rounds=2)
+    play(
+        compare,
+        monkeypatch,
+        {"ours": [1, 1], "good": [2, 2], "bad": ["could not be installed: no wheel"]},
+    )
+    result = compare.compare(
+        "x.py", "c", "u", "ours", contestants(compare, ["ours", "good", "bad"]), rounds=2
+    )
     assert result["left_out"] == {"bad": "could not be installed: no wheel"}
     assert set(result["ratios"]) == {"good"}
 
 
-def test_our_own_failure_is_an_error_and_the_next_run_goes_on_where_it_stopped(compare, monkeypatch):
+def test_our_own_failure_is_an_error_and_the_next_run_goes_on_where_it_stopped(
+    compare, monkeypatch
+):
     names = ["ours", "peer"]
     play(compare, monkeypatch, {"ours": [1, "killed"], "peer": [2]})
     with pytest.raises(compare.PeerFailed, match="killed"):
@@ -135,15 +156,21 @@ def test_a_contestant_runs_in_a_process_with_the_settings_it_was_promised(compar
     tuned = compare.run_contestant(str(file), "one", compare.Contestant(dict), ["--job", "x"])
     shipped = compare.run_contestant(str(file), "one", compare.Contestant(dict, tuned=False))
     assert tuned["argv"] == ["--contestant", "one", "--job", "x"]
-    assert set(compare.ALLOCATOR) <= set(tuned["env"]) and not set(compare.ALLOCATOR) & set(shipped["env"])
+    assert set(compare.ALLOCATOR) <= set(tuned["env"]) and not set(compare.ALLOCATOR) & set(
+        shipped["env"]
+    )
     assert tuned["env"]["OMP_NUM_THREADS"] == shipped["env"]["OMP_NUM_THREADS"] == compare.THREADS
-    assert tuned["env"]["HF_HUB_OFFLINE"] == "1" and shipped["env"]["LENSLAB_ALLOCATOR"] == "default"
+    assert (
+        tuned["env"]["HF_HUB_OFFLINE"] == "1" and shipped["env"]["LENSLAB_ALLOCATOR"] == "default"
+    )
     with pytest.raises(compare.PeerFailed, match="failed: ValueError"):
         compare.run_contestant(str(file), "broken", compare.Contestant(dict))
 
 
 def test_reasons_hold_no_path_of_this_machine(compare):
-    said = compare._last_line(f"Traceback\n  at {Path.home() / 'x.py'}\nOSError: {BENCHMARKS / 'y'}\n\n")
+    said = compare._last_line(
+        f"Traceback\n  at {Path.home() / 'x.py'}\nOSError: {BENCHMARKS / 'y'}\n\n"
+    )
     assert said == f"OSError: ./{BENCHMARKS.name}/y"
 
 
@@ -157,7 +184,11 @@ def installs(compare, monkeypatch):
         if command[1:3] == ["-m", "venv"]:
             Path(command[-1]).mkdir(parents=True, exist_ok=True)
         failed = "nonesuch==1" in command
-        return type("Done", (), {"returncode": int(failed), "stderr": "ERROR: No matching distribution", "stdout": ""})
+        return type(
+            "Done",
+            (),
+            {"returncode": int(failed), "stderr": "ERROR: No matching distribution", "stdout": ""},
+        )
 
     monkeypatch.setattr(compare.subprocess, "run", run)
     monkeypatch.setattr(compare, "PEERS", compare.CACHE)
@@ -165,7 +196,9 @@ def installs(compare, monkeypatch):
     return commands
 
 
-def test_a_peers_environment_is_made_once_torch_first_and_made_again_when_its_pins_change(compare, installs):
+def test_a_peers_environment_is_made_once_torch_first_and_made_again_when_its_pins_change(
+    compare, installs
+):
     pins = compare.CACHE / "peer.txt"
     pins.write_text("# why\n# remove: extra\nother==2\ntorch==1\n")
     python = compare.environment("peer")
@@ -198,7 +231,8 @@ def test_peers_are_pinned(file):
     assert lines and all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
 
 
-# -------------------------------------------------------------------------------------------- SAE contestants
+# -------------------------------------------------------------------------------------------- SAE
+# contestants
 
 
 class Projection:
@@ -217,10 +251,13 @@ class Projection:
 def test_held_out_error_is_a_share_of_the_variance_and_l0_a_count(entries):
     x = torch.eye(4).repeat(1000, 1) * 2.0
     assert entries.held_out(Projection(4), x) == {"fvu": 0.0, "l0": 1.0}
-    # missing one axis of four: 4 of every 4 vectors' squares 4, against 4 x (4 - 1) around the mean 0.5
+    # missing one axis of four: 4 of every 4 vectors' squares 4, against 4 x (4 - 1) around the mean
+    # 0.5
     found = entries.held_out(Projection(3), x)
     assert math.isclose(found["fvu"], 4 / (4 * 3)) and math.isclose(found["l0"], 0.75)
-    constant = type("Mean", (), {"encode": lambda self, x: x, "decode": lambda self, z: torch.full_like(z, 0.5)})()
+    constant = type(
+        "Mean", (), {"encode": lambda self, x: x, "decode": lambda self, z: torch.full_like(z, 0.5)}
+    )()
     assert math.isclose(entries.held_out(constant, x)["fvu"], 1.0)
 
 
@@ -231,7 +268,9 @@ def test_a_contestant_that_learned_nothing_is_refused(entries):
             entries.checked({"fvu": fvu, "l0": 3.0})
 
 
-def test_every_contestant_reads_the_vectors_in_the_same_order_and_no_held_out_one(entries, tmp_path):
+def test_every_contestant_reads_the_vectors_in_the_same_order_and_no_held_out_one(
+    entries, tmp_path
+):
     x = np.arange((10 + entries.HELD_OUT) * 2, dtype=np.float32).reshape(-1, 2)
     np.save(tmp_path / "x.npy", x)
     vectors, unseen = entries.load_vectors(tmp_path / "x.npy")
@@ -243,11 +282,14 @@ def test_every_contestant_reads_the_vectors_in_the_same_order_and_no_held_out_on
 
 @pytest.fixture(scope="module")
 def planted():
-    """Sums of 3 of 24 directions in 16 dimensions, of a mean norm of 4: an SAE can learn them in seconds."""
+    """Sums of 3 of 24 directions in 16 dimensions, of a mean norm of 4: an SAE can learn them in
+    seconds."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(24, 16, generator=generator), dim=1)
     chosen = torch.rand(6000, 24, generator=generator).topk(3, dim=1).indices
-    weights = torch.zeros(6000, 24).scatter_(1, chosen, 1 + torch.rand(6000, 3, generator=generator))
+    weights = torch.zeros(6000, 24).scatter_(
+        1, chosen, 1 + torch.rand(6000, 3, generator=generator)
+    )
     x = weights @ directions + 0.3
     return x * 4 / x.norm(dim=1).mean()
 
@@ -269,7 +311,9 @@ def test_both_libraries_train_in_this_environment(entries, planted, toy, library
             entries.set_mean_l0(sae, planted[:5000], job.k)
         found.append(entries.held_out(sae, planted[5000:]))
     before, after = found
-    fewer = architecture == "relu" and after["l0"] < 0.8 * before["l0"]  # a penalty trades error for fewer latents
+    fewer = (
+        architecture == "relu" and after["l0"] < 0.8 * before["l0"]
+    )  # a penalty trades error for fewer latents
     assert after["fvu"] < 0.5 and (after["fvu"] < 0.8 * before["fvu"] or fewer)
     if architecture != "relu":
         assert after["l0"] <= toy.k + 0.5
@@ -286,12 +330,19 @@ def test_matrix_products_are_counted_dense_ones_whole_and_sparse_ones_by_their_e
     assert (seen.dense, seen.sparse) == (2 * 2 * 3 * 4 * 5, 2 * 3 * 5 + 2 * 3 * 6)
 
 
-def test_the_speed_result_says_what_was_learned_and_how_much_of_the_machine_was_used(modules, compare, monkeypatch):
-    """With processes that answer at once: 4,096 vectors a second, products of 1 + 0.5 GFLOP a vector, peak 12,288."""
+def test_the_speed_result_says_what_was_learned_and_how_much_of_the_machine_was_used(
+    modules, compare, monkeypatch
+):
+    """With processes that answer at once: 4,096 vectors a second, products of 1 + 0.5 GFLOP a
+    vector, peak 12,288."""
     training, played = modules["sae_training"], []
     answers = {
         "matrix-peak": {"units": 1, "seconds": 1, "peak_gflops": 12_288.0, "float32": 100.0},
-        "profile": {"dense_gflop_per_vector": 1.0, "sparse_gflop_per_vector": 0.5, "where_the_time_goes": {"top": []}},
+        "profile": {
+            "dense_gflop_per_vector": 1.0,
+            "sparse_gflop_per_vector": 0.5,
+            "where_the_time_goes": {"top": []},
+        },
     }
 
     def run(file, name, contestant, extra=()):
@@ -313,20 +364,30 @@ def test_the_speed_result_says_what_was_learned_and_how_much_of_the_machine_was_
 
 def test_memory_is_compared_between_two_lengths_of_the_same_training(modules, compare, monkeypatch):
     training, peaks = modules["sae_training"], {"1000": 500.0, "8000": 560.0}
-    monkeypatch.setattr(training, "run_contestant", lambda file, name, contestant, extra: {"peak_mb": peaks[extra[-1]]})
+    monkeypatch.setattr(
+        training,
+        "run_contestant",
+        lambda file, name, contestant, extra: {"peak_mb": peaks[extra[-1]]},
+    )
     result = training.memory(training.Job(), (1000, 8000), write=True)
     assert result["ratios"] == {"lenslab, 1,000 vectors": 1.12} and not result["holds"]
     assert json.loads((compare.RESULTS / "sae_training_memory.json").read_text()) == result
 
 
-# --------------------------------------------------------------------------------------------------- quality
+# ---------------------------------------------------------------------------------------------------
+# quality
 
 
 @pytest.mark.parametrize("first", [0.05, 4.0, 300.0])
 def test_the_search_for_a_penalty_encloses_the_l0_asked_for(quality, first):
-    """L0 = 400 / l1^1.5 and FVU = 2 / L0: wherever the search starts, the FVU at L0 = 32 is read off exactly."""
-    points = quality.search_l1(lambda l1: {"l0": 400 / l1**1.5, "fvu": l1**1.5 / 200}, target=32, first=first)
-    assert len(points) <= quality.SEARCH and math.isclose(quality.fvu_at(points, 32), 2 / 32, rel_tol=1e-9)
+    """L0 = 400 / l1^1.5 and FVU = 2 / L0: wherever the search starts, the FVU at L0 = 32 is read
+    off exactly."""
+    points = quality.search_l1(
+        lambda l1: {"l0": 400 / l1**1.5, "fvu": l1**1.5 / 200}, target=32, first=first
+    )
+    assert len(points) <= quality.SEARCH and math.isclose(
+        quality.fvu_at(points, 32), 2 / 32, rel_tol=1e-9
+    )
 
 
 def test_the_search_comes_back_from_a_penalty_that_silences_every_latent(quality):
@@ -334,7 +395,9 @@ def test_the_search_comes_back_from_a_penalty_that_silences_every_latent(quality
         return {"l0": 0.0 if l1 > 8 else 400 / l1**1.5, "fvu": l1**1.5 / 200}
 
     points = quality.search_l1(measure, target=32, first=12.0)
-    assert any(p["l0"] == 0 for p in points) and math.isclose(quality.fvu_at(points, 32), 2 / 32, rel_tol=1e-9)
+    assert any(p["l0"] == 0 for p in points) and math.isclose(
+        quality.fvu_at(points, 32), 2 / 32, rel_tol=1e-9
+    )
 
 
 def test_an_fvu_is_interpolated_between_the_nearest_points_and_never_beyond_them(quality):
@@ -349,7 +412,9 @@ def test_an_l0_that_no_penalty_reaches_is_not_compared(quality):
     assert len(points) == quality.SEARCH and quality.fvu_at(points, 16) is None
     run = {name: {"fvu": 0.1 if name != "relu" else None} for name in quality.ARCHITECTURES}
     other = {name: {"fvu": 0.2} for name in quality.ARCHITECTURES}
-    verdict = quality.judge({"lenslab": [dict(run)] * 5, **{peer: [dict(other)] * 5 for peer in quality.PEERS}})
+    verdict = quality.judge(
+        {"lenslab": [dict(run)] * 5, **{peer: [dict(other)] * 5 for peer in quality.PEERS}}
+    )
     assert "not_compared" in verdict["saelens relu"] and verdict["saelens centred topk"]["better"]
     assert quality.average([0.1, None]) is None
 
@@ -369,7 +434,9 @@ def test_the_orders_of_two_seeds_differ_and_that_of_one_seed_does_not(quality, p
 
 def test_the_verdict_is_the_rule_of_the_definitions(quality):
     def runs(fvu):
-        return [{name: {"fvu": fvu[name] * (1 + 0.001 * seed)} for name in fvu} for seed in range(5)]
+        return [
+            {name: {"fvu": fvu[name] * (1 + 0.001 * seed)} for name in fvu} for seed in range(5)
+        ]
 
     ours = runs({"topk": 0.09, "batchtopk": 0.1005, "relu": 0.11})
     theirs = {
@@ -391,7 +458,9 @@ def test_vectors_without_their_mean_train_the_same_sae_moved_by_it(entries, plan
     for architecture in ("topk", "relu"):
         job = replace(toy, architecture=architecture)
         centred, moved = entries.saelens(job, vectors - mean), entries.saelens_centred(job, vectors)
-        torch.testing.assert_close(moved.encode(vectors), centred.encode(vectors - mean), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            moved.encode(vectors), centred.encode(vectors - mean), atol=1e-4, rtol=1e-4
+        )
         torch.testing.assert_close(
             moved.decode(moved.encode(vectors)),
             centred.decode(centred.encode(vectors - mean)) + mean,
@@ -400,7 +469,8 @@ def test_vectors_without_their_mean_train_the_same_sae_moved_by_it(entries, plan
         )
 
 
-# ------------------------------------------------------------------------------------------ the results we keep
+# ------------------------------------------------------------------------------------------ the
+# results we keep
 
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda f: f.stem)

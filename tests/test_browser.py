@@ -1,4 +1,5 @@
-"""Pages open in a real browser, from disk, without a network: plots are drawn and nothing goes wrong."""
+"""Pages open in a real browser, from disk, without a network: plots are drawn and nothing goes
+wrong."""
 
 import json
 import os
@@ -34,10 +35,24 @@ def open_page(file: Path, profile: Path) -> tuple[str, list[str]]:
     if browser is None:
         pytest.skip("no Chromium: install it (apt install chromium) to run the browser tests")
     sandbox = ["--no-sandbox"] if os.name == "posix" and os.geteuid() == 0 else []
-    options = ["--headless", *sandbox, "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
+    options = [
+        "--headless",
+        *sandbox,
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={profile}",
+    ]
     options += ["--host-resolver-rules=MAP * ~NOTFOUND", "--proxy-server=127.0.0.1:9"]
-    options += ["--enable-logging=stderr", "--log-level=0", "--virtual-time-budget=20000", "--dump-dom", file.as_uri()]
-    run = subprocess.run([browser, *options], capture_output=True, text=True, timeout=240, errors="replace")
+    options += [
+        "--enable-logging=stderr",
+        "--log-level=0",
+        "--virtual-time-budget=20000",
+        "--dump-dom",
+        file.as_uri(),
+    ]
+    run = subprocess.run(
+        [browser, *options], capture_output=True, text=True, timeout=240, errors="replace"
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout, re.findall(r"CONSOLE[^\]]*\] (.*)", run.stderr)
 
@@ -48,7 +63,8 @@ def figure(title: str = "Waves") -> dict:
 
 @pytest.fixture
 def outputs(tmp_path, monkeypatch) -> Path:
-    """Outputs of a run as `make run` leaves them: a notebook with a figure, a table, text and an error."""
+    """Outputs of a run as `make run` leaves them: a notebook with a figure, a table, text and an
+    error."""
     folder = tmp_path / "outputs"
     monkeypatch.setenv("LENSLAB_OUTPUTS", str(folder))
     monkeypatch.setattr(images, "_png_failed", True)  # no PNGs here
@@ -60,11 +76,17 @@ def outputs(tmp_path, monkeypatch) -> Path:
             "frame",
             outputs=[
                 new_output("stream", name="stdout", text=EVIL),
-                new_output("execute_result", {"text/html": "<table><tr><td>4</td></tr></table>", "text/plain": "4"}),
+                new_output(
+                    "execute_result",
+                    {"text/html": "<table><tr><td>4</td></tr></table>", "text/plain": "4"},
+                ),
             ],
         ),
         new_code_cell(
-            "oops", outputs=[new_output("error", ename="E", evalue=EVIL, traceback=[f"\x1b[31m{EVIL}\x1b[0m"])]
+            "oops",
+            outputs=[
+                new_output("error", ename="E", evalue=EVIL, traceback=[f"\x1b[31m{EVIL}\x1b[0m"])
+            ],
         ),
     ]
     (folder / "notebooks").mkdir(parents=True)
@@ -123,7 +145,9 @@ def test_a_saved_figure_draws_offline(outputs, tmp_path):
 @pytest.mark.browser
 def test_highlighted_tokens_are_coloured_offline_and_no_text_becomes_a_script(outputs, tmp_path):
     evil = ["<s>", EVIL, f'"><img src=x onerror="{EVIL[8:-9]}">', " calm", ""]
-    view = highlight([evil], [[9, 2.0, 1.0, 0.0, 0]], counted=[[0, 1, 1, 1, 0]], labels=[EVIL], title=EVIL)
+    view = highlight(
+        [evil], [[9, 2.0, 1.0, 0.0, 0]], counted=[[0, 1, 1, 1, 0]], labels=[EVIL], title=EVIL
+    )
     page = view.save("tokens")
     # a script of this test's own says which colours the browser uses
     ask = "getComputedStyle(document.querySelector('.t .p12')).backgroundColor"
@@ -137,23 +161,35 @@ def test_highlighted_tokens_are_coloured_offline_and_no_text_becomes_a_script(ou
 
 @pytest.mark.browser
 def test_every_figure_of_features_draws_and_labels_stay_text(tmp_path):
-    values, names, kinds = np.arange(12.0).reshape(4, 3), [7, "<b>bold", "$x$"], ["a", "b", "a", EVIL]
+    values, names, kinds = (
+        np.arange(12.0).reshape(4, 3),
+        [7, "<b>bold", "$x$"],
+        ["a", "b", "a", EVIL],
+    )
     figures = [
         feature_plots.text_feature_heatmap(values, names, kinds, ["t"] * 4),
         feature_plots.text_feature_heatmap(values, names, kinds, ["t"] * 4, rows=True),
         feature_plots.category_feature_heatmap(values, [*kinds[:3], "d"], names),
-        feature_plots.category_means(values.T, ["a", "b", "c", "d"], names, low=values.T - 1, high=values.T + 1),
+        feature_plots.category_means(
+            values.T, ["a", "b", "c", "d"], names, low=values.T - 1, high=values.T + 1
+        ),
         feature_plots.coactivation_heatmap(np.eye(3), names),
         feature_plots.coactivation_heatmap(np.eye(3), names, kind="conditional"),
         feature_plots.firing_density({"SAE": [0.0, 0.01], "random": [0.2]}),
         plots.null_histogram([5, 6, 7], {"SAE": 7}),
-        plots.intervals({"SAE": ([1.0], [0.5], [1.5]), "null": ([0.2], None, None)}, ["a"], reference=0.5),
+        plots.intervals(
+            {"SAE": ([1.0], [0.5], [1.5]), "null": ([0.2], None, None)}, ["a"], reference=0.5
+        ),
         plots.scatter([1, 2, 3], [3, 2, 1], marked=[1, 0, 0], diagonal=True),
     ]
     write_plotly_js(tmp_path)
-    elements = "\n".join(figure_element(figure_json(figure), f"f{i}") for i, figure in enumerate(figures))
+    elements = "\n".join(
+        figure_element(figure_json(figure), f"f{i}") for i, figure in enumerate(figures)
+    )
     page = tmp_path / "figures.html"
-    page.write_text(f'<meta charset="utf-8"><script src="plotly.min.js"></script>{elements}', encoding="utf-8")
+    page.write_text(
+        f'<meta charset="utf-8"><script src="plotly.min.js"></script>{elements}', encoding="utf-8"
+    )
     dom, console = open_page(page, tmp_path / "profile")
     assert not console
     drawn = dom.split('id="f')[1:]
@@ -172,7 +208,9 @@ def test_the_index_opens_offline(outputs, tmp_path):
 @pytest.mark.browser
 def test_the_browser_test_can_fail(tmp_path):
     page = tmp_path / "broken.html"
-    page.write_text('<html><script src="missing.js"></script><script>Plotly.newPlot("a")</script></html>')
+    page.write_text(
+        '<html><script src="missing.js"></script><script>Plotly.newPlot("a")</script></html>'
+    )
     dom, console = open_page(page, tmp_path / "profile")
     assert any("Plotly is not defined" in line for line in console)
     assert "main-svg" not in dom
@@ -183,15 +221,23 @@ def test_chromium_draws_a_png_of_a_figure(monkeypatch):
     if find_browser() is None:
         pytest.skip("no Chromium: install it (apt install chromium) to run the browser tests")
     monkeypatch.setattr(images, "_png_failed", False)
-    picture = images.render_png(go.Figure(go.Scatter(y=[1, 2]), layout={"width": 300, "height": 200}))
+    picture = images.render_png(
+        go.Figure(go.Scatter(y=[1, 2]), layout={"width": 300, "height": 200})
+    )
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
-    assert (int.from_bytes(picture[16:20], "big"), int.from_bytes(picture[20:24], "big")) == (300, 200)
+    assert (int.from_bytes(picture[16:20], "big"), int.from_bytes(picture[20:24], "big")) == (
+        300,
+        200,
+    )
 
 
 @pytest.mark.parametrize(
     ("markdown", "sentence"),
     [
-        ("## 3. Which tokens count?\nTexts become one batch. `real` marks.", "Texts become one batch"),
+        (
+            "## 3. Which tokens count?\nTexts become one batch. `real` marks.",
+            "Texts become one batch",
+        ),
         ("First part.\n\n**Control**: the MLP left out.", "Control"),
         ("A [link](https://example.org) and _more_", "A link and more"),
         ("# Only a heading", "untitled"),

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from lenslab.models import load_model, random_twin, stream_hook
-from lenslab.paths import data_path
-from lenslab.sae.bundled import SHOWN, card_table, find_sae, read_card
-from lenslab.sae.pretrained import bundled_saes, check_sae, sae_hook
+from lenslab.files import data_path
+from lenslab.hooks import stream_hook
+from lenslab.models import load_model, random_twin
+from lenslab.sae.find import SHOWN, card_table, find_sae, read_card
+from lenslab.sae.load import bundled_saes, check_sae, sae_hook
 
 TWIN = "pocket-gpt-random-twin-resid-3"
 
@@ -21,7 +22,9 @@ def test_every_bundled_sae_has_a_card_that_beats_its_null():
     table = card_table()
     assert set(table["sae"]) == set(bundled_saes())
     # of an untrained model nothing is lost by ablation, so no share of it can be recovered
-    assert table[list(SHOWN)].notna().all().all() or set(table[table.isna().any(axis=1)]["sae"]) == {TWIN}
+    assert table[list(SHOWN)].notna().all().all() or set(
+        table[table.isna().any(axis=1)]["sae"]
+    ) == {TWIN}
     assert (table["variance_explained"] > table["null"] + 0.1).all()
     assert table.groupby("sae")["ships"].sum().eq(1).all(), "one sparsity of each ships"
 
@@ -40,7 +43,11 @@ def test_an_unknown_card_names_those_there_are():
 
 def test_the_bundled_sae_of_the_middle_layer_is_found(pocket):
     found = find_sae(pocket)
-    assert sae_hook(found.sae) == stream_hook(pocket, 3) and found.origin == "bundled" and found.name in bundled_saes()
+    assert (
+        sae_hook(found.sae) == stream_hook(pocket, 3)
+        and found.origin == "bundled"
+        and found.name in bundled_saes()
+    )
     name = bundled_saes(pocket)[0]
     config = json.loads(data_path("saes", name, "cfg.json").read_text())
     assert sae_hook(find_sae(pocket, name).sae) == config["metadata"]["hook_name"]

@@ -1,4 +1,5 @@
-"""Contexts and vocabulary effects: the same as looking at everything at once, never the same place twice."""
+"""Contexts and vocabulary effects: the same as looking at everything at once, never the same place
+twice."""
 
 import itertools
 
@@ -8,11 +9,12 @@ import torch
 from conftest import TEXTS
 from test_sae_pretrained import HOOK, tiny_sae
 
-from lenslab.activations import TokenBatch, harvest, pack, tokenize
-from lenslab.analysis.contexts import TopContexts, find_contexts, vocabulary_effects
-from lenslab.analysis.vocabulary import direct_logits, final_norm
+from lenslab.capture import harvest
+from lenslab.features.contexts import TopContexts, find_contexts
+from lenslab.features.readings import direct_logits, final_norm, vocabulary_effects
 from lenslab.models import load_model
-from lenslab.sae.evaluation import random_sae
+from lenslab.sae.controls import random_sae
+from lenslab.tokens import TokenBatch, pack, tokenize
 
 WORDS = ["cat", "mat", "sat", "add", "city", "river", "they", "say", "Paris", "a", "2", "def"]
 
@@ -49,13 +51,19 @@ def test_the_strongest_token_of_the_strongest_windows(found, windows, dense):
         expected = best.values.sort(descending=True)
         n = min(4, int((best.values > 0).sum()))
         table = found.top(feature)
-        assert table["activation"].to_numpy() == pytest.approx(expected.values[:n].numpy(), rel=1e-5)
+        assert table["activation"].to_numpy() == pytest.approx(
+            expected.values[:n].numpy(), rel=1e-5
+        )
         for _, row in table.iterrows():
-            assert dense[row["window"], row["position"], feature] == pytest.approx(row["activation"], rel=1e-5)
+            assert dense[row["window"], row["position"], feature] == pytest.approx(
+                row["activation"], rel=1e-5
+            )
             assert row["window"] not in table["window"].drop(row.name).tolist()
 
 
-def test_a_context_shows_the_tokens_around_within_the_document_and_what_they_do(found, windows, dense):
+def test_a_context_shows_the_tokens_around_within_the_document_and_what_they_do(
+    found, windows, dense
+):
     feature = int(found.fired.argmax())
     for _, row in found.top(feature).iterrows():
         window, position = row["window"], row["position"]
@@ -76,12 +84,18 @@ def test_a_context_shows_the_tokens_around_within_the_document_and_what_they_do(
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_neither_batches_nor_pieces_change_anything(model, sae, windows, found, batch_size):
     pieces = [windows[:2], windows[2:9], windows[9:]]
-    again = find_contexts(model, sae, iter(pieces), k=4, sample=30, context=6, batch_size=batch_size, progress=False)
+    again = find_contexts(
+        model, sae, iter(pieces), k=4, sample=30, context=6, batch_size=batch_size, progress=False
+    )
     assert np.array_equal(again.fired, found.fired) and again.tokens == found.tokens
     for part in ("strongest", "sample"):
         ours, theirs = getattr(again, part), getattr(found, part)
-        assert np.array_equal(ours.window, theirs.window) and np.array_equal(ours.position, theirs.position)
-        assert np.array_equal(ours.ids, theirs.ids) and np.allclose(ours.activation, theirs.activation, atol=1e-4)
+        assert np.array_equal(ours.window, theirs.window) and np.array_equal(
+            ours.position, theirs.position
+        )
+        assert np.array_equal(ours.ids, theirs.ids) and np.allclose(
+            ours.activation, theirs.activation, atol=1e-4
+        )
 
 
 def test_memory_does_not_grow_with_the_text(model, sae, windows, found):
@@ -97,10 +111,14 @@ def test_memory_does_not_grow_with_the_text(model, sae, windows, found):
 def test_overlapping_windows_show_no_place_twice(model, sae):
     stream = pack(model, " ".join(np.random.default_rng(1).choice(WORDS, 60)), length=60)
     ids = stream.tokens[0, 1:]
-    rows = torch.stack([torch.cat([stream.tokens[0, :1], ids[s : s + 24]]) for s in range(0, 36, 6)])
+    rows = torch.stack(
+        [torch.cat([stream.tokens[0, :1], ids[s : s + 24]]) for s in range(0, 36, 6)]
+    )
     real = torch.ones_like(rows, dtype=torch.bool)
     real[:, 0] = False
-    windows = TokenBatch(rows, real, torch.ones_like(real), tuple("abcdef"), "right", model.tokenizer)
+    windows = TokenBatch(
+        rows, real, torch.ones_like(real), tuple("abcdef"), "right", model.tokenizer
+    )
     found = find_contexts(model, sae, windows, k=6, context=8, progress=False)
     starts = np.arange(0, 36, 6)
     twice = 0
@@ -117,14 +135,18 @@ def test_the_sample_is_drawn_evenly_and_from_the_seed(model, sae, windows, found
     feature = int(found.fired.argmax())
     known = found.sample.window[feature] >= 0
     assert known.sum() == min(30, found.fired[feature])
-    places = list(zip(found.sample.window[feature, known], found.sample.position[feature, known], strict=True))
+    places = list(
+        zip(found.sample.window[feature, known], found.sample.position[feature, known], strict=True)
+    )
     assert len(set(places)) == len(places)
     assert all(dense[w, p, feature] > 0 for w, p in places)
     other = find_contexts(model, sae, windows, sample=30, context=6, seed=1, progress=False)
     assert not np.array_equal(other.sample.position[feature], found.sample.position[feature])
     assert np.array_equal(other.fired, found.fired)
     drawn = [
-        find_contexts(model, sae, windows, sample=5, context=0, features=[feature], seed=s, progress=False)
+        find_contexts(
+            model, sae, windows, sample=5, context=0, features=[feature], seed=s, progress=False
+        )
         for s in range(8)
     ]
     mean = np.mean([d.sample.value[0].mean() for d in drawn])
@@ -136,9 +158,16 @@ def test_quantiles_go_from_the_strongest_share_to_the_weakest(found):
     feature = int(found.fired.argmax())
     table = found.quantiles(feature, n=3, per=2)
     assert table["quantile"].is_monotonic_increasing and set(table["quantile"]) == {1, 2, 3}
-    assert (table["activation"] <= table["high"]).all() and (table["activation"] >= table["low"]).all()
+    assert (table["activation"] <= table["high"]).all() and (
+        table["activation"] >= table["low"]
+    ).all()
     bounds = table.groupby("quantile")[["low", "high"]].first()
-    assert bounds.loc[1, "low"] >= bounds.loc[2, "high"] >= bounds.loc[2, "low"] >= bounds.loc[3, "high"]
+    assert (
+        bounds.loc[1, "low"]
+        >= bounds.loc[2, "high"]
+        >= bounds.loc[2, "low"]
+        >= bounds.loc[3, "high"]
+    )
     assert table["quantile"].value_counts().max() <= 2
 
 
@@ -146,7 +175,11 @@ def test_features_that_never_fire_have_empty_tables(model, windows):
     silent = tiny_sae(model, d_sae=8)
     silent.b_enc.data[3] = -1e6
     found = find_contexts(model, silent, windows, features=[3, 5], progress=False)
-    assert found.fired[0] == 0 and len(found.top(3)) == 0 == len(found.quantiles(3)) and len(found.top(5))
+    assert (
+        found.fired[0] == 0
+        and len(found.top(3)) == 0 == len(found.quantiles(3))
+        and len(found.top(5))
+    )
     assert list(found.quantiles(3).columns) == list(found.quantiles(5).columns)
     with pytest.raises(ValueError, match="not followed"):
         found.top(4)
@@ -156,13 +189,17 @@ def test_saved_and_read_again(found, model, tmp_path):
     found.save(tmp_path / "contexts.safetensors")
     again = TopContexts.load(tmp_path / "contexts.safetensors", model.tokenizer)
     feature = int(found.fired.argmax())
-    assert again.top(feature).equals(found.top(feature)) and again.quantiles(feature).equals(found.quantiles(feature))
+    assert again.top(feature).equals(found.top(feature)) and again.quantiles(feature).equals(
+        found.quantiles(feature)
+    )
     (tmp_path / "contexts.safetensors").write_bytes(b"cut off")
     with pytest.raises(ValueError, match="cut off"):
         TopContexts.load(tmp_path / "contexts.safetensors", model.tokenizer)
 
 
-@pytest.mark.parametrize("options", [{"k": 0}, {"sample": 0}, {"features": [32]}, {"features": [-1]}, {"features": []}])
+@pytest.mark.parametrize(
+    "options", [{"k": 0}, {"sample": 0}, {"features": [32]}, {"features": [-1]}, {"features": []}]
+)
 def test_what_cannot_be_followed_is_refused(model, sae, windows, options):
     with pytest.raises(ValueError, match="at least 1"):
         find_contexts(model, sae, windows, **options)
@@ -201,12 +238,18 @@ def test_effects_are_sorted_named_and_scaled_by_chance(model, sae):
     assert found.suppressed[1, 0] == pytest.approx(float(logits[1].detach().min()))
     assert (np.diff(found.promoted) <= 0).all() and (np.diff(found.suppressed) >= 0).all()
     frame = found.to_frame()
-    assert len(frame) == 20 and frame["token"][0] == found.promoted_tokens[0][0] and (frame["times_control"] > 0).all()
+    assert (
+        len(frame) == 20
+        and frame["token"][0] == found.promoted_tokens[0][0]
+        and (frame["times_control"] > 0).all()
+    )
     twice = tiny_sae(model, architecture="topk", d_sae=32)
     twice.W_dec.data *= 2
     double = vocabulary_effects(model, twice, [4, 7], n=5)
     assert double.control == pytest.approx(2 * found.control)  # same norm as the feature
-    assert double.to_frame()["times_control"].to_numpy() == pytest.approx(frame["times_control"].to_numpy())
+    assert double.to_frame()["times_control"].to_numpy() == pytest.approx(
+        frame["times_control"].to_numpy()
+    )
 
 
 def test_a_direction_of_one_token_promotes_that_token(model, sae):
@@ -245,4 +288,6 @@ def test_saes_that_do_not_write_to_the_stream_are_refused(model, sae):
 def test_texts_of_different_lengths_are_windows_too(model, sae):
     batch = tokenize(model, TEXTS)
     found = find_contexts(model, sae, batch, k=2, context=2, batch_size=3, progress=False)
-    assert found.tokens == batch.n_real and all((found.top(f)["activation"] > 0).all() for f in range(32))
+    assert found.tokens == batch.n_real and all(
+        (found.top(f)["activation"] > 0).all() for f in range(32)
+    )

@@ -1,4 +1,5 @@
-"""Text from anywhere: every kind of file gives the same documents, and what cannot be read says why and where."""
+"""Text from anywhere: every kind of file gives the same documents, and what cannot be read says why
+and where."""
 
 import gzip
 import json
@@ -6,8 +7,8 @@ import json
 import pandas as pd
 import pytest
 
-from lenslab.data import TextsNotHere, hub_texts, load_probes, load_texts, sampled_text
-from lenslab.paths import data_path
+from lenslab.files import data_path
+from lenslab.texts import TextsNotHere, hub_texts, load_probes, load_texts, sampled_text
 
 TEXTS = ["  one\ntwo", "drei, vierzehn: ж 数", "def f():\n    return 1"]
 
@@ -30,13 +31,17 @@ def test_every_kind_of_file_gives_the_documents_as_they_are(tmp_path, name):
     else:
         content = (rows() + "\n" + rows([" \n", None])).encode()
         file.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    assert load_texts(file) == load_texts(tmp_path) == TEXTS  # empty and missing texts are no documents
+    assert (
+        load_texts(file) == load_texts(tmp_path) == TEXTS
+    )  # empty and missing texts are no documents
     assert load_texts(file, limit=2) == TEXTS[:2]
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["txt", "txt.gz"])
 def test_documents_of_a_txt_file_end_at_a_blank_line(tmp_path, pack):
-    file = write(tmp_path, "a.txt" if pack is bytes else "a.txt.gz", pack(b"\n\none\ntwo\n \t\nthree\n\n\n"))
+    file = write(
+        tmp_path, "a.txt" if pack is bytes else "a.txt.gz", pack(b"\n\none\ntwo\n \t\nthree\n\n\n")
+    )
     assert load_texts(file) == ["one\ntwo", "three"]
 
 
@@ -56,7 +61,11 @@ def test_a_limit_reads_no_further_than_it_needs(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", rows(column="body").encode(), r"a\.jsonl, line 1: no 'text' \(it has id, body\)"),
+        (
+            "a.jsonl",
+            rows(column="body").encode(),
+            r"a\.jsonl, line 1: no 'text' \(it has id, body\)",
+        ),
         ("a.jsonl", rows(["x"]).encode() + b'{"text": 3}', r"line 2: 'text' holds a int"),
         ("a.jsonl", rows(["x"]).encode() + b"{'text'", "line 2: not JSON"),
         ("a.jsonl", b'["x"]', "line 1: no 'text' .it has a list"),
@@ -79,10 +88,12 @@ def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path):
     assert load_texts(tmp_path, column="body") == ["x"]
 
 
-@pytest.mark.parametrize("content", [b'{"id": "a"}\n{"id": \n', b'{"id": "caf\xe9"}\n'], ids=["json", "utf-8"])
+@pytest.mark.parametrize(
+    "content", [b'{"id": "a"}\n{"id": \n', b'{"id": "caf\xe9"}\n'], ids=["json", "utf-8"]
+)
 def test_a_damaged_probe_file_is_named(tmp_path, monkeypatch, content):
     (tmp_path / "mine.jsonl").write_bytes(content)
-    monkeypatch.setattr("lenslab.data.data_path", lambda *parts: tmp_path / parts[-1])
+    monkeypatch.setattr("lenslab.texts.data_path", lambda *parts: tmp_path / parts[-1])
     with pytest.raises(ValueError, match=r"mine\.jsonl is damaged .* restore it"):
         load_probes("mine")
 
@@ -92,8 +103,12 @@ def test_sampled_text_holds_every_kind_from_the_beginning_and_whole_it_is_a_mill
     assert 0.95e6 <= frame["tokens"].sum() <= 1.05e6 and frame["id"].is_unique
     some, every = sampled_text(90), sampled_text()
     assert some == every[:90] and len(every) == len(frame)
-    assert frame.set_index("text").loc[some, "category"].nunique() == frame["category"].nunique() == 9
-    assert all(text.startswith(prompt) for text, prompt in zip(frame["text"], frame["prompt"], strict=True))
+    assert (
+        frame.set_index("text").loc[some, "category"].nunique() == frame["category"].nunique() == 9
+    )
+    assert all(
+        text.startswith(prompt) for text, prompt in zip(frame["text"], frame["prompt"], strict=True)
+    )
 
 
 def test_nothing_there(tmp_path):
@@ -114,7 +129,9 @@ def twin(tmp_path):
 def test_a_data_set_is_streamed_from_the_split_that_was_named(twin):
     assert hub_texts(twin) == TEXTS
     assert hub_texts(twin, split="test") == ["held out"]
-    assert hub_texts(twin, limit=1, progress=False) == TEXTS[:1]  # the empty first row does not count
+    assert (
+        hub_texts(twin, limit=1, progress=False) == TEXTS[:1]
+    )  # the empty first row does not count
 
 
 @pytest.mark.parametrize(
@@ -125,7 +142,9 @@ def test_a_data_set_is_streamed_from_the_split_that_was_named(twin):
         ({"column": "story"}, r"row 0: no 'story' \(it has text\)"),
     ],
 )
-def test_a_split_a_configuration_or_a_column_that_is_not_there_names_those_that_are(twin, options, message):
+def test_a_split_a_configuration_or_a_column_that_is_not_there_names_those_that_are(
+    twin, options, message
+):
     with pytest.raises(ValueError, match=message):
         hub_texts(twin, **options)
 
@@ -142,10 +161,13 @@ def test_a_gated_data_set_says_what_to_do(monkeypatch):
     from datasets.exceptions import DatasetNotFoundError
 
     def refuse(*given, **options):
-        raise DatasetNotFoundError("Dataset 'x/gated' is a gated dataset on the Hub.\nVisit the page")
+        raise DatasetNotFoundError(
+            "Dataset 'x/gated' is a gated dataset on the Hub.\nVisit the page"
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(
-        TextsNotHere, match=r"gated dataset on the Hub\. .*accept its terms on its page and set HF_TOKEN"
+        TextsNotHere,
+        match=r"gated dataset on the Hub\. .*accept its terms on its page and set HF_TOKEN",
     ):
         hub_texts("x/gated")

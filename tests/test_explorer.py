@@ -1,4 +1,5 @@
-"""One feature as a page, and the widget: what it shows, what it does on input, what is left without a kernel."""
+"""One feature as a page, and the widget: what it shows, what it does on input, what is left without
+a kernel."""
 
 import re
 import sys
@@ -9,13 +10,13 @@ import pytest
 import scipy.sparse
 import torch
 
-from lenslab.activations import tokenize
-from lenslab.analysis.contexts import find_contexts
-from lenslab.analysis.features import FeatureActivations, encode_features
-from lenslab.analysis.vocabulary import vocabulary_effects
+from lenslab.features.activations import FeatureActivations, encode_features
+from lenslab.features.contexts import find_contexts
+from lenslab.features.readings import vocabulary_effects
+from lenslab.files import REPOSITORY
 from lenslab.models import model_name
-from lenslab.paths import REPOSITORY
-from lenslab.show.explorer import explore_feature, feature_explorer
+from lenslab.show.explore import explore_feature, feature_explorer
+from lenslab.tokens import tokenize
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
@@ -28,8 +29,12 @@ HOOK = "blocks.1.hook_resid_post"
 def sae(model):
     from sae_lens import SAE
 
-    config = dict(architecture="topk", k=5, d_in=model.cfg.d_model, d_sae=48, dtype="float32", device="cpu")
-    config |= dict(apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none")
+    config = dict(
+        architecture="topk", k=5, d_in=model.cfg.d_model, d_sae=48, dtype="float32", device="cpu"
+    )
+    config |= dict(
+        apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none"
+    )
     config["metadata"] = dict(hook_name=HOOK, model_name=model_name(model))
     sae = SAE.from_dict(config)
     generator = torch.Generator().manual_seed(0)
@@ -40,14 +45,17 @@ def sae(model):
 
 @pytest.fixture
 def fa(model):
-    """Feature 1 fires on texts 0, 1 and 2 at their first token, with 4, 2 and 1; feature 0 never."""
+    """Feature 1 fires on texts 0, 1 and 2 at their first token, with 4, 2 and 1; feature 0
+    never."""
     batch = tokenize(model, TEXTS)
     text, position = (axis.numpy() for axis in batch.real.nonzero(as_tuple=True))
     dense = np.zeros((len(text), 3), dtype=np.float32)
     for row, value in ((0, 4.0), (1, 2.0), (2, 1.0)):
         dense[np.flatnonzero(text == row)[0], 1] = value
     page = "https://www.neuronpedia.org/some-model/1-res/0"
-    return FeatureActivations(scipy.sparse.csr_array(dense), text, position, batch, "S<A>E", "m", HOOK, "key", page)
+    return FeatureActivations(
+        scipy.sparse.csr_array(dense), text, position, batch, "S<A>E", "m", HOOK, "key", page
+    )
 
 
 @pytest.fixture
@@ -68,7 +76,11 @@ def test_a_features_page_holds_statistics_texts_categories_and_its_link(fa):
     assert 'href="https://www.neuronpedia.org/some-model/1-res/1"' in body
     assert "S&lt;A&gt;E" in body and "&lt;b&gt;prose" in body and ">prose</b>" in body
     rows = re.findall(r"<tr><td>(.*?)</td><td>(\d of \d)</td><td>.*?(\d\.\d+)</\w+></td>", body)
-    assert rows == [("prose", "2 of 2", "2.500"), ("math", "1 of 1", "2.000"), ("&lt;b&gt;prose", "0 of 1", "0.000")]
+    assert rows == [
+        ("prose", "2 of 2", "2.500"),
+        ("math", "1 of 1", "2.000"),
+        ("&lt;b&gt;prose", "0 of 1", "0.000"),
+    ]
 
 
 def test_all_its_texts_are_on_one_scale(fa):
@@ -102,10 +114,16 @@ def test_contexts_and_vocabulary_effects_are_added_where_given(model, sae):
 
 
 def test_the_explorer_begins_with_the_strongest_feature_of_the_text(explorer, model, sae):
-    pooled = encode_features(model, sae, tokenize(model, "A cat sat on the mat.")).pool("max").toarray()[0]
+    pooled = (
+        encode_features(model, sae, tokenize(model, "A cat sat on the mat."))
+        .pool("max")
+        .toarray()[0]
+    )
     by_strength = [int(f) for f in np.argsort(-pooled, kind="stable") if pooled[f] > 0]
     assert listed(explorer) == by_strength
-    assert explorer.feature == explorer.telling[0] == explorer.number.value == explorer.strongest.value
+    assert (
+        explorer.feature == explorer.telling[0] == explorer.number.value == explorer.strongest.value
+    )
     assert f"Feature {explorer.feature} in this text" in explorer.output.value
 
 
@@ -128,7 +146,9 @@ def test_typing_a_text_reads_it_and_shows_its_tokens(explorer):
 def test_a_text_is_read_once(explorer, monkeypatch):
     calls = []
     original = type(explorer)._encode
-    monkeypatch.setattr(type(explorer), "_encode", lambda self, text: (calls.append(text), original(self, text)))
+    monkeypatch.setattr(
+        type(explorer), "_encode", lambda self, text: (calls.append(text), original(self, text))
+    )
     explorer.text.value = "Paris"
     explorer.read.click()
     assert calls == ["Paris"]
@@ -148,7 +168,9 @@ def test_one_change_shows_a_feature_once(explorer, monkeypatch):
     """The list and the number box follow each other: a loop would draw every page several times."""
     calls = []
     original = type(explorer).view
-    monkeypatch.setattr(type(explorer), "view", lambda self, f: (calls.append(f), original(self, f))[1])
+    monkeypatch.setattr(
+        type(explorer), "view", lambda self, f: (calls.append(f), original(self, f))[1]
+    )
     explorer.next.click()
     explorer.number.value = 3
     explorer.text.value = "Paris"
@@ -159,7 +181,10 @@ def test_the_number_box_and_the_list_go_to_a_feature(explorer):
     absent = next(f for f in range(48) if f not in listed(explorer))
     explorer.number.value = absent
     assert explorer.feature == absent and explorer.strongest.value is None
-    assert f"Feature {absent} in this text" in explorer.output.value and "Not active" in explorer.output.value
+    assert (
+        f"Feature {absent} in this text" in explorer.output.value
+        and "Not active" in explorer.output.value
+    )
     explorer.strongest.value = listed(explorer)[2]
     assert explorer.feature == listed(explorer)[2] == explorer.number.value
     explorer.number.value = 10_000  # the box keeps to what there is
@@ -168,7 +193,11 @@ def test_the_number_box_and_the_list_go_to_a_feature(explorer):
 
 def test_a_bad_text_is_named_in_the_widget_which_goes_on_working(explorer):
     before = explorer.output.value
-    for text, message in (("", "no token"), ("word " * 100, "exceed 64 tokens"), ("\ud83d", "not valid Unicode")):
+    for text, message in (
+        ("", "no token"),
+        ("word " * 100, "exceed 64 tokens"),
+        ("\ud83d", "not valid Unicode"),
+    ):
         explorer.text.value = text
         assert message in explorer.problem.value and 'role="alert"' in explorer.problem.value
         assert "Traceback" not in explorer.problem.value and explorer.output.value == before
@@ -181,7 +210,7 @@ def test_an_error_nobody_foresaw_is_shown_and_escaped(explorer, monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("<script>out of memory")
 
-    monkeypatch.setattr("lenslab.show.explorer.encode_features", broken)
+    monkeypatch.setattr("lenslab.show.explore.encode_features", broken)
     explorer.text.value = "Paris"
     assert "RuntimeError: &lt;script&gt;out of memory" in explorer.problem.value
 
@@ -205,7 +234,8 @@ def test_what_it_begins_with_is_checked_at_once(model, sae, fa):
 
 
 def test_where_no_kernel_runs_the_same_page_is_left(explorer, monkeypatch):
-    """The widget's output is dropped from what is committed; the page beside it is kept, and shown by our pages."""
+    """The widget's output is dropped from what is committed; the page beside it is kept, and shown
+    by our pages."""
     from IPython.core.formatters import DisplayFormatter
     from nbformat.v4 import new_output
     from notebook_execution import without_widgets
@@ -219,7 +249,10 @@ def test_where_no_kernel_runs_the_same_page_is_left(explorer, monkeypatch):
     kept = without_widgets(outputs)
     assert len(outputs) == 2 and len(kept) == 1
     page, _ = render_output(kept[0], "output-1-0", "An explorer")
-    assert f"Feature {explorer.feature} in this text" in page and "strongest features of this text" in page
+    assert (
+        f"Feature {explorer.feature} in this text" in page
+        and "strongest features of this text" in page
+    )
     assert "<script" not in page
 
 
@@ -246,11 +279,16 @@ def test_only_parts_of_ipywidgets_itself_are_used(explorer):
 
 def test_categories_may_be_a_column_of_a_table(fa):
     column = pd.Series(KINDS, index=[7, 5, 3, 1])
-    assert explore_feature(fa, np.int64(1), categories=column).body == explore_feature(fa, 1, categories=KINDS).body
+    assert (
+        explore_feature(fa, np.int64(1), categories=column).body
+        == explore_feature(fa, 1, categories=KINDS).body
+    )
 
 
 @pytest.mark.browser
-def test_the_page_left_without_a_kernel_opens_offline_and_runs_nothing(explorer, tmp_path, monkeypatch):
+def test_the_page_left_without_a_kernel_opens_offline_and_runs_nothing(
+    explorer, tmp_path, monkeypatch
+):
     from test_browser import open_page
 
     monkeypatch.setenv("LENSLAB_OUTPUTS", str(tmp_path))

@@ -1,4 +1,5 @@
-"""Feature activations and what stands out in them: every number counted by hand on a matrix of a few texts."""
+"""Feature activations and what stands out in them: every number counted by hand on a matrix of a
+few texts."""
 
 import json
 
@@ -11,19 +12,15 @@ import torch
 from conftest import TEXTS
 from test_sae_pretrained import tiny_sae
 
-from lenslab.activations import harvest, tokenize
-from lenslab.analysis import counts
-from lenslab.analysis.concepts import coactivation, concept_features
-from lenslab.analysis.features import (
-    FeatureActivations,
-    category_profile,
-    columns_of,
-    encode_features,
-    summarize_features,
-)
+from lenslab.capture import harvest
+from lenslab.features import ranking as counts
+from lenslab.features.activations import FeatureActivations, columns_of, encode_features
+from lenslab.features.ranking import category_profile, summarize_features
+from lenslab.features.together import coactivation, concept_features
 from lenslab.runtime import derive_generator
-from lenslab.sae.pretrained import SAEMismatch, sae_hook
+from lenslab.sae.load import SAEMismatch, sae_hook
 from lenslab.stats import permutation_test
+from lenslab.tokens import tokenize
 
 HOOK = "blocks.1.hook_resid_post"
 # six texts, two of each kind; feature 4 never fires, features 1 and 2 tie in several ways
@@ -81,14 +78,18 @@ def test_pooling_equals_that_of_the_dense_activations(found, how):
 
 
 def test_the_maximum_of_a_text_counts_the_tokens_where_the_feature_is_zero(model, found):
-    negative = FeatureActivations(-found.matrix, found.text, found.position, found.batch, "n", "m", "h", "k")
+    negative = FeatureActivations(
+        -found.matrix, found.text, found.position, found.batch, "n", "m", "h", "k"
+    )
     dense = -found.matrix.toarray()
     expected = np.stack([dense[found.text == i].max(0) for i in range(len(TEXTS))])
     assert np.allclose(negative.pool("max").toarray(), expected) and (expected < 0).any()
 
 
 def test_batches_and_companions_do_not_change_a_text(model, found):
-    alone = encode_features(model, tiny_sae(model), tokenize(model, TEXTS[2]), batch_size=1, progress=False)
+    alone = encode_features(
+        model, tiny_sae(model), tokenize(model, TEXTS[2]), batch_size=1, progress=False
+    )
     assert np.allclose(alone.pool().toarray(), found.pool()[[2]].toarray(), atol=1e-5)
 
 
@@ -111,7 +112,10 @@ def test_top_texts_rank_by_the_pooled_value(found):
 def test_a_link_only_where_there_are_pages(model, found):
     assert found.link(3) is None
     linked = encode_features(
-        model, tiny_sae(model, neuronpedia_id="gpt2-small/1-res-jb"), tokenize(model, TEXTS[:1]), progress=False
+        model,
+        tiny_sae(model, neuronpedia_id="gpt2-small/1-res-jb"),
+        tokenize(model, TEXTS[:1]),
+        progress=False,
     )
     assert linked.link(17) == "https://www.neuronpedia.org/gpt2-small/1-res-jb/17"
     with pytest.raises(ValueError, match="not one of 0 to 47"):
@@ -161,12 +165,26 @@ def test_unknown_pooling_and_features_are_refused(found):
 # What stands out
 
 
-@pytest.mark.parametrize("matrix", [MATRIX, scipy.sparse.csr_array(MATRIX)], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "matrix", [MATRIX, scipy.sparse.csr_array(MATRIX)], ids=["dense", "sparse"]
+)
 def test_summary_by_hand(matrix):
     found = summarize_features(matrix, KINDS)
-    assert found.largest.tolist() == [9, 7, 6, 2, 0] and found.largest_text.tolist() == [0, 2, 0, 3, 0]
+    assert found.largest.tolist() == [9, 7, 6, 2, 0] and found.largest_text.tolist() == [
+        0,
+        2,
+        0,
+        3,
+        0,
+    ]
     assert found.fired.tolist() == [3, 1, 2, 6, 0]
-    assert found.strong.tolist() == [3, 1, 2, 1, 0]  # above half of the own largest: 4.5, 3.5, 3, 1 (1.0 is not above)
+    assert found.strong.tolist() == [
+        3,
+        1,
+        2,
+        1,
+        0,
+    ]  # above half of the own largest: 4.5, 3.5, 3, 1 (1.0 is not above)
     assert found.mean == pytest.approx([20 / 6, 7 / 6, 2, 7 / 6, 0])
     assert found.mean_when_active == pytest.approx([20 / 3, 7, 6, 7 / 6, 0])
     assert found.composite == pytest.approx([20 / 12, 7 / 36, 4 / 6, 7 / 6, 0])
@@ -179,13 +197,19 @@ def test_summary_by_hand(matrix):
 
 def test_selective_features_are_ranked_by_strength_and_ties_are_told():
     table = summarize_features(MATRIX).selective(3)
-    assert table.index.tolist() == [1, 3, 2] and table["tied"].tolist() == [2, 2, 1]  # the silent feature is none
+    assert table.index.tolist() == [1, 3, 2] and table["tied"].tolist() == [
+        2,
+        2,
+        1,
+    ]  # the silent feature is none
     with pytest.raises(ValueError, match="categories"):
         summarize_features(MATRIX).general()
 
 
 def test_profile_by_hand():
-    table = category_profile(scipy.sparse.csc_array(MATRIX), KINDS, [2, 0]).set_index(["feature", "category"])
+    table = category_profile(scipy.sparse.csc_array(MATRIX), KINDS, [2, 0]).set_index(
+        ["feature", "category"]
+    )
     assert table.loc[(2, "a"), "fraction"] == 0.5 and table.loc[(2, "a"), "mean"] == 3
     assert table.loc[(0, "a"), "largest"] == 9 and table.loc[(0, "b"), "fired"] == 0
 
@@ -222,7 +246,9 @@ def test_coactivation_by_hand():
     assert found.fired.tolist() == [3, 2, 2]
     assert found.joint.tolist() == [[3, 2, 1], [2, 2, 0], [1, 0, 2]]
     assert found.conditional[0, 1] == pytest.approx(2 / 3) and found.conditional[1, 0] == 1
-    assert found.pmi[0, 1] == pytest.approx(np.log(2 / 4 / (3 / 4 * 2 / 4))) and np.isnan(found.pmi[1, 2])
+    assert found.pmi[0, 1] == pytest.approx(np.log(2 / 4 / (3 / 4 * 2 / 4))) and np.isnan(
+        found.pmi[1, 2]
+    )
     assert found.expected[0, 1] == pytest.approx(1.5)
     assert found.p[0, 1] == pytest.approx(0.5)  # both of two within three of four: 3 of 6 pairs
     assert found.p[1, 2] == pytest.approx(1) and np.isnan(found.p[0, 0])
@@ -237,10 +263,18 @@ def test_coactivation_within_strata_is_the_permutation_test():
     fires[:6, 1] = fires[:6, 0]
     exact = coactivation(fires.astype(float), [0, 1], strata)
     sampled = permutation_test(
-        lambda y: float((y & fires[:, 0]).sum()), fires[:, 1], derive_generator(0, "t"), 4000, strata
+        lambda y: float((y & fires[:, 0]).sum()),
+        fires[:, 1],
+        derive_generator(0, "t"),
+        4000,
+        strata,
     )
-    assert exact.p[0, 1] == pytest.approx(float(sampled.p), abs=0.03) and 0.001 < exact.p[0, 1] < 0.9
-    assert exact.p[0, 1] > coactivation(fires.astype(float), [0, 1]).p[0, 1]  # the strata explain a part
+    assert (
+        exact.p[0, 1] == pytest.approx(float(sampled.p), abs=0.03) and 0.001 < exact.p[0, 1] < 0.9
+    )
+    assert (
+        exact.p[0, 1] > coactivation(fires.astype(float), [0, 1]).p[0, 1]
+    )  # the strata explain a part
 
 
 def test_features_that_fire_with_their_category_only_are_not_together_within_it():
@@ -264,10 +298,16 @@ def test_concept_search_by_hand():
     background = np.array([[0.0, 1, 5, 0], [1, 0, 5, 0], [0, 1, 5, 0], [0, 0, 5, 0], [2, 0, 5, 0]])
     found = concept_features(concept, scipy.sparse.csr_array(background), n=400)
     assert found.auroc == pytest.approx([14 / 15, (2 * 3 + 1 * 0 + 0.5 * (2 * 2 + 3)) / 15, 0, 0.5])
-    assert found.mean_concept == pytest.approx([7 / 3, 2 / 3, 0, 0])  # over all texts, the silent ones too
-    assert found.mean_background[0] == pytest.approx(3 / 5) and found.fired_background[0] == pytest.approx(2 / 5)
+    assert found.mean_concept == pytest.approx(
+        [7 / 3, 2 / 3, 0, 0]
+    )  # over all texts, the silent ones too
+    assert found.mean_background[0] == pytest.approx(3 / 5) and found.fired_background[
+        0
+    ] == pytest.approx(2 / 5)
     assert found.to_frame(2)["feature"].tolist() == [0, 1]
-    assert found.family_p[0] > 2 / 56  # one of 56 ways to choose three of eight, and four features were tried
+    assert (
+        found.family_p[0] > 2 / 56
+    )  # one of 56 ways to choose three of eight, and four features were tried
     assert found.family_p[3] > 0.9
 
 
@@ -295,33 +335,48 @@ def test_older_definitions_by_hand():
     selective = counts.most_selective_feature(MATRIX)
     assert (selective.feature, selective.value, selective.tied) == (1, 1, 1)
     tied = counts.most_selective_feature(MATRIX, "half")
-    assert (tied.feature, tied.tied) == (1, 2)  # features 1 and 3: the lower id, and it says that there are two
+    assert (tied.feature, tied.tied) == (
+        1,
+        2,
+    )  # features 1 and 3: the lower id, and it says that there are two
     with pytest.raises(ValueError, match="No feature is above 50"):
         counts.most_selective_feature(MATRIX, 50)
 
 
 def test_older_specialists_by_hand():
     table = counts.count_specialists(scipy.sparse.csr_array(MATRIX), KINDS).set_index("category")
-    # a: features 0 (2 strong in, 0 out), 2 (1, 1); b: feature 1 (1, 0); c: features 2 (1, 1), 0 (0, 2)
+    # a: features 0 (2 strong in, 0 out), 2 (1, 1); b: feature 1 (1, 0); c: features 2 (1, 1), 0 (0,
+    # 2)
     assert table.loc["a", ["feature", "score", "inside", "outside"]].tolist() == [0, 2, 2, 0]
     assert table.loc["b", ["feature", "score"]].tolist() == [1, 1]
-    assert table.loc["c", ["feature", "score", "tied"]].tolist() == [2, 0, 3]  # 2, 3 and 4 have score 0
+    assert table.loc["c", ["feature", "score", "tied"]].tolist() == [
+        2,
+        0,
+        3,
+    ]  # 2, 3 and 4 have score 0
     only = counts.count_specialists(MATRIX, KINDS, top=1).set_index("category")
     assert only.loc["c", ["feature", "score"]].tolist() == [2, 0]
     assert only.loc["a", ["n_inside", "n_outside", "largest"]].tolist() == [2, 4, 9]
 
 
 def test_of_equal_scores_the_feature_with_the_largest_value_inside_is_the_older_specialist():
-    table = counts.count_specialists(np.array([[6, 9], [6, 9], [0, 0], [0, 0]]), list("aabb")).set_index("category")
+    table = counts.count_specialists(
+        np.array([[6, 9], [6, 9], [0, 0], [0, 0]]), list("aabb")
+    ).set_index("category")
     assert table.loc["a", ["feature", "score", "tied"]].tolist() == [1, 2, 2]
-    same = counts.count_specialists(np.array([[9, 9], [9, 9], [0, 0], [0, 0]]), list("aabb")).set_index("category")
+    same = counts.count_specialists(
+        np.array([[9, 9], [9, 9], [0, 0], [0, 0]]), list("aabb")
+    ).set_index("category")
     assert same.loc["a", ["feature", "tied"]].tolist() == [0, 2], "then the lowest id"
 
 
 def test_older_specialist_score_starts_at_minus_one():
     values = np.array([[6.0], [6], [6], [0]])
     table = counts.count_specialists(values, ["a", "b", "b", "a"]).set_index("category")
-    assert table.loc["a", ["feature", "score"]].tolist() == [-1, -1]  # 1 inside, 2 outside: no better than the start
+    assert table.loc["a", ["feature", "score"]].tolist() == [
+        -1,
+        -1,
+    ]  # 1 inside, 2 outside: no better than the start
     assert table.loc["b", ["feature", "score"]].tolist() == [0, 1]
 
 
@@ -337,7 +392,11 @@ def test_meaningless_labels_have_specialists_too():
 
 def test_the_null_repeats_what_the_table_counts():
     table = counts.count_specialists(MATRIX, KINDS)
-    assert counts.count_specialists_null(MATRIX, KINDS, n=3).observed == int((table["score"] > 0).sum()) == 2
+    assert (
+        counts.count_specialists_null(MATRIX, KINDS, n=3).observed
+        == int((table["score"] > 0).sum())
+        == 2
+    )
 
 
 def test_features_per_category_and_concept_counts_by_hand():

@@ -6,9 +6,10 @@ import torch
 from conftest import TEXTS
 from test_sae_pretrained import HOOK, tiny_sae
 
-from lenslab.activations import harvest, tokenize
+from lenslab.capture import harvest
 from lenslab.models import load_model
-from lenslab.sae import floors
+from lenslab.sae import load as floors
+from lenslab.tokens import tokenize
 
 HOWS = ("max", "mean", "fraction")
 
@@ -31,7 +32,11 @@ def batch(model):
 @pytest.mark.parametrize("how", HOWS)
 def test_pooling_by_hand(how):
     values, text = torch.tensor([[1.0, -2], [3, -4], [0, -6]]), torch.tensor([0, 0, 1])
-    expected = {"max": [[3, -2], [0, -6]], "mean": [[2, -3], [0, -6]], "fraction": [[1, 0], [0, 0]]}[how]
+    expected = {
+        "max": [[3, -2], [0, -6]],
+        "mean": [[2, -3], [0, -6]],
+        "fraction": [[1, 0], [0, 0]],
+    }[how]
     assert floors.pool_tokens(values, text, 2, how).tolist() == expected
 
 
@@ -49,22 +54,35 @@ def test_principal_axes_are_those_of_the_real_tokens_and_their_opposites(model, 
     tokens = x[batch.real].double()
     _, _, axes = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
     first = ((x - tokens.mean(0)) @ axes[0]).float()[..., None]
-    both = {tuple(np.round(pooled_by_hand(sign * first, batch.real, "max")[:, 0], 2)) for sign in (1, -1)}
+    both = {
+        tuple(np.round(pooled_by_hand(sign * first, batch.real, "max")[:, 0], 2))
+        for sign in (1, -1)
+    }
     assert both == {tuple(np.round(found[:, 0], 2)), tuple(np.round(found[:, 32], 2))}
 
 
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("texts", [1, 32])
-def test_neurons_are_those_of_the_saes_block_however_many_texts_at_a_time(model, batch, how, texts, monkeypatch):
+def test_neurons_are_those_of_the_saes_block_however_many_texts_at_a_time(
+    model, batch, how, texts, monkeypatch
+):
     monkeypatch.setattr(floors, "TEXTS", texts)
-    neurons = harvest(model, batch, "blocks.1.mlp.hook_post", compute="float32")["blocks.1.mlp.hook_post"]
+    neurons = harvest(model, batch, "blocks.1.mlp.hook_post", compute="float32")[
+        "blocks.1.mlp.hook_post"
+    ]
     found = floors.raw_neurons(model, tiny_sae(model), batch, how)
     assert np.allclose(found, pooled_by_hand(neurons, batch.real, how), atol=1e-5)
 
 
 def test_the_input_of_a_block_was_written_by_the_block_before(model):
-    assert floors.neuron_hook(model, tiny_sae(model, "blocks.2.hook_resid_pre")) == "blocks.1.mlp.out.hook_in"
-    assert floors.neuron_hook(model, tiny_sae(model, "blocks.0.hook_resid_pre")) == "blocks.0.mlp.out.hook_in"
+    assert (
+        floors.neuron_hook(model, tiny_sae(model, "blocks.2.hook_resid_pre"))
+        == "blocks.1.mlp.out.hook_in"
+    )
+    assert (
+        floors.neuron_hook(model, tiny_sae(model, "blocks.0.hook_resid_pre"))
+        == "blocks.0.mlp.out.hook_in"
+    )
     with pytest.raises(ValueError, match="no block"):
         floors.neuron_hook(model, tiny_sae(model, "hook_embed"))
 
@@ -80,7 +98,10 @@ def test_a_mixture_of_experts_has_no_neurons_to_offer(olmoe_folder):
 def test_random_directions_are_unit_vectors_drawn_from_the_seed(model, batch):
     sae = tiny_sae(model)
     found = floors.random_directions(model, sae, batch, n=6)
-    assert found.shape == (len(TEXTS), 6) and floors.random_directions(model, sae, batch).shape[1] == sae.cfg.d_sae
+    assert (
+        found.shape == (len(TEXTS), 6)
+        and floors.random_directions(model, sae, batch).shape[1] == sae.cfg.d_sae
+    )
     assert np.array_equal(found, floors.random_directions(model, sae, batch, n=6))
     assert not np.allclose(found, floors.random_directions(model, sae, batch, n=6, seed=1))
     x = harvest(model, batch, HOOK, compute="float32")[HOOK]
@@ -107,6 +128,10 @@ def test_controls_by_name_all_of_these_texts(model, batch):
 def test_an_sae_is_known_by_its_weights_and_by_how_many_features_it_keeps(model):
     sae = tiny_sae(model, architecture="topk")
     key = floors.sae_key(sae)
-    assert key == floors.sae_key(tiny_sae(model, architecture="topk")) != floors.sae_key(tiny_sae(model, seed=1))
+    assert (
+        key
+        == floors.sae_key(tiny_sae(model, architecture="topk"))
+        != floors.sae_key(tiny_sae(model, seed=1))
+    )
     sae.cfg.k = 4
     assert floors.sae_key(sae) != key

@@ -1,4 +1,5 @@
-"""The ground floor: seeds that depend on nothing drawn before, writes that lose nothing, keys that notice changes."""
+"""The ground floor: seeds that depend on nothing drawn before, writes that lose nothing, keys that
+notice changes."""
 
 import hashlib
 import importlib
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 import lenslab
-from lenslab import paths, runtime
+from lenslab import files as paths
+from lenslab import runtime
 from lenslab.runtime import derive_generator
 
 
@@ -53,8 +55,14 @@ def test_a_generator_is_the_same_in_another_process():
         "import torch; from lenslab.runtime import derive_generator as derive; "
         "print(int(torch.randint(2**62, (1,), generator=derive(7, 'ü'))))"
     )
-    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(lenslab.__file__).parents[1])}
-    other = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": "1",
+        "PYTHONPATH": str(Path(lenslab.__file__).parents[1]),
+    }
+    other = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert int(other.stdout) == int(torch.randint(2**62, (1,), generator=derive_generator(7, "ü")))
 
 
@@ -69,7 +77,9 @@ def test_the_compute_dtype_follows_the_processor():
 def test_the_compute_dtype_can_be_asked_for(monkeypatch):
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         monkeypatch.setenv("LENSLAB_COMPUTE", name)
-        assert runtime.compute_dtype() is dtype and runtime.machine_summary()["fast_bf16"] == (name == "bfloat16")
+        assert runtime.compute_dtype() is dtype and runtime.machine_summary()["fast_bf16"] == (
+            name == "bfloat16"
+        )
     monkeypatch.setenv("LENSLAB_COMPUTE", "bf16")
     with pytest.raises(ValueError, match="float32 or bfloat16, or not set at all; it is 'bf16'"):
         runtime.compute_dtype()
@@ -80,10 +90,16 @@ def test_an_interrupt_waits_in_the_main_thread_and_a_block_elsewhere_runs_as_it_
     with pytest.raises(KeyboardInterrupt), runtime.interrupts_wait():
         signal.raise_signal(signal.SIGINT)
         done.append("whole")
-    with pytest.raises(OSError, match="gone"), runtime.interrupts_wait():  # what fails inside is not hidden by it
+    with (
+        pytest.raises(OSError, match="gone"),
+        runtime.interrupts_wait(),
+    ):  # what fails inside is not hidden by it
         raise OSError("gone")
     assert signal.getsignal(signal.SIGINT) is before
-    for handler in (signal.SIG_IGN, lambda number, frame: done.append("own")):  # as they are outside of the block
+    for handler in (
+        signal.SIG_IGN,
+        lambda number, frame: done.append("own"),
+    ):  # as they are outside of the block
         try:
             signal.signal(signal.SIGINT, handler)
             with runtime.interrupts_wait():
@@ -104,10 +120,16 @@ def test_an_interrupt_waits_in_the_main_thread_and_a_block_elsewhere_runs_as_it_
 
 @pytest.mark.parametrize("kind", ["tqdm.std", "tqdm.notebook"])
 def test_bars_show_unless_silenced_by_either_way(monkeypatch, kind):
-    """tqdm's `disable=None` hides bars in logs, `disable=False` overrides TQDM_DISABLE, its notebook bar ignores it."""
+    """tqdm's `disable=None` hides bars in logs, `disable=False` overrides TQDM_DISABLE, its
+    notebook bar ignores it."""
     bar_class = importlib.import_module(kind).tqdm
     monkeypatch.setattr(runtime, "tqdm", bar_class)
-    for value, progress, disabled in (("", True, False), ("0", True, False), ("1", True, True), ("", False, True)):
+    for value, progress, disabled in (
+        ("", True, False),
+        ("0", True, False),
+        ("1", True, True),
+        ("", False, True),
+    ):
         monkeypatch.setenv("TQDM_DISABLE", value)
         with runtime.progress_bar(total=3, progress=progress) as bar:
             assert bool(bar.disable) is disabled, (value, progress)
@@ -148,7 +170,11 @@ def test_paths_do_not_depend_on_the_working_directory(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     before = [paths.data_path("models"), paths.outputs_path("a", "b"), paths.cache_path("c")]
     monkeypatch.chdir(tmp_path)
-    assert before == [paths.data_path("models"), paths.outputs_path("a", "b"), paths.cache_path("c")]
+    assert before == [
+        paths.data_path("models"),
+        paths.outputs_path("a", "b"),
+        paths.cache_path("c"),
+    ]
     assert all(path.is_absolute() for path in before)
     assert (paths.REPOSITORY / "src" / "lenslab" / "paths.py").is_file()
 

@@ -37,7 +37,10 @@ def test_values_beyond_single_precision_are_kept():
 
 
 def test_integers_text_and_structure_are_kept():
-    value = {"a": [1, True, None, "0.123456789", 0.123456789], "b": {"dtype": "i4", "bdata": "AAAA"}}
+    value = {
+        "a": [1, True, None, "0.123456789", 0.123456789],
+        "b": {"dtype": "i4", "bdata": "AAAA"},
+    }
     assert images.compact(value) == {"a": [1, True, None, "0.123456789", 0.123457], "b": value["b"]}
 
 
@@ -75,7 +78,9 @@ def test_a_renderer_chosen_by_the_user_stays(monkeypatch):
 
 
 def test_a_saved_figure_is_a_page_that_loads_only_the_library_beside_it(tmp_path):
-    file = images.save_figure(go.Figure(go.Bar(y=[1, 2]), layout={"title": {"text": "<b>A</b></script>"}}), "bars")
+    file = images.save_figure(
+        go.Figure(go.Bar(y=[1, 2]), layout={"title": {"text": "<b>A</b></script>"}}), "bars"
+    )
     text = file.read_text()
     assert file == tmp_path / "results" / "bars.html"
     assert (file.parent / "plotly.min.js").stat().st_size > 1_000_000
@@ -92,7 +97,9 @@ def test_a_result_cannot_be_written_elsewhere(name):
 
 
 def test_a_saved_table_comes_back_in_full_precision(tmp_path):
-    frame = pd.DataFrame({"value": [1 / 3, 2.0], "text": ["ü", "<b>"]}, index=pd.Index(["x", "y"], name="row"))
+    frame = pd.DataFrame(
+        {"value": [1 / 3, 2.0], "text": ["ü", "<b>"]}, index=pd.Index(["x", "y"], name="row")
+    )
     file = images.save_table(frame, "numbers")
     rows = json.loads(file.with_suffix(".json").read_text())
     assert rows[0] == {"row": "x", "value": pytest.approx(1 / 3, abs=1e-15), "text": "ü"}

@@ -30,7 +30,8 @@ def unchecked():
 
 @pytest.fixture
 def residual():
-    """A residual stream as models have it: a large shared mean, unequal dimensions, a few tokens of huge norm."""
+    """A residual stream as models have it: a large shared mean, unequal dimensions, a few tokens of
+    huge norm."""
     x = 3 + normal(600, 12) * torch.linspace(0.2, 3, 12)
     x[::60] *= 6
     x_hat = 0.4 + 0.8 * x + normal(600, 12, label="error") * 1.2
@@ -64,11 +65,16 @@ def test_moments_of_more_tokens_than_one_block_equal_those_of_numpy(monkeypatch)
 
 def test_merging_is_the_same_in_either_order_and_with_nothing():
     a, b = normal(10, 4, label="a"), normal(90, 4, label="b") + 5
-    one, other = Moments().update(a).merge(Moments().update(b)), Moments().update(b).merge(Moments().update(a))
+    one, other = (
+        Moments().update(a).merge(Moments().update(b)),
+        Moments().update(b).merge(Moments().update(a)),
+    )
     torch.testing.assert_close(one.mean, other.mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(one.variance, other.variance, rtol=1e-12, atol=1e-12)
     alone = Moments().update(a)
-    torch.testing.assert_close(Moments().merge(alone).merge(Moments()).variance, alone.variance, rtol=0, atol=0)
+    torch.testing.assert_close(
+        Moments().merge(alone).merge(Moments()).variance, alone.variance, rtol=0, atol=0
+    )
 
 
 def test_merging_leaves_the_other_untouched():
@@ -110,7 +116,9 @@ def test_variance_explained_ignores_a_shift_a_scale_and_a_rotation(residual):
     rotation = torch.linalg.qr(normal(12, 12, label="q", dtype=torch.float64)).Q
     assert metrics.variance_explained(x + 7, x_hat + 7) == pytest.approx(expected, rel=1e-10)
     assert metrics.variance_explained(5 * x, 5 * x_hat) == pytest.approx(expected, rel=1e-10)
-    assert metrics.variance_explained(x @ rotation, x_hat @ rotation) == pytest.approx(expected, rel=1e-10)
+    assert metrics.variance_explained(x @ rotation, x_hat @ rotation) == pytest.approx(
+        expected, rel=1e-10
+    )
 
 
 @pytest.mark.parametrize("size", [1, 7, 599])
@@ -126,20 +134,23 @@ def test_splitting_the_batch_changes_no_metric(residual, size):
 def seven_public_formulas(x, x_hat, batch=50):
     """Variance explained as public code computes it, on the same tokens. Where each was seen:
 
-    1 SAELens 6.54 `evals.ExplainedVarianceCalculator` (called, not rewritten)
-    2 SAELens 6.54 `evals.py`, `explained_variance_legacy`: mean of per-token ratios, centred on each batch's mean
-    3 scikit-learn's `r2_score`, uniform average over dimensions (called)
-    4 mean of per-token ratios, centred on the mean of all tokens: seen in public code
-    5 one minus openai/sparse_autoencoder's `normalized_mean_squared_error`: per-token ratios to ||x||^2, not centred
-    6 one minus FVU per batch, averaged: what a log of EleutherAI/sparsify's `ForwardOutput.fvu` averages to
-    7 saprmarks/dictionary_learning `evaluation.py`: 1 - var(x - x_hat) / var(x), blind to a constant error
+    1 SAELens 6.54 `evals.ExplainedVarianceCalculator` (called, not rewritten) 2 SAELens 6.54
+    `evals.py`, `explained_variance_legacy`: mean of per-token ratios, centred on each batch's mean
+    3 scikit-learn's `r2_score`, uniform average over dimensions (called) 4 mean of per-token
+    ratios, centred on the mean of all tokens: seen in public code 5 one minus
+    openai/sparse_autoencoder's `normalized_mean_squared_error`: per-token ratios to ||x||^2, not
+    centred 6 one minus FVU per batch, averaged: what a log of EleutherAI/sparsify's
+    `ForwardOutput.fvu` averages to 7 saprmarks/dictionary_learning `evaluation.py`: 1 - var(x -
+    x_hat) / var(x), blind to a constant error
     """
     from sae_lens.evals import ExplainedVarianceCalculator
 
     error = (x - x_hat).square().sum(1)
     saelens = ExplainedVarianceCalculator()
     legacy, batches = [], []
-    for part, part_hat, part_error in zip(x.split(batch), x_hat.split(batch), error.split(batch), strict=True):
+    for part, part_hat, part_error in zip(
+        x.split(batch), x_hat.split(batch), error.split(batch), strict=True
+    ):
         saelens.add_batch(sae_output=part_hat, hidden_acts=part)
         centred = (part - part.mean(0)).square().sum(1)
         legacy.append(1 - part_error / centred)
@@ -147,7 +158,9 @@ def seven_public_formulas(x, x_hat, batch=50):
     return {
         "1 SAELens": saelens.compute(),
         "2 SAELens legacy": float(torch.cat(legacy).mean()),
-        "3 scikit-learn r2": float(sklearn.metrics.r2_score(x, x_hat, multioutput="uniform_average")),
+        "3 scikit-learn r2": float(
+            sklearn.metrics.r2_score(x, x_hat, multioutput="uniform_average")
+        ),
         "4 per-token ratios": float((1 - error / (x - x.mean(0)).square().sum(1)).mean()),
         "5 about zero": float((1 - error / x.square().sum(1)).mean()),
         "6 mean over batches": float(torch.stack(batches).mean()),
@@ -161,7 +174,9 @@ def test_seven_public_formulas_disagree_and_ours_is_the_definition(residual, rec
     ours = metrics.variance_explained(x, x_hat)
     definition = float(1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
     assert ours == pytest.approx(definition, rel=1e-12)
-    assert ours == pytest.approx(scores.pop("1 SAELens"), rel=1e-9)  # the one that agrees; it was mended in SAELens 6
+    assert ours == pytest.approx(
+        scores.pop("1 SAELens"), rel=1e-9
+    )  # the one that agrees; it was mended in SAELens 6
     away = {name: score - ours for name, score in scores.items()}
     print(
         f"definition {ours:.3f}; "
@@ -171,7 +186,9 @@ def test_seven_public_formulas_disagree_and_ours_is_the_definition(residual, rec
         record_property(name, difference)
         assert abs(difference) > 0.005, f"{name} agrees with the definition here: it tells nothing"
     values = sorted(scores.values())
-    assert values[-1] - values[0] > 0.25  # one reconstruction, and papers would report very different numbers
+    assert (
+        values[-1] - values[0] > 0.25
+    )  # one reconstruction, and papers would report very different numbers
     # no two of them are the same formula
     assert all(b - a > 1e-4 for a, b in itertools.pairwise(values))
 
@@ -193,10 +210,14 @@ def test_saelens_agrees_on_real_float32_input(residual):
 
 def test_other_reconstruction_metrics_equal_their_definitions(residual):
     x, x_hat = (t.double() for t in residual)
-    assert metrics.mse(x, x_hat) == pytest.approx(float((x - x_hat).square().sum(1).mean()), rel=1e-12)
+    assert metrics.mse(x, x_hat) == pytest.approx(
+        float((x - x_hat).square().sum(1).mean()), rel=1e-12
+    )
     cosine = torch.nn.functional.cosine_similarity(x, x_hat, dim=1).mean()
     assert metrics.cosine_similarity_mean(x, x_hat) == pytest.approx(float(cosine), rel=1e-12)
-    assert metrics.l2_ratio(x, x_hat) == pytest.approx(float((x_hat.norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-12)
+    assert metrics.l2_ratio(x, x_hat) == pytest.approx(
+        float((x_hat.norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-12
+    )
 
 
 def test_direction_ignores_scale_and_length_measures_it():
@@ -229,7 +250,8 @@ PREDICTION = ["cross_entropy", "kl_divergence"]
 
 
 def real_mask():
-    """BOS, then right padding of one text and left padding of another; one BOS between packed documents."""
+    """BOS, then right padding of one text and left padding of another; one BOS between packed
+    documents."""
     real = torch.ones(4, 9, dtype=torch.bool)
     real[:, 0] = False
     real[1, 6:] = False
@@ -247,7 +269,9 @@ def test_reconstruction_metrics_ignore_masked_tokens(metric, garbage):
     x[~real], x_hat[~real] = garbage, 1.5
     assert metric(x, x_hat, real) == expected
     if math.isfinite(garbage):
-        assert metric(x, x_hat) != pytest.approx(expected, rel=1e-3)  # the mask is what keeps them out
+        assert metric(x, x_hat) != pytest.approx(
+            expected, rel=1e-3
+        )  # the mask is what keeps them out
 
 
 @pytest.mark.parametrize("metric", FEATURES, ids=lambda f: f.__name__)
@@ -275,7 +299,10 @@ def test_losses_count_exactly_the_real_targets(garbage):
     for text in range(4):
         for pos in range(1, 9):
             if real[text, pos]:  # the target, predicted one position earlier
-                p, q = logits[text, pos - 1].double().log_softmax(-1), other[text, pos - 1].double().log_softmax(-1)
+                p, q = (
+                    logits[text, pos - 1].double().log_softmax(-1),
+                    other[text, pos - 1].double().log_softmax(-1),
+                )
                 nats.append(-float(p[tokens[text, pos]]))
                 kl.append(float((p.exp() * (p - q)).sum()))
     spoiled = torch.zeros(4, 9, dtype=torch.bool)
@@ -295,7 +322,9 @@ def test_masked_targets_would_change_the_losses():
     assert metrics.cross_entropy(logits, tokens, everything) != pytest.approx(
         metrics.cross_entropy(logits, tokens, real), rel=1e-3
     )
-    assert metrics.kl_divergence(logits, other) != pytest.approx(metrics.kl_divergence(logits, other, real), rel=1e-3)
+    assert metrics.kl_divergence(logits, other) != pytest.approx(
+        metrics.kl_divergence(logits, other, real), rel=1e-3
+    )
     assert metrics.kl_divergence(logits, other) == metrics.kl_divergence(logits, other, everything)
 
 
@@ -305,7 +334,9 @@ def test_the_first_token_after_bos_is_scored_and_the_last_position_predicts_noth
     assert len(metrics.next_token_nats(logits, tokens, real)) == 2
     changed = logits.clone()
     changed[:, -1] = 99
-    assert metrics.cross_entropy(changed, tokens, real) == metrics.cross_entropy(logits, tokens, real)
+    assert metrics.cross_entropy(changed, tokens, real) == metrics.cross_entropy(
+        logits, tokens, real
+    )
 
 
 # Predictions
@@ -313,33 +344,46 @@ def test_the_first_token_after_bos_is_scored_and_the_last_position_predicts_noth
 
 def test_cross_entropy_of_a_uniform_model_is_log_vocabulary():
     tokens, real = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.bool)
-    assert metrics.cross_entropy(torch.zeros(2, 4, 17), tokens, real) == pytest.approx(math.log(17), rel=1e-6)
+    assert metrics.cross_entropy(torch.zeros(2, 4, 17), tokens, real) == pytest.approx(
+        math.log(17), rel=1e-6
+    )
 
 
 def test_cross_entropy_weighs_tokens_alike_not_texts():
     real = torch.tensor([[False, True, True, True], [False, True, False, False]])
     logits, tokens = normal(2, 4, 6), torch.zeros(2, 4, dtype=torch.long)
-    per_text = [metrics.next_token_nats(logits[i : i + 1], tokens[i : i + 1], real[i : i + 1]) for i in range(2)]
+    per_text = [
+        metrics.next_token_nats(logits[i : i + 1], tokens[i : i + 1], real[i : i + 1])
+        for i in range(2)
+    ]
     assert [len(nats) for nats in per_text] == [3, 1]
-    assert metrics.cross_entropy(logits, tokens, real) == pytest.approx(float(torch.cat(per_text).mean()), rel=1e-6)
+    assert metrics.cross_entropy(logits, tokens, real) == pytest.approx(
+        float(torch.cat(per_text).mean()), rel=1e-6
+    )
 
 
 def test_cross_entropy_is_the_loss_of_hugging_face():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=1, n_head=2)).eval()
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    ).eval()
     tokens = torch.randint(40, (3, 12), generator=derive_generator(0, "hf"))
     with torch.no_grad():
         out = model(tokens, labels=tokens)
     every = torch.ones_like(tokens, dtype=torch.bool)
-    assert metrics.cross_entropy(out.logits, tokens, every) == pytest.approx(float(out.loss), rel=1e-5)
+    assert metrics.cross_entropy(out.logits, tokens, every) == pytest.approx(
+        float(out.loss), rel=1e-5
+    )
 
 
 def test_kl_is_zero_for_equal_runs_positive_otherwise_and_not_symmetric():
     a, b = normal(2, 5, 9), 3 * normal(2, 5, 9, label="b")
     assert metrics.kl_divergence(a, a) == 0
-    assert metrics.kl_divergence(a, a + 4) == pytest.approx(0, abs=1e-6)  # a constant on all logits says nothing
+    assert metrics.kl_divergence(a, a + 4) == pytest.approx(
+        0, abs=1e-6
+    )  # a constant on all logits says nothing
     assert metrics.kl_divergence(a, b) > 0
     assert metrics.kl_divergence(a, b) != pytest.approx(metrics.kl_divergence(b, a), rel=1e-2)
 
@@ -387,7 +431,12 @@ def test_dead_is_never_and_dense_is_more_than_a_tenth():
     assert metrics.dead(activity.firing_rate, 100).tolist() == [True, False, False, False]
     assert metrics.dead(activity.counts, 100).tolist() == [True, False, False, False]
     assert metrics.dense(activity.firing_rate).tolist() == [False, False, False, True]
-    assert metrics.dense(activity.firing_rate, threshold=0.05).tolist() == [False, False, True, True]
+    assert metrics.dense(activity.firing_rate, threshold=0.05).tolist() == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_dead_and_dense_refuse_what_cannot_be_a_rate():
@@ -407,9 +456,13 @@ def test_dead_and_dense_refuse_what_cannot_be_a_rate():
 
 def test_gini_is_zero_for_equals_one_for_a_monopoly_and_unbiased_between():
     assert metrics.gini(torch.full((7,), 3.0)) == pytest.approx(0, abs=1e-12)
-    assert metrics.gini(torch.tensor([0.0, 0.0, 0.0, 0.0, 5.0])) == pytest.approx(1)  # 0.8 without the correction
+    assert metrics.gini(torch.tensor([0.0, 0.0, 0.0, 0.0, 5.0])) == pytest.approx(
+        1
+    )  # 0.8 without the correction
     x = normal(9).abs()
-    pairs = (x[:, None] - x).abs().double().sum() / (9 * 8)  # mean absolute difference of two *different* members
+    pairs = (x[:, None] - x).abs().double().sum() / (
+        9 * 8
+    )  # mean absolute difference of two *different* members
     assert metrics.gini(x) == pytest.approx(float(pairs / (2 * x.double().mean())), rel=1e-6)
     assert metrics.gini(x.flip(0) * 4) == pytest.approx(metrics.gini(x), rel=1e-6)
 
@@ -441,8 +494,12 @@ def test_auroc_is_a_half_for_a_constant_one_for_a_perfect_feature_and_mirrors():
     noisy = normal(30, 4)
     half = torch.arange(30) < 10
     torch.testing.assert_close(metrics.auroc(noisy, half), 1 - metrics.auroc(noisy, ~half))
-    torch.testing.assert_close(metrics.auroc(noisy.exp(), half), metrics.auroc(noisy, half))  # ranks only
-    assert torch.equal(metrics.auroc(noisy.bfloat16(), half), metrics.auroc(noisy.bfloat16().float(), half))
+    torch.testing.assert_close(
+        metrics.auroc(noisy.exp(), half), metrics.auroc(noisy, half)
+    )  # ranks only
+    assert torch.equal(
+        metrics.auroc(noisy.bfloat16(), half), metrics.auroc(noisy.bfloat16().float(), half)
+    )
 
 
 def test_auroc_refuses_one_class_and_nan():
@@ -454,7 +511,9 @@ def test_auroc_refuses_one_class_and_nan():
 
 def test_entropy_and_jensen_shannon_equal_scipy_and_their_bounds():
     p, q = (normal(6, 9, label=name).softmax(-1) for name in "pq")
-    np.testing.assert_allclose(metrics.entropy(p), scipy.stats.entropy(p.double().numpy(), axis=-1), rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics.entropy(p), scipy.stats.entropy(p.double().numpy(), axis=-1), rtol=1e-6
+    )
     distance = scipy.spatial.distance.jensenshannon(p.double().numpy(), q.double().numpy(), axis=-1)
     np.testing.assert_allclose(metrics.jensen_shannon(p, q), distance**2, rtol=1e-5)
     assert float(metrics.entropy(torch.tensor([1.0, 0.0]))) == 0

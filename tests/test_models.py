@@ -1,4 +1,5 @@
-"""Loading: what is loaded computes what Hugging Face computes, and what cannot be loaded says why."""
+"""Loading: what is loaded computes what Hugging Face computes, and what cannot be loaded says
+why."""
 
 import json
 import os
@@ -11,22 +12,18 @@ import pytest
 import torch
 from conftest import make_tokenizer
 
-from lenslab.loading import BUNDLED, NotAModel
+from lenslab.files import BUNDLED, data_path
+from lenslab.hooks import UnknownHook, check_hooks, hook_names, hook_table, stream_hook
 from lenslab.models import (
-    UnknownHook,
-    check_hooks,
+    NotAModel,
     generate,
-    hook_names,
-    hook_table,
     load_model,
     model_key,
     model_name,
     parameter_table,
     random_twin,
-    stream_hook,
     summarize,
 )
-from lenslab.paths import data_path
 
 TEXTS = ["The river froze early that year.", "def add(a, b):\n    return a + b", "Yes."]
 
@@ -43,16 +40,26 @@ def reference_logits(folder, row):
 @pytest.mark.parametrize("which", ["gpt2", "llama", "olmoe", "switch", *BUNDLED])
 @pytest.mark.parametrize("pad_side", ["single", "right", "left"])
 def test_logits_equal_hugging_face(which, pad_side, request):
-    folder = data_path("models", which) if which in BUNDLED else request.getfixturevalue(f"{which}_folder")
+    folder = (
+        data_path("models", which)
+        if which in BUNDLED
+        else request.getfixturevalue(f"{which}_folder")
+    )
     model = load_model(which if which in BUNDLED else folder)
-    rows = [[model.tokenizer.bos_token_id, *model.tokenizer(t, add_special_tokens=False).input_ids] for t in TEXTS]
+    rows = [
+        [model.tokenizer.bos_token_id, *model.tokenizer(t, add_special_tokens=False).input_ids]
+        for t in TEXTS
+    ]
     width, pad = max(map(len, rows)), model.tokenizer.pad_token_id
     with torch.inference_mode():
         if pad_side == "single":
             ours = [model(torch.tensor([row]))[0] for row in rows]
         else:
             left = [width - len(row) if pad_side == "left" else 0 for row in rows]
-            tokens, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
+            tokens, mask = (
+                torch.full((len(rows), width), pad),
+                torch.zeros(len(rows), width, dtype=torch.long),
+            )
             for i, row in enumerate(rows):
                 tokens[i, left[i] : left[i] + len(row)] = torch.tensor(row)
                 mask[i, left[i] : left[i] + len(row)] = 1
@@ -83,7 +90,11 @@ def test_summary_counts_what_is_there(model, gpt2_folder):
     assert summary.embedding_parameters == (vocabulary + config["n_positions"]) * d
     assert summary.parameters == summary.block_parameters + summary.embedding_parameters + 2 * d
     assert summary.parameters == parameter_table(model)["count"].sum()
-    assert (summary.layers, summary.heads, summary.tied_embeddings) == (layers, config["n_head"], True)
+    assert (summary.layers, summary.heads, summary.tied_embeddings) == (
+        layers,
+        config["n_head"],
+        True,
+    )
     assert "layers" in summary.to_frame().index
 
 
@@ -101,10 +112,14 @@ def test_random_twin_has_the_shape_but_not_the_weights(model):
     assert "twin" in model_name(twin)
 
 
-def test_a_twin_has_the_spread_of_an_untrained_model_and_the_same_bits_on_other_instructions(gpt2_folder, model):
+def test_a_twin_has_the_spread_of_an_untrained_model_and_the_same_bits_on_other_instructions(
+    gpt2_folder, model
+):
     twin = random_twin(model)
     fresh = type(model.original_model)(model.original_model.config).state_dict()
-    weights = {n.replace("._original_component", ""): p for n, p in twin.original_model.named_parameters()}
+    weights = {
+        n.replace("._original_component", ""): p for n, p in twin.original_model.named_parameters()
+    }
     both = fresh.keys() & weights.keys()
     assert len(both) > 20
     for name in both:
@@ -112,7 +127,11 @@ def test_a_twin_has_the_spread_of_an_untrained_model_and_the_same_bits_on_other_
         torch.testing.assert_close(weight.std(), begins.std(), rtol=0.06, atol=0.0)
         torch.testing.assert_close(weight.mean(), begins.mean(), rtol=0, atol=0.005)
     code = "import sys; from lenslab.models import *; print(model_key(random_twin(load_model(sys.argv[1]))))"
-    plain = os.environ | {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
+    plain = os.environ | {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_CBWR": "COMPATIBLE",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", code, str(gpt2_folder)]
     done = subprocess.run(command, env=plain, capture_output=True, text=True)
     assert done.stdout.strip() == model_key(twin), done.stderr[-1000:]
@@ -141,10 +160,16 @@ def test_model_from_the_environment(gpt2_folder, monkeypatch):
 
 def test_every_listed_hook_can_be_captured(model):
     names = hook_names(model)
-    assert {"blocks.0.hook_resid_pre", "blocks.2.hook_resid_post", "blocks.1.attn.hook_pattern"} <= set(names)
+    assert {
+        "blocks.0.hook_resid_pre",
+        "blocks.2.hook_resid_post",
+        "blocks.1.attn.hook_pattern",
+    } <= set(names)
     assert names["blocks.1.hook_resid_post"] == (1, 2, model.cfg.d_model)
     seen = []
-    model.run_with_hooks(model.to_tokens("A"), fwd_hooks=[(n, lambda v, hook: seen.append(hook.name)) for n in names])
+    model.run_with_hooks(
+        model.to_tokens("A"), fwd_hooks=[(n, lambda v, hook: seen.append(hook.name)) for n in names]
+    )
     assert len(seen) >= len({n for n in names})
     assert len(hook_table(model, layer=1)) < len(hook_table(model))
 
@@ -171,7 +196,8 @@ def test_layers_outside_the_model_are_refused(model, layer):
 
 
 def test_streams_add_up(model):
-    """What the residual stream is: each block adds its attention and its MLP (W1.1: pre is not post)."""
+    """What the residual stream is: each block adds its attention and its MLP (W1.1: pre is not
+    post)."""
     with torch.inference_mode():
         _, cache = model.run_with_cache(model.to_tokens("A cat sat on the mat."))
     for layer in range(model.cfg.n_layers):
@@ -179,12 +205,16 @@ def test_streams_add_up(model):
             cache[stream_hook(model, layer, s)]
             for s in ("residual_pre", "attention", "residual_mid", "mlp", "residual")
         )
-        assert torch.allclose(pre + attention, mid, atol=1e-5) and torch.allclose(mid + mlp, post, atol=1e-5)
+        assert torch.allclose(pre + attention, mid, atol=1e-5) and torch.allclose(
+            mid + mlp, post, atol=1e-5
+        )
         assert not torch.allclose(pre, post, atol=1e-3)
 
 
 def test_generation_is_greedy_or_seeded(model):
-    assert generate(model, "A cat", max_new_tokens=6) == generate(model, "A cat", max_new_tokens=6, seed=5)
+    assert generate(model, "A cat", max_new_tokens=6) == generate(
+        model, "A cat", max_new_tokens=6, seed=5
+    )
     warm = [generate(model, "A cat", max_new_tokens=12, temperature=1.0, seed=s) for s in (0, 0, 1)]
     assert warm[0] == warm[1] != warm[2]
     state = torch.random.get_rng_state()
@@ -240,15 +270,21 @@ def test_a_gated_model_says_how_to_get_at_it(monkeypatch, status):
 
     def gated(source, **options):
         given.append(options.get("token"))
-        response = httpx.Response(status, request=httpx.Request("GET", f"https://huggingface.co/{source}"))
+        response = httpx.Response(
+            status, request=httpx.Request("GET", f"https://huggingface.co/{source}")
+        )
         try:
             raise GatedRepoError("Cannot access gated repo", response=response)
         except GatedRepoError as error:  # as transformers wraps it
-            raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.") from error
+            raise OSError(
+                "You are trying to access a gated repo.\nMake sure to have access to it."
+            ) from error
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", gated)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    with pytest.raises(NotAModel, match=r"licence on https://huggingface\.co/google/gemma-3-1b-pt .* as HF_TOKEN\."):
+    with pytest.raises(
+        NotAModel, match=r"licence on https://huggingface\.co/google/gemma-3-1b-pt .* as HF_TOKEN\."
+    ):
         load_model("gemma-3-1b")
     monkeypatch.setenv("HF_TOKEN", "hf_none")
     with pytest.raises(NotAModel, match="the one that is set has no access") as refused:
@@ -268,13 +304,16 @@ def test_tinystories_tells_a_story(shared):
     """A trained model of another architecture, from a local folder."""
     model = load_model(shared / "fixtures" / "tinystories-656k")
     text = generate(model, "Once upon a time, there was a little", max_new_tokens=30)
-    assert len(text.split()) > 20 and generate(random_twin(model), "Once upon a time", max_new_tokens=5) != text
+    assert (
+        len(text.split()) > 20
+        and generate(random_twin(model), "Once upon a time", max_new_tokens=5) != text
+    )
 
 
 def test_bundled_weights_that_are_not_those_of_their_card_are_refused(tmp_path, monkeypatch):
     for name in BUNDLED:
         shutil.copytree(data_path("models", name), tmp_path / "models" / name)
-    monkeypatch.setattr("lenslab.loading.data_path", lambda *parts: tmp_path.joinpath(*parts))
+    monkeypatch.setattr("lenslab.models.data_path", lambda *parts: tmp_path.joinpath(*parts))
     load_model("pocket-gpt")
     weights = tmp_path / "models" / "pocket-gpt" / "model.safetensors"
     raw = bytearray(weights.read_bytes())

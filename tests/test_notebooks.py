@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_output
 
-from lenslab.paths import REPOSITORY
+from lenslab.files import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
@@ -95,7 +95,9 @@ BREAKS = {
     "path of a machine": lambda nb, cells: cells[0].outputs[0].update(text="/" + "home/somebody"),
     "MB, more than": lambda nb, cells: cells[0].outputs[0].update(text="x" * 1_600_000),
     "from the network": lambda nb, cells: cells[0].outputs.append(
-        new_output("display_data", {"text/html": '<script src="https://cdn.example.org/a.js"></script>'})
+        new_output(
+            "display_data", {"text/html": '<script src="https://cdn.example.org/a.js"></script>'}
+        )
     ),
 }
 
@@ -107,7 +109,9 @@ def test_the_policy_notices(sample, complaint):
 
 def test_a_missing_notebook_is_a_fault_with_its_remedy(sample):
     (sample / "phase_0_sample.ipynb").unlink()
-    faults, _ = policy(sample / "interactive" / "phase_0_sample.py", sample / "phase_0_sample.ipynb")
+    faults, _ = policy(
+        sample / "interactive" / "phase_0_sample.py", sample / "phase_0_sample.ipynb"
+    )
     assert "make notebooks" in faults[0]
 
 
@@ -119,7 +123,10 @@ def test_reading_a_source_twice_gives_the_same_bytes(sample):
 def test_pictures_and_widgets_count_as_nothing_printed():
     cell = nbformat.v4.new_code_cell("x")
     cell.outputs = [
-        new_output("display_data", {"text/plain": "<IPython.core.display.HTML object>", "text/html": "<b>1</b>"}),
+        new_output(
+            "display_data",
+            {"text/plain": "<IPython.core.display.HTML object>", "text/html": "<b>1</b>"},
+        ),
         new_output("display_data", PLOT),
         new_output("stream", name="stderr", text="warning"),
     ]
@@ -131,8 +138,13 @@ def test_notebooks_come_in_order_and_an_unknown_one_is_named(tmp_path):
     for name in ("phase_10_b", "phase_2_a", "phase_1_c"):
         (tmp_path / "interactive" / f"{name}.py").write_text("# %%\n1\n")
     assert [f.stem for f in find_notebooks(tmp_path)] == ["phase_1_c", "phase_2_a", "phase_10_b"]
-    assert [f.stem for f in find_notebooks(tmp_path, "phase_10_b, phase_1_c.ipynb")] == ["phase_10_b", "phase_1_c"]
-    with pytest.raises(FileNotFoundError, match=r"No notebook phase_9; there are: phase_1_c, phase_2_a, phase_10_b"):
+    assert [f.stem for f in find_notebooks(tmp_path, "phase_10_b, phase_1_c.ipynb")] == [
+        "phase_10_b",
+        "phase_1_c",
+    ]
+    with pytest.raises(
+        FileNotFoundError, match=r"No notebook phase_9; there are: phase_1_c, phase_2_a, phase_10_b"
+    ):
         find_notebooks(tmp_path, "phase_9")
 
 
@@ -154,7 +166,9 @@ def test_only_a_name_on_the_hub_may_use_the_network(tmp_path):
 @pytest.mark.notebook
 def test_a_failing_notebook_stops_neither_the_others_nor_the_index(tmp_path):
     (tmp_path / "interactive").mkdir()
-    (tmp_path / "interactive" / "phase_1_bad.py").write_text(SAMPLE.format(code="raise ValueError('too <small>')"))
+    (tmp_path / "interactive" / "phase_1_bad.py").write_text(
+        SAMPLE.format(code="raise ValueError('too <small>')")
+    )
     (tmp_path / "interactive" / "phase_2_good.py").write_text(SAMPLE.format(code="total"))
     outputs = tmp_path / "outputs"
     runs = run_all(find_notebooks(tmp_path), tmp_path, outputs, {})
@@ -205,8 +219,12 @@ def test_nbval_compares_printed_text_only_and_refuses_the_network(tmp_path):
     shutil.copy(FOLDER / "conftest.py", folder)
     (tmp_path / "scripts").symlink_to(REPOSITORY / "scripts")
     cells = ["print(1)", "display({'text/html': '<b>new</b>'}, raw=True)", "print(2)"]
-    cells.append("import socket\ntry:\n    socket.getaddrinfo('example.org', 443)\nexcept OSError:\n    pass")
-    cells.append("from tqdm.auto import tqdm\nbar = tqdm(range(2))")  # a bar that a faster machine would not show
+    cells.append(
+        "import socket\ntry:\n    socket.getaddrinfo('example.org', 443)\nexcept OSError:\n    pass"
+    )
+    cells.append(
+        "from tqdm.auto import tqdm\nbar = tqdm(range(2))"
+    )  # a bar that a faster machine would not show
     source = folder / "interactive" / "phase_0_sample.py"
     source.write_text("\n".join(f"# %%\n{cell}\n" for cell in cells))
     notebook = read_source(source)
@@ -217,7 +235,16 @@ def test_nbval_compares_printed_text_only_and_refuses_the_network(tmp_path):
     code_cells(notebook)[2].outputs = [new_output("stream", name="stdout", text="3\n")]
     built = folder / "phase_0_sample.ipynb"
     write_notebook(notebook, built)
-    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-rA", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbval",
+        "--nbval-current-env",
+        "-rA",
+        "-p",
+        "no:cacheprovider",
+    ]
     run = subprocess.run(
         [*command, "--rootdir", str(tmp_path), str(built)],
         capture_output=True,
@@ -225,7 +252,9 @@ def test_nbval_compares_printed_text_only_and_refuses_the_network(tmp_path):
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
     )
-    lines = [line.split() for line in run.stdout.splitlines() if line.startswith(("PASSED ", "FAILED "))]
+    lines = [
+        line.split() for line in run.stdout.splitlines() if line.startswith(("PASSED ", "FAILED "))
+    ]
     outcome = {f"Cell {words[2]}": words[0] for words in lines}
     assert outcome == {
         "Cell 0": "PASSED",
@@ -243,9 +272,18 @@ def test_phase_1_runs_on_any_local_hugging_face_folder(shared, tmp_path):
     fixture = shared / "fixtures" / "tinystories-656k"
     if not fixture.is_dir():
         pytest.skip("the fixture model is not there")
-    command = [sys.executable, str(REPOSITORY / "scripts" / "run_notebooks.py"), "--notebooks", "phase_1_loading"]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "scripts" / "run_notebooks.py"),
+        "--notebooks",
+        "phase_1_loading",
+    ]
     log = tmp_path / "attempts"
-    environment = {**os.environ, "LENSLAB_OUTPUTS": str(tmp_path / "outputs"), "LENSLAB_NETWORK_LOG": str(log)}
+    environment = {
+        **os.environ,
+        "LENSLAB_OUTPUTS": str(tmp_path / "outputs"),
+        "LENSLAB_NETWORK_LOG": str(log),
+    }
     environment["PYTHONPATH"] = str(REPOSITORY / "scripts" / "offline")
     run = subprocess.run(
         [*command, "--model", os.path.relpath(fixture, tmp_path)],
@@ -258,7 +296,13 @@ def test_phase_1_runs_on_any_local_hugging_face_folder(shared, tmp_path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "1 of 1 notebooks ran whole" in run.stdout
-    assert 'id="output-' in (tmp_path / "outputs" / "notebooks" / "phase_1_loading.html").read_text()
-    notebook = nbformat.read(tmp_path / "outputs" / "notebooks" / "phase_1_loading.ipynb", as_version=4)
-    assert any("a small one was trained" in printed(cell) for cell in code_cells(notebook)), "it says so"
+    assert (
+        'id="output-' in (tmp_path / "outputs" / "notebooks" / "phase_1_loading.html").read_text()
+    )
+    notebook = nbformat.read(
+        tmp_path / "outputs" / "notebooks" / "phase_1_loading.ipynb", as_version=4
+    )
+    assert any("a small one was trained" in printed(cell) for cell in code_cells(notebook)), (
+        "it says so"
+    )
     assert not log.exists(), "nothing reached for the network"

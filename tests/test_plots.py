@@ -50,7 +50,11 @@ def test_bars_are_never_stacked():
 
 def test_labels_that_repeat_keep_their_own_rows():
     figure = attention_map(np.eye(3), ["the", "cat", "the"])
-    assert figure.data[0].z.shape == (3, 3) and tuple(figure.layout.xaxis.ticktext) == ("the", "cat", "the")
+    assert figure.data[0].z.shape == (3, 3) and tuple(figure.layout.xaxis.ticktext) == (
+        "the",
+        "cat",
+        "the",
+    )
     assert len(set(figure.data[0].x)) == 3
 
 
@@ -67,11 +71,14 @@ def test_labels_show_as_they_stand():
 
 def test_the_first_series_is_the_finding_and_the_others_are_controls():
     figure = intervals(
-        {"SAE": ([0.9], [0.8], [0.95]), "PCA": ([0.7], None, None), "n-grams": ([0.6], None, None)}, ["a"]
+        {"SAE": ([0.9], [0.8], [0.95]), "PCA": ([0.7], None, None), "n-grams": ([0.6], None, None)},
+        ["a"],
     )
     assert [trace.marker.color for trace in figure.data] == [ACCENT, *GREYS[:2]]
     assert len({trace.marker.symbol for trace in figure.data}) == 3  # told apart without colour too
-    assert np.allclose(figure.data[0].error_x.array, 0.05) and np.allclose(figure.data[0].error_x.arrayminus, 0.1)
+    assert np.allclose(figure.data[0].error_x.array, 0.05) and np.allclose(
+        figure.data[0].error_x.arrayminus, 0.1
+    )
     assert figure.data[1].error_x.array is None
     rows = [trace.y[0] for trace in figure.data]
     assert rows == sorted(rows) and len(set(rows)) == 3
@@ -93,16 +100,28 @@ def test_a_null_of_other_numbers_keeps_every_draw_and_what_was_observed_in_sight
     assert sum(figure.data[0].y) == 101
     low, high = figure.layout.xaxis.range
     assert low < 0.1 and high > 0.9
-    assert {note.text: note.font.color for note in figure.layout.annotations}["n-grams: 0.1"] != ACCENT
+    assert {note.text: note.font.color for note in figure.layout.annotations}[
+        "n-grams: 0.1"
+    ] != ACCENT
     with pytest.raises(ValueError, match="without NaN"):
         null_histogram([0.5, np.nan], {})
 
 
 def test_marked_points_are_named_and_the_rest_is_thinned_and_says_so():
     n = MOST_POINTS * 2 + 3
-    figure = scatter(np.arange(n), np.arange(n), marked=np.arange(n) < 3, marked_name="specialists", diagonal=True)
+    figure = scatter(
+        np.arange(n),
+        np.arange(n),
+        marked=np.arange(n) < 3,
+        marked_name="specialists",
+        diagonal=True,
+    )
     equal, others, marked = figure.data
-    assert equal.name == "equal" and marked.name == "specialists" and tuple(marked.text) == ("0", "1", "2")
+    assert (
+        equal.name == "equal"
+        and marked.name == "specialists"
+        and tuple(marked.text) == ("0", "1", "2")
+    )
     assert len(others.x) == MOST_POINTS and f"{MOST_POINTS:,} of {n - 3:,} drawn" in others.name
     assert others.marker.color == CONTROL and marked.marker.color == ACCENT
     with pytest.raises(ValueError, match="2 x, 1 y"):
@@ -114,10 +133,16 @@ VALUES = np.array([[4.0, 0.0], [0.0, 10.0], [2.0, 5.0]])  # three texts, two fea
 
 @pytest.mark.parametrize("rows", [False, True])
 def test_texts_are_grouped_by_category_and_features_keep_their_own_scale(rows):
-    figure = text_feature_heatmap(VALUES, [7, 9], ["web", "math", "web"], ["a", "<b>", "c"], rows=rows)
+    figure = text_feature_heatmap(
+        VALUES, [7, 9], ["web", "math", "web"], ["a", "<b>", "c"], rows=rows
+    )
     cells, strip = figure.data
-    z, values = (np.array(part if rows else part.T, dtype=float) for part in (cells.z, cells.customdata))
-    assert np.allclose(z, [[1, 0], [0.5, 0.5], [0, 1]])  # texts 0, 2, 1; each feature over its largest value
+    z, values = (
+        np.array(part if rows else part.T, dtype=float) for part in (cells.z, cells.customdata)
+    )
+    assert np.allclose(
+        z, [[1, 0], [0.5, 0.5], [0, 1]]
+    )  # texts 0, 2, 1; each feature over its largest value
     assert np.allclose(values, VALUES[[0, 2, 1]])
     names, texts = (cells.x, cells.y) if rows else (cells.y, cells.x)
     assert tuple(names) == ("7 (max 4)", "9 (max 10)") and texts[2] == "1: &lt;b&gt;"
@@ -140,7 +165,10 @@ def test_labels_that_do_not_number_the_values_are_refused():
 def test_columns_of_a_table_are_labels_too():
     kinds, features = pd.Series(["web", "math", "web"], index=[5, 6, 7]), np.array([7, 9])
     by_list = text_feature_heatmap(VALUES, [7, 9], kinds.tolist(), list("abc"))
-    assert text_feature_heatmap(VALUES, features, kinds, pd.Series(list("abc"), index=[5, 6, 7])) == by_list
+    assert (
+        text_feature_heatmap(VALUES, features, kinds, pd.Series(list("abc"), index=[5, 6, 7]))
+        == by_list
+    )
     assert coactivation_heatmap(np.eye(2), features, groups=kinds[:2]) == coactivation_heatmap(
         np.eye(2), [7, 9], groups=["web", "math"]
     )
@@ -155,7 +183,12 @@ def test_a_figure_of_hundreds_of_texts_stays_small():
 def test_few_cells_show_their_number_and_signed_values_get_two_hues():
     few = category_feature_heatmap(VALUES, ["a", "b", "c"], [7, 9])
     assert np.allclose(np.array(few.data[0].text, dtype=float), VALUES) and few.data[0].texttemplate
-    assert category_feature_heatmap(np.ones((20, 20)), list("abcdefghijklmnopqrst"), range(20)).data[0].text is None
+    assert (
+        category_feature_heatmap(np.ones((20, 20)), list("abcdefghijklmnopqrst"), range(20))
+        .data[0]
+        .text
+        is None
+    )
     signed = category_feature_heatmap(VALUES - 5, ["a", "b", "c"], [7, 9]).data[0]
     assert (signed.zmin, signed.zmax) == (-1, 1)
     assert few.layout.title.text == "Mean activation of 2 features in 3 categories"
@@ -163,7 +196,12 @@ def test_few_cells_show_their_number_and_signed_values_get_two_hues():
 
 def test_the_category_a_feature_is_about_is_in_the_accent_colour():
     figure = category_means(
-        VALUES.T, ["a", "b", "c"], [7, 9], low=VALUES.T - 1, high=VALUES.T + 2, highlight=["b", None]
+        VALUES.T,
+        ["a", "b", "c"],
+        [7, 9],
+        low=VALUES.T - 1,
+        high=VALUES.T + 2,
+        highlight=["b", None],
     )
     colours = [trace.marker.color for trace in figure.data]
     assert colours == [CONTROL, ACCENT, CONTROL, CONTROL, CONTROL, CONTROL]

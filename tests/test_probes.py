@@ -1,4 +1,5 @@
-"""The probe texts keep what their card promises: balance, lengths, no duplicates, answers that are right."""
+"""The probe texts keep what their card promises: balance, lengths, no duplicates, answers that are
+right."""
 
 import hashlib
 import importlib
@@ -14,9 +15,9 @@ import torch
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.metrics import roc_auc_score
 
-from lenslab.data import load_probes
+from lenslab.files import REPOSITORY, data_path, sha256_file
 from lenslab.models import load_model, model_key, random_twin
-from lenslab.paths import REPOSITORY, data_path, sha256_file
+from lenslab.texts import load_probes
 
 SETS = ("first_look", "categories", "matched", "prompt_pairs")
 TEXTS = SETS[:3]
@@ -59,16 +60,21 @@ def pairs():
 
 
 def overlap(texts: list[str]) -> np.ndarray:
-    """Jaccard similarity of the sets of five-character sequences, `[text, text]`; case and spaces do not count."""
+    """Jaccard similarity of the sets of five-character sequences, `[text, text]`; case and spaces
+    do not count."""
     plain = [" ".join(text.lower().split()) for text in texts]
-    grams = CountVectorizer(analyzer="char", ngram_range=(5, 5), lowercase=False, binary=True).fit_transform(plain)
+    grams = CountVectorizer(
+        analyzer="char", ngram_range=(5, 5), lowercase=False, binary=True
+    ).fit_transform(plain)
     both, size = (grams @ grams.T).toarray(), np.asarray(grams.sum(axis=1)).ravel()
     return both / (size[:, None] + size[None] - both)
 
 
 def length_auroc(frame: pd.DataFrame, by: str) -> dict[str, float]:
     """How well length alone finds each part, in either direction."""
-    return {value: roc_auc_score(frame[by] == value, frame["tokens"]) for value in frame[by].unique()}
+    return {
+        value: roc_auc_score(frame[by] == value, frame["tokens"]) for value in frame[by].unique()
+    }
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -90,30 +96,46 @@ def test_files_are_clean_unicode_with_unique_ids_and_texts(name):
 
 
 def test_mojibake_would_be_seen():
-    assert MOJIBAKE.search("fährt".encode().decode("latin-1")) and MOJIBAKE.search("Поезд".encode().decode("latin-1"))
+    assert MOJIBAKE.search("fährt".encode().decode("latin-1")) and MOJIBAKE.search(
+        "Поезд".encode().decode("latin-1")
+    )
     assert not MOJIBAKE.search("Ã são João fährt à l'œil № Поезд ⭐")
 
 
 def test_no_text_is_nearly_another_within_or_across_sets(pairs):
     texts = [(row.id, row.text) for name in TEXTS for row in load_probes(name).itertuples()]
-    prompts = [(row.id, row.prompt_clean) for row in pairs.itertuples()]  # alike among themselves: from templates
+    prompts = [
+        (row.id, row.prompt_clean) for row in pairs.itertuples()
+    ]  # alike among themselves: from templates
     similar = overlap([text for _, text in texts + prompts])[: len(texts)]
     np.fill_diagonal(similar, 0)
     names = [name for name, _ in texts + prompts]
-    assert not [(names[i], names[j], round(similar[i, j], 2)) for i, j in np.argwhere(similar > 0.35) if i < j]
+    assert not [
+        (names[i], names[j], round(similar[i, j], 2))
+        for i, j in np.argwhere(similar > 0.35)
+        if i < j
+    ]
     one = overlap(
-        ["The dog ate my homework again.", "the dog  ate my homework AGAIN!", "Nothing of the sort happened."]
+        [
+            "The dog ate my homework again.",
+            "the dog  ate my homework AGAIN!",
+            "Nothing of the sort happened.",
+        ]
     )
     assert one[0, 1] > 0.9 and one[0, 2] < 0.05 and one[0, 0] == 1
 
 
 def test_categories_are_balanced(categories):
     assert len(categories) == 420 and set(categories["split"]) == HALVES
-    assert (categories.groupby("category").size() == 60).all() and categories["category"].nunique() == 7
+    assert (categories.groupby("category").size() == 60).all() and categories[
+        "category"
+    ].nunique() == 7
     registers = categories.groupby(["category", "register", "split"]).size()
     assert len(registers) == 42 and (registers == 10).all()
     topics = pd.crosstab(categories["topic"], categories["category"])
-    assert topics.shape == (30, 7) and (topics == 2).all(axis=None)  # what a text is about says nothing of its kind
+    assert topics.shape == (30, 7) and (topics == 2).all(
+        axis=None
+    )  # what a text is about says nothing of its kind
     foreign = categories[categories["category"] == "non_english"]
     assert (categories.drop(foreign.index)["language"] == "en").all()
     languages = foreign.groupby(["language", "split"]).size()
@@ -128,10 +150,14 @@ def test_matched_concepts_have_four_forms_in_one_half(matched):
     topics = pd.crosstab(matched["topic"], [matched["form"], matched["split"]])
     assert topics.shape == (15, 8) and (topics == 2).all(axis=None)
     other = matched[matched["form"] == "other_language"]
-    assert (other.groupby(["language", "split"]).size() == 5).all() and set(other["language"]) == LANGUAGES
+    assert (other.groupby(["language", "split"]).size() == 5).all() and set(
+        other["language"]
+    ) == LANGUAGES
     assert (matched.drop(other.index)["language"] == "en").all()
     symbolic = matched["form"] == "symbolic"
-    assert (matched[symbolic].groupby("notation").size() == 15).all() and matched[symbolic]["notation"].nunique() == 4
+    assert (matched[symbolic].groupby("notation").size() == 15).all() and matched[symbolic][
+        "notation"
+    ].nunique() == 4
     assert matched[symbolic].groupby(["notation", "split"]).size().between(7, 8).all()
     assert (matched[~symbolic]["notation"] == "prose").all()
 
@@ -152,24 +178,32 @@ def test_numbers_of_a_concept_are_the_same_in_its_forms(matched):
         known = numbers(texts["symbolic"])
         for form in FORMS - {"symbolic"}:
             extra = {n for n in numbers(texts[form]) if n not in known}
-            extra -= {5.0} if concept in ("opening hours", "people per square kilometre") else set()  # 17:00, 5 million
+            extra -= (
+                {5.0} if concept in ("opening hours", "people per square kilometre") else set()
+            )  # 17:00, 5 million
             assert not extra, (concept, form, extra)
 
 
 @pytest.mark.parametrize(
-    ("name", "by", "spread", "mean"), [("categories", "category", 0.1, 2.5), ("matched", "form", 0.25, 3)]
+    ("name", "by", "spread", "mean"),
+    [("categories", "category", 0.1, 2.5), ("matched", "form", 0.25, 3)],
 )
 def test_length_does_not_tell_the_parts(script, name, by, spread, mean):
     frame = script.probes(name)
     assert frame["tokens"].between(15, 60).all()
     means = frame.groupby(by)["tokens"].mean()
     assert means.max() - means.min() < mean
-    for found in (length_auroc(frame, by), *(length_auroc(half, by) for _, half in frame.groupby("split"))):
+    for found in (
+        length_auroc(frame, by),
+        *(length_auroc(half, by) for _, half in frame.groupby("split")),
+    ):
         assert all(abs(auroc - 0.5) < spread for auroc in found.values()), found
 
 
 def test_bands_of_length_hold_ten_texts_of_every_category(categories):
-    bands = pd.crosstab(categories["category"], pd.cut(categories["tokens"], [14, 21, 28, 35, 42, 50, 60]))
+    bands = pd.crosstab(
+        categories["category"], pd.cut(categories["tokens"], [14, 21, 28, 35, 42, 50, 60])
+    )
     assert bands.shape == (7, 6) and (bands == 10).all(axis=None)
 
 
@@ -179,7 +213,10 @@ def test_no_word_gives_half_of_a_category_away(categories):
     for category, own in words.groupby(categories["category"]):
         elsewhere = words.drop(own.index)
         for word in set().union(*own):
-            share, other = own.map(lambda w, x=word: x in w).mean(), elsewhere.map(lambda w, x=word: x in w).mean()
+            share, other = (
+                own.map(lambda w, x=word: x in w).mean(),
+                elsewhere.map(lambda w, x=word: x in w).mean(),
+            )
             assert share - other < 0.5 or word == "https", (category, word, share, other)
 
 
@@ -195,14 +232,20 @@ def test_pairs_are_balanced(pairs):
     for _, task in pairs[pairs["task"].isin(["induction", "indirect_object"])].groupby(
         "task"
     ):  # no filler in both halves
-        halves = [set(half["answer_clean"]) | set(half["answer_corrupt"]) for _, half in task.groupby("split")]
+        halves = [
+            set(half["answer_clean"]) | set(half["answer_corrupt"])
+            for _, half in task.groupby("split")
+        ]
         assert not halves[0] & halves[1]
 
 
 def test_every_pair_can_be_used_and_follows_its_template(script, tokenizer, pairs):
     for pair in pairs.to_dict("records"):
         assert script.misfit(tokenizer, pair) == "", pair["id"]
-        assert pair["answer_clean"] != pair["answer_corrupt"] and pair["prompt_clean"] != pair["prompt_corrupt"]
+        assert (
+            pair["answer_clean"] != pair["answer_corrupt"]
+            and pair["prompt_clean"] != pair["prompt_corrupt"]
+        )
         pattern = re.sub(r"\\\{\w+\\\}", ".+?", re.escape(pair["template"]))
         for side in ("clean", "corrupt"):
             assert re.fullmatch(pattern, pair[f"prompt_{side}"]), pair["id"]
@@ -215,7 +258,9 @@ def test_gpt2_can_use_the_pairs_that_say_so(script, shared, pairs):
     if not folder.is_dir():
         pytest.skip("GPT-2's tokenizer is not among the shared fixtures")
     gpt2 = AutoTokenizer.from_pretrained(folder)
-    assert [not script.misfit(gpt2, pair) for pair in pairs.to_dict("records")] == pairs["gpt2"].tolist()
+    assert [not script.misfit(gpt2, pair) for pair in pairs.to_dict("records")] == pairs[
+        "gpt2"
+    ].tolist()
 
 
 def still_open(prompt: str) -> str:
@@ -241,12 +286,20 @@ def test_answers_of_pairs_are_right(pairs):
                 assert still_open(prompt) == right
             elif pair.task == "indirect_object":  # the giver is named twice, who receives once
                 assert words.count(right.strip()) == 1 and words.count(wrong.strip()) == 2
-            elif pair.task == "induction":  # the last word (or run of three) stood earlier, before the answer
+            elif (
+                pair.task == "induction"
+            ):  # the last word (or run of three) stood earlier, before the answer
                 cue = words[-1:] if not pair.template.startswith("Again") else words[-3:]
-                found = [words[i + len(cue)] for i in range(len(words) - len(cue)) if words[i : i + len(cue)] == cue]
+                found = [
+                    words[i + len(cue)]
+                    for i in range(len(words) - len(cue))
+                    if words[i : i + len(cue)] == cue
+                ]
                 assert found == [right.strip()] and wrong.strip() in words
             else:
-                nouns = [w for w in words if re.fullmatch(r"(?!As|knows|seems)\w+s|children|women", w)]
+                nouns = [
+                    w for w in words if re.fullmatch(r"(?!As|knows|seems)\w+s|children|women", w)
+                ]
                 subject_is_plural = right in (" are", " were", " have")
                 subject = re.match(pair.template.split("{noun}")[0] + r"(\w+)", prompt)[1]
                 assert (subject in nouns) == subject_is_plural
@@ -256,28 +309,48 @@ def test_answers_of_pairs_are_right(pairs):
 
 
 def test_answers_that_are_several_tokens_or_join_the_prompt_are_refused(script, tokenizer):
-    assert script.next_id(tokenizer, "The old", " dog") == tokenizer(" dog", add_special_tokens=False).input_ids[0]
+    assert (
+        script.next_id(tokenizer, "The old", " dog")
+        == tokenizer(" dog", add_special_tokens=False).input_ids[0]
+    )
     assert script.next_id(tokenizer, "The old", " xylophonist") is None
     assert script.next_id(tokenizer, "He is walk", "ing") is None
-    pair = dict(prompt_clean="The dog", prompt_corrupt="The dogs", answer_clean=" is", answer_corrupt=" are")
+    pair = dict(
+        prompt_clean="The dog", prompt_corrupt="The dogs", answer_clean=" is", answer_corrupt=" are"
+    )
     assert script.misfit(tokenizer, pair) == ""
     assert "tokens" in script.misfit(tokenizer, pair | {"prompt_corrupt": "The two dogs"})
     assert "xylophonist" in script.misfit(tokenizer, pair | {"answer_corrupt": " xylophonist"})
 
 
 def test_differences_are_those_of_each_prompt_run_alone(script, model):
-    rows = [("(a", ")", "[a", "]"), ("they say (on a", ")", "they say {on a", "}"), ("[b", "]", "{b", "}")]
+    rows = [
+        ("(a", ")", "[a", "]"),
+        ("they say (on a", ")", "they say {on a", "}"),
+        ("[b", "]", "{b", "}"),
+    ]
     pairs = pd.DataFrame(
-        rows, columns=["prompt_clean", "answer_clean", "prompt_corrupt", "answer_corrupt"], index=[5, 2, 9]
+        rows,
+        columns=["prompt_clean", "answer_clean", "prompt_corrupt", "answer_corrupt"],
+        index=[5, 2, 9],
     )
     found = script.logit_differences(model, pairs)
     assert found.index.tolist() == [5, 2, 9]
     for i, (clean, right, corrupt, wrong) in zip(pairs.index, rows, strict=True):
         for side, prompt, sign in (("clean", clean, 1), ("corrupt", corrupt, -1)):
             with torch.inference_mode():
-                logits = model(torch.tensor([[0, *model.tokenizer(prompt, add_special_tokens=False).input_ids]]))[0, -1]
-            a, b = (model.tokenizer(answer, add_special_tokens=False).input_ids[0] for answer in (right, wrong))
-            assert found.loc[i, side] == pytest.approx(float(sign * (logits[a] - logits[b])), abs=1e-5)
+                logits = model(
+                    torch.tensor(
+                        [[0, *model.tokenizer(prompt, add_special_tokens=False).input_ids]]
+                    )
+                )[0, -1]
+            a, b = (
+                model.tokenizer(answer, add_special_tokens=False).input_ids[0]
+                for answer in (right, wrong)
+            )
+            assert found.loc[i, side] == pytest.approx(
+                float(sign * (logits[a] - logits[b])), abs=1e-5
+            )
 
 
 def test_competence_counts_pairs_and_cancels_a_liking_for_one_answer(script):
@@ -301,15 +374,21 @@ def test_competence_counts_pairs_and_cancels_a_liking_for_one_answer(script):
     assert rows["agreement", "1 attractor"]["difference_clean"] == -3.0
 
 
-def test_measuring_writes_model_and_twin_and_leaves_the_card_alone(script, gpt2_folder, tmp_path, monkeypatch, capsys):
+def test_measuring_writes_model_and_twin_and_leaves_the_card_alone(
+    script, gpt2_folder, tmp_path, monkeypatch, capsys
+):
     few = load_probes("prompt_pairs").groupby("template").head(2)
     monkeypatch.setattr(script, "load_probes", lambda name: few)
     before = script.CARD.read_bytes()
     script.main(["--model", str(gpt2_folder), "--out", str(tmp_path)])
     found = json.loads((tmp_path / f"competence-{gpt2_folder.name}.json").read_text())
     assert script.CARD.read_bytes() == before and "brackets" in capsys.readouterr().out
-    assert found["pairs_left_out"] > 0 and found["model_rows"] != found["twin_rows"]  # its tokenizer splits names
-    assert {row["task"] for row in found["model_rows"]} >= {"brackets"} and found["versions"]["torch"]
+    assert (
+        found["pairs_left_out"] > 0 and found["model_rows"] != found["twin_rows"]
+    )  # its tokenizer splits names
+    assert {row["task"] for row in found["model_rows"]} >= {"brackets"} and found["versions"][
+        "torch"
+    ]
 
 
 def test_tables_of_the_card_are_fresh(script):
@@ -320,21 +399,30 @@ def test_tables_of_the_card_are_fresh(script):
 
 
 def test_bundled_competence_is_of_the_bundled_model_and_pairs():
-    found = json.loads(data_path("probes", "competence-pocket-gpt.json").read_text(encoding="utf-8"))
+    found = json.loads(
+        data_path("probes", "competence-pocket-gpt.json").read_text(encoding="utf-8")
+    )
     again = "run python scripts/measure_competence.py"
     assert found["pairs_sha256"] == sha256_file(data_path("probes", "prompt_pairs.jsonl")), again
     model = load_model("pocket-gpt")
-    assert (found["model_key"], found["twin_key"]) == (model_key(model), model_key(random_twin(model))), again
+    assert (found["model_key"], found["twin_key"]) == (
+        model_key(model),
+        model_key(random_twin(model)),
+    ), again
     assert found["pairs_left_out"] == 0
 
 
 def test_the_blind_reading_covers_every_register_and_language_and_the_texts_are_those_that_were_read():
     texts = load_probes("categories").set_index("id")
-    labels = json.loads(data_path("probes", "blind_reading.json").read_text(encoding="utf-8"))["labels"]
+    labels = json.loads(data_path("probes", "blind_reading.json").read_text(encoding="utf-8"))[
+        "labels"
+    ]
     read = texts.loc[[entry["id"] for entry in labels]]
     assert len(read) >= 60 and read.index.is_unique
     registers = texts.groupby(["category", "register"]).size().index
     assert read.groupby(["category", "register"]).size().reindex(registers, fill_value=0).min() >= 2
     assert set(read["language"]) == set(texts["language"])
     for entry, text in zip(labels, read["text"], strict=True):
-        assert hashlib.sha256(text.encode()).hexdigest().startswith(entry["sha256"]), f"{entry['id']} was edited since"
+        assert hashlib.sha256(text.encode()).hexdigest().startswith(entry["sha256"]), (
+            f"{entry['id']} was edited since"
+        )

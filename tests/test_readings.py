@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from lenslab.activations import tokenize
-from lenslab.analysis.features import FeatureActivations
-from lenslab.analysis.readings import CLASSES, form_and_concept, token_class, token_classes
+from lenslab.features.activations import FeatureActivations
+from lenslab.features.readings import CLASSES, form_and_concept, token_class, token_classes
+from lenslab.tokens import tokenize
 
 FORMS, CONCEPTS = 4, 12
 
@@ -37,7 +37,9 @@ def test_token_class(string, expected):
 def planted(batch, columns):
     """FeatureActivations set by hand, one `[text, pos]` map per feature."""
     where, real = batch.real.nonzero(), batch.real.numpy()
-    matrix = scipy.sparse.csr_array(np.stack([column[real] for column in columns], axis=1).astype(np.float32))
+    matrix = scipy.sparse.csr_array(
+        np.stack([column[real] for column in columns], axis=1).astype(np.float32)
+    )
     text, position = where[:, 0].numpy(), where[:, 1].numpy()
     return FeatureActivations(matrix, text, position, batch, "planted", "model", "hook", "key")
 
@@ -45,10 +47,15 @@ def planted(batch, columns):
 def test_activation_is_shared_out_over_classes(model):
     batch = tokenize(model, ["2 + 2 = 4", "(7)"])
     digit = (
-        np.array([[token_class(s) == "digits" for s in batch.strings(row)] for row in range(2)]) & batch.real.numpy()
+        np.array([[token_class(s) == "digits" for s in batch.strings(row)] for row in range(2)])
+        & batch.real.numpy()
     )
-    plus = np.array([["+" in s for s in batch.strings(row)] for row in range(2)]) & batch.real.numpy()
-    table = token_classes(planted(batch, [digit * 3.0, digit * 1.0 + plus * 4.0, digit * 0.0]), [0, 1, 2])
+    plus = (
+        np.array([["+" in s for s in batch.strings(row)] for row in range(2)]) & batch.real.numpy()
+    )
+    table = token_classes(
+        planted(batch, [digit * 3.0, digit * 1.0 + plus * 4.0, digit * 0.0]), [0, 1, 2]
+    )
     assert table["0"]["digits"] == 1 and table["0"].iloc[:-1].sum() == 1
     assert table["0"]["one token"] == 0.25, "four digits, four different tokens"
     assert table["1"]["digits"] == 0.5 and table["1"]["operator or punctuation"] == 0.5
@@ -69,10 +76,16 @@ def test_form_concept_and_noise_are_told_apart():
     by_form = np.unique(form, return_inverse=True)[1].astype(float)
     by_concept = np.unique(concept, return_inverse=True)[1].astype(float)
     noise = random.normal(size=(len(form), 200))
-    matrix = np.column_stack([by_form, by_concept, by_form / by_form.std() + by_concept / by_concept.std(), noise])
+    matrix = np.column_stack(
+        [by_form, by_concept, by_form / by_form.std() + by_concept / by_concept.std(), noise]
+    )
     found = form_and_concept(matrix, form, concept, features=range(203), n=99)
-    assert found.form[:3] == pytest.approx([1, 0, 0.5]) and found.concept[:3] == pytest.approx([0, 1, 0.5])
-    assert abs(found.form[3:].mean()) < 0.02 and abs(found.concept[3:].mean()) < 0.04, "noise gives nothing on average"
+    assert found.form[:3] == pytest.approx([1, 0, 0.5]) and found.concept[:3] == pytest.approx(
+        [0, 1, 0.5]
+    )
+    assert abs(found.form[3:].mean()) < 0.02 and abs(found.concept[3:].mean()) < 0.04, (
+        "noise gives nothing on average"
+    )
     assert found.form_p[0] == found.concept_p[1] == 0.01
     for p in (found.form_p[3:], found.concept_p[3:]):
         assert 0.01 <= np.mean(p <= 0.05) <= 0.11, "p-values of noise are uniform"

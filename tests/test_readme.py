@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lenslab.paths import REPOSITORY
+from lenslab.files import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -18,11 +18,20 @@ NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.splitlines()[0])
 def test_every_snippet_runs_offline(snippet, tmp_path):
-    """W1.9: a README whose own calls fail. The network is refused, and every attempt is written down."""
+    """W1.9: a README whose own calls fail. The network is refused, and every attempt is written
+    down."""
     log = tmp_path / "attempts"
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "scripts" / "offline"), "LENSLAB_NETWORK_LOG": str(log)}
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY / "scripts" / "offline"),
+        "LENSLAB_NETWORK_LOG": str(log),
+    }
     done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", snippet],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() and not log.exists()
@@ -35,13 +44,17 @@ def test_there_are_snippets_to_run():
 def test_tables_and_picture_come_from_the_results():
     """W4.2, W4.6: numbers in a README that no committed result shows."""
     done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "scripts" / "readme_tables.py"), "--check"], capture_output=True, text=True
+        [sys.executable, str(REPOSITORY / "scripts" / "readme_tables.py"), "--check"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 
 
 def test_the_glossary_defines_what_the_notebooks_talk_about():
-    terms = re.findall(r"^\| ([a-zA-Z0-9 ,-]+?) \|", README.split("## Glossary")[1], flags=re.MULTILINE)
+    terms = re.findall(
+        r"^\| ([a-zA-Z0-9 ,-]+?) \|", README.split("## Glossary")[1], flags=re.MULTILINE
+    )
     assert len(terms) >= 27
     for term in ("hook point", "residual stream", "L0", "FVU", "padding", "superposition"):
         assert any(term in entry for entry in terms), term
@@ -51,7 +64,10 @@ def test_the_glossary_defines_what_the_notebooks_talk_about():
 def test_the_harvest_benchmark_was_measured_and_says_what_it_claims(precision):
     result = json.loads((RESULTS / f"harvest_{precision}.json").read_text())
     assert {"claim", "ours", "peers", "ratios", "unit", "machine", "versions"} <= set(result)
-    assert set(result["ratios"]) == set(result["peers"]) >= {"saelens", "hugging-face"} and not result["left_out"]
+    assert (
+        set(result["ratios"]) == set(result["peers"]) >= {"saelens", "hugging-face"}
+        and not result["left_out"]
+    )
     assert result["ratios"]["saelens"] > 1 and result["ratios"]["hugging-face"] >= 0.9
 
 
@@ -67,6 +83,7 @@ def test_the_notebooks_fit_a_small_machine():
 
 
 def test_comparing_what_the_notebooks_print_means_something():
-    """Stable over threads and instruction sets, and sensitive to the model: as `make check-notebooks` measured it."""
+    """Stable over threads and instruction sets, and sensitive to the model: as `make
+    check-notebooks` measured it."""
     result = json.loads((RESULTS / "notebooks.json").read_text())
     assert result["holds"] and set(result["values"]) == {file.stem for file in NOTEBOOKS}

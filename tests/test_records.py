@@ -1,4 +1,5 @@
-"""Records: what is saved comes back to the last bit, pickles stay closed, comparisons are what they say."""
+"""Records: what is saved comes back to the last bit, pickles stay closed, comparisons are what they
+say."""
 
 import gzip
 import json
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from lenslab.activations import harvest, tokenize
-from lenslab.models import UnknownHook, model_key
+from lenslab.capture import harvest
+from lenslab.hooks import UnknownHook
+from lenslab.models import model_key
 from lenslab.records import (
     ActivationRecord,
     NotARecord,
@@ -20,6 +22,7 @@ from lenslab.records import (
     record_statistics,
     save_record,
 )
+from lenslab.tokens import tokenize
 
 HOOK = "blocks.1.hook_resid_post"
 TEXTS = ["Paris is a city on a river, they say.", "A cat sat €", "2 + 2 = 4"]
@@ -28,7 +31,12 @@ FORMATS = ["safetensors", "npz", "json", "json.gz", "pt"]
 
 @pytest.fixture(scope="module")
 def records(model):
-    return extract_batch(model, TEXTS, [HOOK, "blocks.0.attn.hook_pattern", "blocks.1.attn.hook_z"], compute="float32")
+    return extract_batch(
+        model,
+        TEXTS,
+        [HOOK, "blocks.0.attn.hook_pattern", "blocks.1.attn.hook_z"],
+        compute="float32",
+    )
 
 
 @pytest.fixture
@@ -39,11 +47,21 @@ def record(records):
 def test_a_record_holds_text_tokens_and_what_harvest_gives(model, record):
     batch = tokenize(model, TEXTS[0])
     assert record.prompt == TEXTS[0] and record.token_ids == tuple(batch.tokens[0].tolist())
-    assert record.tokens[0] == "<|bos|>" and "".join(record.tokens[1:]) == TEXTS[0] and record.real[:2] == (False, True)
-    torch.testing.assert_close(record.activations[HOOK], harvest(model, batch, HOOK, compute="float32")[HOOK][0])
-    assert record.metadata["model_key"] == model_key(model) and record.metadata["compute"] == "float32"
+    assert (
+        record.tokens[0] == "<|bos|>"
+        and "".join(record.tokens[1:]) == TEXTS[0]
+        and record.real[:2] == (False, True)
+    )
+    torch.testing.assert_close(
+        record.activations[HOOK], harvest(model, batch, HOOK, compute="float32")[HOOK][0]
+    )
+    assert (
+        record.metadata["model_key"] == model_key(model) and record.metadata["compute"] == "float32"
+    )
     assert record.metadata["versions"]["torch"] == torch.__version__
-    assert not any("/" in str(value) for value in (record.metadata["model"], record.metadata["versions"]))
+    assert not any(
+        "/" in str(value) for value in (record.metadata["model"], record.metadata["versions"])
+    )
 
 
 def test_a_batch_of_records_is_the_records_one_by_one(model, records):
@@ -52,7 +70,9 @@ def test_a_batch_of_records_is_the_records_one_by_one(model, records):
         alone = extract(model, text, list(together.activations), compute="float32")
         assert alone.tokens == together.tokens and alone.real == together.real
         for hook, value in alone.activations.items():
-            torch.testing.assert_close(together.activations[hook], value, atol=1e-5, rtol=0, msg=hook)
+            torch.testing.assert_close(
+                together.activations[hook], value, atol=1e-5, rtol=0, msg=hook
+            )
 
 
 def test_to_dict_is_json_with_every_value(record):
@@ -61,7 +81,9 @@ def test_to_dict_is_json_with_every_value(record):
     assert back["prompt"] == record.prompt and tuple(back["tokens"]) == record.tokens
     assert torch.equal(torch.tensor(back["activations"][HOOK]), record.activations[HOOK])
     frame = record.to_frame(HOOK)
-    assert frame.shape == (len(record.tokens), 3 + 32) and list(frame["token"]) == list(record.tokens)
+    assert frame.shape == (len(record.tokens), 3 + 32) and list(frame["token"]) == list(
+        record.tokens
+    )
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -70,13 +92,17 @@ def test_what_is_saved_comes_back_to_the_last_bit(tmp_path, record, suffix, dtyp
     values = {hook: value.to(dtype) for hook, value in record.activations.items()}
     limits = torch.finfo(dtype)
     values["extremes"] = torch.tensor([[0.0, -0.0, limits.tiny, limits.max, 1 / 3]], dtype=dtype)
-    whole = ActivationRecord(record.prompt, record.tokens, record.token_ids, record.real, values, record.metadata)
+    whole = ActivationRecord(
+        record.prompt, record.tokens, record.token_ids, record.real, values, record.metadata
+    )
     back = load_record(save_record(whole, tmp_path / f"record.{suffix}"))
     assert back == whole and whole == back
     for hook, value in values.items():
         assert torch.equal(back.activations[hook].signbit(), value.signbit())
     changed = dict(values) | {HOOK: values[HOOK] * 2}
-    assert back != ActivationRecord(record.prompt, record.tokens, record.token_ids, record.real, changed, back.metadata)
+    assert back != ActivationRecord(
+        record.prompt, record.tokens, record.token_ids, record.real, changed, back.metadata
+    )
     assert [f.name for f in tmp_path.iterdir()] == [f"record.{suffix}"], "nothing left beside it"
 
 
@@ -84,7 +110,9 @@ def test_what_is_saved_comes_back_to_the_last_bit(tmp_path, record, suffix, dtyp
 def test_several_records_go_into_one_file(tmp_path, records, suffix):
     back = load_record(save_record(records, tmp_path / f"records.{suffix}"))
     assert isinstance(back, list) and back == records
-    assert load_record(save_record(records[:1], tmp_path / f"one.{suffix}")) == records[:1], "a list stays a list"
+    assert load_record(save_record(records[:1], tmp_path / f"one.{suffix}")) == records[:1], (
+        "a list stays a list"
+    )
 
 
 def test_compressed_json_is_json_and_the_same_bytes_every_time(tmp_path, record):
@@ -116,7 +144,9 @@ def test_a_pickle_in_disguise_is_refused_and_never_run(tmp_path, disguise):
     elif disguise == "npz":
         np.savez(path, header=np.array([Trap()], dtype=object))
     else:
-        torch.save({"header": Trap()}, path, _use_new_zipfile_serialization=disguise == "torch.save")
+        torch.save(
+            {"header": Trap()}, path, _use_new_zipfile_serialization=disguise == "torch.save"
+        )
     with pytest.raises(NotARecord):
         load_record(path)
     assert not Trap.opened
@@ -155,15 +185,23 @@ def test_hooks_that_do_not_exist_are_refused(model, record):
 def _record(*rows, real=None):
     value = torch.tensor(rows)
     tokens = tuple("abcdefgh"[: len(rows)])
-    return ActivationRecord("x", tokens, tuple(range(len(rows))), real or (True,) * len(rows), {"h": value})
+    return ActivationRecord(
+        "x", tokens, tuple(range(len(rows))), real or (True,) * len(rows), {"h": value}
+    )
 
 
 def test_comparisons_are_cosine_and_distances_at_one_position():
     a, b = _record([3.0, 4.0], [1.0, 0.0]), _record([9.0, 9.0], [4.0, -3.0], [0.0, 2.0])
     assert compare_records(a, b, "h") == pytest.approx(0)
-    assert compare_records(a, b, "h", "l2") == pytest.approx(5**0.5) and compare_records(a, b, "h", "l1") == 3
+    assert (
+        compare_records(a, b, "h", "l2") == pytest.approx(5**0.5)
+        and compare_records(a, b, "h", "l1") == 3
+    )
     assert compare_records(a, b, "h", position=0) == pytest.approx(7 / 5 / 2**0.5)
-    assert compare_records(a, a, "h", position=0) == pytest.approx(1) and compare_records(a, a, "h", "l2") == 0
+    assert (
+        compare_records(a, a, "h", position=0) == pytest.approx(1)
+        and compare_records(a, a, "h", "l2") == 0
+    )
     for metric in ("cosine", "l2", "l1"):
         assert compare_records(a, b, "h", metric) == compare_records(b, a, "h", metric)
 
@@ -185,7 +223,11 @@ def test_statistics_leave_the_huge_first_position_out():
     tokens = [[1.0, 2.0], [3.0, -6.0]]
     found = record_statistics(_record([3000.0, 4000.0], *tokens, real=(False, True, True)), "h")
     assert (found.mean, found.min, found.max, found.bos_norm) == (0.0, -6.0, 3.0, 5000.0)
-    assert found.std == pytest.approx(np.std(tokens)) and found.norm[0] == 5000.0 and len(found.to_frame()) == 3
+    assert (
+        found.std == pytest.approx(np.std(tokens))
+        and found.norm[0] == 5000.0
+        and len(found.to_frame()) == 3
+    )
     assert found.mean_norm == pytest.approx(np.linalg.norm(tokens, axis=1).mean())
     assert record_statistics(_record(*tokens), "h").bos_norm is None
 
@@ -193,6 +235,8 @@ def test_statistics_leave_the_huge_first_position_out():
 def test_statistics_of_heads_are_of_their_components_and_patterns_have_none(record):
     z = record_statistics(record, "blocks.1.attn.hook_z")
     real = torch.tensor(record.real)
-    assert z.mean == pytest.approx(float(record.activations["blocks.1.attn.hook_z"][real].double().mean()))
+    assert z.mean == pytest.approx(
+        float(record.activations["blocks.1.attn.hook_z"][real].double().mean())
+    )
     with pytest.raises(ValueError, match="no vector"):
         record_statistics(record, "blocks.0.attn.hook_pattern")

@@ -1,4 +1,5 @@
-"""Seven architectures: equal to SAELens's own at equal weights, in every loss and gradient, and equal after saving."""
+"""Seven architectures: equal to SAELens's own at equal weights, in every loss and gradient, and
+equal after saving."""
 
 import pytest
 import torch
@@ -19,11 +20,11 @@ from sae_lens import (
 from sae_lens.saes.sae import TrainStepInput
 
 from lenslab.runtime import derive_generator
-from lenslab.sae import architectures
-from lenslab.sae.architectures import ARCHITECTURES, FOR, TOPK_FAMILY, build_sae
-from lenslab.sae.convert import to_saelens
-from lenslab.sae.pretrained import load_sae, save_sae
+from lenslab.sae.load import load_sae, save_sae
 from lenslab.sae.registry import NotAnSAE
+from lenslab.sae.train import architectures
+from lenslab.sae.train.architectures import ARCHITECTURES, FOR, TOPK_FAMILY, build_sae
+from lenslab.sae.train.convert import to_saelens
 
 WIDTH, LATENTS, K, BATCH, SPARSITY, WIDTHS = 16, 48, 4, 40, 0.7, (6, 20, 48)
 NAMES = tuple(ARCHITECTURES)
@@ -37,10 +38,19 @@ THEIRS = {
         MatryoshkaBatchTopKTrainingSAEConfig,
         dict(k=K, matryoshka_widths=list(WIDTHS)),
     ),
-    "jumprelu": (JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, dict(l0_coefficient=SPARSITY, jumprelu_bandwidth=0.3)),
+    "jumprelu": (
+        JumpReLUTrainingSAE,
+        JumpReLUTrainingSAEConfig,
+        dict(l0_coefficient=SPARSITY, jumprelu_bandwidth=0.3),
+    ),
     "gated": (GatedTrainingSAE, GatedTrainingSAEConfig, dict(l1_coefficient=SPARSITY)),
-    # SAELens trains no transcoder; one that writes what it reads is a batchtopk SAE that leaves b_dec out
-    "transcoder": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, dict(k=K, apply_b_dec_to_input=False)),
+    # SAELens trains no transcoder; one that writes what it reads is a batchtopk SAE that leaves
+    # b_dec out
+    "transcoder": (
+        BatchTopKTrainingSAE,
+        BatchTopKTrainingSAEConfig,
+        dict(k=K, apply_b_dec_to_input=False),
+    ),
 }
 
 
@@ -54,15 +64,24 @@ def exact(monkeypatch):
 
 
 def built(name, **options):
-    """One with weights that are no special case; decoder rows of norm 1 where the architecture keeps them so."""
+    """One with weights that are no special case; decoder rows of norm 1 where the architecture
+    keeps them so."""
     usual = dict(k=K, sparsity=SPARSITY, bandwidth=0.3, widths=WIDTHS)
-    options = {"metadata": METADATA, **{key: value for key, value in usual.items() if name in FOR[key]}, **options}
+    options = {
+        "metadata": METADATA,
+        **{key: value for key, value in usual.items() if name in FOR[key]},
+        **options,
+    }
     sae = build_sae(name, WIDTH, LATENTS, **options)
     with torch.no_grad():
         sae.W_enc.copy_(drawn(*sae.W_enc.shape, label="encoder") / 3)
         if not sae.config.tied:
             rows = drawn(*sae.W_dec.shape, label="decoder")
-            length = 1.0 if name in TOPK_FAMILY else 0.5 + torch.rand(LATENTS, 1, generator=derive_generator(0, "rows"))
+            length = (
+                1.0
+                if name in TOPK_FAMILY
+                else 0.5 + torch.rand(LATENTS, 1, generator=derive_generator(0, "rows"))
+            )
             sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True) * length)
         for bias in ("b_enc", "b_dec", "b_mag", "r_mag"):
             if hasattr(sae, bias):
@@ -92,26 +111,45 @@ def dead_latents(n):
     return dead
 
 
-@pytest.mark.parametrize("n_dead", [0, 3, 20])  # 3 of them count for less than the 8 that AuxK would take
+@pytest.mark.parametrize(
+    "n_dead", [0, 3, 20]
+)  # 3 of them count for less than the 8 that AuxK would take
 @pytest.mark.parametrize("name", NAMES)
 def test_every_loss_and_gradient_equals_saelens(name, n_dead):
-    sae, x, dead, warm = built(name, scale="none", centre=False), drawn(BATCH, WIDTH), dead_latents(n_dead), 0.6
+    sae, x, dead, warm = (
+        built(name, scale="none", centre=False),
+        drawn(BATCH, WIDTH),
+        dead_latents(n_dead),
+        0.6,
+    )
     other = theirs(name, sae)
     found = sae.loss(x, x, dead, warm)
     wanted = other.training_forward_pass(
-        TrainStepInput(x, dict.fromkeys(("l0", "l1"), SPARSITY * warm), dead, n_training_steps=3, is_logging_step=False)
+        TrainStepInput(
+            x,
+            dict.fromkeys(("l0", "l1"), SPARSITY * warm),
+            dead,
+            n_training_steps=3,
+            is_logging_step=False,
+        )
     )
     terms = {key: float(value) for key, value in wanted.losses.items()}
     assert float(found.reconstruction) == pytest.approx(terms.pop("mse_loss"), rel=1e-4)
-    assert float(found.auxiliary) == pytest.approx(terms.pop("auxiliary_reconstruction_loss", 0), rel=1e-4)
-    assert float(found.sparsity) == pytest.approx(sum(terms.values()), rel=1e-4)  # l1, l0 or the inner ones
+    assert float(found.auxiliary) == pytest.approx(
+        terms.pop("auxiliary_reconstruction_loss", 0), rel=1e-4
+    )
+    assert float(found.sparsity) == pytest.approx(
+        sum(terms.values()), rel=1e-4
+    )  # l1, l0 or the inner ones
     assert float(found.total) == pytest.approx(float(wanted.loss), rel=1e-4)
     if name in TOPK_FAMILY:
         assert (float(found.auxiliary) > 0) == (n_dead > 0)
     else:
         assert float(found.sparsity) > 0
     assert torch.equal(found.fired, (wanted.feature_acts != 0).any(0))
-    assert float(found.l0) == pytest.approx(float((wanted.feature_acts != 0).sum(1).float().mean()), abs=1e-5)
+    assert float(found.l0) == pytest.approx(
+        float((wanted.feature_acts != 0).sum(1).float().mean()), abs=1e-5
+    )
     assert torch.allclose(found.error, x - wanted.sae_out, atol=1e-5)
 
     found.total.backward()
@@ -121,7 +159,9 @@ def test_every_loss_and_gradient_equals_saelens(name, n_dead):
         gradients["b_enc"] = gradients.pop("b_gate")
     for key, value in sae.named_parameters():
         largest = float(gradients[key].abs().max())
-        assert largest > 1e-3 and torch.allclose(value.grad, gradients[key], rtol=1e-3, atol=1e-4 * largest), key
+        assert largest > 1e-3 and torch.allclose(
+            value.grad, gradients[key], rtol=1e-3, atol=1e-4 * largest
+        ), key
 
 
 @pytest.mark.parametrize("name", TOPK_FAMILY)
@@ -166,7 +206,14 @@ def test_a_relu_sae_costs_the_same_with_and_without_its_zeros(tied, monkeypatch)
         sae.zero_grad()
         losses = sae.loss(x, x, warm=0.5)
         losses.total.backward()
-        found.append([losses.total.detach(), losses.l0, losses.fired.float(), *(p.grad for p in sae.parameters())])
+        found.append(
+            [
+                losses.total.detach(),
+                losses.l0,
+                losses.fired.float(),
+                *(p.grad for p in sae.parameters()),
+            ]
+        )
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True))
 
 
@@ -178,7 +225,9 @@ def test_decoder_rows_keep_length_one_and_are_only_turned(name):
     sae.before_step()
     along = (sae.W_dec.grad * sae.W_dec).sum(1)
     assert float(along.abs().max()) < 1e-5 < 1e-2 < float((plain * sae.W_dec).sum(1).abs().max())
-    assert torch.allclose(plain - sae.W_dec.grad, (plain * sae.W_dec).sum(1, keepdim=True) * sae.W_dec, atol=1e-5)
+    assert torch.allclose(
+        plain - sae.W_dec.grad, (plain * sae.W_dec).sum(1, keepdim=True) * sae.W_dec, atol=1e-5
+    )
     with torch.no_grad():
         sae.W_dec.sub_(0.1 * sae.W_dec.grad)
     assert float(sae.W_dec.norm(dim=1).max()) > 1 + 1e-4
@@ -194,7 +243,8 @@ def test_a_threshold_never_falls_below_zero():
     assert sae.threshold[:3].tolist() == pytest.approx([0, 0, 0.1])
 
 
-# ------------------------------------------------------------------------------------------- scale, centre, saving
+# ------------------------------------------------------------------------------------------- scale,
+# centre, saving
 
 SCALES = [("mean", True), ("mean", False), ("none", True), ("none", False), ("unit", False)]
 
@@ -241,7 +291,13 @@ def test_a_saved_and_loaded_sae_gives_the_same(name, scale, centre, stored, tmp_
 
 
 def test_heads_side_by_side_are_said_in_the_saved_sae():
-    sae = build_sae("topk", WIDTH, LATENTS, k=K, metadata={"hook_name": "blocks.0.attn.hook_z", "model_name": "m"})
+    sae = build_sae(
+        "topk",
+        WIDTH,
+        LATENTS,
+        k=K,
+        metadata={"hook_name": "blocks.0.attn.hook_z", "model_name": "m"},
+    )
     assert to_saelens(sae).cfg.reshape_activations == "hook_z"
 
 
@@ -292,7 +348,8 @@ def test_fit_refuses_data_from_which_nothing_can_be_learned(what, scale, centre)
         built("topk", scale=scale, centre=centre).fit(x)
 
 
-# ------------------------------------------------------------------------------------------------------ batchtopk
+# ------------------------------------------------------------------------------------------------------
+# batchtopk
 
 
 @pytest.mark.parametrize("guess", [0.0, 0.3, 1.0, 50.0])
@@ -333,7 +390,8 @@ def test_at_inference_about_k_are_active(name):
 
 
 def test_the_threshold_follows_where_a_short_training_goes():
-    """Weights that grow as in a training: an estimate that moves by a hundredth a batch would still be at the start."""
+    """Weights that grow as in a training: an estimate that moves by a hundredth a batch would still
+    be at the start."""
     sae = built("batchtopk", scale="none", centre=False)
     first = sae.W_enc.clone()
     for step in range(60):
@@ -344,7 +402,8 @@ def test_the_threshold_follows_where_a_short_training_goes():
     assert float((sae.encode(unseen) > 0).sum(1).float().mean()) == pytest.approx(K, rel=0.15)
 
 
-# ------------------------------------------------------------------------------------------------------- build_sae
+# -------------------------------------------------------------------------------------------------------
+# build_sae
 
 
 @pytest.mark.parametrize(
@@ -355,7 +414,11 @@ def test_the_threshold_follows_where_a_short_training_goes():
         ("batchtopk", dict(k=49), "k must lie"),
         ("topk", dict(tied=True), "tied is for relu, not for topk"),
         ("relu", dict(k=K), "k is for topk, batchtopk, matryoshka, transcoder, not for relu"),
-        ("batchtopk", dict(sparsity=9.0, auxiliary=0.0), "sparsity is for relu, jumprelu, gated, not for batchtopk"),
+        (
+            "batchtopk",
+            dict(sparsity=9.0, auxiliary=0.0),
+            "sparsity is for relu, jumprelu, gated, not for batchtopk",
+        ),
         ("matryoshka", dict(widths=(6, 20)), "must rise to d_sae = 48, got"),
         ("matryoshka", dict(widths=(20, 6, 48)), "must rise"),
         ("matryoshka", dict(widths=(0, 48)), "must rise"),
@@ -403,7 +466,8 @@ def test_a_vector_of_zeros_has_no_norm_and_does_no_harm():
 
 
 def test_a_transcoder_computes_what_its_definition_says():
-    """Written out with full matrices: another target, another width, dead latents helping with what is left."""
+    """Written out with full matrices: another target, another width, dead latents helping with what
+    is left."""
     wide, n_dead, most = WIDTH + 3, 9, WIDTH // 2
     sae = build_sae("transcoder", WIDTH, LATENTS, k=K, d_out=wide, scale="none", centre=False)
     with torch.no_grad():
@@ -415,7 +479,9 @@ def test_a_transcoder_computes_what_its_definition_says():
     found.total.backward()
 
     weights = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
-    pre = x @ weights["W_enc"] + weights["b_enc"]  # a transcoder's input is not shifted by its output's bias
+    pre = (
+        x @ weights["W_enc"] + weights["b_enc"]
+    )  # a transcoder's input is not shifted by its output's bias
     active = torch.relu(pre)
     active = active * (active >= active.flatten().topk(K * BATCH).values.min())
     guess = active @ weights["W_dec"] + weights["b_dec"]

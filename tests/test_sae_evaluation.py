@@ -1,4 +1,5 @@
-"""Metrics of an SAE: exact where the answer is known, the same however the texts are cut, and beside their null."""
+"""Metrics of an SAE: exact where the answer is known, the same however the texts are cut, and
+beside their null."""
 
 import dataclasses
 import json
@@ -7,13 +8,15 @@ import pytest
 import torch
 from test_sae_pretrained import HOOK, shaken_folder, tiny_sae  # noqa: F401  (a fixture)
 
-from lenslab.activations import TokenBatch, harvest, pack, tokenize
-from lenslab.analysis.interventions import splice
+from lenslab.capture import harvest
+from lenslab.circuits.interventions import splice
 from lenslab.metrics import cross_entropy
 from lenslab.models import load_model, random_twin
-from lenslab.sae.evaluation import evaluate_null, evaluate_sae, random_sae
-from lenslab.sae.pretrained import SAEMismatch
-from lenslab.sae.small import train_small_sae
+from lenslab.sae.controls import evaluate_null, random_sae
+from lenslab.sae.evaluate import evaluate_sae
+from lenslab.sae.find import train_small_sae
+from lenslab.sae.load import SAEMismatch
+from lenslab.tokens import TokenBatch, pack, tokenize
 
 TEXTS = [
     "A cat sat on the mat.",
@@ -38,7 +41,8 @@ def values(bold, batch):
 
 
 def known_sae(bold, kind, mean=None):
-    """SAEs whose scores are known beforehand: one that is perfect, one that says the mean, one that says zero."""
+    """SAEs whose scores are known beforehand: one that is perfect, one that says the mean, one that
+    says zero."""
     sae = tiny_sae(bold, d_sae=64)
     for parameter in sae.parameters():
         parameter.zero_()
@@ -57,28 +61,52 @@ def close(a, b, tolerance=1e-5):
 
 def test_a_perfect_sae_changes_nothing(bold, batch):
     m = evaluate_sae(bold, known_sae(bold, "perfect"), batch)
-    assert close(m.variance_explained, 1) and close(m.cosine, 1) and close(m.l2_ratio, 1) and close(m.mse, 0)
-    assert close(m.reconstruction_bias, 1) and close(m.ce_difference, 0) and close(m.kl, 0) and close(m.l0, 32)
+    assert (
+        close(m.variance_explained, 1)
+        and close(m.cosine, 1)
+        and close(m.l2_ratio, 1)
+        and close(m.mse, 0)
+    )
+    assert (
+        close(m.reconstruction_bias, 1)
+        and close(m.ce_difference, 0)
+        and close(m.kl, 0)
+        and close(m.l0, 32)
+    )
     assert (m.n_tokens, m.n_texts, m.d_in, m.d_sae, m.hook) == (batch.n_real, 4, 32, 64, HOOK)
 
 
 def test_saying_the_mean_explains_nothing_and_is_the_mean_ablation(bold, batch):
     m = evaluate_sae(bold, known_sae(bold, "mean", values(bold, batch).mean(0)), batch)
-    assert close(m.variance_explained, 0) and close(m.ce_spliced, m.ce_mean) and m.l0 == 0 and m.dead == 64
+    assert (
+        close(m.variance_explained, 0)
+        and close(m.ce_spliced, m.ce_mean)
+        and m.l0 == 0
+        and m.dead == 64
+    )
     assert abs(m.ce_zero - m.ce_mean) > 1e-3  # else the two ablations were one
     if m.ce_recovered_mean is not None:
-        assert close(m.ce_recovered_mean, 0, 1e-3)  # rounding of the losses over a difference of 0.008
+        assert close(
+            m.ce_recovered_mean, 0, 1e-3
+        )  # rounding of the losses over a difference of 0.008
 
 
 def test_saying_zero_is_the_zero_ablation(bold, batch):
     m = evaluate_sae(bold, known_sae(bold, "zero"), batch)
-    assert close(m.ce_spliced, m.ce_zero) and m.l2_ratio == 0 and m.cosine == 0 and m.variance_explained < 0
+    assert (
+        close(m.ce_spliced, m.ce_zero)
+        and m.l2_ratio == 0
+        and m.cosine == 0
+        and m.variance_explained < 0
+    )
     x = values(bold, batch).double()
     assert close(m.fvu, float(x.square().sum() / (x - x.mean(0)).square().sum()))
 
 
 def without_tensors(metrics):
-    return {key: value for key, value in metrics.to_dict().items() if isinstance(value, (int, float))}
+    return {
+        key: value for key, value in metrics.to_dict().items() if isinstance(value, (int, float))
+    }
 
 
 def test_neither_batch_size_nor_padding_changes_a_metric(bold, batch):
@@ -110,7 +138,11 @@ def test_losses_are_those_of_the_splice_at_real_tokens(bold, batch):
         clean = cross_entropy(bold(batch.tokens, **attention), batch.tokens, batch.real)
         with splice(bold, sae, error_term=False, mask=batch.real):
             spliced = cross_entropy(bold(batch.tokens, **attention), batch.tokens, batch.real)
-    assert close(m.ce_clean, clean) and close(m.ce_spliced, spliced) and close(m.ce_difference, spliced - clean)
+    assert (
+        close(m.ce_clean, clean)
+        and close(m.ce_spliced, spliced)
+        and close(m.ce_difference, spliced - clean)
+    )
     assert m.n_predicted == int(batch.real[:, 1:].sum())
 
 
@@ -127,7 +159,13 @@ def test_losses_and_divergence_agree_with_saelens(bold):
     sae = tiny_sae(bold)
     m = evaluate_sae(bold, sae, batch)
     theirs = get_recons_loss(
-        sae, bold, ActivationScaler(), tokens, compute_kl=True, compute_ce_loss=True, ignore_tokens=[0]
+        sae,
+        bold,
+        ActivationScaler(),
+        tokens,
+        compute_kl=True,
+        compute_ce_loss=True,
+        ignore_tokens=[0],
     )
     assert close(m.ce_clean, float(theirs["ce_loss_without_sae"].mean()), 1e-4)
     assert close(m.ce_spliced, float(theirs["ce_loss_with_sae"].mean()), 1e-4)
@@ -141,7 +179,9 @@ def test_sparsity_and_reconstruction_agree_with_formulas_written_out(bold, batch
     m, x = evaluate_sae(bold, sae, batch), values(bold, batch).double()
     f = sae.encode(x.float())
     y = sae.decode(f).double()
-    assert close(m.l0, float((f != 0).sum(1).double().mean())) and close(m.l1, float(f.abs().sum(1).mean()), 1e-4)
+    assert close(m.l0, float((f != 0).sum(1).double().mean())) and close(
+        m.l1, float(f.abs().sum(1).mean()), 1e-4
+    )
     assert close(m.mse, float((x - y).square().sum(1).mean()), 1e-4)
     assert close(m.cosine, float(torch.cosine_similarity(x, y).mean()))
     assert close(m.reconstruction_bias, float(y.square().sum() / (x * y).sum()), 1e-4)
@@ -209,10 +249,17 @@ def test_the_random_null_has_the_shape_and_l0_asked_for_and_its_scale_is_the_bes
 
 def test_a_trained_sae_beats_its_random_null_on_trained_weights(shared):
     model = load_model(shared / "fixtures" / "tinystories-656k")
-    stories = json.loads((shared / "fixtures" / "tinystories" / "tinystories_1000.json").read_text())
+    stories = json.loads(
+        (shared / "fixtures" / "tinystories" / "tinystories_1000.json").read_text()
+    )
     texts = [story if isinstance(story, str) else story["text"] for story in stories]
     sae = train_small_sae(
-        model, "blocks.0.hook_resid_post", pack(model, texts[:60], length=128), d_sae=256, k=12, steps=60
+        model,
+        "blocks.0.hook_resid_post",
+        pack(model, texts[:60], length=128),
+        d_sae=256,
+        k=12,
+        steps=60,
     )
     held_out = pack(model, texts[900:906], length=128)
     m = evaluate_sae(model, sae, held_out, progress=False)

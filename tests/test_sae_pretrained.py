@@ -1,4 +1,5 @@
-"""SAEs from disk and hub: what they need travels with them, and what does not belong together is refused."""
+"""SAEs from disk and hub: what they need travels with them, and what does not belong together is
+refused."""
 
 import gzip
 import hashlib
@@ -16,15 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lenslab.activations import pack
-from lenslab.models import UnknownHook, load_model, model_name, random_twin
+from lenslab.hooks import UnknownHook
+from lenslab.models import load_model, model_name, random_twin
+from lenslab.sae import find as small
 from lenslab.sae import hub as hub_commands
-from lenslab.sae import pretrained, registry, small
-from lenslab.sae.bundled import find_sae
-from lenslab.sae.pretrained import (
-    NotAnSAE,
+from lenslab.sae import load as pretrained
+from lenslab.sae import registry
+from lenslab.sae.find import find_sae, train_small_sae
+from lenslab.sae.load import (
     SAEMismatch,
-    SAENotHere,
     check_sae,
     input_transform,
     load_sae,
@@ -33,7 +34,8 @@ from lenslab.sae.pretrained import (
     sae_model,
     save_sae,
 )
-from lenslab.sae.small import train_small_sae
+from lenslab.sae.registry import NotAnSAE, SAENotHere
+from lenslab.tokens import pack
 
 HOOK = "blocks.1.hook_resid_post"
 RELEASE, SAE_ID = "gpt2-small-res-jb", "blocks.1.hook_resid_pre"
@@ -45,8 +47,16 @@ def tiny_sae(model, hook=HOOK, architecture="standard", d_sae=48, seed=0, **meta
     from sae_lens import SAE
 
     torch.manual_seed(seed)
-    config = dict(architecture=architecture, d_in=model.cfg.d_model, d_sae=d_sae, dtype="float32", device="cpu")
-    config |= dict(apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none")
+    config = dict(
+        architecture=architecture,
+        d_in=model.cfg.d_model,
+        d_sae=d_sae,
+        dtype="float32",
+        device="cpu",
+    )
+    config |= dict(
+        apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none"
+    )
     config |= dict(topk=dict(k=5)).get(architecture, {})
     config["metadata"] = dict(hook_name=hook, model_name=model_name(model), **metadata)
     sae = SAE.from_dict(config)
@@ -61,7 +71,8 @@ def x():
     return torch.randn(7, 32, generator=torch.Generator().manual_seed(3))
 
 
-# ------------------------------------------------------------------------------------------------ load and save
+# ------------------------------------------------------------------------------------------------
+# load and save
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
@@ -74,7 +85,9 @@ def test_a_saved_sae_comes_back_equal_and_with_its_hook(model, tmp_path, x, arch
     assert json.loads((folder / "card.json").read_text()) == {"l0": 5}
     from sae_lens import SAE
 
-    assert torch.equal(SAE.load_from_disk(folder).encode(x), sae.encode(x))  # SAELens's own loader reads it too
+    assert torch.equal(
+        SAE.load_from_disk(folder).encode(x), sae.encode(x)
+    )  # SAELens's own loader reads it too
 
 
 def test_weights_stored_in_bf16_come_back_as_float32_and_close(model, tmp_path, x):
@@ -86,12 +99,16 @@ def test_weights_stored_in_bf16_come_back_as_float32_and_close(model, tmp_path, 
     assert torch.equal(loaded.W_dec, sae.W_dec.bfloat16().float())
 
 
-def test_saving_again_replaces_the_folder_and_a_failed_save_leaves_the_old_one(model, tmp_path, x, monkeypatch):
+def test_saving_again_replaces_the_folder_and_a_failed_save_leaves_the_old_one(
+    model, tmp_path, x, monkeypatch
+):
     first, second = tiny_sae(model, seed=1), tiny_sae(model, seed=2)
     save_sae(first, tmp_path / "sae")
     save_sae(second, tmp_path / "sae")
     assert torch.equal(load_sae(tmp_path / "sae", device="cpu")(x), second(x))
-    monkeypatch.setattr(pretrained, "write_json", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        pretrained, "write_json", lambda *a: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         save_sae(first, tmp_path / "sae")
     assert torch.equal(load_sae(tmp_path / "sae", device="cpu")(x), second(x))
@@ -119,12 +136,21 @@ def without_hash(config):
     "damage, message",
     [
         (lambda f: edit_config(f, lambda c: c.pop("metadata")), "hook"),
-        (lambda f: edit_config(f, lambda c: c["metadata"].pop("sae_lens_version")), "sae_lens_version"),
+        (
+            lambda f: edit_config(f, lambda c: c["metadata"].pop("sae_lens_version")),
+            "sae_lens_version",
+        ),
         (lambda f: edit_config(f, lambda c: c.update(architecture="nonesuch")), "nonesuch"),
         (lambda f: edit_config(f, lambda c: c.update(d_in=31)), "fit"),
         (lambda f: (f / "cfg.json").write_text("{"), "JSON"),
         (lambda f: os.truncate(f / "sae_weights.safetensors", 4000), "hash"),
-        (lambda f: (edit_config(f, without_hash), os.truncate(f / "sae_weights.safetensors", 4000)), "cut off"),
+        (
+            lambda f: (
+                edit_config(f, without_hash),
+                os.truncate(f / "sae_weights.safetensors", 4000),
+            ),
+            "cut off",
+        ),
         (lambda f: (f / "sae_weights.safetensors").unlink(), "needs cfg.json and sae_weights"),
         (lambda f: (f / "sae_weights.safetensors").rename(f / "sae.pt"), "pickle"),
     ],
@@ -161,7 +187,8 @@ def test_an_sae_without_a_hook_is_not_saved(model, tmp_path):
         save_sae(sae, tmp_path / "sae")
 
 
-# ------------------------------------------------------------------------------------------- an SAE and its model
+# ------------------------------------------------------------------------------------------- an SAE
+# and its model
 
 
 def test_an_sae_of_another_width_model_hook_or_state_is_refused_naming_both(model, tmp_path):
@@ -188,7 +215,9 @@ def test_an_sae_of_another_width_model_hook_or_state_is_refused_naming_both(mode
 
 def test_gpt2_has_three_names_and_one_identity():
     assert (
-        registry.plain_name("gpt2-small") == registry.plain_name("openai-community/gpt2") == registry.plain_name("gpt2")
+        registry.plain_name("gpt2-small")
+        == registry.plain_name("openai-community/gpt2")
+        == registry.plain_name("gpt2")
     )
     assert registry.plain_name("gpt2-small") != registry.plain_name("gpt2-medium")
 
@@ -216,14 +245,20 @@ def shaken_folder(gpt2_folder, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("hook", ["blocks.1.hook_resid_pre", "blocks.0.hook_mlp_out", "blocks.2.hook_resid_post"])
+@pytest.mark.parametrize(
+    "hook", ["blocks.1.hook_resid_pre", "blocks.0.hook_mlp_out", "blocks.2.hook_resid_post"]
+)
 def test_centred_writing_weights_equal_the_transform_of_the_unprocessed_stream(shaken_folder, hook):
     raw, processed = load_model(shaken_folder), load_model(shaken_folder)
     processed.enable_compatibility_mode()
     tokens = torch.tensor([[0, 40, 50, 60, 70, 80]])
     _, ours = raw.run_with_cache(tokens)
     _, theirs = processed.run_with_cache(tokens)
-    sae = tiny_sae(raw, hook=hook, model_from_pretrained_kwargs={"center_writing_weights": True, "fold_ln": True})
+    sae = tiny_sae(
+        raw,
+        hook=hook,
+        model_from_pretrained_kwargs={"center_writing_weights": True, "fold_ln": True},
+    )
     transform = input_transform(sae, raw)
     assert (ours[hook] - theirs[hook]).abs().max() > 0.05  # else there is nothing to test
     assert (transform(ours[hook]) - theirs[hook]).abs().max() < 1e-5
@@ -239,7 +274,9 @@ def test_the_transform_of_most_saes_is_the_identity(model, x):
 def test_an_rms_model_is_not_centred_because_transformer_lens_leaves_it(shared):
     llama = load_model(shared / "fixtures" / "tinystories-656k")
     sae = tiny_sae(
-        llama, hook="blocks.0.hook_resid_post", model_from_pretrained_kwargs={"center_writing_weights": True}
+        llama,
+        hook="blocks.0.hook_resid_post",
+        model_from_pretrained_kwargs={"center_writing_weights": True},
     )
     assert not input_transform(sae, llama).centred
 
@@ -248,7 +285,9 @@ def test_processing_that_cannot_be_expressed_is_refused_by_name(model):
     odd = tiny_sae(model, model_from_pretrained_kwargs={"divide_by_pi": True, "fold_ln": True})
     with pytest.raises(SAEMismatch, match=r"loaded with divide_by_pi;"):
         check_sae(odd, model)
-    heads = tiny_sae(model, hook="blocks.1.attn.hook_z", model_from_pretrained_kwargs={"fold_value_biases": True})
+    heads = tiny_sae(
+        model, hook="blocks.1.attn.hook_z", model_from_pretrained_kwargs={"fold_value_biases": True}
+    )
     with pytest.raises(SAEMismatch, match="fold_value_biases"):
         check_sae(heads, model)
 
@@ -270,7 +309,8 @@ def test_neuronpedia_links_exist_where_the_sae_names_its_page(model):
         neuronpedia_link(sae, 48)
 
 
-# ------------------------------------------------------------------------------------------------------- the hub
+# -------------------------------------------------------------------------------------------------------
+# the hub
 
 
 def git_hash(content):
@@ -278,7 +318,8 @@ def git_hash(content):
 
 
 def fill_cache(hub, repository, files):
-    """A hub cache as huggingface_hub leaves it: blobs named by their hash, a snapshot of links to them."""
+    """A hub cache as huggingface_hub leaves it: blobs named by their hash, a snapshot of links to
+    them."""
     root, commit = hub / f"models--{repository.replace('/', '--')}", "a" * 40
     (root / "blobs").mkdir(parents=True)
     (root / "refs").mkdir()
@@ -293,14 +334,28 @@ def fill_cache(hub, repository, files):
 
 
 def twin_of_res_jb(folder):
-    """gpt2-small-res-jb in small: a standard SAE with the flat config of SAELens before version 6."""
+    """gpt2-small-res-jb in small: a standard SAE with the flat config of SAELens before version
+    6."""
     folder.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(5)
     sizes = dict(W_enc=(32, 64), W_dec=(64, 32), b_enc=(64,), b_dec=(32,))
-    save_file({k: torch.randn(s, generator=generator) for k, s in sizes.items()}, folder / "sae_weights.safetensors")
-    config = dict(model_name="gpt2-small", hook_point=SAE_ID, d_in=32, d_sae=64, dtype="torch.float32", device="cpu")
+    save_file(
+        {k: torch.randn(s, generator=generator) for k, s in sizes.items()},
+        folder / "sae_weights.safetensors",
+    )
+    config = dict(
+        model_name="gpt2-small",
+        hook_point=SAE_ID,
+        d_in=32,
+        d_sae=64,
+        dtype="torch.float32",
+        device="cpu",
+    )
     (folder / "cfg.json").write_text(json.dumps(config))
-    return {f"{SAE_ID}/{name}": (folder / name).read_bytes() for name in ("cfg.json", "sae_weights.safetensors")}
+    return {
+        f"{SAE_ID}/{name}": (folder / name).read_bytes()
+        for name in ("cfg.json", "sae_weights.safetensors")
+    }
 
 
 @pytest.fixture
@@ -329,14 +384,22 @@ def test_a_cached_release_loads_offline_with_hook_model_and_processing(hub, tmp_
 
 def test_a_gemma_scope_release_in_npz_loads_offline(hub, tmp_path):
     path, file = "embedding/width_4k/average_l0_6", tmp_path / "params.npz"
-    arrays = dict(w_enc=np.zeros((2304, 4096), np.float32), w_dec=np.zeros((4096, 2304), np.float32))
+    arrays = dict(
+        w_enc=np.zeros((2304, 4096), np.float32), w_dec=np.zeros((4096, 2304), np.float32)
+    )
     arrays |= dict(
-        b_enc=np.zeros(4096, np.float32), b_dec=np.zeros(2304, np.float32), threshold=np.ones(4096, np.float32)
+        b_enc=np.zeros(4096, np.float32),
+        b_dec=np.zeros(2304, np.float32),
+        threshold=np.ones(4096, np.float32),
     )
     np.savez_compressed(file, **{k.replace("w_", "W_"): v for k, v in arrays.items()})
     fill_cache(hub, "google/gemma-scope-2b-pt-res", {f"{path}/params.npz": file.read_bytes()})
     sae = load_sae("gemma-scope-2b-pt-res", path, device="cpu")
-    assert (sae.cfg.architecture(), sae_hook(sae), sae.cfg.d_sae) == ("jumprelu", "hook_embed", 4096)
+    assert (sae.cfg.architecture(), sae_hook(sae), sae.cfg.d_sae) == (
+        "jumprelu",
+        "hook_embed",
+        4096,
+    )
     blob = next((hub / "models--google--gemma-scope-2b-pt-res" / "blobs").iterdir())
     os.truncate(blob, 5000)
     with pytest.raises(NotAnSAE, match=r"gemma-scope-2b-pt-res .*cut off or damaged"):
@@ -353,7 +416,8 @@ def test_an_sae_that_is_not_cached_gives_the_command_to_fetch_it(hub, capsys):
 
 def test_a_release_without_an_id_lists_some(hub, capsys):
     refusal = pytest.raises(
-        NotAnSAE, match=rf"is a release of several SAEs: .*load_sae\('{RELEASE}', 'blocks.*among them"
+        NotAnSAE,
+        match=rf"is a release of several SAEs: .*load_sae\('{RELEASE}', 'blocks.*among them",
     )
     with refusal:
         load_sae(RELEASE)
@@ -389,7 +453,10 @@ def test_check_finds_a_cut_off_file_and_says_so(hub, tmp_path, capsys):
 
 def test_the_list_counts_what_is_cached_and_marks_pickles(hub, tmp_path, capsys):
     table = registry.list_releases("gpt2").set_index("release")
-    assert table.loc[RELEASE, "cached"] == 0 and table.loc["gpt2-small-hook-z-kk", "format"] == "pickle, refused"
+    assert (
+        table.loc[RELEASE, "cached"] == 0
+        and table.loc["gpt2-small-hook-z-kk", "format"] == "pickle, refused"
+    )
     assert set(table["model"]) == {"gpt2-small"}
     fill_cache(hub, REPOSITORY, twin_of_res_jb(tmp_path / "twin"))
     assert registry.list_releases("gpt2-small").set_index("release").loc[RELEASE, "cached"] == 1
@@ -401,7 +468,10 @@ def test_a_published_sae_in_the_cache_is_used_before_one_is_trained(hub, tmp_pat
     gpt2 = random_twin(model, label="gpt2")
     fill_cache(hub, REPOSITORY, twin_of_res_jb(tmp_path / "twin"))
     found = find_sae(gpt2)
-    assert (found.name, found.origin) == (f"{RELEASE} {SAE_ID}", "published, from the cache of the hub")
+    assert (found.name, found.origin) == (
+        f"{RELEASE} {SAE_ID}",
+        "published, from the cache of the hub",
+    )
     check_sae(found.sae, gpt2)
     assert neuronpedia_link(found.sae, 3).endswith("/gpt2-small/1-res-jb/3")
 
@@ -413,7 +483,9 @@ def test_releases_stored_as_pickles_are_refused_and_every_reader_of_pickles_is_k
 
     from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS as readers
 
-    assert {n for n, r in readers.items() if "torch.load" in inspect.getsource(r)} == registry.PICKLE_READERS
+    assert {
+        n for n, r in readers.items() if "torch.load" in inspect.getsource(r)
+    } == registry.PICKLE_READERS
 
 
 class FakeHub(BaseHTTPRequestHandler):
@@ -438,7 +510,8 @@ class FakeHub(BaseHTTPRequestHandler):
         self.send_response(206 if wanted else 200)
         self.send_header("X-Repo-Commit", "b" * 40)
         self.send_header(
-            "ETag", f'"{git_hash(content) if path.endswith("json") else hashlib.sha256(content).hexdigest()}"'
+            "ETag",
+            f'"{git_hash(content) if path.endswith("json") else hashlib.sha256(content).hexdigest()}"',
         )
         self.send_header("Content-Length", str(len(content) - start))
         if wanted:
@@ -486,17 +559,27 @@ def test_a_broken_download_goes_on_where_it_stopped_and_a_cut_off_file_is_fetche
     FakeHub.files, FakeHub.requests, FakeHub.broken = files, [], []
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    online = {k: v for k, v in os.environ.items() if not k.endswith("_OFFLINE") and "proxy" not in k.lower()}
-    online |= dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path / "home"))
+    online = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.endswith("_OFFLINE") and "proxy" not in k.lower()
+    }
+    online |= dict(
+        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path / "home")
+    )
     online |= dict(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
     code = SESSION.format(release=RELEASE, sae_id=SAE_ID, to=str(tmp_path / "copy"))
     try:
-        ran = subprocess.run([sys.executable, "-c", code], env=online, capture_output=True, text=True, timeout=300)
+        ran = subprocess.run(
+            [sys.executable, "-c", code], env=online, capture_output=True, text=True, timeout=300
+        )
     finally:
         server.shutdown()
     assert ran.returncode == 0, ran.stderr[-3000:]
     weights = f"{SAE_ID}/sae_weights.safetensors"
-    fetched = [start for command, path, start in FakeHub.requests if command == "GET" and path == weights]
+    fetched = [
+        start for command, path, start in FakeHub.requests if command == "GET" and path == weights
+    ]
     half = len(files[weights]) // 2
     assert half - 1000 <= fetched[1] <= half
     assert [fetched[0], *fetched[2:]] == [
@@ -504,19 +587,31 @@ def test_a_broken_download_goes_on_where_it_stopped_and_a_cut_off_file_is_fetche
         0,
     ]  # broken off, resumed; not fetched again while whole; fetched anew once cut off
     copy = load_sae(tmp_path / "copy", device="cpu")
-    assert torch.equal(copy.W_enc, load_file(tmp_path / "twin" / "sae_weights.safetensors")["W_enc"])
+    assert torch.equal(
+        copy.W_enc, load_file(tmp_path / "twin" / "sae_weights.safetensors")["W_enc"]
+    )
     assert copy.cfg.metadata.model_from_pretrained_kwargs == {"center_writing_weights": True}
 
 
-# ------------------------------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------------------------------------
+# training
 
 
 @pytest.fixture(scope="module")
 def text_batch(model):
-    return pack(model, [f"{a} and {b} make {a + b}, said the cat on mat {b}." for a in range(20) for b in range(20)])
+    return pack(
+        model,
+        [
+            f"{a} and {b} make {a + b}, said the cat on mat {b}."
+            for a in range(20)
+            for b in range(20)
+        ],
+    )
 
 
-def test_a_small_sae_is_trained_the_same_from_the_same_seed_and_knows_its_model(model, text_batch, tmp_path):
+def test_a_small_sae_is_trained_the_same_from_the_same_seed_and_knows_its_model(
+    model, text_batch, tmp_path
+):
     from lenslab.models import model_key
 
     options = dict(d_sae=64, k=4, steps=12, progress=False)
@@ -525,7 +620,11 @@ def test_a_small_sae_is_trained_the_same_from_the_same_seed_and_knows_its_model(
     assert torch.equal(first.W_dec, again.W_dec) and not torch.equal(first.W_dec, other.W_dec)
     check_sae(first, model)
     loaded = load_sae(save_sae(first, tmp_path / "sae"), device="cpu")
-    assert (sae_hook(loaded), loaded.cfg.k, loaded.cfg.metadata.model_key) == (HOOK, 4, model_key(model))
+    assert (sae_hook(loaded), loaded.cfg.k, loaded.cfg.metadata.model_key) == (
+        HOOK,
+        4,
+        model_key(model),
+    )
     x = torch.randn(9, 32)
     assert torch.equal(loaded(x), first(x)) and int((first.encode(x) != 0).sum(-1).max()) <= 4
     assert torch.allclose(first.W_dec.norm(dim=1), torch.ones(64), atol=1e-5)
@@ -540,35 +639,68 @@ def test_training_refuses_an_unknown_hook_too_little_text_and_an_impossible_k(mo
         train_small_sae(model, HOOK, text_batch, d_sae=8, k=9)
 
 
-def test_a_small_sae_is_trained_on_real_tokens_that_the_model_gave_once(model, text_batch, monkeypatch):
-    from lenslab.sae import sources
+def test_a_small_sae_is_trained_on_real_tokens_that_the_model_gave_once(
+    model, text_batch, monkeypatch
+):
+    from lenslab.sae.train import sources
 
     seen, kept = [], sources.harvest
-    monkeypatch.setattr(sources, "harvest", lambda *given, **options: seen.append(given[1]) or kept(*given, **options))
-    sae = train_small_sae(model, HOOK, text_batch, d_sae=64, k=4, steps=12, progress=False)  # more than an epoch
-    assert [part.n_real for part in seen] == [text_batch.n_real] and text_batch.n_real < 12 * small.TRAIN_BATCH
+    monkeypatch.setattr(
+        sources,
+        "harvest",
+        lambda *given, **options: seen.append(given[1]) or kept(*given, **options),
+    )
+    sae = train_small_sae(
+        model, HOOK, text_batch, d_sae=64, k=4, steps=12, progress=False
+    )  # more than an epoch
+    assert [part.n_real for part in seen] == [
+        text_batch.n_real
+    ] and text_batch.n_real < 12 * small.TRAIN_BATCH
     assert sae.cfg.metadata.training_vectors == 12 * small.TRAIN_BATCH
     assert sae.cfg.metadata.distinct_training_vectors == text_batch.n_real
 
 
-def test_the_script_saves_an_sae_that_loads_with_its_measures_and_its_null(gpt2_folder, tmp_path, monkeypatch):
+def test_the_script_saves_an_sae_that_loads_with_its_measures_and_its_null(
+    gpt2_folder, tmp_path, monkeypatch
+):
     monkeypatch.syspath_prepend(str(pretrained.data_path().parent / "scripts"))
     import pocket_corpus
     import train_pocket_saes
 
-    monkeypatch.setattr(pocket_corpus, "read_python", lambda: ["def add(a, b):\n    return a + b\n" * 9] * 20)
+    monkeypatch.setattr(
+        pocket_corpus, "read_python", lambda: ["def add(a, b):\n    return a + b\n" * 9] * 20
+    )
     (tmp_path / "corpus" / "narrative").mkdir(parents=True)
     lines = [
-        f"The cat number {i} sat on mat {i * 7 % 13}. It was said to be {i % 5} years old. " * 6 for i in range(500)
+        f"The cat number {i} sat on mat {i * 7 % 13}. It was said to be {i % 5} years old. " * 6
+        for i in range(500)
     ]
     with gzip.open(tmp_path / "corpus" / "narrative" / "cats.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"text": line}) + "\n" for line in lines)
-    options = ["--corpus", str(tmp_path / "corpus"), "--model", str(gpt2_folder), "--layers", "1", "--smoke"]
-    (out,) = train_pocket_saes.main([*options, "--out", str(tmp_path / "saes"), "--work", str(tmp_path / "work")])
-    model, sae, card = load_model(gpt2_folder), load_sae(out, device="cpu"), json.loads((out / "card.json").read_text())
+    options = [
+        "--corpus",
+        str(tmp_path / "corpus"),
+        "--model",
+        str(gpt2_folder),
+        "--layers",
+        "1",
+        "--smoke",
+    ]
+    (out,) = train_pocket_saes.main(
+        [*options, "--out", str(tmp_path / "saes"), "--work", str(tmp_path / "work")]
+    )
+    model, sae, card = (
+        load_model(gpt2_folder),
+        load_sae(out, device="cpu"),
+        json.loads((out / "card.json").read_text()),
+    )
     check_sae(sae, model)
     assert load_file(out / "sae_weights.safetensors")["W_enc"].dtype == torch.bfloat16
-    assert card["sae"]["hook"] == HOOK and card["sae"]["l0"] <= 8 and card["trained_on"]["distinct_vectors"] > 3e4
+    assert (
+        card["sae"]["hook"] == HOOK
+        and card["sae"]["l0"] <= 8
+        and card["trained_on"]["distinct_vectors"] > 3e4
+    )
     assert card["sae"]["variance_explained"] > 0 and card["null"]["variance_explained"] > 0
     assert 1000 < card["sae"]["n_tokens"] <= 4100
     assert {k: level["ships"] for k, level in card["at_l0"].items()} == {"8": True, "4": False}

@@ -1,14 +1,17 @@
-"""Vectors for training: every one once an epoch, well mixed, decided by the seed, and only those of real tokens."""
+"""Vectors for training: every one once an epoch, well mixed, decided by the seed, and only those of
+real tokens."""
 
 import pytest
 import torch
 
-from lenslab.activations import harvest, pack, tokenize
-from lenslab.models import UnknownHook, load_model, model_key
+from lenslab.capture import harvest
+from lenslab.hooks import UnknownHook
+from lenslab.models import load_model, model_key
 from lenslab.runtime import derive_generator
-from lenslab.sae import sources
-from lenslab.sae.sources import ModelSource, StoreSource, TensorSource
+from lenslab.sae.train import sources
+from lenslab.sae.train.sources import ModelSource, StoreSource, TensorSource
 from lenslab.store import ActivationStore, DamagedShard
+from lenslab.tokens import pack, tokenize
 
 HOOK, NEXT, HEADS = "blocks.0.hook_resid_post", "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z"
 FLOAT = dict(compute="float32")
@@ -28,7 +31,9 @@ def batch(model):
 @pytest.fixture(scope="module")
 def store(model, batch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("store") / "activations"
-    store = ActivationStore.open(model, batch, [HOOK, HEADS], folder=folder, dtype=torch.float32, texts_per_shard=7)
+    store = ActivationStore.open(
+        model, batch, [HOOK, HEADS], folder=folder, dtype=torch.float32, texts_per_shard=7
+    )
     return harvest(model, batch, [HOOK, HEADS], compute="float32", store=store, progress=False)
 
 
@@ -46,7 +51,8 @@ def ordered(vectors):
     return vectors[vectors.double().sum(1).argsort()]
 
 
-# --------------------------------------------------------------------------------------------------------- pools
+# ---------------------------------------------------------------------------------------------------------
+# pools
 
 
 def test_every_vector_comes_once_an_epoch_and_no_pool_is_larger_than_asked():
@@ -63,16 +69,22 @@ def test_pools_depend_on_seed_epoch_and_number_and_on_nothing_asked_before():
     backwards = [other.pool(epoch, i)["vectors"] for epoch in (1, 0) for i in (2, 1, 0)][::-1]
     assert all(map(torch.equal, in_order, backwards))
     assert not torch.equal(in_order[0], in_order[3])
-    assert not torch.equal(in_order[0], TensorSource(numbered(3000), pool=600, seed=4).pool(0, 0)["vectors"])
+    assert not torch.equal(
+        in_order[0], TensorSource(numbered(3000), pool=600, seed=4).pool(0, 0)["vectors"]
+    )
 
 
 def test_a_pool_holds_rows_of_all_parts_in_no_order():
     pool = rows(TensorSource(numbered(40_000), pool=10_000))[0]
     quarters = torch.bincount(pool // 10_000, minlength=4)
     assert int(quarters.min()) > 1000
-    assert float((pool.diff().abs() == 1).float().mean()) < 0.01  # neighbours do not stay neighbours
+    assert (
+        float((pool.diff().abs() == 1).float().mean()) < 0.01
+    )  # neighbours do not stay neighbours
     halves = pool[:5000].double().mean(), pool[5000:].double().mean()
-    assert abs(float(halves[0] - halves[1])) < 1500  # of 40,000; runs of rows, kept together, would differ by more
+    assert (
+        abs(float(halves[0] - halves[1])) < 1500
+    )  # of 40,000; runs of rows, kept together, would differ by more
 
 
 def test_two_hooks_are_shuffled_alike_and_must_be_of_one_length():
@@ -80,7 +92,12 @@ def test_two_hooks_are_shuffled_alike_and_must_be_of_one_length():
     assert both.widths == {"a": 3, "b": 5}
     pool = both.pool(0, 1)
     assert torch.equal(pool["a"][:, 0] * 2, pool["b"][:, 0]) and pool["b"].dtype == torch.float32
-    wrong = ({"a": numbered(9), "b": numbered(8)}, torch.zeros(0, 4), torch.zeros(4), {"a": torch.zeros(2, 3, 4)})
+    wrong = (
+        {"a": numbered(9), "b": numbered(8)},
+        torch.zeros(0, 4),
+        torch.zeros(4),
+        {"a": torch.zeros(2, 3, 4)},
+    )
     for vectors in wrong:
         with pytest.raises(ValueError, match="one length"):
             TensorSource(vectors)
@@ -90,11 +107,17 @@ def test_the_key_is_of_values_pool_and_seed():
     x = torch.randn(50, 4, generator=derive_generator(0, "key"))
     changed = x.clone()
     changed[49, 3] += 1e-6
-    keys = [TensorSource(x).key, TensorSource(changed).key, TensorSource(x, seed=1).key, TensorSource(x, pool=9).key]
+    keys = [
+        TensorSource(x).key,
+        TensorSource(changed).key,
+        TensorSource(x, seed=1).key,
+        TensorSource(x, pool=9).key,
+    ]
     assert len(set(keys)) == 4 and TensorSource(x.clone()).key == keys[0]
 
 
-# ---------------------------------------------------------------------------------------------- a model and a store
+# ---------------------------------------------------------------------------------------------- a
+# model and a store
 
 
 @pytest.mark.parametrize("pool", [300, 1 << 17])
@@ -134,7 +157,9 @@ def test_several_hooks_are_of_one_token_row_by_row_and_heads_lie_side_by_side(mo
 def test_what_fits_one_pool_is_computed_once(model, batch, monkeypatch):
     calls = []
     kept = sources.harvest
-    monkeypatch.setattr(sources, "harvest", lambda *a, **o: calls.append(len(a[1])) or kept(*a, **o))
+    monkeypatch.setattr(
+        sources, "harvest", lambda *a, **o: calls.append(len(a[1])) or kept(*a, **o)
+    )
     source = ModelSource(model, batch, HOOK, **FLOAT)
     first, second = (source.pool(epoch, 0)[HOOK] for epoch in (0, 1))
     assert calls == [len(batch)] and not torch.equal(first, second)
@@ -145,7 +170,9 @@ def test_what_fits_one_pool_is_computed_once(model, batch, monkeypatch):
 
 def test_a_model_source_says_what_it_is_of(model, batch):
     source = ModelSource(model, batch, HOOK, **FLOAT)
-    assert source.metadata["model_key"] == model_key(model) and source.metadata["context_size"] == 64
+    assert (
+        source.metadata["model_key"] == model_key(model) and source.metadata["context_size"] == 64
+    )
     assert source.metadata["distinct_training_vectors"] == batch.n_real
     others = [
         ModelSource(model, batch[:20], HOOK, **FLOAT),
@@ -171,7 +198,9 @@ def test_a_store_gives_what_the_model_gives(model, batch, store):
     assert source.key != StoreSource(store, pool=700, seed=1).key
 
 
-def test_an_unfinished_a_foreign_and_a_damaged_store_are_refused(model, batch, store, gpt2_shared_end_folder, tmp_path):
+def test_an_unfinished_a_foreign_and_a_damaged_store_are_refused(
+    model, batch, store, gpt2_shared_end_folder, tmp_path
+):
     begun = ActivationStore.open(model, batch, HOOK, folder=tmp_path / "begun")
     with pytest.raises(ValueError, match="not complete"):
         StoreSource(begun)
@@ -187,7 +216,8 @@ def test_an_unfinished_a_foreign_and_a_damaged_store_are_refused(model, batch, s
         StoreSource(ActivationStore(folder))
 
 
-# -------------------------------------------------------------------------------------------------- fingerprints
+# --------------------------------------------------------------------------------------------------
+# fingerprints
 
 
 def share(theirs, mine):

@@ -1,11 +1,12 @@
-"""Sparse products equal the dense ones, forwards and backwards, with and without MKL, however empty the code is."""
+"""Sparse products equal the dense ones, forwards and backwards, with and without MKL, however empty
+the code is."""
 
 import pytest
 import torch
 
 from lenslab.runtime import derive_generator
-from lenslab.sae import sparse
-from lenslab.sae.sparse import (
+from lenslab.sae.train import sparse
+from lenslab.sae.train.sparse import (
     Code,
     Decode,
     Dense,
@@ -43,18 +44,28 @@ def products(request, monkeypatch):
 
 
 def weights(tied, dtype):
-    """Leaves in the layout that an SAE has them: W_enc is stored transposed, and the decoder may be its transpose."""
+    """Leaves in the layout that an SAE has them: W_enc is stored transposed, and the decoder may be
+    its transpose."""
     W_enc = drawn(LATENTS, WIDTH).T.to(dtype).clone().requires_grad_()
     W_dec = None if tied else drawn(LATENTS, WIDTH).to(dtype).requires_grad_()
     biases = [drawn(LATENTS).to(dtype).requires_grad_(), drawn(WIDTH).to(dtype).requires_grad_()]
-    return [W_enc, *([] if tied else [W_dec]), *biases], W_enc, (W_enc.T if tied else W_dec), *biases
+    return (
+        [W_enc, *([] if tied else [W_dec]), *biases],
+        W_enc,
+        (W_enc.T if tied else W_dec),
+        *biases,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["some", "none"])
 def test_outputs_and_gradients_equal_those_of_dense_products(products, kind, tied, dtype):
-    mask, x, target = mask_with(kind), drawn(BATCH, WIDTH).to(dtype), drawn(BATCH, WIDTH).flip(0).to(dtype)
+    mask, x, target = (
+        mask_with(kind),
+        drawn(BATCH, WIDTH).to(dtype),
+        drawn(BATCH, WIDTH).flip(0).to(dtype),
+    )
     leaves, W_enc, W_dec, b_enc, b_dec = weights(tied, dtype)
     dense = torch.relu((x - b_dec) @ W_enc + b_enc) * mask
     x_hat = dense @ W_dec + b_dec
@@ -67,8 +78,12 @@ def test_outputs_and_gradients_equal_those_of_dense_products(products, kind, tie
     values = torch.relu(Encode.apply(x, b_dec, W_enc, b_enc, code))
     guess = Decode.apply(values, W_dec, code) + b_dec
     ((guess - target).square().sum() + values.sum()).backward()
-    tolerance = dict(atol=1e-5, rtol=1e-5) if dtype is torch.float32 else dict(atol=1e-12, rtol=1e-12)
-    assert torch.allclose(values, dense[mask], **tolerance) and torch.allclose(guess, x_hat, **tolerance)
+    tolerance = (
+        dict(atol=1e-5, rtol=1e-5) if dtype is torch.float32 else dict(atol=1e-12, rtol=1e-12)
+    )
+    assert torch.allclose(values, dense[mask], **tolerance) and torch.allclose(
+        guess, x_hat, **tolerance
+    )
     for leaf, wanted in zip(leaves, expected, strict=True):
         found = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         assert torch.allclose(found, wanted, **tolerance), f"gradient of {tuple(leaf.shape)}"
@@ -79,13 +94,16 @@ def test_outputs_and_gradients_equal_those_of_dense_products(products, kind, tie
 @pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_dense_pass_equals_autograd_with_the_penalty_and_every_gradient(tied, shifted):
-    """Values, lengths and both biases ride in the same products: none of them may leak into another."""
+    """Values, lengths and both biases ride in the same products: none of them may leak into
+    another."""
     x, target = drawn(BATCH, WIDTH).double(), drawn(BATCH, WIDTH).flip(0).double()
     leaves, W_enc, W_dec, b_enc, b_dec = weights(tied, torch.float64)
     shift = b_dec if shifted else None
 
     def total(x_hat, sums):
-        return (x_hat + b_dec - target).square().sum() + 0.3 * (sums * torch.arange(1.0, BATCH + 1)).sum()
+        return (x_hat + b_dec - target).square().sum() + 0.3 * (
+            sums * torch.arange(1.0, BATCH + 1)
+        ).sum()
 
     values = torch.relu((x if shift is None else x - shift) @ W_enc + b_enc)
     wanted = total(values @ W_dec, values @ W_dec.norm(dim=1))
@@ -104,13 +122,20 @@ def test_active_latents_are_counted_and_named_in_both_precisions(dtype):
     values = torch.relu(drawn(BATCH, LATENTS)).to(dtype)
     values[:, 4], values[2, 0] = 0.0, 1e-6
     count, fired = count_positive(values)
-    assert int(count) == int((values > 0).sum()) and torch.equal(fired, (values > 0).any(0)) and not fired[4]
+    assert (
+        int(count) == int((values > 0).sum())
+        and torch.equal(fired, (values > 0).any(0))
+        and not fired[4]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("d_sae", "k"), [(256, 16), (256, 3), (256, 17), (250, 3), (24, 1), (5, 5)])
+@pytest.mark.parametrize(
+    ("d_sae", "k"), [(256, 16), (256, 3), (256, 17), (250, 3), (24, 1), (5, 5)]
+)
 def test_the_largest_are_those_of_one_long_search_where_positive(d_sae, k, dtype):
-    """Vectors with nearly all, half, few and none of their values positive; with a group full of large ones."""
+    """Vectors with nearly all, half, few and none of their values positive; with a group full of
+    large ones."""
     pre = torch.stack(
         [
             torch.randn(d_sae, generator=derive_generator(i, "pre")) + shift
@@ -139,14 +164,24 @@ def test_a_code_of_a_topk_keeps_its_order_and_values(products):
     top = pre.topk(3, dim=1, sorted=False)
     code = code_of_topk(top.indices, LATENTS)
     assert code.rows.tolist() == [0, 3, 6, 9, 12, 15, 18, 21]
-    assert torch.equal(code.matrix(top.values.flatten()).to_dense(), torch.zeros_like(pre).scatter(1, *top[::-1]))
+    assert torch.equal(
+        code.matrix(top.values.flatten()).to_dense(), torch.zeros_like(pre).scatter(1, *top[::-1])
+    )
     x, weight = drawn(BATCH, WIDTH), drawn(WIDTH, LATENTS)
-    assert torch.allclose(at_active(x, weight, code), (x @ weight).gather(1, top.indices).flatten(), atol=1e-5)
+    assert torch.allclose(
+        at_active(x, weight, code), (x @ weight).gather(1, top.indices).flatten(), atol=1e-5
+    )
 
 
 def test_a_mask_becomes_a_code_by_hand():
-    code = code_of_mask(torch.tensor([[True, False, True], [False, False, False], [False, True, True]]))
-    assert (code.rows.tolist(), code.latents.tolist(), code.width) == ([0, 2, 2, 4], [0, 2, 1, 2], 3)
+    code = code_of_mask(
+        torch.tensor([[True, False, True], [False, False, False], [False, True, True]])
+    )
+    assert (code.rows.tolist(), code.latents.tolist(), code.width) == (
+        [0, 2, 2, 4],
+        [0, 2, 1, 2],
+        3,
+    )
     assert code.owners.tolist() == [0, 0, 2, 2]
 
 
@@ -154,7 +189,9 @@ def test_the_transposed_code_is_that_of_the_transposed_matrix():
     mask, values = mask_with("some"), drawn(BATCH, LATENTS)
     code, wanted = code_of_mask(mask), code_of_mask(mask.T)
     transposed, order = code.transposed
-    assert torch.equal(transposed.rows, wanted.rows) and torch.equal(transposed.latents, wanted.latents)
+    assert torch.equal(transposed.rows, wanted.rows) and torch.equal(
+        transposed.latents, wanted.latents
+    )
     assert torch.equal(values[mask][order], values.T[mask.T]) and transposed.width == BATCH
     assert code.transposed is code.transposed  # made once
 
@@ -174,7 +211,9 @@ def test_part_of_a_code_is_the_code_of_the_part():
     assert torch.equal(part.rows, expected.rows) and torch.equal(part.latents, expected.latents)
     nothing = code.part(code.latents < 0)
     assert nothing.rows.tolist() == [0] * (BATCH + 1) and not len(nothing.latents)
-    assert torch.equal(Decode.apply(torch.empty(0), drawn(LATENTS, WIDTH), nothing), torch.zeros(BATCH, WIDTH))
+    assert torch.equal(
+        Decode.apply(torch.empty(0), drawn(LATENTS, WIDTH), nothing), torch.zeros(BATCH, WIDTH)
+    )
 
 
 def test_the_sparse_products_are_those_that_run_where_there_is_mkl(monkeypatch):

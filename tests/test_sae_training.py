@@ -1,7 +1,7 @@
 """Training: what it learns, that a killed run goes on to the bit, and what it refuses.
 
-Runs are killed by SIGKILL in processes of their own: one interpreter imports the package once and forks a child for
-every life of a run.
+Runs are killed by SIGKILL in processes of their own: one interpreter imports the package once and
+forks a child for every life of a run.
 """
 
 import json
@@ -17,16 +17,20 @@ import torch
 from conftest import TEXTS
 
 from lenslab import __version__
-from lenslab.activations import harvest, pack
-from lenslab.checkpoints import latest_checkpoint
+from lenslab.capture import harvest
+from lenslab.files import latest_checkpoint
 from lenslab.models import model_key, model_name, random_twin
 from lenslab.runtime import derive_generator, progress_bar
-from lenslab.sae import checks, sources, training
-from lenslab.sae.architectures import ARCHITECTURES, FOR, build_sae
-from lenslab.sae.pretrained import load_sae, save_sae
-from lenslab.sae.sources import ModelSource, StoreSource, TensorSource
-from lenslab.sae.training import TrainingConfig, TrainingFailed, train
+from lenslab.sae.load import load_sae, save_sae
+from lenslab.sae.train import sources
+from lenslab.sae.train import trainer as checks
+from lenslab.sae.train import trainer as training
+from lenslab.sae.train.architectures import ARCHITECTURES, FOR, build_sae
+from lenslab.sae.train.base import TrainingFailed
+from lenslab.sae.train.sources import ModelSource, StoreSource, TensorSource
+from lenslab.sae.train.trainer import TrainingConfig, train
 from lenslab.store import ActivationStore
+from lenslab.tokens import pack
 
 D_IN, D_SAE, K = 16, 64, 3
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
@@ -35,7 +39,9 @@ CONFIG = TrainingConfig(256 * 120, batch=256, lr=3e-3, dead_after=256 * 20, log_
 
 def planted(n, label="train"):
     """Sums of three of 48 directions, away from the origin: what an SAE can find."""
-    directions = torch.nn.functional.normalize(torch.randn(48, D_IN, generator=derive_generator(0, "truth")), dim=1)
+    directions = torch.nn.functional.normalize(
+        torch.randn(48, D_IN, generator=derive_generator(0, "truth")), dim=1
+    )
     generator = derive_generator(1, label)
     which = torch.randint(48, (n, 3), generator=generator)
     strength = 1 + torch.rand(n, 3, generator=generator)
@@ -63,7 +69,11 @@ def run(sae, vectors, config=CONFIG, **options):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_learns_and_is_saved_as_it_is(architecture, vectors, tmp_path):
-    options = {"relu": {"sparsity": 0.2}, "gated": {"sparsity": 0.2}, "jumprelu": {"sparsity": 0.02}}
+    options = {
+        "relu": {"sparsity": 0.2},
+        "gated": {"sparsity": 0.2},
+        "jumprelu": {"sparsity": 0.02},
+    }
     metadata = {"hook_name_out": "vectors"} if architecture == "transcoder" else {}
     sae = new(architecture, metadata=metadata, **options.get(architecture, {}))
     held_out = planted(1000, "held out")
@@ -90,7 +100,9 @@ def test_several_saes_at_several_hooks_come_from_one_pass_and_equal_those_traine
     finally:
         del model.forward
     assert len(passes) <= -(-len(batch) // source.batch_size)  # all of it once
-    alone = train({"second": members()["second"]}, ModelSource(model, batch, HOOKS), config, progress=False)
+    alone = train(
+        {"second": members()["second"]}, ModelSource(model, batch, HOOKS), config, progress=False
+    )
     for key, value in alone["second"].trained.state_dict().items():
         assert torch.equal(value, together["second"].trained.state_dict()[key]), key
 
@@ -116,7 +128,8 @@ def test_what_the_saved_sae_says(model, tmp_path):
 
 
 def test_dead_latents_are_revived_by_auxk_and_by_resampling(vectors, monkeypatch):
-    """Three quarters of the latents begin so short that they never fire; without revival they stay there."""
+    """Three quarters of the latents begin so short that they never fire; without revival they stay
+    there."""
     few = (torch.arange(D_SAE) % 4).nonzero().flatten()
     config = replace(CONFIG, vectors=256 * 200)
 
@@ -145,7 +158,11 @@ def test_the_rate_rises_and_falls_to_its_floor():
     config = TrainingConfig(100 * 10, batch=10, warm_up=0.1, floor=0.2, sparsity_warm_up=0.5)
     rates = [config.rate(step) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert rates[10] == 1 and rates[55] == pytest.approx(0.2 + 0.8 * 0.5) and rates[-1] == pytest.approx(0.2, abs=1e-3)
+    assert (
+        rates[10] == 1
+        and rates[55] == pytest.approx(0.2 + 0.8 * 0.5)
+        and rates[-1] == pytest.approx(0.2, abs=1e-3)
+    )
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert config.warm(0) == 0.02 and config.warm(24) == 0.5 and config.warm(60) == 1.0
 
@@ -169,20 +186,30 @@ def test_tensorboard_and_the_bar_show_loss_fvu_l0_and_dead(vectors, tmp_path, ca
 
     monkeypatch.setenv("TQDM_DISABLE", "0")
     monkeypatch.setattr(
-        training, "progress_bar", lambda **options: progress_bar(**options | {"delay": 0, "mininterval": 0})
+        training,
+        "progress_bar",
+        lambda **options: progress_bar(**options | {"delay": 0, "mininterval": 0}),
     )
     held_out = TensorSource(planted(1000, "held out"))
-    result = train({"a": new()}, TensorSource(vectors), CONFIG, log_dir=tmp_path, held_out=held_out)["a"]
+    result = train(
+        {"a": new()}, TensorSource(vectors), CONFIG, log_dir=tmp_path, held_out=held_out
+    )["a"]
     events = EventAccumulator(str(tmp_path / "a"))
     events.Reload()
-    assert {"loss", "fvu", "mse", "sparsity", "auxiliary", "l0", "dead", "lr"} <= set(events.Tags()["scalars"])
+    assert {"loss", "fvu", "mse", "sparsity", "auxiliary", "l0", "dead", "lr"} <= set(
+        events.Tags()["scalars"]
+    )
     assert events.Scalars("held_out/fvu")[0].value == pytest.approx(result.held_out["fvu"])
     density = events.Histograms("held_out/log10 firing rate")[0].histogram_value
     assert density.num == D_SAE - result.held_out["dead"] and density.max <= 0
     last = result.history.iloc[-1]
     scale = float(result.trained.scale)
-    assert last.mse / scale**2 == pytest.approx(last.fvu * float(vectors.var(0, correction=0).mean()), rel=0.05)
-    logged = pd.DataFrame([(event.step, event.value) for event in events.Scalars("fvu")], columns=["step", "fvu"])
+    assert last.mse / scale**2 == pytest.approx(
+        last.fvu * float(vectors.var(0, correction=0).mean()), rel=0.05
+    )
+    logged = pd.DataFrame(
+        [(event.step, event.value) for event in events.Scalars("fvu")], columns=["step", "fvu"]
+    )
     assert logged.step.tolist() == result.history.step.tolist()
     assert logged.fvu.tolist() == pytest.approx(result.history.fvu.tolist(), rel=1e-5)
     shown = capsys.readouterr().err
@@ -227,7 +254,8 @@ def test_stopped_at_any_step_it_goes_on_to_the_bit(architecture, vectors, tmp_pa
 
 
 def stopped_at(number, monkeypatch, how):
-    """Member `sae`'s (or the second's) step of this number ends in `how()`, after the others have made theirs."""
+    """Member `sae`'s (or the second's) step of this number ends in `how()`, after the others have
+    made theirs."""
     step = training._Member.step
 
     def stopping(self, at, given):
@@ -242,21 +270,34 @@ def ctrl_c():
     signal.raise_signal(signal.SIGINT)
 
 
-def test_what_is_interrupted_before_its_first_checkpoint_begins_again_from_the_start(vectors, tmp_path, monkeypatch):
-    """The same objects are given again, as a notebook's cell does: their half-trained weights are not a beginning."""
+def test_what_is_interrupted_before_its_first_checkpoint_begins_again_from_the_start(
+    vectors, tmp_path, monkeypatch
+):
+    """The same objects are given again, as a notebook's cell does: their half-trained weights are
+    not a beginning."""
     whole, sae = run(new(), vectors), new()
     with monkeypatch.context() as patched, pytest.raises(OSError, match="gone"):
         stopped_at(30, patched, lambda: (_ for _ in ()).throw(OSError("gone")))
         run(sae, vectors, folder=tmp_path)
-    assert not torch.equal(sae.W_dec, new().W_dec) and latest_checkpoint(tmp_path)["state"]["step"] == 0
+    assert (
+        not torch.equal(sae.W_dec, new().W_dec)
+        and latest_checkpoint(tmp_path)["state"]["step"] == 0
+    )
     again = run(sae, vectors, folder=tmp_path)
     assert torch.equal(again.trained.W_dec, whole.trained.W_dec)
     pd.testing.assert_frame_equal(again.history, whole.history)
 
 
-def test_an_interrupt_waits_for_the_step_to_end_and_leaves_a_checkpoint(vectors, tmp_path, monkeypatch, capsys):
+def test_an_interrupt_waits_for_the_step_to_end_and_leaves_a_checkpoint(
+    vectors, tmp_path, monkeypatch, capsys
+):
     saes = {"first": new(), "second": new("relu")}
-    whole = train({"first": new(), "second": new("relu")}, TensorSource(vectors, pool=2000), CONFIG, progress=False)
+    whole = train(
+        {"first": new(), "second": new("relu")},
+        TensorSource(vectors, pool=2000),
+        CONFIG,
+        progress=False,
+    )
     source = TensorSource(vectors, pool=2000)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stopped_at(29, patched, ctrl_c)  # step 30, which is logged too
@@ -290,11 +331,14 @@ def test_an_sae_that_was_trained_before_is_refused(vectors, tmp_path):
     run(sae, vectors, replace(CONFIG, vectors=256 * 4), folder=tmp_path / "a")
     for options in ({}, {"folder": tmp_path / "b"}):
         with pytest.raises(
-            ValueError, match=r"sae has been given to a training before\. Build a new one, or give the folder"
+            ValueError,
+            match=r"sae has been given to a training before\. Build a new one, or give the folder",
         ):
             run(sae, vectors, replace(CONFIG, vectors=256 * 4), **options)
     read = new()
-    run(read, vectors, replace(CONFIG, vectors=256 * 4), folder=tmp_path / "a")  # nothing to do but to load
+    run(
+        read, vectors, replace(CONFIG, vectors=256 * 4), folder=tmp_path / "a"
+    )  # nothing to do but to load
     with pytest.raises(ValueError, match="given to a training before"):
         run(read, vectors)
 
@@ -336,7 +380,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_all_damaged_is_said(vectors, tm
         run(new(), vectors, config, folder=tmp_path)
 
 
-def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(vectors, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(
+    vectors, tmp_path, capsys, monkeypatch
+):
     config, save, calls = replace(CONFIG, checkpoint_minutes=0.0), torch.save, []
 
     def full(state, file):
@@ -352,7 +398,9 @@ def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(vectors, tmp_path,
     assert len(result.history) == 12  # it trained on
     assert latest_checkpoint(tmp_path)["state"]["step"] == 30
     monkeypatch.setattr(torch, "save", save)
-    assert torch.equal(run(new(), vectors, config, folder=tmp_path).trained.W_dec, result.trained.W_dec)
+    assert torch.equal(
+        run(new(), vectors, config, folder=tmp_path).trained.W_dec, result.trained.W_dec
+    )
 
 
 KILLED = """
@@ -411,7 +459,10 @@ def packed(model, n):
     generator = torch.Generator().manual_seed(0)
     return pack(
         model,
-        [" ".join(words[i] for i in torch.randint(len(words), (40,), generator=generator)) for _ in range(n)],
+        [
+            " ".join(words[i] for i in torch.randint(len(words), (40,), generator=generator))
+            for _ in range(n)
+        ],
         length=32,
     )
 
@@ -424,7 +475,9 @@ def members():
         "fourth": build_sae("jumprelu", 32, 64, sparsity=0.1, metadata={"hook_name": HOOKS[1]}),
         "fifth": build_sae("gated", 32, 64, sparsity=0.1, metadata={"hook_name": HOOKS[0]}),
         "sixth": build_sae("matryoshka", 32, 64, k=4, metadata={"hook_name": HOOKS[1]}),
-        "seventh": build_sae("transcoder", 32, 64, k=4, metadata={"hook_name": HOOKS[0], "hook_name_out": HOOKS[1]}),
+        "seventh": build_sae(
+            "transcoder", 32, 64, k=4, metadata={"hook_name": HOOKS[0], "hook_name_out": HOOKS[1]}
+        ),
     }
 
 
@@ -457,7 +510,11 @@ def test_killed_at_random_steps_and_resumed_it_ends_with_the_same_bits(kind, kil
 
 def test_widths_and_hooks_must_fit(vectors):
     with pytest.raises(ValueError, match="16 wide, the SAE expects 8"):
-        train({"a": build_sae("topk", 8, 64, k=3, metadata={"hook_name": "vectors"})}, TensorSource(vectors), CONFIG)
+        train(
+            {"a": build_sae("topk", 8, 64, k=3, metadata={"hook_name": "vectors"})},
+            TensorSource(vectors),
+            CONFIG,
+        )
     with pytest.raises(ValueError, match="the data hold vectors"):
         run(new(metadata={"hook_name": "blocks.3.hook_mlp_out"}), vectors)
     with pytest.raises(ValueError, match="held-out"):
@@ -466,7 +523,9 @@ def test_widths_and_hooks_must_fit(vectors):
 
 def test_a_store_of_another_model_is_refused(model, tmp_path):
     store = stored(model, packed(model, 30), tmp_path / "store")
-    sae = build_sae("topk", 32, 64, k=4, metadata={"hook_name": HOOKS[0], "model_key": "0123456789abcdef"})
+    sae = build_sae(
+        "topk", 32, 64, k=4, metadata={"hook_name": HOOKS[0], "model_key": "0123456789abcdef"}
+    )
     with pytest.raises(ValueError, match="is meant for model_key"):
         train({"a": sae}, StoreSource(store), TrainingConfig(640, batch=64))
 
@@ -478,17 +537,24 @@ def test_fewer_vectors_than_a_batch_are_refused(vectors):
     ):
         with pytest.raises(ValueError, match=r"a step needs (256|300) vectors"):
             run(new(), source, config)
-    with pytest.raises(ValueError, match=r"1 SAEs to train on 255 vectors, 256 at a step.*Raise `vectors`"):
+    with pytest.raises(
+        ValueError, match=r"1 SAEs to train on 255 vectors, 256 at a step.*Raise `vectors`"
+    ):
         run(new(), TensorSource(vectors), replace(CONFIG, vectors=255))
     with pytest.raises(ValueError, match=r"0 SAEs .*there must be an SAE"):
         train({}, TensorSource(vectors), CONFIG)
 
 
 def test_a_short_training_has_a_history_too(vectors):
-    """Rows are means since the row before: with one row for all of it, the last would not say where it ended."""
+    """Rows are means since the row before: with one row for all of it, the last would not say where
+    it ended."""
     rows = {n: TrainingConfig(n * 256, batch=256).row for n in (6, 29, 400, 5000)}
     assert rows == {6: 10, 29: 10, 400: 20, 5000: 50} and replace(CONFIG, log_every=7).row == 7
-    assert run(new(), vectors, TrainingConfig(29 * 256, batch=256)).history["step"].tolist() == [10, 20, 29]
+    assert run(new(), vectors, TrainingConfig(29 * 256, batch=256)).history["step"].tolist() == [
+        10,
+        20,
+        29,
+    ]
 
 
 def test_constant_and_broken_vectors_are_refused(vectors, tmp_path):
@@ -498,7 +564,9 @@ def test_constant_and_broken_vectors_are_refused(vectors, tmp_path):
     broken[5555, 3] = float("nan")
     source = TensorSource(broken, pool=1024)
     pool = next(i for i in range(1, 6) if not torch.isfinite(source.pool(0, i)["vectors"]).all())
-    with pytest.raises(TrainingFailed, match=f"NaN or Inf among the vectors at vectors .epoch 0, pool {pool}"):
+    with pytest.raises(
+        TrainingFailed, match=f"NaN or Inf among the vectors at vectors .epoch 0, pool {pool}"
+    ):
         run(new(), source, replace(CONFIG, checkpoint_minutes=0.0), folder=tmp_path)
     state = latest_checkpoint(tmp_path)["state"]
     assert state["step"] == sum(n // 256 for n in source.sizes(0)[:pool])
@@ -528,17 +596,30 @@ def test_held_out_text_that_was_trained_on_is_refused(model, vectors):
     config, source = TrainingConfig(640, batch=64), ModelSource(model, batch, HOOKS)
     for held_out in (batch[3:5], packed(model, 34)[20:]):
         with pytest.raises(ValueError, match="occur in the training text"):
-            train(members(), source, config, held_out=ModelSource(model, held_out, HOOKS), progress=False)
+            train(
+                members(),
+                source,
+                config,
+                held_out=ModelSource(model, held_out, HOOKS),
+                progress=False,
+            )
     with pytest.raises(ValueError, match="occur in the training text"):
         run(new(), vectors, held_out=TensorSource(vectors[1000:3000].flip(0)))
 
 
 def test_short_documents_that_were_trained_on_are_known_in_another_packing(model, tmp_path):
-    """Documents shorter than the 32 tokens that are fingerprinted together stand in no window alone."""
+    """Documents shorter than the 32 tokens that are fingerprinted together stand in no window
+    alone."""
     generator = derive_generator(0, "short documents")
     words = sorted(set(" ".join(TEXTS).split()))
-    texts = [" ".join(words[i] for i in torch.randint(len(words), (6,), generator=generator)) for _ in range(60)]
-    source, config = ModelSource(model, pack(model, texts, length=64), HOOKS), TrainingConfig(640, batch=64)
+    texts = [
+        " ".join(words[i] for i in torch.randint(len(words), (6,), generator=generator))
+        for _ in range(60)
+    ]
+    source, config = (
+        ModelSource(model, pack(model, texts, length=64), HOOKS),
+        TrainingConfig(640, batch=64),
+    )
     again = ModelSource(model, pack(model, texts[50:20:-1], length=50), HOOKS)
     with pytest.raises(ValueError, match="occur in the training text"):
         train(members(), source, config, held_out=again, progress=False)
@@ -552,11 +633,15 @@ def test_held_out_data_that_cannot_be_compared_are_refused(model):
     source, config = ModelSource(model, batch[:20], HOOKS), TrainingConfig(640, batch=64)
     values = harvest(model, batch[20:], HOOKS, progress=False)
     tensors = {hook: value[batch[20:].real] for hook, value in values.items()}
-    with pytest.raises(ValueError, match="known by their tokens, the held-out data by their vectors"):
+    with pytest.raises(
+        ValueError, match="known by their tokens, the held-out data by their vectors"
+    ):
         train(members(), source, config, held_out=TensorSource(tensors), progress=False)
     twin = random_twin(model, label=model_name(model))
     with pytest.raises(ValueError, match="The training vectors are of model_key"):
-        train(members(), source, config, held_out=ModelSource(twin, batch[20:], HOOKS), progress=False)
+        train(
+            members(), source, config, held_out=ModelSource(twin, batch[20:], HOOKS), progress=False
+        )
 
 
 def test_a_loss_that_runs_away_slowly_stops_the_run_too(vectors, tmp_path, monkeypatch):
@@ -568,7 +653,9 @@ def test_a_loss_that_runs_away_slowly_stops_the_run_too(vectors, tmp_path, monke
             self.sae.b_dec.data += 0.5
 
     monkeypatch.setattr(training._Member, "step", worse_and_worse)
-    with pytest.raises(TrainingFailed, match=r"sae: FVU .* around step \d+, after 0\.\d+: it diverges\. Lower lr"):
+    with pytest.raises(
+        TrainingFailed, match=r"sae: FVU .* around step \d+, after 0\.\d+: it diverges\. Lower lr"
+    ):
         run(new(), vectors, config, folder=tmp_path)
 
 
@@ -576,11 +663,16 @@ def test_a_loss_that_runs_away_slowly_stops_the_run_too(vectors, tmp_path, monke
 def test_a_penalty_that_silences_every_latent_is_no_divergence(architecture, vectors):
     with pytest.warns(UserWarning, match=r"sae: hardly any latent is active\. Lower sparsity"):
         history = run(new(architecture, sparsity=50.0), vectors, replace(CONFIG, lr=1e-2)).history
-    assert len(history) == 12 and history.l0.iloc[-1] < 0.5 and history.fvu.iloc[-1] == pytest.approx(1, abs=0.1)
+    assert (
+        len(history) == 12
+        and history.l0.iloc[-1] < 0.5
+        and history.fvu.iloc[-1] == pytest.approx(1, abs=0.1)
+    )
 
 
 def test_a_first_pool_that_fills_no_batch_is_passed_over(vectors, tmp_path):
-    """Its vectors are not dealt out as those of the next; a run that begins again gets the same ones."""
+    """Its vectors are not dealt out as those of the next; a run that begins again gets the same
+    ones."""
     source = TensorSource(vectors[:3000], pool=1024, seed=1)
     assert source.sizes(0)[0] < 1024 == source.sizes(0)[1]
     config, seen = replace(CONFIG, vectors=1024 * 6, batch=1024), []
@@ -589,7 +681,8 @@ def test_a_first_pool_that_fills_no_batch_is_passed_over(vectors, tmp_path):
     again = list(sources.batches(source, 1024, 6, (0, 0, 0), None))
     assert [place for place, _ in seen] == [place for place, _ in again]
     assert all(
-        len(one) == 1024 and torch.equal(one, two["vectors"]) for (_, one), (_, two) in zip(seen, again, strict=True)
+        len(one) == 1024 and torch.equal(one, two["vectors"])
+        for (_, one), (_, two) in zip(seen, again, strict=True)
     )
     whole = run(new(), source, config)
     assert torch.isfinite(whole.trained.W_enc).all()
@@ -599,8 +692,12 @@ def test_a_refused_training_leaves_the_sae_as_it_was(vectors):
     sae = new()
     weights, config = {key: value.clone() for key, value in sae.state_dict().items()}, sae.config
     with pytest.raises(ValueError, match="occur in the training text"):
-        run(sae, vectors, held_out=TensorSource(vectors[1000:1020]))  # few, but all of them were trained on
-    assert sae.config == config and all(torch.equal(value, weights[key]) for key, value in sae.state_dict().items())
+        run(
+            sae, vectors, held_out=TensorSource(vectors[1000:1020])
+        )  # few, but all of them were trained on
+    assert sae.config == config and all(
+        torch.equal(value, weights[key]) for key, value in sae.state_dict().items()
+    )
     run(sae, vectors)
 
 
@@ -608,7 +705,9 @@ def test_what_else_is_no_training(vectors):
     sae = new()
     with pytest.raises(ValueError, match="under two names"):
         train({"a": sae, "b": sae}, TensorSource(vectors), CONFIG)
-    with pytest.raises(ValueError, match=r"sae holds torch\.float64: weights are trained in float32"):
+    with pytest.raises(
+        ValueError, match=r"sae holds torch\.float64: weights are trained in float32"
+    ):
         run(new().double(), vectors)
     with pytest.raises(ValueError, match="sae at vectors: The activations are constant"):
         run(new(), torch.ones(600, D_IN))
@@ -616,7 +715,9 @@ def test_what_else_is_no_training(vectors):
 
 def test_vectors_that_want_gradients_are_read_like_others(vectors):
     config = replace(CONFIG, vectors=256 * 4)
-    one, two = (run(new(), given, config).trained for given in (vectors, vectors.clone().requires_grad_()))
+    one, two = (
+        run(new(), given, config).trained for given in (vectors, vectors.clone().requires_grad_())
+    )
     assert torch.equal(one.W_enc, two.W_enc)
 
 
@@ -629,7 +730,9 @@ def test_a_finished_training_survives_held_out_vectors_that_cannot_be_measured(v
     silent = new("relu")
     silent.b_enc.data[:] = -1e4
     with pytest.warns(UserWarning, match="hardly any"):
-        result = run(silent, vectors, config, held_out=TensorSource(planted(300, "h")), log_dir=tmp_path)
+        result = run(
+            silent, vectors, config, held_out=TensorSource(planted(300, "h")), log_dir=tmp_path
+        )
     assert result.held_out["l0"] == 0 and result.held_out["dead"] == D_SAE
 
 
@@ -643,7 +746,15 @@ def test_a_run_may_go_on_after_an_update(vectors, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"batch": 0}, {"dead_after": 0}, {"vectors": 0}, {"log_every": 0}, {"warm_up": 1.5}, {"floor": -0.1}, {"lr": 0.0}],
+    [
+        {"batch": 0},
+        {"dead_after": 0},
+        {"vectors": 0},
+        {"log_every": 0},
+        {"warm_up": 1.5},
+        {"floor": -0.1},
+        {"lr": 0.0},
+    ],
 )
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match=f"got .*{next(iter(wrong))}"):
@@ -654,7 +765,8 @@ def test_settings_that_cannot_be_are_refused(wrong):
 
 
 def test_nothing_kept_grows_with_the_number_of_steps(vectors, tmp_path):
-    """What a checkpoint holds is what the run holds; beside weights there is one row of history per log."""
+    """What a checkpoint holds is what the run holds; beside weights there is one row of history per
+    log."""
     sizes = []
     for steps in (20, 200):
         folder = tmp_path / str(steps)
@@ -669,7 +781,9 @@ def test_nothing_kept_grows_with_the_number_of_steps(vectors, tmp_path):
 
 
 def stored(model, batch, folder):
-    store = ActivationStore.open(model, batch, HOOKS, folder=folder, dtype=torch.float32, texts_per_shard=9)
+    store = ActivationStore.open(
+        model, batch, HOOKS, folder=folder, dtype=torch.float32, texts_per_shard=9
+    )
     return harvest(model, batch, HOOKS, store=store, compute="float32", progress=False)
 
 
@@ -682,9 +796,15 @@ def killed(model, gpt2_folder, tmp_path_factory):
     work = tmp_path_factory.mktemp("killed")
     stored(model, packed(model, 40), work / "store")
     script = KILLED.format(
-        tests=str(Path(__file__).parent), work=str(work), model=str(gpt2_folder), seed=0, kills=KILLS
+        tests=str(Path(__file__).parent),
+        work=str(work),
+        model=str(gpt2_folder),
+        seed=0,
+        kills=KILLS,
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     deaths = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return work, deaths[0] | deaths[1]
@@ -752,7 +872,14 @@ def test_silence_is_counted_in_vectors(vectors):
     config = TrainingConfig(256 * 6, batch=256, lr=1e-9, dead_after=3 * 256 - 100, log_every=1)
     sae = new("relu")
     sae.b_enc.data[:5] = -1e4
-    assert run(sae, vectors, config).history.dead.tolist() == [0, 0, 5, 5, 5, 5]  # 768 >= 668 after the third
+    assert run(sae, vectors, config).history.dead.tolist() == [
+        0,
+        0,
+        5,
+        5,
+        5,
+        5,
+    ]  # 768 >= 668 after the third
 
 
 def interrupted(monkeypatch, at):
@@ -766,7 +893,9 @@ def interrupted(monkeypatch, at):
     monkeypatch.setattr(training._Member, "step", stopping)
 
 
-def test_a_run_that_goes_on_strikes_out_what_was_logged_after_its_checkpoint(vectors, tmp_path, monkeypatch):
+def test_a_run_that_goes_on_strikes_out_what_was_logged_after_its_checkpoint(
+    vectors, tmp_path, monkeypatch
+):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = TrainingConfig(256 * 20, batch=256, log_every=1, checkpoint_minutes=0.0)
@@ -779,7 +908,11 @@ def test_a_run_that_goes_on_strikes_out_what_was_logged_after_its_checkpoint(vec
     result = run(new(), vectors, config, **options)
     events = EventAccumulator(str(tmp_path / "log" / "sae"))
     events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == list(range(1, 21)) == result.history.step.tolist()
+    assert (
+        [event.step for event in events.Scalars("loss")]
+        == list(range(1, 21))
+        == result.history.step.tolist()
+    )
     assert sorted(int(file.stem[5:]) for file in (tmp_path / "run").glob("step-*.pt")) == [19, 20]
 
 
@@ -792,11 +925,14 @@ def test_a_damaged_checkpoint_does_not_stay_the_newest(vectors, tmp_path, monkey
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         interrupted(patched, 11)  # goes on from 11, and is stopped before it has saved anything
         run(new(), vectors, config, folder=tmp_path)
-    assert [file.name for file in sorted(tmp_path.glob("step-*"))] == ["step-00000011.pt", "step-00000011.sha256"]
+    assert [file.name for file in sorted(tmp_path.glob("step-*"))] == [
+        "step-00000011.pt",
+        "step-00000011.sha256",
+    ]
 
 
 def test_checkpoints_of_something_else_are_refused(vectors, tmp_path):
-    from lenslab.checkpoints import save_checkpoint
+    from lenslab.files import save_checkpoint
 
     save_checkpoint(tmp_path, {"step": 3, "model": {}})
     with pytest.raises(ValueError, match="of something else"):
@@ -828,10 +964,16 @@ def test_the_first_pool_is_made_once(vectors):
     assert made == [(0, 0), (0, 1), (0, 2)]
 
 
-def test_no_vector_is_made_that_no_step_needs_and_a_resumed_run_makes_the_same(vectors, tmp_path, monkeypatch):
+def test_no_vector_is_made_that_no_step_needs_and_a_resumed_run_makes_the_same(
+    vectors, tmp_path, monkeypatch
+):
     """Seven steps of 100 vectors over pools of 300: of the third pool a third."""
     monkeypatch.setattr(sources, "RUN", 50)
-    config, asked, step = TrainingConfig(700, batch=100, checkpoint_minutes=0.0), [], training._Member.step
+    config, asked, step = (
+        TrainingConfig(700, batch=100, checkpoint_minutes=0.0),
+        [],
+        training._Member.step,
+    )
 
     class Counted(TensorSource):
         def _vectors(self, units):
@@ -850,7 +992,9 @@ def test_no_vector_is_made_that_no_step_needs_and_a_resumed_run_makes_the_same(v
         run(new(), Counted(vectors, pool=300), config, folder=tmp_path)
     again = run(new(), Counted(vectors, pool=300), config, folder=tmp_path).sae
     assert asked[3:] == [300, 300, 100, 100]
-    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in again.state_dict().items())
+    assert all(
+        torch.equal(value, whole.state_dict()[name]) for name, value in again.state_dict().items()
+    )
 
 
 def test_a_refused_sae_is_left_as_it_was(vectors):
@@ -859,11 +1003,15 @@ def test_a_refused_sae_is_left_as_it_was(vectors):
     before = used.config
     with pytest.raises(ValueError, match="given to a training before"):
         run(used, TensorSource(vectors + 1, hook="vectors"), TrainingConfig(256 * 40, batch=256))
-    assert used.config == before and used.cfg.metadata.training_vectors == before.metadata["training_vectors"]
+    assert (
+        used.config == before
+        and used.cfg.metadata.training_vectors == before.metadata["training_vectors"]
+    )
 
 
 def test_wrong_types_are_answered_in_words():
-    """In a process of its own: in the tests, types are checked before our own checks are reached."""
+    """In a process of its own: in the tests, types are checked before our own checks are
+    reached."""
     code = """
 import torch
 from lenslab.sae.architectures import build_sae
@@ -886,7 +1034,9 @@ for call in (
     except TypeError as error:
         print(error)
 """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert said == [
         "Whole numbers are needed, got {'k': 1.5}.",
         "Whole numbers are needed, got {'d_sae': 8.0}.",

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pandas as pd
 import pytest
 
-from lenslab.analysis import saved
-from lenslab.analysis.results import Result
+from lenslab import files as saved
+from lenslab.files import Result
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,14 @@ def ask(tmp_path, monkeypatch):
     calls = []
 
     def go(inputs, value):
-        frame = saved.saved_result("number", lambda: calls.append(1) or Number(value), inputs=inputs)
-        assert frame.attrs["origin"] in ("computed now", "saved result that ships", "saved result of this machine")
+        frame = saved.saved_result(
+            "number", lambda: calls.append(1) or Number(value), inputs=inputs
+        )
+        assert frame.attrs["origin"] in (
+            "computed now",
+            "saved result that ships",
+            "saved result of this machine",
+        )
         return frame["value"].item(), len(calls)
 
     return go

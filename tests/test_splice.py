@@ -1,13 +1,15 @@
-"""Splicing: the error term makes it exact, it agrees with SAELens's own, and it always lets go of the model."""
+"""Splicing: the error term makes it exact, it agrees with SAELens's own, and it always lets go of
+the model."""
 
 import pytest
 import torch
 from test_sae_pretrained import HOOK, shaken_folder, tiny_sae  # noqa: F401  (a fixture)
 
-from lenslab.activations import tokenize
-from lenslab.analysis.interventions import splice
-from lenslab.models import UnknownHook, load_model
-from lenslab.sae.pretrained import SAEMismatch
+from lenslab.circuits.interventions import splice
+from lenslab.hooks import UnknownHook
+from lenslab.models import load_model
+from lenslab.sae.load import SAEMismatch
+from lenslab.tokens import tokenize
 
 TEXTS = ["A cat sat on the mat.", "2 + 2", "Paris is a city on a river, they say."]
 TOKENS = torch.tensor([[0, 40, 50, 60, 70, 80], [0, 41, 51, 61, 71, 81]])
@@ -24,8 +26,12 @@ def difference(a, b):
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
-@pytest.mark.parametrize("hook", [HOOK, "blocks.2.hook_mlp_out", "blocks.1.attn.hook_z", "blocks.0.hook_resid_pre"])
-def test_with_the_error_term_and_no_edit_nothing_changes_and_without_it_much_does(bold, hook, architecture):
+@pytest.mark.parametrize(
+    "hook", [HOOK, "blocks.2.hook_mlp_out", "blocks.1.attn.hook_z", "blocks.0.hook_resid_pre"]
+)
+def test_with_the_error_term_and_no_edit_nothing_changes_and_without_it_much_does(
+    bold, hook, architecture
+):
     sae, clean = tiny_sae(bold, hook=hook, architecture=architecture), bold(TOKENS)
     with splice(bold, sae):
         assert difference(bold(TOKENS), clean) < 1e-5
@@ -42,7 +48,9 @@ def test_the_error_term_is_exact_for_saes_that_normalise_and_for_centred_ones(bo
     clean = bold(TOKENS)
     with splice(bold, sae, edit=lambda features: features.clone()):
         assert difference(bold(TOKENS), clean) < 1e-5
-    with splice(bold, sae, edit=lambda features: features.zero_()):  # in place: the error term must not see it
+    with splice(
+        bold, sae, edit=lambda features: features.zero_()
+    ):  # in place: the error term must not see it
         assert difference(bold(TOKENS), clean) > 1e-2
 
 
@@ -85,7 +93,11 @@ def test_an_edited_latent_agrees_with_a_hook_on_saelens_activations(bold, bridge
 def test_a_centred_sae_is_spliced_as_in_the_processed_model(shaken_folder, bold):  # noqa: F811
     processed = load_model(shaken_folder)
     processed.enable_compatibility_mode()
-    sae = tiny_sae(bold, hook="blocks.1.hook_resid_pre", model_from_pretrained_kwargs={"center_writing_weights": True})
+    sae = tiny_sae(
+        bold,
+        hook="blocks.1.hook_resid_pre",
+        model_from_pretrained_kwargs={"center_writing_weights": True},
+    )
 
     def replace(value, hook):
         return sae.decode(sae.encode(value))
@@ -100,7 +112,9 @@ def test_a_centred_sae_is_spliced_as_in_the_processed_model(shaken_folder, bold)
 def test_only_positions_of_the_mask_are_replaced(bold):
     sae, seen = tiny_sae(bold), []
     batch = tokenize(bold, TEXTS)
-    _, clean = bold.run_with_cache(batch.tokens, attention_mask=batch.attention.long(), names_filter=[HOOK])
+    _, clean = bold.run_with_cache(
+        batch.tokens, attention_mask=batch.attention.long(), names_filter=[HOOK]
+    )
     with (
         splice(bold, sae, error_term=False, mask=batch.real),
         bold.hooks([(HOOK, lambda value, hook: seen.append(value))]),
@@ -121,7 +135,10 @@ def test_the_features_handed_to_edit_are_those_of_the_tokens_and_must_keep_their
         pytest.raises(ValueError, match="return that shape"),
     ):
         bold(TOKENS)
-    with splice(bold, sae, edit=lambda features: features * float("nan")), pytest.raises(ValueError, match="NaN"):
+    with (
+        splice(bold, sae, edit=lambda features: features * float("nan")),
+        pytest.raises(ValueError, match="NaN"),
+    ):
         bold(TOKENS)
 
 
@@ -132,11 +149,15 @@ def test_during_generation_the_mask_holds_for_the_prompt_and_new_tokens_are_repl
     mask[0, 3] = True
     seen = {}
 
-    def look(value, hook):  # after the splice: which places in the whole text differ from a clean run
+    def look(
+        value, hook
+    ):  # after the splice: which places in the whole text differ from a clean run
         seen[value.shape[1]] = value
 
     with splice(bold, sae, error_term=False, mask=mask), bold.hooks([(HOOK, look)]):
-        out = bold.generate(prompt, max_new_tokens=4, do_sample=False, verbose=False, use_past_kv_cache=cached)
+        out = bold.generate(
+            prompt, max_new_tokens=4, do_sample=False, verbose=False, use_past_kv_cache=cached
+        )
     # the same by hand: one growing text, no cache, the mask written out
     text = prompt
     for _ in range(4):
@@ -166,8 +187,12 @@ def test_a_mask_for_another_number_of_texts_is_refused(bold):
 
 
 def hooks_left(model):
-    points = {id(point): point for point in model.hook_dict.values()}.values()  # aliases name a point again
-    return sum(len(point.fwd_hooks) for point in points) + len(model.original_model._forward_pre_hooks)
+    points = {
+        id(point): point for point in model.hook_dict.values()
+    }.values()  # aliases name a point again
+    return sum(len(point.fwd_hooks) for point in points) + len(
+        model.original_model._forward_pre_hooks
+    )
 
 
 def test_no_hook_is_left_behind_also_after_an_exception(bold):
@@ -176,7 +201,10 @@ def test_no_hook_is_left_behind_also_after_an_exception(bold):
         assert hooks_left(bold) == before + 2
     with pytest.raises(RuntimeError, match="stop"), splice(bold, tiny_sae(bold)):
         raise RuntimeError("stop")
-    with pytest.raises(ZeroDivisionError), splice(bold, tiny_sae(bold), edit=lambda features: 1 / 0):
+    with (
+        pytest.raises(ZeroDivisionError),
+        splice(bold, tiny_sae(bold), edit=lambda features: 1 / 0),
+    ):
         bold(TOKENS)
     assert hooks_left(bold) == before
 
@@ -206,7 +234,10 @@ def test_gradients_flow_through_the_features_and_not_through_the_error(bold):
     with splice(bold, sae, edit=keep("features")):
         bold(TOKENS)[0, -1, 5].backward()
     assert kept["features"].grad.abs().max() > 0
-    for width, arrives in ((1.0, True), (0.0, False)):  # a decoder of zeros leaves nothing but the error
+    for width, arrives in (
+        (1.0, True),
+        (0.0, False),
+    ):  # a decoder of zeros leaves nothing but the error
         sae.W_dec.mul_(width)
         with bold.hooks([("blocks.0.hook_resid_post", keep("before"))]), splice(bold, sae):
             bold(TOKENS)[0, -1, 5].backward()

@@ -1,4 +1,5 @@
-"""Permutation, bootstrap, false discovery rate and seeds: exact where a count is possible, calibrated where not."""
+"""Permutation, bootstrap, false discovery rate and seeds: exact where a count is possible,
+calibrated where not."""
 
 import itertools
 import math
@@ -34,7 +35,10 @@ def unchecked():
 
 
 def test_permutation_p_approaches_the_count_over_all_orders():
-    values, labels = np.array([0.1, 0.4, 0.2, 0.9, 0.7, 0.8]), np.array([0, 0, 0, 1, 1, 0], dtype=bool)
+    values, labels = (
+        np.array([0.1, 0.4, 0.2, 0.9, 0.7, 0.8]),
+        np.array([0, 0, 0, 1, 1, 0], dtype=bool),
+    )
 
     def statistic(y):
         return values[y].mean() - values[~y].mean()
@@ -63,7 +67,9 @@ def test_shuffles_equal_to_the_observed_count_although_sums_round_differently():
 
 def test_permutation_stays_within_strata():
     strata = np.array(["web", "book", "web", "book", "web", "book", "web", "book"])
-    labels = np.array([True, True, True, False, False, False, False, False])  # 2 of 4 web, 1 of 4 book
+    labels = np.array(
+        [True, True, True, False, False, False, False, False]
+    )  # 2 of 4 web, 1 of 4 book
     seen = []
 
     def statistic(y):
@@ -72,14 +78,17 @@ def test_permutation_stays_within_strata():
 
     stats.permutation_test(statistic, labels, generator(), n=200, strata=strata)
     seen = np.array(seen)
-    assert (seen[:, strata == "web"].sum(1) == 2).all() and (seen[:, strata == "book"].sum(1) == 1).all()
+    assert (seen[:, strata == "web"].sum(1) == 2).all() and (
+        seen[:, strata == "book"].sum(1) == 1
+    ).all()
     assert len(np.unique(seen, axis=0)) == math.comb(4, 2) * 4  # every such arrangement turns up
     rates = seen[1:].mean(0)
     np.testing.assert_allclose(rates, np.where(strata == "web", 0.5, 0.25), atol=0.12)
 
 
 def test_a_confounder_is_no_finding_once_it_is_a_stratum():
-    """The label goes with the register, the score only with the register: unstratified, that looks like a finding."""
+    """The label goes with the register, the score only with the register: unstratified, that looks
+    like a finding."""
     rng = numpy_rng("confounder")
     register = np.arange(200) % 2
     labels = rng.random(200) < np.where(register == 1, 0.8, 0.2)
@@ -93,7 +102,9 @@ def test_a_confounder_is_no_finding_once_it_is_a_stratum():
 
 def test_the_same_generator_gives_the_same_result_and_another_seed_another():
     scores, labels = numpy_rng("same").standard_normal((30, 3)), np.arange(30) < 10
-    one, two, three = (stats.auroc_permutations(scores, labels, generator(seed=s), n=200) for s in (0, 0, 1))
+    one, two, three = (
+        stats.auroc_permutations(scores, labels, generator(seed=s), n=200) for s in (0, 0, 1)
+    )
     assert np.array_equal(one.p, two.p) and np.array_equal(one.null_max, two.null_max)
     assert not np.array_equal(one.null_max, three.null_max)
 
@@ -101,7 +112,10 @@ def test_the_same_generator_gives_the_same_result_and_another_seed_another():
 def test_auroc_permutations_are_the_permutation_test_of_auroc(monkeypatch):
     monkeypatch.setattr(stats, "FEATURES", 3)  # in blocks of features too
     rng = numpy_rng("parity")
-    scores, labels = np.maximum(rng.standard_normal((40, 8)), 0).astype(np.float32), np.arange(40) % 4 == 0
+    scores, labels = (
+        np.maximum(rng.standard_normal((40, 8)), 0).astype(np.float32),
+        np.arange(40) % 4 == 0,
+    )
     strata = np.arange(40) % 3
 
     def statistic(y):
@@ -119,7 +133,9 @@ def test_one_feature_has_the_p_of_the_mann_whitney_test():
     rng = numpy_rng("mann-whitney")
     scores, labels = rng.standard_normal((60, 1)), np.arange(60) < 20
     scores[labels] += 0.5
-    expected = scipy.stats.mannwhitneyu(scores[labels, 0], scores[~labels, 0], alternative="greater", method="exact")
+    expected = scipy.stats.mannwhitneyu(
+        scores[labels, 0], scores[~labels, 0], alternative="greater", method="exact"
+    )
     result = stats.auroc_permutations(scores, labels, generator(), n=4000)
     assert result.p[0] == pytest.approx(expected.pvalue, abs=0.01)
 
@@ -137,8 +153,12 @@ def test_family_p_pays_for_the_search_and_is_p_for_a_single_feature():
 
 
 def test_error_rate_on_planted_null_and_power_on_planted_signal():
-    """BH over 20 features at q = .05: any rejection in at most 7 % of 200 null data sets; power .8 at AUROC .9."""
-    labels, shift = np.arange(60) < 20, math.sqrt(2) * scipy.stats.norm.ppf(0.9)  # AUROC of two normals so far apart
+    """BH over 20 features at q = .05: any rejection in at most 7 % of 200 null data sets; power .8
+    at AUROC .9."""
+    labels, shift = (
+        np.arange(60) < 20,
+        math.sqrt(2) * scipy.stats.norm.ppf(0.9),
+    )  # AUROC of two normals so far apart
     rng = numpy_rng("error rate")
     any_null = any_uncorrected = found = planted = family = 0
     for run in range(200):
@@ -171,7 +191,9 @@ def test_permutations_refuse_one_class_mixed_lengths_and_no_shuffles(call, unche
     def run(labels=labels, scores=scores, **options):
         if call == "auroc_permutations":
             return stats.auroc_permutations(scores, labels, generator(), **options)
-        return stats.permutation_test(lambda y: float(scores[: len(y), 0] @ y), labels, generator(), **options)
+        return stats.permutation_test(
+            lambda y: float(scores[: len(y), 0] @ y), labels, generator(), **options
+        )
 
     run()
     with pytest.raises(ValueError, match="strata"):
@@ -192,7 +214,9 @@ def test_permutations_refuse_one_class_mixed_lengths_and_no_shuffles(call, unche
 
 def test_a_stratum_with_both_labels_is_enough_beside_strata_with_one():
     labels, strata = np.array([1, 0, 1, 1, 0, 0]), np.array([0, 0, 1, 1, 2, 2])
-    result = stats.permutation_test(lambda y: float(y[0]), labels, generator(), n=400, strata=strata)
+    result = stats.permutation_test(
+        lambda y: float(y[0]), labels, generator(), n=400, strata=strata
+    )
     assert float(result.p) == pytest.approx(0.5, abs=0.1)
 
 
@@ -213,7 +237,10 @@ def test_matched_aurocs_shuffle_whole_rows_within_strata():
     labels = np.stack([np.arange(40) % 20 < 5 + 10 * strata, np.arange(40) % 2 == 0], axis=1)
     scores = np.stack([strata, np.zeros(40)], axis=1) + 0.0
     inside = stats.matched_auroc_permutations(scores, labels, generator(), n=200, strata=strata)
-    assert inside.observed[0] > 0.7 and inside.p.tolist() == [1, 1]  # the stratum explains all of it
+    assert inside.observed[0] > 0.7 and inside.p.tolist() == [
+        1,
+        1,
+    ]  # the stratum explains all of it
     assert stats.matched_auroc_permutations(scores, labels, generator(), n=200).p[0] < 0.05
 
 
@@ -221,7 +248,9 @@ def test_matched_aurocs_keep_their_level_over_tests():
     rng, kinds, false = numpy_rng("matched level"), np.repeat(np.arange(5), 12), 0
     for run in range(200):
         labels = rng.permutation(kinds)[:, None] == np.arange(5)
-        p = stats.matched_auroc_permutations(rng.random((60, 5)), labels, generator("m", run), n=199).p
+        p = stats.matched_auroc_permutations(
+            rng.random((60, 5)), labels, generator("m", run), n=199
+        ).p
         false += bool((stats.benjamini_hochberg(p) <= 0.05).any())
     assert 1 <= false <= 17  # of 10 expected
 
@@ -240,15 +269,25 @@ def test_difference_of_aurocs_by_hand_and_by_resampling():
     rng = numpy_rng("difference")
     inside = np.arange(40) < 12
     ours, theirs = rng.normal(size=40) + inside, (rng.normal(size=40) + 0.3 * inside).round(1)
-    found = stats.auroc_difference(ours[:, None], theirs[:, None], inside[:, None], ~inside, generator(), n=4000)
-    a, b = (float(auroc(torch.from_numpy(s)[:, None], torch.from_numpy(inside))[0]) for s in (ours, theirs))
+    found = stats.auroc_difference(
+        ours[:, None], theirs[:, None], inside[:, None], ~inside, generator(), n=4000
+    )
+    a, b = (
+        float(auroc(torch.from_numpy(s)[:, None], torch.from_numpy(inside))[0])
+        for s in (ours, theirs)
+    )
     assert found.estimate == pytest.approx(a - b) and found.n == 40
     drawn = []
     for _ in range(700):
         rows = np.concatenate([rng.choice(np.flatnonzero(c), c.sum()) for c in (inside, ~inside)])
-        pair = (auroc(torch.from_numpy(s[rows])[:, None], torch.from_numpy(inside[rows]))[0] for s in (ours, theirs))
+        pair = (
+            auroc(torch.from_numpy(s[rows])[:, None], torch.from_numpy(inside[rows]))[0]
+            for s in (ours, theirs)
+        )
         drawn.append(float(next(pair) - next(pair)))
-    assert [found.low, found.high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist(), abs=0.03)
+    assert [found.low, found.high] == pytest.approx(
+        np.quantile(drawn, [0.025, 0.975]).tolist(), abs=0.03
+    )
 
 
 def test_difference_of_aurocs_is_averaged_over_groups():
@@ -293,7 +332,9 @@ def test_the_fast_mean_equals_the_general_path(monkeypatch):
     documents = rng.integers(0, 25, size=300)
     values = rng.standard_normal(300) + documents / 10
     fast = stats.bootstrap_by_document(values, documents, generator(), n=3000)
-    slow = stats.bootstrap_by_document(values, documents, generator(), statistic=lambda v: v.mean(), n=3000)
+    slow = stats.bootstrap_by_document(
+        values, documents, generator(), statistic=lambda v: v.mean(), n=3000
+    )
     assert fast.estimate == pytest.approx(slow.estimate)
     assert (fast.low, fast.high) == pytest.approx((slow.low, slow.high), abs=0.05)
 
@@ -325,7 +366,9 @@ def test_documents_may_be_named_differ_in_length_and_come_in_any_order():
 
 
 def test_a_resampled_mean_is_over_the_items_drawn():
-    documents = np.repeat([0, 1, 2], [1, 10, 100])  # a draw may hold 3 items or 300: the mean of ones is one
+    documents = np.repeat(
+        [0, 1, 2], [1, 10, 100]
+    )  # a draw may hold 3 items or 300: the mean of ones is one
     interval = stats.bootstrap_by_document(np.ones(111), documents, generator())
     assert (interval.low, interval.high) == (1, 1)
 
@@ -356,10 +399,14 @@ def test_paired_bootstrap_of_a_statistic_that_needs_labels():
     good, bad = labels + 0.3 * rng.standard_normal(80), rng.standard_normal(80)
 
     def area(rows):
-        return float(auroc(torch.from_numpy(rows[:, :1].copy()), torch.from_numpy(rows[:, 1] == 1))[0])
+        return float(
+            auroc(torch.from_numpy(rows[:, :1].copy()), torch.from_numpy(rows[:, 1] == 1))[0]
+        )
 
     ours, theirs = np.stack([good, labels], 1), np.stack([bad, labels], 1)
-    interval = stats.paired_bootstrap(ours, theirs, np.arange(80), generator(), statistic=area, n=200)
+    interval = stats.paired_bootstrap(
+        ours, theirs, np.arange(80), generator(), statistic=area, n=200
+    )
     assert interval.estimate == pytest.approx(area(ours) - area(theirs)) and interval.low > 0.2
     same = stats.paired_bootstrap(ours, ours, np.arange(80), generator(), statistic=area, n=50)
     assert (same.low, same.estimate, same.high) == (0, 0, 0)
@@ -401,7 +448,9 @@ def test_benjamini_hochberg_rejects_what_the_step_up_rule_rejects():
 
 def test_benjamini_hochberg_counts_every_entry_of_a_table():
     p = numpy_rng("table").random((7, 3))
-    np.testing.assert_array_equal(stats.benjamini_hochberg(p).ravel(), stats.benjamini_hochberg(p.ravel()))
+    np.testing.assert_array_equal(
+        stats.benjamini_hochberg(p).ravel(), stats.benjamini_hochberg(p.ravel())
+    )
     assert stats.benjamini_hochberg(p).shape == (7, 3)
 
 
@@ -452,7 +501,9 @@ def test_better_and_no_worse_follow_the_bounds_not_the_means():
     steady = peer + np.array([0.01, 0.012, 0.009, 0.011, 0.01])
     lucky = peer + np.array([0.2, -0.05, 0.0, 0.0, 0.0])
     assert stats.paired_seeds(steady, peer).better and stats.paired_seeds(steady, peer).no_worse
-    assert not stats.paired_seeds(lucky, peer).better and not stats.paired_seeds(lucky, peer).no_worse
+    assert (
+        not stats.paired_seeds(lucky, peer).better and not stats.paired_seeds(lucky, peer).no_worse
+    )
     equal = stats.paired_seeds(peer, peer)
     assert equal.no_worse and not equal.better
     slightly_less = stats.paired_seeds(peer - 0.009, peer)
@@ -467,7 +518,9 @@ def test_errors_are_compared_as_ratios_with_lower_better():
     assert not stats.paired_seeds(1.011 * peer, peer, lower_is_better=True).no_worse
     noisy = stats.paired_seeds(peer * [0.9, 1.1, 0.95, 1.0, 1.02], peer, lower_is_better=True)
     logs = scipy.stats.ttest_1samp(np.log([0.9, 1.1, 0.95, 1.0, 1.02]), 0).confidence_interval(0.95)
-    assert (noisy.ratio.low, noisy.ratio.high) == pytest.approx((np.exp(logs.low), np.exp(logs.high)))
+    assert (noisy.ratio.low, noisy.ratio.high) == pytest.approx(
+        (np.exp(logs.low), np.exp(logs.high))
+    )
     assert not noisy.better and not noisy.no_worse
 
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from lenslab import store as store_module
-from lenslab.activations import harvest, tokenize
-from lenslab.forward import BadActivations
-from lenslab.models import UnknownHook, random_twin, stream_hook
-from lenslab.paths import REPOSITORY
+from lenslab.capture import BadActivations, harvest
+from lenslab.files import REPOSITORY
+from lenslab.hooks import UnknownHook, stream_hook
+from lenslab.models import random_twin
 from lenslab.runtime import derive_generator
 from lenslab.store import ActivationStore, DamagedShard, StoreMismatch
+from lenslab.tokens import tokenize
 
 HOOK = "blocks.1.hook_resid_post"
 TEXTS = [f"Text number {i}: " + "a cat sat on the mat. " * (i % 3) for i in range(11)]
@@ -33,7 +34,9 @@ def fill(model, batch, tmp_path):
 
     def run(name="store", hooks=HOOK, dtype=torch.float32, batch=batch, model=model, **options):
         options = {"compute": "float32", "batch_size": 2} | options
-        store = ActivationStore.open(model, batch, hooks, folder=tmp_path / name, dtype=dtype, texts_per_shard=3)
+        store = ActivationStore.open(
+            model, batch, hooks, folder=tmp_path / name, dtype=dtype, texts_per_shard=3
+        )
         return harvest(model, batch, hooks, store=store, **options)
 
     return run
@@ -47,7 +50,9 @@ def contents(folder):
 def test_rows_are_the_real_tokens_in_order_with_their_origin(model, batch, fill, dtype):
     store = fill(dtype=dtype)
     expected = harvest(model, batch, HOOK, compute="float32", dtype=dtype)[HOOK]
-    assert len(store) == batch.n_real and store.d_in == 32 and store.n_shards == 4 and store.complete
+    assert (
+        len(store) == batch.n_real and store.d_in == 32 and store.n_shards == 4 and store.complete
+    )
     everything = torch.arange(len(store))
     text, position, token = (store.rows(everything, name) for name in ("text", "position", "token"))
     assert torch.equal(torch.stack([text, position], 1).long(), batch.real.nonzero())
@@ -73,7 +78,9 @@ def test_rows_come_in_the_order_asked_for(fill):
 def test_a_sample_is_of_different_rows_and_follows_its_generator(fill):
     store = fill()
     first, again = (store.sample(20, derive_generator(0, "sample")) for _ in range(2))
-    places = [store.sample(20, derive_generator(0, "sample"), name) for name in ("text", "position")]
+    places = [
+        store.sample(20, derive_generator(0, "sample"), name) for name in ("text", "position")
+    ]
     assert torch.equal(first, again) and len(torch.stack(places, 1).unique(dim=0)) == 20
     assert not torch.equal(first, store.sample(20, derive_generator(1, "sample")))
     assert len(store.sample(len(store), derive_generator(0, "sample"))) == len(store)
@@ -96,14 +103,23 @@ def test_several_hooks_share_one_run_and_heads_lie_side_by_side(model, batch, fi
     z = harvest(model, batch, hooks[1], compute="float32")[hooks[1]][batch.real].flatten(1)
     torch.testing.assert_close(store.rows(torch.arange(len(store)), hooks[1]), z, atol=1e-5, rtol=0)
     assert store.statistics(hooks[0]).mean.shape == (32,)
-    for call in (lambda: store.d_in, store.statistics, lambda: store.rows([0]), lambda: store.rows([0], HOOK)):
+    for call in (
+        lambda: store.d_in,
+        store.statistics,
+        lambda: store.rows([0]),
+        lambda: store.rows([0], HOOK),
+    ):
         with pytest.raises(ValueError, match="which hook"):
             call()
 
 
 def test_a_store_reads_without_the_model(fill):
     store = ActivationStore(fill().folder)
-    assert store.hooks == (HOOK,) and store.read(0)[HOOK].shape[1] == 32 and "4 of 4 shards" in repr(store)
+    assert (
+        store.hooks == (HOOK,)
+        and store.read(0)[HOOK].shape[1] == 32
+        and "4 of 4 shards" in repr(store)
+    )
 
 
 class Stop(Exception):
@@ -111,7 +127,9 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("done", [0, 1, 3])
-def test_a_run_that_broke_off_and_was_continued_is_byte_for_byte_the_whole_run(fill, monkeypatch, done):
+def test_a_run_that_broke_off_and_was_continued_is_byte_for_byte_the_whole_run(
+    fill, monkeypatch, done
+):
     whole = contents(fill("whole").folder)
     written, write = [], ActivationStore._write
 
@@ -124,14 +142,17 @@ def test_a_run_that_broke_off_and_was_continued_is_byte_for_byte_the_whole_run(f
     monkeypatch.setattr(ActivationStore, "_write", interrupted)
     with pytest.raises(Stop):
         fill("broken")
-    monkeypatch.setattr(ActivationStore, "_write", lambda self, i, t: (written.append(i), write(self, i, t)))
+    monkeypatch.setattr(
+        ActivationStore, "_write", lambda self, i, t: (written.append(i), write(self, i, t))
+    )
     continued = fill("broken")
     assert written == [0, 1, 2, 3], "nothing was computed twice"
     assert contents(continued.folder) == whole
 
 
 def test_a_process_killed_while_writing_loses_nothing_that_was_written(gpt2_folder, tmp_path, fill):
-    """SIGKILL in the middle of writing the third shard: the first two are kept, the half one never counts."""
+    """SIGKILL in the middle of writing the third shard: the first two are kept, the half one never
+    counts."""
     script = f"""
 import os, signal, sys
 sys.path.insert(0, {str(REPOSITORY / "src")!r})
@@ -153,7 +174,9 @@ opened = store.ActivationStore.open(model, batch, {HOOK!r}, folder={str(tmp_path
                                     texts_per_shard=3)
 harvest(model, batch, {HOOK!r}, store=opened, compute="float32", batch_size=2, progress=False)
 """
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
+    )
     assert ran.returncode == -signal.SIGKILL, ran.stderr
     left = ActivationStore(tmp_path / "killed")
     assert [s["sha256"] is not None for s in left.manifest["shards"]] == [True, True, False, False]
@@ -166,9 +189,13 @@ harvest(model, batch, {HOOK!r}, store=opened, compute="float32", batch_size=2, p
     continued, whole = fill("killed"), fill("whole")
     after = contents(continued.folder)
     assert after.keys() == contents(whole.folder).keys(), "the half shard is cleared away"
-    assert all(after[f"shard-0000{i}.safetensors"] == before[f"shard-0000{i}.safetensors"] for i in (0, 1))
+    assert all(
+        after[f"shard-0000{i}.safetensors"] == before[f"shard-0000{i}.safetensors"] for i in (0, 1)
+    )
     everything = torch.arange(len(whole))  # two processes may round the last bit differently
-    torch.testing.assert_close(continued.rows(everything), whole.rows(everything), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        continued.rows(everything), whole.rows(everything), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
@@ -227,7 +254,9 @@ def test_a_full_disk_leaves_what_was_written(fill, monkeypatch):
 
 
 def test_too_little_space_is_said_before_the_run(fill, monkeypatch):
-    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr(
+        store_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})
+    )
     with pytest.raises(OSError, match=r"needs .* GB more"):
         fill()
 
@@ -251,7 +280,8 @@ def test_nan_is_refused_by_the_number_of_its_text_and_earlier_shards_stay(fill, 
 
 
 def test_a_huge_bos_does_not_keep_the_real_tokens_out_of_float16(fill, model, batch):
-    """The first position reaches hundreds of times the rest (S0.26); it is not stored, so it need not fit."""
+    """The first position reaches hundreds of times the rest (S0.26); it is not stored, so it need
+    not fit."""
 
     def enlarge(module, inputs, output):
         output = output.clone()

@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from lenslab.activations import harvest, tokenize
-from lenslab.analysis.features import top_tokens
-from lenslab.analysis.streams import context_similarity, head_scores, repeated_tokens, stream_profile, token_bits
-from lenslab.data import load_probes, load_texts
+from lenslab.capture import harvest
+from lenslab.circuits.streams import (
+    context_similarity,
+    head_scores,
+    repeated_tokens,
+    stream_profile,
+    token_bits,
+)
+from lenslab.features.activations import top_tokens
 from lenslab.models import generate, load_model
+from lenslab.texts import load_probes, load_texts
+from lenslab.tokens import tokenize
 
 TEXTS = ["A cat sat on the mat.", "The mat is on the cat.", "2 + 2 = 4"]
 
@@ -21,7 +28,9 @@ def test_streams_add_up_and_the_control_fails(model):
 
 def test_first_position_is_read_where_the_text_starts(model):
     """BOS, on either side of the padding; the rest never includes it."""
-    right, left = (stream_profile(model, tokenize(model, TEXTS, pad_side=side)) for side in ("right", "left"))
+    right, left = (
+        stream_profile(model, tokenize(model, TEXTS, pad_side=side)) for side in ("right", "left")
+    )
     assert np.allclose(right.first_position, left.first_position, rtol=1e-4)
     assert np.allclose(right.residual, left.residual, rtol=1e-4)
     name = "blocks.0.hook_resid_post"
@@ -33,7 +42,8 @@ def test_first_position_is_read_where_the_text_starts(model):
 
 
 def test_two_largest_share_of_a_planted_vector(gpt2_folder):
-    """A huge value planted in two dimensions of every BOS must show as a share near one there, nowhere else."""
+    """A huge value planted in two dimensions of every BOS must show as a share near one there,
+    nowhere else."""
     model = load_model(gpt2_folder)
 
     def plant(value, hook):
@@ -52,7 +62,9 @@ def test_context_similarity_is_one_where_context_is_ignored(gpt2_folder):
     plain = context_similarity(model, batch, 1)
     seen = []
     model.hook_dict["embed.hook_in"].add_hook(lambda value, hook: seen.append(value))
-    constant = torch.randn(model.cfg.d_vocab, model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    constant = torch.randn(
+        model.cfg.d_vocab, model.cfg.d_model, generator=torch.Generator().manual_seed(0)
+    )
     model.blocks[1].mlp.hook_out.add_hook(lambda value, hook: constant[seen[-1]])
     planted = context_similarity(model, batch, 1)
     assert planted.loc["mlp", "same token"] == pytest.approx(1, abs=1e-5)
@@ -91,7 +103,8 @@ def test_repeated_tokens_repeat_and_hold_no_special_token(model):
 
 
 def test_head_scores_find_a_planted_head(gpt2_folder):
-    """A head made to look one position back has previous-token score one, and induction score near zero."""
+    """A head made to look one position back has previous-token score one, and induction score near
+    zero."""
     model = load_model(gpt2_folder)
 
     def look_back(pattern, hook):
@@ -102,7 +115,9 @@ def test_head_scores_find_a_planted_head(gpt2_folder):
     scores = head_scores(model, n=4, length=12)
     assert scores.best("previous_token") == (1, 2, pytest.approx(1.0))
     assert scores.induction[1, 2] == 0 and scores.previous_token[0].max() < 0.5
-    total = scores.previous_token + scores.duplicate_token + scores.induction + scores.first_position
+    total = (
+        scores.previous_token + scores.duplicate_token + scores.induction + scores.first_position
+    )
     assert total.max() <= 1 + 1e-5
 
 
@@ -122,7 +137,9 @@ def test_shuffled_bits_are_those_of_the_same_tokens_in_another_order(model):
     assert not np.allclose(shuffled, token_bits(model, batch), rtol=1e-5)
     assert np.array_equal(shuffled, token_bits(model, batch, shuffle=True))
     one = tokenize(model, "A")  # one token has one order
-    assert one.tokens.shape == (1, 2) and np.array_equal(token_bits(model, one, shuffle=True), token_bits(model, one))
+    assert one.tokens.shape == (1, 2) and np.array_equal(
+        token_bits(model, one, shuffle=True), token_bits(model, one)
+    )
 
 
 def test_top_tokens_rank_and_never_show_padding(model):
@@ -151,7 +168,9 @@ def test_probes_are_found_and_a_missing_set_names_those_that_exist():
 def test_texts_from_files(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     (tmp_path / "b.jsonl").write_text('{"text": "three"}\n\n{"text": ""}\n')
-    assert load_texts(tmp_path) == ["one", "two", "three"] and load_texts(tmp_path, limit=1) == ["one"]
+    assert load_texts(tmp_path) == ["one", "two", "three"] and load_texts(tmp_path, limit=1) == [
+        "one"
+    ]
     (tmp_path / "c.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(ValueError, match=r"c\.jsonl, line 1"):
         load_texts(tmp_path)

@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from lenslab.activations import tokenize
 from lenslab.show import tokens
-from lenslab.show.tokens import HUES, STEPS, feature_strips, highlight, highlight_batch, token_strip, visible
+from lenslab.show.tokens import (
+    HUES,
+    STEPS,
+    feature_strips,
+    highlight,
+    highlight_batch,
+    token_strip,
+    visible,
+)
+from lenslab.tokens import tokenize
 
 
 def colours(body: str) -> dict[str, str]:
@@ -27,7 +35,9 @@ def test_one_scale_for_all_texts_so_a_weak_text_looks_weak():
 
 def test_what_does_not_count_is_grey_and_has_no_part_in_scale_and_maximum():
     """W4.14: the printed maximum was that of BOS."""
-    body = highlight([["<s>", "a", "b", "", ""]], [[99.0, 2.0, 1.0, 50.0, 50.0]], counted=[[0, 1, 1, 0, 0]]).body
+    body = highlight(
+        [["<s>", "a", "b", "", ""]], [[99.0, 2.0, 1.0, 50.0, 50.0]], counted=[[0, 1, 1, 0, 0]]
+    ).body
     found = colours(body)
     assert found["&lt;s&gt;"] == "x" and found["a"] == "p12" and found["b"] == "p6"
     assert "max 2.000" in body and "99.0" not in body and "50.0" not in body
@@ -110,7 +120,9 @@ def test_tensors_of_any_precision_are_taken():
 
 
 def test_several_features_on_one_text_each_with_its_own_scale():
-    body = feature_strips(["<s>", "a", "b"], [[9, 1.0, 0], [9, 0, 50.0]], ["one", "two"], counted=[0, 1, 1]).body
+    body = feature_strips(
+        ["<s>", "a", "b"], [[9, 1.0, 0], [9, 0, 50.0]], ["one", "two"], counted=[0, 1, 1]
+    ).body
     assert "0 to 1.000" in body and "0 to 50.000" in body and "9.000" not in body
     assert body.count("p12") == 2
     with pytest.raises(ValueError, match="1 scales for 2 features"):
@@ -124,8 +136,15 @@ def test_the_target_category_is_told_from_the_others():
 
 
 def test_long_texts_and_many_texts_are_cut_and_the_cut_is_named():
-    body = highlight([str(i) for i in range(300)], [float(i == 150) for i in range(300)], window=20).body
-    assert "130 tokens …" in body and "… 129 tokens" in body and ">150<" in body and ">129<" not in body
+    body = highlight(
+        [str(i) for i in range(300)], [float(i == 150) for i in range(300)], window=20
+    ).body
+    assert (
+        "130 tokens …" in body
+        and "… 129 tokens" in body
+        and ">150<" in body
+        and ">129<" not in body
+    )
     many = highlight([["a"]] * 30, [[float(i)] for i in range(30)], max_texts=5).body
     assert many.count("<mark") + many.count("<u") and "25 of 30 texts left out" in many
     assert "29.000" in many  # the scale is that of all, shown or not
@@ -169,7 +188,9 @@ def test_nan_where_it_does_not_count_is_no_matter():
 
 
 def test_the_printed_strip_names_the_strongest_in_order_of_the_text():
-    strip = token_strip(["<s>", " =", "x", " ^", "\n"], [99, 25.44, 0, 34.4, 10.2], counted=[0, 1, 1, 1, 1], n=2)
+    strip = token_strip(
+        ["<s>", " =", "x", " ^", "\n"], [99, 25.44, 0, 34.4, 10.2], counted=[0, 1, 1, 1, 1], n=2
+    )
     assert strip == "« =» 25.4  «^» 34.4  and 1 weaker".replace("«^»", "« ^»")
     assert token_strip(["a"], [0.0]) == "not active"
 
@@ -181,7 +202,9 @@ def test_a_view_shows_itself_and_saves_as_a_page(tmp_path, monkeypatch):
     file = view.save("first")
     text = file.read_text(encoding="utf-8")
     assert (
-        file == tmp_path / "results" / "first.html" and "<title>A &lt;title&gt;</title>" in text and str(view) in text
+        file == tmp_path / "results" / "first.html"
+        and "<title>A &lt;title&gt;</title>" in text
+        and str(view) in text
     )
     with pytest.raises(ValueError, match="cannot name"):
         view.save("../elsewhere")
@@ -192,7 +215,10 @@ def test_a_view_says_nothing_where_notebooks_are_compared():
 
 
 def luminance(colour) -> float:
-    parts = [c / 255 / 12.92 if c / 255 <= 0.03928 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+    parts = [
+        c / 255 / 12.92 if c / 255 <= 0.03928 else ((c / 255 + 0.055) / 1.055) ** 2.4
+        for c in colour
+    ]
     return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
 
 

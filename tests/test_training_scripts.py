@@ -1,4 +1,5 @@
-"""The scripts that train the bundled models: same windows whatever was asked before, resumed runs equal whole ones."""
+"""The scripts that train the bundled models: same windows whatever was asked before, resumed runs
+equal whole ones."""
 
 import functools
 import gzip
@@ -15,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from lenslab.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
-from lenslab.paths import REPOSITORY
+from lenslab.files import REPOSITORY, latest_checkpoint, load_checkpoint, save_checkpoint
 from lenslab.runtime import derive_generator
 
 CONTEXT, BATCH, STEPS = 16, 2, 20
@@ -30,7 +30,8 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The scripts as modules; they import one another by their bare names, so their folder is on the path."""
+    """The scripts as modules; they import one another by their bare names, so their folder is on
+    the path."""
     sys.path.insert(0, str(REPOSITORY / "scripts"))
     try:
         names = ("pocket_corpus", "muon", "pocket_card", "pocket_training", "train_pocket_gpt")
@@ -47,7 +48,10 @@ def scripts():
 
 
 def documents(n=40):
-    return {c: [SENTENCES[(i + k) % 4] * (4 + i % 5) + str(i) for i in range(n)] for k, c in enumerate(("math", "web"))}
+    return {
+        c: [SENTENCES[(i + k) % 4] * (4 + i % 5) + str(i) for i in range(n)]
+        for k, c in enumerate(("math", "web"))
+    }
 
 
 # Corpus
@@ -64,14 +68,18 @@ def write_corpus(folder, texts):
 def test_a_document_is_held_out_by_its_content_alone(scripts):
     texts = [f"document number {i}" for i in range(5000)]
     held = [scripts.corpus.is_held_out(text) for text in texts]
-    assert held == [int.from_bytes(hashlib.sha256(t.encode()).digest()[:4], "big") % 100 < 2 for t in texts]
+    assert held == [
+        int.from_bytes(hashlib.sha256(t.encode()).digest()[:4], "big") % 100 < 2 for t in texts
+    ]
     assert 0.014 < np.mean(held) < 0.026
 
 
 def test_training_and_validation_share_nothing_and_lose_nothing(scripts, tmp_path, monkeypatch):
     texts = {"math": [f"sum {i}" for i in range(400)], "web": [f"page {i}" for i in range(300)]}
     write_corpus(tmp_path, texts)
-    monkeypatch.setattr(scripts.corpus, "read_python", lambda: [f"def f{i}(): pass" for i in range(300)])
+    monkeypatch.setattr(
+        scripts.corpus, "read_python", lambda: [f"def f{i}(): pass" for i in range(300)]
+    )
     train, validation = scripts.corpus.load_documents(str(tmp_path))
     assert set(train) == set(validation) == {"math", "web", "python"}
     for category in texts:
@@ -83,14 +91,22 @@ def test_training_and_validation_share_nothing_and_lose_nothing(scripts, tmp_pat
 def test_no_corpus_says_what_to_do_instead(scripts, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"CATEGORY/SOURCE\.jsonl\.gz.*--corpus hub"):
         scripts.corpus.load_documents(str(tmp_path))
-    command = ["train_pocket_gpt.py", "--corpus", str(tmp_path / "absent"), "--work", str(tmp_path / "work")]
+    command = [
+        "train_pocket_gpt.py",
+        "--corpus",
+        str(tmp_path / "absent"),
+        "--work",
+        str(tmp_path / "work"),
+    ]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="--corpus hub"):
         scripts.train.main()
     assert not (tmp_path / "work").exists()
 
 
-def test_the_tokenizer_is_of_the_class_that_older_transformers_open_and_loses_no_byte(scripts, tmp_path):
+def test_the_tokenizer_is_of_the_class_that_older_transformers_open_and_loses_no_byte(
+    scripts, tmp_path
+):
     tokenizer = scripts.corpus.train_tokenizer(documents(), tmp_path / "tokenizer", vocabulary=300)
     config = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
@@ -110,7 +126,10 @@ def test_every_document_ends_with_eos_once_and_the_encoding_is_cached(scripts, t
         assert same, category
     files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npy")}
     scripts.corpus.encode_streams(texts, tokenizer, tmp_path)
-    assert files == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npy")} and len(files) == 2
+    assert (
+        files == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npy")}
+        and len(files) == 2
+    )
 
 
 def test_texts_of_the_same_number_and_size_are_encoded_anew(scripts, tmp_path):
@@ -134,14 +153,20 @@ def test_a_tokenizer_of_other_texts_is_refused_and_a_copied_one_is_used(scripts,
     shutil.copytree(tmp_path / "tokenizer", tmp_path / "copied")  # as `--start` does
     copied = scripts.corpus.train_tokenizer(other, tmp_path / "copied", vocabulary=300)
     assert len(copied) == 300
-    assert {f.name for f in (tmp_path / "tokenizer").iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    assert {f.name for f in (tmp_path / "tokenizer").iterdir()} == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
 
 
 def test_a_category_without_documents_is_left_out(scripts, tmp_path):
     texts = documents(10) | {"social": []}
     tokenizer = scripts.corpus.train_tokenizer(texts, tmp_path / "tokenizer", vocabulary=300)
     streams = scripts.corpus.encode_streams(texts, tokenizer, tmp_path)
-    assert set(streams) == {"math", "web"} and scripts.corpus.Windows(streams, seed=0, bos=0)(0)[0] == 0
+    assert (
+        set(streams) == {"math", "web"}
+        and scripts.corpus.Windows(streams, seed=0, bos=0)(0)[0] == 0
+    )
     with pytest.raises(scripts.corpus.NoCorpus, match="256 tokens"):
         scripts.corpus.Windows({"math": streams["math"][:200]}, seed=0, bos=0)
 
@@ -158,7 +183,9 @@ def streams():
     }
 
 
-def test_a_window_depends_on_the_seed_and_its_number_and_not_on_what_was_asked_before(scripts, streams):
+def test_a_window_depends_on_the_seed_and_its_number_and_not_on_what_was_asked_before(
+    scripts, streams
+):
     def fresh(seed=0):
         return scripts.corpus.Windows(streams, seed=seed, bos=0)
 
@@ -173,7 +200,9 @@ def test_a_window_depends_on_the_seed_and_its_number_and_not_on_what_was_asked_b
     assert not all(np.array_equal(fresh(seed=1)(g), expected[g]) for g in numbers)
 
 
-def test_windows_start_with_bos_and_read_each_epoch_whole_before_the_next(scripts, streams, monkeypatch):
+def test_windows_start_with_bos_and_read_each_epoch_whole_before_the_next(
+    scripts, streams, monkeypatch
+):
     monkeypatch.setattr(scripts.corpus, "REPEAT_SHARE", 0.0)
     only = {"math": streams["math"]}
     windows = scripts.corpus.Windows(only, seed=0, bos=0)
@@ -181,8 +210,12 @@ def test_windows_start_with_bos_and_read_each_epoch_whole_before_the_next(script
     rows = np.stack([windows(g) for g in range(2 * slots)])
     assert (rows[:, 0] == 0).all()
     whole = {tuple(only["math"][i * 256 : (i + 1) * 256].tolist()) for i in range(slots)}
-    first, second = ([tuple(row[1:].tolist()) for row in part] for part in (rows[:slots], rows[slots:]))
-    same = set(first) == set(second) == whole  # a name: pytest would spend minutes on drawing the difference
+    first, second = (
+        [tuple(row[1:].tolist()) for row in part] for part in (rows[:slots], rows[slots:])
+    )
+    same = (
+        set(first) == set(second) == whole
+    )  # a name: pytest would spend minutes on drawing the difference
     assert same and len(whole) == slots
     assert [row[0] for row in first] != [row[0] for row in second]  # another order
 
@@ -206,7 +239,9 @@ def test_some_windows_repeat_a_span_of_themselves(scripts, streams):
 def test_random_spans_are_of_the_tokenizers_own_vocabulary(scripts, streams, monkeypatch):
     monkeypatch.setattr(scripts.corpus, "REPEAT_SHARE", 1.0)
     zeros = {"math": np.zeros_like(streams["math"])}
-    drawn = np.concatenate([scripts.corpus.Windows(zeros, seed=0, bos=0, vocabulary=300)(g) for g in range(200)])
+    drawn = np.concatenate(
+        [scripts.corpus.Windows(zeros, seed=0, bos=0, vocabulary=300)(g) for g in range(200)]
+    )
     assert 290 < drawn.max() < 300 and drawn[drawn > 0].min() == 3
 
 
@@ -232,8 +267,13 @@ def test_orthogonalise_of_zero_is_zero(scripts):
 
 def test_query_key_and_value_are_orthogonalised_apart(scripts):
     weight = torch.nn.Parameter(torch.zeros(16, 48))
-    scale = torch.tensor([1.0, 0.01, 1e-4]).repeat_interleave(16)  # one gradient must not drown another
-    weight.grad = torch.linalg.qr(torch.randn(16, 16, generator=derive_generator(0, "qkv"))).Q.repeat(1, 3) * scale
+    scale = torch.tensor([1.0, 0.01, 1e-4]).repeat_interleave(
+        16
+    )  # one gradient must not drown another
+    weight.grad = (
+        torch.linalg.qr(torch.randn(16, 16, generator=derive_generator(0, "qkv"))).Q.repeat(1, 3)
+        * scale
+    )
     scripts.muon.Muon([weight], lr=1.0).step()
     for part in weight.detach().chunk(3, dim=1):
         values = torch.linalg.svdvals(part)
@@ -246,7 +286,9 @@ def test_muon_updates_grow_with_the_root_of_the_aspect_and_decay_weights(scripts
     scripts.muon.Muon([weight], lr=0.1, weight_decay=0.5).step()
     torch.testing.assert_close(weight.detach(), torch.full((8, 32), 0.95))
     weight = torch.nn.Parameter(torch.zeros(8, 32))
-    weight.grad = torch.linalg.qr(torch.randn(32, 8, generator=derive_generator(0, "wide"))).Q.T.contiguous()
+    weight.grad = torch.linalg.qr(
+        torch.randn(32, 8, generator=derive_generator(0, "wide"))
+    ).Q.T.contiguous()
     scripts.muon.Muon([weight], lr=1.0).step()
     assert torch.linalg.svdvals(weight.detach()).mean() == pytest.approx(2, rel=0.3)
 
@@ -256,18 +298,23 @@ def test_muon_updates_grow_with_the_root_of_the_aspect_and_decay_weights(scripts
 
 @pytest.fixture
 def run(scripts, tmp_path, monkeypatch):
-    """`run(work, stop_before=None, **options)`: the script's own `main` on a toy; returns its newest checkpoint.
+    """`run(work, stop_before=None, **options)`: the script's own `main` on a toy; returns its
+    newest checkpoint.
 
     The toy's tokenizer has 300 ids: windows drawn from more would not be in its model's vocabulary.
     """
     corpus, train = scripts.corpus, scripts.train
     monkeypatch.setattr(corpus, "CONTEXT", CONTEXT)
-    monkeypatch.setattr(corpus, "train_tokenizer", functools.partial(corpus.train_tokenizer, vocabulary=300))
+    monkeypatch.setattr(
+        corpus, "train_tokenizer", functools.partial(corpus.train_tokenizer, vocabulary=300)
+    )
     monkeypatch.setattr(corpus, "load_documents", lambda _: (documents(), {}))
     monkeypatch.setattr(scripts.card, "write_card", lambda folder, training, validation: training)
     backward = train.backward
 
-    def go(work, stop_before=None, tokens=STEPS * BATCH * CONTEXT, loss=None, start=None, options=()):
+    def go(
+        work, stop_before=None, tokens=STEPS * BATCH * CONTEXT, loss=None, start=None, options=()
+    ):
         calls = 0
 
         def counted(model, batch):
@@ -280,7 +327,11 @@ def run(scripts, tmp_path, monkeypatch):
 
         monkeypatch.setattr(train, "backward", counted)
         command = f"train --smoke --work {tmp_path / work} --tokens {tokens} --batch {BATCH} --checkpoint-minutes 0"
-        monkeypatch.setattr(sys, "argv", command.split() + (["--start", str(start)] if start else []) + list(options))
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            command.split() + (["--start", str(start)] if start else []) + list(options),
+        )
         try:
             train.main()
         except KeyboardInterrupt:
@@ -301,18 +352,27 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(run, capsys
     assert resumed["step"] == STEPS
     for name, weight in whole["model"].items():
         assert torch.equal(weight, resumed["model"][name]), name
-    assert not all(torch.equal(w, halted["model"][n]) for n, w in whole["model"].items())  # it did train on
-    assert resumed["curve"] == whole["curve"] and whole["curve"]  # its point is a mean over steps of both lives
+    assert not all(
+        torch.equal(w, halted["model"][n]) for n, w in whole["model"].items()
+    )  # it did train on
+    assert (
+        resumed["curve"] == whole["curve"] and whole["curve"]
+    )  # its point is a mean over steps of both lives
 
 
-def test_the_finished_model_is_a_folder_that_hugging_face_opens_with_the_usual_activation(run, tmp_path):
+def test_the_finished_model_is_a_folder_that_hugging_face_opens_with_the_usual_activation(
+    run, tmp_path
+):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     state = run("finished")["model"]
     folder = tmp_path / "finished-smoke" / "model"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert model.config.activation_function == "gelu_new" and len(tokenizer) == model.config.vocab_size == 300
+    assert (
+        model.config.activation_function == "gelu_new"
+        and len(tokenizer) == model.config.vocab_size == 300
+    )
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, state[name].bfloat16().float()), name
 
@@ -353,7 +413,9 @@ def test_a_larger_budget_goes_on_from_before_the_decay(run, tmp_path, capsys):
     with pytest.raises(SystemExit, match=f"--batch {BATCH}"):
         run("longer", options=["--batch", str(BATCH + 1)])
     run("longer", tokens=larger, options=["--export"])
-    assert sorted((tmp_path / "longer-smoke").glob("step-*.pt")) == files  # neither took anything away
+    assert (
+        sorted((tmp_path / "longer-smoke").glob("step-*.pt")) == files
+    )  # neither took anything away
     capsys.readouterr()
     halted = run("longer", tokens=larger, stop_before=3)
     assert f"resumed at step {STEPS - 4}" in capsys.readouterr().out
@@ -361,7 +423,8 @@ def test_a_larger_budget_goes_on_from_before_the_decay(run, tmp_path, capsys):
 
 
 def test_an_extended_run_that_is_killed_at_once_loses_nothing(run, capsys):
-    """Going on from before the decay drops the later checkpoints: the state it goes on from must be the newest then."""
+    """Going on from before the decay drops the later checkpoints: the state it goes on from must be
+    the newest then."""
     larger = dict(tokens=2 * STEPS * BATCH * CONTEXT, options=["--checkpoint-minutes", "5"])
     run("extended")
     assert run("extended", stop_before=3, **larger)["step"] == STEPS - 4
@@ -380,9 +443,13 @@ def test_another_share_of_decay_goes_on_from_before_the_old_one(run, capsys):
 def test_a_smaller_budget_whose_decay_has_passed_is_refused(run):
     before = run("smaller", tokens=2 * STEPS * BATCH * CONTEXT, stop_before=28)
     for steps in (30, 20):  # its decay would have begun; it would have ended
-        with pytest.raises(SystemExit, match=r"tokens were already seen, and of .* are for the decay: ask for more"):
+        with pytest.raises(
+            SystemExit, match=r"tokens were already seen, and of .* are for the decay: ask for more"
+        ):
             run("smaller", tokens=steps * BATCH * CONTEXT)
-    assert run("smaller", tokens=2 * STEPS * BATCH * CONTEXT, stop_before=1)["step"] == before["step"]
+    assert (
+        run("smaller", tokens=2 * STEPS * BATCH * CONTEXT, stop_before=1)["step"] == before["step"]
+    )
 
 
 def test_a_start_that_has_seen_the_whole_budget_leaves_the_model_as_it_was(run, tmp_path):
@@ -392,7 +459,12 @@ def test_a_start_that_has_seen_the_whole_budget_leaves_the_model_as_it_was(run, 
         run("there", start=folder, tokens=10 * BATCH * CONTEXT)
     assert not (tmp_path / "there-smoke" / "model").exists()
     with pytest.raises(SystemExit, match=f"was trained with --batch {BATCH}"):
-        run("there", start=folder, tokens=2 * STEPS * BATCH * CONTEXT, options=["--batch", str(BATCH + 1)])
+        run(
+            "there",
+            start=folder,
+            tokens=2 * STEPS * BATCH * CONTEXT,
+            options=["--batch", str(BATCH + 1)],
+        )
 
 
 def test_without_a_decay_the_model_itself_is_what_goes_on(run, tmp_path, capsys):
@@ -416,11 +488,18 @@ def test_another_tokenizer_than_the_starts_is_refused(run, scripts, tmp_path):
     (tmp_path / "there-smoke" / "tokenizer").mkdir(parents=True)
     (tmp_path / "there-smoke" / "tokenizer" / "tokenizer.json").write_text("{}")
     with pytest.raises(SystemExit, match="holds another tokenizer than"):
-        run("there", start=tmp_path / "here-smoke" / "model-before-decay", tokens=2 * STEPS * BATCH * CONTEXT)
+        run(
+            "there",
+            start=tmp_path / "here-smoke" / "model-before-decay",
+            tokens=2 * STEPS * BATCH * CONTEXT,
+        )
 
 
-def test_training_goes_on_from_the_weights_before_the_decay_on_another_machine(run, tmp_path, scripts):
-    """Without the checkpoints: the weights, the tokenizer, the step and the curve are all in the folder."""
+def test_training_goes_on_from_the_weights_before_the_decay_on_another_machine(
+    run, tmp_path, scripts
+):
+    """Without the checkpoints: the weights, the tokenizer, the step and the curve are all in the
+    folder."""
     first = run("here")
     folder = tmp_path / "here-smoke" / "model-before-decay"
     before = load_checkpoint(tmp_path / "here-smoke" / "predecay.pt")
@@ -429,7 +508,9 @@ def test_training_goes_on_from_the_weights_before_the_decay_on_another_machine(r
     there = latest_checkpoint(tmp_path / "there-smoke")["state"]
     assert there["step"] == before["step"] + 1 and there["started"] == before["step"]
     assert there["curve"][: len(before["curve"])] == before["curve"]
-    for name, weight in before["model"].items():  # one step of a fresh warm-up away from bf16 of what they were
+    for name, weight in before[
+        "model"
+    ].items():  # one step of a fresh warm-up away from bf16 of what they were
         torch.testing.assert_close(there["model"][name], weight, rtol=2e-2, atol=2e-2)
     same = (tmp_path / "here-smoke" / "tokenizer" / "tokenizer.json").read_bytes()
     assert (tmp_path / "there-smoke" / "tokenizer" / "tokenizer.json").read_bytes() == same
@@ -442,7 +523,9 @@ def test_at_least_the_tokens_asked_for_are_seen(run):
 
 def test_every_position_of_the_context_is_trained(run, scripts):
     trained = run("positions")["model"]["transformer.wpe.weight"]
-    moved = (trained - scripts.train.build_model(300, smoke=True).transformer.wpe.weight).norm(dim=1)
+    moved = (trained - scripts.train.build_model(300, smoke=True).transformer.wpe.weight).norm(
+        dim=1
+    )
     assert (moved > 0).all()
 
 
@@ -454,7 +537,9 @@ def test_weights_between_stretches_are_exported_and_another_batch_is_refused(run
     folder = tmp_path / "stretch-smoke" / "model-before-decay"
     stored = load_file(folder / "model.safetensors")["transformer.wpe.weight"]
     assert torch.equal(stored, before["model"]["transformer.wpe.weight"].bfloat16())
-    assert json.loads((folder / "training.json").read_text())["training_tokens"] == 6 * BATCH * CONTEXT
+    assert (
+        json.loads((folder / "training.json").read_text())["training_tokens"] == 6 * BATCH * CONTEXT
+    )
     assert not (tmp_path / "stretch-smoke" / "model").exists() and before["batch"] == BATCH
     with pytest.raises(SystemExit, match=f"--batch {BATCH}"):
         run("stretch", options=["--batch", str(BATCH + 1)])

@@ -9,12 +9,14 @@
 # %% [markdown]
 # # Phase 1: load a language model and open it up
 #
-# **What you will learn**: what a language model is made of and where one can look inside (*hook points*); what the
-# three streams carry; why the first position and padding must be kept out of every average; and what a *sparse
-# autoencoder* (SAE) turns an activation into. Each finding is shown beside a control that could have refuted it.
+# **What you will learn**: what a language model is made of and where one can look inside (*hook
+# points*); what the three streams carry; why the first position and padding must be kept out of
+# every average; and what a *sparse autoencoder* (SAE) turns an activation into. Each finding is
+# shown beside a control that could have refuted it.
 #
-# **Runs on** the bundled `pocket-gpt`, offline; the README says how long it takes and how much memory. For another
-# model set `LENSLAB_MODEL` to a name on the hub (`gpt2`) or a local Hugging Face folder before you start Jupyter.
+# **Runs on** the bundled `pocket-gpt`, offline; the README says how long it takes and how much
+# memory. For another model set `LENSLAB_MODEL` to a name on the hub (`gpt2`) or a local Hugging
+# Face folder before you start Jupyter.
 #
 # **How to read it**: one question per section, then code, a printed check, the control, a picture.
 
@@ -33,15 +35,20 @@ from lenslab.show.images import set_up_figures
 set_up_figures()
 model = load_model()
 twin = random_twin(model)
-print(f"{model_name(model)}: {summarize(model).parameters:,} parameters, the twin {summarize(twin).parameters:,}")
+print(
+    f"{model_name(model)}: {summarize(model).parameters:,} parameters, the twin {summarize(twin).parameters:,}"
+)
 
 # %% [markdown]
-# The summary is read from the loaded model, not from a model card. (In a mixture of experts a router sends each token
-# to a few of many small MLPs, the experts; together they are what is called MLP below.)
+# The summary is read from the loaded model, not from a model card. (In a mixture of experts a
+# router sends each token to a few of many small MLPs, the experts; together they are what is called
+# MLP below.)
 
 # %%
 summary = summarize(model)
-print(f"{summary.layers} layers of width {summary.d_model}, {summary.heads} heads, context {summary.context} tokens")
+print(
+    f"{summary.layers} layers of width {summary.d_model}, {summary.heads} heads, context {summary.context} tokens"
+)
 mlp = f"MLP {summary.d_mlp} wide"
 if summary.experts:
     mlp = f"{summary.experts} experts {summary.d_mlp} wide, {summary.experts_per_token} of them for a token,"
@@ -53,7 +60,9 @@ summary.to_frame()
 
 # %%
 table = parameter_table(model)
-blocks, embeddings = (n / summary.parameters for n in (summary.block_parameters, summary.embedding_parameters))
+blocks, embeddings = (
+    n / summary.parameters for n in (summary.block_parameters, summary.embedding_parameters)
+)
 print(f"in blocks {blocks:.1%}, in embeddings {embeddings:.1%}")
 print(f"{len(table)} tensors, {len(parameter_table(model, layer=0))} of them in block 0")
 parameter_table(model, layer=0)
@@ -63,15 +72,18 @@ parameter_table(model, layer=0)
 # A *hook point* is a named place in the forward pass where a value can be read or changed.
 
 # %%
-from lenslab.models import UnknownHook, check_hooks, hook_table, stream_hook
+from lenslab.hooks import UnknownHook, check_hooks, hook_table, stream_hook
 
 hooks = hook_table(model)
-print(f"{len(hooks)} hook points, {len(hook_table(model, layer=0))} of them in block 0; the first ten of block 0:")
+print(
+    f"{len(hooks)} hook points, {len(hook_table(model, layer=0))} of them in block 0; the first ten of block 0:"
+)
 print(hook_table(model, layer=0).head(10).to_string(index=False))
 
 # %% [markdown]
-# Three streams matter most: *attention*, *MLP* and *residual*. The residual stream runs through the whole model; in
-# every block the attention adds its output to it, then the MLP adds its own. It can be read before, between and after.
+# Three streams matter most: *attention*, *MLP* and *residual*. The residual stream runs through the
+# whole model; in every block the attention adds its output to it, then the MLP adds its own. It can
+# be read before, between and after.
 
 # %%
 middle = model.cfg.n_layers // 2
@@ -80,7 +92,8 @@ for stream in STREAMS:
     print(f"{stream:13s} {stream_hook(model, middle, stream)}")
 
 # %% [markdown]
-# A hook name with a slip in it is refused. (TransformerLens's bridge itself ignores it and returns nothing.)
+# A hook name with a slip in it is refused. (TransformerLens's bridge itself ignores it and returns
+# nothing.)
 
 # %%
 try:
@@ -90,12 +103,14 @@ except UnknownHook as error:
 
 # %% [markdown]
 # ## 3. Which tokens count?
-# Twenty-eight short texts of seven kinds, written for this project, become one batch. `real` marks the tokens that
+# Twenty-eight short texts of seven kinds, written for this project, become one batch. `real` marks
+# the tokens that
 # belong to a text: not the beginning-of-sequence token (BOS), not padding.
 
 # %%
-from lenslab.activations import harvest, tokenize
-from lenslab.data import load_probes
+from lenslab.capture import harvest
+from lenslab.texts import load_probes
+from lenslab.tokens import tokenize
 
 probes = load_probes("first_look")
 batch = tokenize(model, probes["text"].tolist())
@@ -114,36 +129,45 @@ left = tokenize(model, probes["text"].tolist(), pad_side="left")
 right = harvest(model, batch, hook)[hook]
 for name, other in (
     ("padded left", harvest(model, left, hook)[hook][left.real]),
-    ("alone", torch.cat([harvest(model, tokenize(model, t), hook)[hook][0, 1:] for t in batch.texts])),
+    (
+        "alone",
+        torch.cat([harvest(model, tokenize(model, t), hook)[hook][0, 1:] for t in batch.texts]),
+    ),
 ):
     print(f"{name:12s} equal within 1e-3: {bool((other - right[batch.real]).abs().max() < 1e-3)}")
 
 # %% [markdown]
-# **Control**: the check can fail. Without the mask, left padding shifts every position and is attended to as if it
-# were text. (Two unrelated vectors of equal norm would differ by the square root of 2.)
+# **Control**: the check can fail. Without the mask, left padding shifts every position and is
+# attended to as if it were text. (Two unrelated vectors of equal norm would differ by the square
+# root of 2.)
 
 # %%
 with torch.inference_mode():
     careless = model.run_with_cache(left.tokens, names_filter=[hook])[1][hook]
 error = (careless[left.real] - right[batch.real]).norm() / right[batch.real].norm()
-print(f"left padding without a mask: relative error {float(error):.1f}, so equal: {bool(error < 1e-3)}")
+print(
+    f"left padding without a mask: relative error {float(error):.1f}, so equal: {bool(error < 1e-3)}"
+)
 
 # %% [markdown]
 # ## 4. The streams
-# If the residual stream is a sum, then before + attention + MLP = after, in every block. **Control**: with the MLP
-# left out the sum must fail.
+# If the residual stream is a sum, then before + attention + MLP = after, in every block.
+# **Control**: with the MLP left out the sum must fail.
 
 # %%
-from lenslab.analysis.streams import stream_profile
+from lenslab.circuits.streams import stream_profile
 
 profile, twin_profile = stream_profile(model, batch), stream_profile(twin, batch)
 print(
     f"before + attention + MLP = after in all {len(profile.sum_error)} blocks: {bool((profile.sum_error < 1e-5).all())}"
 )
-print(f"control, the MLP left out: relative error {profile.sum_error_without_mlp.min():.2f} or more")
+print(
+    f"control, the MLP left out: relative error {profile.sum_error_without_mlp.min():.2f} or more"
+)
 
 # %% [markdown]
-# How much does each block write? `residual` is the stream after the block, the other two are what the block added.
+# How much does each block write? `residual` is the stream after the block, the other two are what
+# the block added.
 
 # %%
 from lenslab.show.plots import lines
@@ -170,28 +194,30 @@ lines(
 # | MLP output | no, one position at a time | the residual stream there, which already holds what attention brought |
 # | residual stream | it is the sum | the embedding and every attention and MLP output so far |
 #
-# So an MLP's output depends on context too. That can be measured: how alike is a stream at two occurrences of one
-# token in different texts? One would mean that context is ignored; the level of other tokens (the **control**),
-# that the token does not matter.
+# So an MLP's output depends on context too. That can be measured: how alike is a stream at two
+# occurrences of one token in different texts? One would mean that context is ignored; the level of
+# other tokens (the **control**), that the token does not matter.
 
 # %%
-from lenslab.analysis.streams import context_similarity
+from lenslab.circuits.streams import context_similarity
 
 similarity = context_similarity(model, batch, middle)
-print(f"mean cosine at layer {middle}, over {similarity['tokens'].iloc[0]:.0f} tokens that occur in several texts:")
+print(
+    f"mean cosine at layer {middle}, over {similarity['tokens'].iloc[0]:.0f} tokens that occur in several texts:"
+)
 print(similarity[["same token", "other token"]].round(2).to_string())
 twin_similarity = context_similarity(twin, batch, middle)
 print("random twin:")
 print(twin_similarity[["same token", "other token"]].round(2).to_string())
 
 # %% [markdown]
-# Where the same token is below 1, context (its position included) reaches the stream. Where the twin shows as much,
-# that is the architecture's doing and was not learned.
+# Where the same token is below 1, context (its position included) reaches the stream. Where the
+# twin shows as much, that is the architecture's doing and was not learned.
 
 # %% [markdown]
 # ## 5. Is the first position odd?
-# Nothing comes before BOS, and many models (GPT-2 among them) park a huge vector there, so that an average which
-# includes it is about BOS. Does this one?
+# Nothing comes before BOS, and many models (GPT-2 among them) park a huge vector there, so that an
+# average which includes it is about BOS. Does this one?
 
 # %%
 ratio, twin_ratio = (p.first_position / p.residual for p in (profile, twin_profile))
@@ -199,7 +225,11 @@ print("norm at BOS over norm elsewhere, by layer:", ratio.round(1).tolist())
 print("random twin:", twin_ratio.round(1).tolist())
 print(f"largest: {ratio.max():.1f}; a huge vector (above 3 somewhere): {bool(ratio.max() > 3)}")
 lines(
-    {"BOS": profile.first_position, "real tokens": profile.residual, "BOS, twin": twin_profile.first_position},
+    {
+        "BOS": profile.first_position,
+        "real tokens": profile.residual,
+        "BOS, twin": twin_profile.first_position,
+    },
     title="The first position",
     x_title="layer",
     y_title="mean norm of the residual stream",
@@ -207,12 +237,15 @@ lines(
 )
 
 # %% [markdown]
-# A norm can hide in a few dimensions (*massive activations*, two of them in GPT-2). The share of the squared norm that
-# the two largest dimensions hold, at BOS, at real tokens (the **control**), and at the twin's BOS. Which they are is
-# asked in the layer where BOS is longest compared with the others (the ratio above):
+# A norm can hide in a few dimensions (*massive activations*, two of them in GPT-2). The share of
+# the squared norm that the two largest dimensions hold, at BOS, at real tokens (the **control**),
+# and at the twin's BOS. Which they are is asked in the layer where BOS is longest compared with the
+# others (the ratio above):
 
 # %%
-share = profile.to_frame()[["two_largest_first", "two_largest_rest"]].assign(twin_first=twin_profile.two_largest_first)
+share = profile.to_frame()[["two_largest_first", "two_largest_rest"]].assign(
+    twin_first=twin_profile.two_largest_first
+)
 print(share.round(2).to_string())
 peak_layer = int(ratio.argmax())
 peak_hook = stream_hook(model, peak_layer)
@@ -237,66 +270,96 @@ print(f"{tuple(vectors.shape)} at {hook}")
 print(frame.iloc[::4].round(1).to_string(index=False))
 
 # %% [markdown]
-# One of them as it is: hundreds of values, none with a meaning of its own. Is it spread evenly over the dimensions?
-# What share of the sum of squares lies in the largest tenth of them. **Controls**: the same text in the twin, and as
-# many random normal numbers.
+# One of them as it is: hundreds of values, none with a meaning of its own. Is it spread evenly over
+# the dimensions? What share of the sum of squares lies in the largest tenth of them. **Controls**:
+# the same text in the twin, and as many random normal numbers.
 
 # %%
 from lenslab.runtime import derive_generator
 from lenslab.show.plots import bars
 
 twin_vector = harvest(twin, batch[:1], hook)[hook][0, last[0]].double().numpy()
-noise = torch.randn(len(twin_vector), generator=derive_generator(0, "normal numbers")).double().numpy()
+noise = (
+    torch.randn(len(twin_vector), generator=derive_generator(0, "normal numbers")).double().numpy()
+)
 values = {"model": vectors[0], "random twin": twin_vector, "normal numbers": noise}
 for name, v in values.items():
     squares = np.sort(v**2)[::-1]
-    print(f"{name:14s} share of the largest tenth {squares[: len(v) // 10].sum() / squares.sum():.2f}")
+    print(
+        f"{name:14s} share of the largest tenth {squares[: len(v) // 10].sum() / squares.sum():.2f}"
+    )
 unit = {name: v / v.std() for name, v in values.items() if name != "normal numbers"}
-bars(unit, title="One activation, in units of its spread", x_title="dimension", y_title="value", overlay=True)
+bars(
+    unit,
+    title="One activation, in units of its spread",
+    x_title="dimension",
+    y_title="value",
+    overlay=True,
+)
 
 # %% [markdown]
-# The same token in every layer: how much of it is still there after the next block? The cosine of each layer's vector
-# with the next one's. **Control**: with the next one's at the end of another text.
+# The same token in every layer: how much of it is still there after the next block? The cosine of
+# each layer's vector with the next one's. **Control**: with the next one's at the end of another
+# text.
 
 # %%
 from lenslab.show.plots import heatmap
 
 through = [stream_hook(model, layer) for layer in range(model.cfg.n_layers)]
 found = harvest(model, batch[:2], through)
-ends = torch.stack([found[name][torch.arange(2), last[:2]] for name in through])  # [layer, text, d_model]
+ends = torch.stack(
+    [found[name][torch.arange(2), last[:2]] for name in through]
+)  # [layer, text, d_model]
 unit = torch.nn.functional.normalize(ends, dim=-1)
 for name, other in (("the same text", 0), ("another text", 1)):
     print(f"{name:14s}", (unit[:-1, 0] * unit[1:, other]).sum(-1).numpy().round(1) + 0)
 values = (ends[:, 0] / ends[:, 0].std(-1, keepdim=True)).clamp(-4, 4)
-layers, title = list(range(len(through))), "One token through the layers, in units of each layer's spread"
-heatmap(values, list(range(values.shape[1])), layers, title=title, x_title="dimension", y_title="layer", centre=True)
+layers, title = (
+    list(range(len(through))),
+    "One token through the layers, in units of each layer's spread",
+)
+heatmap(
+    values,
+    list(range(values.shape[1])),
+    layers,
+    title=title,
+    x_title="dimension",
+    y_title="layer",
+    centre=True,
+)
 
 # %% [markdown]
 # ## 7. Attention maps
-# In a random sequence that is repeated once, only looking back helps. Which heads do? `previous_token`: weight on the
-# token before; `duplicate_token`: on the same token, one copy earlier; `induction`: on the token after that one. Head
-# 2.3 is head 3 of layer 2. The loss is in *nats*, minus the natural logarithm of the probability of what came.
-# **Control**: the twin's best.
+# In a random sequence that is repeated once, only looking back helps. Which heads do?
+# `previous_token`: weight on the token before; `duplicate_token`: on the same token, one copy
+# earlier; `induction`: on the token after that one. Head 2.3 is head 3 of layer 2. The loss is in
+# *nats*, minus the natural logarithm of the probability of what came. **Control**: the twin's best.
 
 # %%
-from lenslab.analysis.streams import head_scores
+from lenslab.circuits.streams import head_scores
 
 heads, twin_heads = head_scores(model), head_scores(twin)
 for kind in ("previous_token", "duplicate_token", "induction", "first_position"):
     layer, head, score = heads.best(kind)
-    print(f"{kind:16s} head {layer}.{head}: mean weight {score:.2f}, the twin's best {twin_heads.best(kind)[2]:.2f}")
+    print(
+        f"{kind:16s} head {layer}.{head}: mean weight {score:.2f}, the twin's best {twin_heads.best(kind)[2]:.2f}"
+    )
 chance = np.log(summary.vocabulary)
 print(
     f"loss on the first copy {heads.loss_first:.1f} nats, on the second {heads.loss_second:.1f}, by chance {chance:.1f}"
 )
-print(f"the second copy is predicted at least 1 nat better than chance: {heads.loss_second < chance - 1}")
+print(
+    f"the second copy is predicted at least 1 nat better than chance: {heads.loss_second < chance - 1}"
+)
 
 # %% [markdown]
-# A weight near one would be a head with one job; a small one, a tendency. *Induction*, copying what followed last time,
-# shows as a second copy that is predicted well. Where the last line says False, this model has not learned it.
+# A weight near one would be a head with one job; a small one, a tendency. *Induction*, copying what
+# followed last time, shows as a second copy that is predicted well. Where the last line says False,
+# this model has not learned it.
 
 # %% [markdown]
-# One head on one text, the strongest on the previous token: a row says where a token looks, and sums to one.
+# One head on one text, the strongest on the previous token: a row says where a token looks, and
+# sums to one.
 
 # %%
 from lenslab.show.plots import attention_map
@@ -314,50 +377,57 @@ attention_map(pattern.numpy(), sample.strings(0), title=f"Head {layer}.{head}")
 
 # %% [markdown]
 # ## 8. What does it say, and what does it know?
-# Greedy continuation takes the most likely token every time; sampling draws from the distribution, with a seed.
+# Greedy continuation takes the most likely token every time; sampling draws from the distribution,
+# with a seed.
 
 # %%
 from lenslab.models import generate
 
 for prompt in ("The capital of France is", "def mean(values):\n    return", "Once upon a time"):
     print(repr(generate(model, prompt, max_new_tokens=10)))
-print("sampled:", repr(generate(model, "Once upon a time", max_new_tokens=10, temperature=0.7, seed=42)))
+print(
+    "sampled:",
+    repr(generate(model, "Once upon a time", max_new_tokens=10, temperature=0.7, seed=42)),
+)
 print("random twin:", repr(generate(twin, "Once upon a time", max_new_tokens=6)))
 
 # %% [markdown]
-# How much it knows shows in its loss, in bits per token. **Controls**: the same tokens in random order, where only
-# their frequency helps; the twin; and a uniform guess.
+# How much it knows shows in its loss, in bits per token. **Controls**: the same tokens in random
+# order, where only their frequency helps; the twin; and a uniform guess.
 
 # %%
-from lenslab.analysis.streams import token_bits
+from lenslab.circuits.streams import token_bits
 
-bits = probes[["category"]].assign(model=token_bits(model, batch), shuffled=token_bits(model, batch, shuffle=True))
+bits = probes[["category"]].assign(
+    model=token_bits(model, batch), shuffled=token_bits(model, batch, shuffle=True)
+)
 bits["twin"] = token_bits(twin, batch)
 print(bits.groupby("category").mean().round(1).to_string())
 print(f"a uniform guess over the vocabulary: {np.log2(summary.vocabulary):.1f}")
 
 # %% [markdown]
 # ## 9. From dense to sparse
-# A *sparse autoencoder* (SAE) writes an activation as a sum of a few *features* out of many: *encode* gives each
-# feature a strength of zero or more, *decode* adds up strength times the feature's direction, plus a bias, and that is
-# the *reconstruction*. It was trained at one hook of one model, and is refused anywhere else. For a model without SAEs
-# a published one is used that was downloaded before, or a small one is trained while you wait.
+# A *sparse autoencoder* (SAE) writes an activation as a sum of a few *features* out of many:
+# *encode* gives each feature a strength of zero or more, *decode* adds up strength times the
+# feature's direction, plus a bias, and that is the *reconstruction*. It was trained at one hook of
+# one model, and is refused anywhere else. For a model without SAEs a published one is used that was
+# downloaded before, or a small one is trained while you wait.
 
 # %%
-from lenslab.sae.bundled import find_sae
-from lenslab.sae.pretrained import sae_hook
+from lenslab.sae.find import find_sae
+from lenslab.sae.load import sae_hook
 
 sae, name, origin = find_sae(model)  # of the middle layer
 print(f"{name} ({origin}) reads {sae_hook(sae)}")
 print(f"{sae.cfg.d_in} dimensions -> {sae.cfg.d_sae} features")
 
 # %% [markdown]
-# Encoding the activations of another model or hook would give numbers that mean nothing. `input_transform` refuses
-# another model, width or hook (here the random twin), and gives what the SAE was trained on: some published SAEs read
-# activations without their mean.
+# Encoding the activations of another model or hook would give numbers that mean nothing.
+# `input_transform` refuses another model, width or hook (here the random twin), and gives what the
+# SAE was trained on: some published SAEs read activations without their mean.
 
 # %%
-from lenslab.sae.pretrained import SAEMismatch, input_transform
+from lenslab.sae.load import SAEMismatch, input_transform
 
 prepare = input_transform(sae, model)
 try:
@@ -370,50 +440,68 @@ with torch.inference_mode():
 print("features [text, position, feature]:", tuple(features.shape))
 
 # %% [markdown]
-# What might an SAE find in each of the streams of section 4? A hypothesis, to be tested where SAEs of several streams
-# are compared: in the attention output what is fetched from elsewhere (the subject of a verb, an open bracket, what
-# followed last time); in the MLP output what one place makes of it (a word's sense, a known phrase); in the residual
-# stream both. For GPT-2 small there are published SAEs of all three: `.venv/bin/python -m lenslab.sae.hub list --model
-# gpt2-small`. `hook_attn_out` is what all heads write together; what each head writes is `hook_result`, computed only
-# after `model.set_use_attn_result(True)`.
+# What might an SAE find in each of the streams of section 4? A hypothesis, to be tested where SAEs
+# of several streams
+# are compared: in the attention output what is fetched from elsewhere (the subject of a verb, an
+# open bracket, what followed last time); in the MLP output what one place makes of it (a word's
+# sense, a known phrase); in the residual stream both. For GPT-2 small there are published SAEs of
+# all three: `.venv/bin/python -m lenslab.sae.hub list --model gpt2-small`. `hook_attn_out` is what
+# all heads write together; what each head writes is `hook_result`, computed only after
+# `model.set_use_attn_result(True)`.
 #
-# Dense against sparse, at one token: nearly every dimension of the activation is in use, few features are. (A *TopK*
-# SAE keeps a fixed number of features at every token: its L0 was chosen and is no finding.) Dimension and feature
-# numbers have nothing to do with each other; they only share the axis.
+# Dense against sparse, at one token: nearly every dimension of the activation is in use, few
+# features are. (A *TopK* SAE keeps a fixed number of features at every token: its L0 was chosen and
+# is no finding.) Dimension and feature numbers have nothing to do with each other; they only share
+# the axis.
 
 # %%
 x, f = activations[0, last[0]], features[0, last[0]]
 active = (features[batch.real] > 0).sum(-1).float()
-print(f"activation: {int((x == 0).sum())} exact zeros, {(x.abs() > 0.01).float().mean():.0%} of dimensions above 0.01")
+print(
+    f"activation: {int((x == 0).sum())} exact zeros, {(x.abs() > 0.01).float().mean():.0%} of dimensions above 0.01"
+)
 print(f"features active per token (L0): mean {active.mean():.1f} of {sae.cfg.d_sae}")
 print(f"sparsity {1 - active.mean() / sae.cfg.d_sae:.2%}")
 title = "The first 100 dimensions and the first 100 features"
-bars({"activation": x[:100], "features": f[:100]}, title=title, x_title="index", y_title="value", overlay=True)
+bars(
+    {"activation": x[:100], "features": f[:100]},
+    title=title,
+    x_title="index",
+    y_title="value",
+    overlay=True,
+)
 
 # %% [markdown]
-# The ten strongest features at that token. Numbers mean nothing by themselves; published SAEs link to Neuronpedia.
+# The ten strongest features at that token. Numbers mean nothing by themselves; published SAEs link
+# to Neuronpedia.
 
 # %%
-from lenslab.sae.pretrained import neuronpedia_link
+from lenslab.sae.load import neuronpedia_link
 
 top = f.topk(10)
 links = [neuronpedia_link(sae, i) or "no page" for i in top.indices.tolist()]
-strongest = pd.DataFrame({"feature": top.indices.tolist(), "activation": top.values.tolist(), "Neuronpedia": links})
+strongest = pd.DataFrame(
+    {"feature": top.indices.tolist(), "activation": top.values.tolist(), "Neuronpedia": links}
+)
 print(f"at {batch.strings(0)[last[0]]!r}, the end of {probes['id'][0]}:")
 print(strongest.round(1).to_string(index=False))
 
 # %% [markdown]
-# Feature numbers carry no meaning, so the active ones should lie evenly over the range. **Null**: the same number of
-# features drawn at random, 500 times, and how uneven those are. (Where nearly all features fired somewhere, neither
-# can be uneven, and nothing is tested.)
+# Feature numbers carry no meaning, so the active ones should lie evenly over the range. **Null**:
+# the same number of features drawn at random, 500 times, and how uneven those are. (Where nearly
+# all features fired somewhere, neither can be uneven, and nothing is tested.)
 
 # %%
 ever = (features[batch.real] > 0).any(0).numpy()
 counts = ever.reshape(16, -1).sum(1)
 shuffle = np.random.default_rng(0)
 null = [np.ptp(shuffle.permutation(ever).reshape(16, -1).sum(1)) for _ in range(500)]
-print(f"{int(ever.sum())} features fired somewhere; in 16 equal bins {counts.min()} to {counts.max()}")
-print(f"random draws are at least as uneven in {np.mean(np.array(null) >= np.ptp(counts)):.0%} of cases")
+print(
+    f"{int(ever.sum())} features fired somewhere; in 16 equal bins {counts.min()} to {counts.max()}"
+)
+print(
+    f"random draws are at least as uneven in {np.mean(np.array(null) >= np.ptp(counts)):.0%} of cases"
+)
 bars(
     {"active features": counts},
     title="Where the active features lie",
@@ -423,15 +511,16 @@ bars(
 
 # %% [markdown]
 # ## 10. Is the SAE any good?
-# *FVU* is the share of variance that the reconstruction misses; *CE*, cross-entropy, is the model's loss in nats as it
-# is (clean), with
-# the reconstruction in the activation's place (spliced), and with zeros there; *recovered* is how much of that damage
-# the reconstruction undoes. **Null**: an SAE of the same shape and sparsity with random directions. It recovers a good
-# deal too, which is why a high recovered share alone says little. *Dead* counts features that never fired on these few
+# *FVU* is the share of variance that the reconstruction misses; *CE*, cross-entropy, is the model's
+# loss in nats as it is (clean), with the reconstruction in the activation's place (spliced), and
+# with zeros there; *recovered* is how much of that damage the reconstruction undoes. **Null**: an
+# SAE of the same shape and sparsity with random directions. It recovers a good deal too, which is
+# why a high recovered share alone says little. *Dead* counts features that never fired on these few
 # texts; the SAE's card has the numbers for held-out documents.
 
 # %%
-from lenslab.sae.evaluation import evaluate_null, evaluate_sae
+from lenslab.sae.controls import evaluate_null
+from lenslab.sae.evaluate import evaluate_sae
 
 scores = evaluate_sae(model, sae, batch)
 null = evaluate_null(model, sae, batch, scores.l0)
@@ -452,12 +541,12 @@ print(both.loc[shown].astype(float).round(2).to_string())
 
 # %% [markdown]
 # ## 11. One feature, many texts
-# Choose a feature on one text and read it on all others: where does it fire, and on what tokens? The strongest
-# feature of all is often a *dense* one that fires everywhere; the choice is made among those that are active on at
-# most 10 % of tokens.
+# Choose a feature on one text and read it on all others: where does it fire, and on what tokens?
+# The strongest feature of all is often a *dense* one that fires everywhere; the choice is made
+# among those that are active on at most 10 % of tokens.
 
 # %%
-from lenslab.analysis.features import top_tokens
+from lenslab.features.activations import top_tokens
 
 rate = (features[batch.real] > 0).float().mean(0)
 peak = features[0][batch.real[0]].amax(0)
@@ -465,18 +554,22 @@ feature = int(peak.where(rate <= 0.1, 0).argmax())
 print(
     f"strongest on {probes['id'][0]}: feature {int(peak.argmax())}, active on {rate[peak.argmax()]:.0%} of all tokens"
 )
-print(f"strongest of those that are not dense: feature {feature}, on the {len(batch) - 1} other texts:")
+print(
+    f"strongest of those that are not dense: feature {feature}, on the {len(batch) - 1} other texts:"
+)
 print(top_tokens(batch, features[..., feature], skip=[0], n=8).round(1).to_string(index=False))
 
 # %% [markdown]
-# **Control**: does it tell the kind of text it was chosen on from the others, better than the same texts with their
-# labels shuffled? *AUROC* is the chance that a text of the kind has a higher value than another text; 0.5 is guessing.
-# (Phase 2 asks this properly, with enough texts.)
+# **Control**: does it tell the kind of text it was chosen on from the others, better than the same
+# texts with their labels shuffled? *AUROC* is the chance that a text of the kind has a higher value
+# than another text; 0.5 is guessing. (Phase 2 asks this properly, with enough texts.)
 
 # %%
 from lenslab.stats import auroc_permutations
 
-strength = features.where(batch.real[..., None], 0).amax(1)[1:, [feature]].numpy()  # the text of the choice left out
+strength = (
+    features.where(batch.real[..., None], 0).amax(1)[1:, [feature]].numpy()
+)  # the text of the choice left out
 labels = (probes["category"] == probes["category"][0]).to_numpy()[1:]
 test = auroc_permutations(strength, labels, derive_generator(0, "one feature"))
 print(f"it fires on {int((strength > 0).sum())} of the {len(labels)} other texts")
@@ -487,11 +580,11 @@ print(
 
 # %% [markdown]
 # ## 12. Keep what was measured
-# Activations with their tokens and hooks go into a file and come back equal. Pickles can run code when opened, so
-# they are neither written nor read.
+# Activations with their tokens and hooks go into a file and come back equal. Pickles can run code
+# when opened, so they are neither written nor read.
 
 # %%
-from lenslab.paths import outputs_path
+from lenslab.files import outputs_path
 from lenslab.records import extract_batch, load_record, save_record
 
 records = extract_batch(model, batch.texts[:4], [hook])
@@ -512,25 +605,29 @@ except ValueError as error:
 
 # %% [markdown]
 # ## What was found, and what was not
-# **Found**, each against its control above: the residual stream is the sum of what the blocks write; an MLP's output
-# depends on context, in the untrained twin as well; some heads look where the twin's heads do not; the model predicts
-# text better than the same tokens out of order; the SAE loses less than random directions do at the same sparsity.
-# What sections 5 and 7 ask (a huge vector at BOS, induction) is answered by what they print, and may be no.
+# **Found**, each against its control above: the residual stream is the sum of what the blocks
+# write; an MLP's output depends on context, in the untrained twin as well; some heads look where
+# the twin's heads do not; the model predicts text better than the same tokens out of order; the SAE
+# loses less than random directions do at the same sparsity. What sections 5 and 7 ask (a huge
+# vector at BOS, induction) is answered by what they print, and may be no.
 #
-# **Not shown**: that the features mean anything (phase 2 asks, with held-out texts), that these streams matter for
-# what the model says (that takes interventions), or that any of it holds for other models. Twenty-eight texts give
-# impressions, not rates.
+# **Not shown**: that the features mean anything (phase 2 asks, with held-out texts), that these
+# streams matter for what the model says (that takes interventions), or that any of it holds for
+# other models. Twenty-eight texts give impressions, not rates.
 #
 # **Exercises**
 # 1. Which layer's residual stream has the largest norm at BOS, and does it fall at the last layer?
-# 2. Draw the attention map of the head that looks most at the first position. What could such a head be for?
+# 2. Draw the attention map of the head that looks most at the first position. What could such a
+#    head be for?
 # 3. Run this notebook on another model: `make run MODEL=gpt2 NOTEBOOKS=phase_1_loading`.
 #
 # <details><summary>Solutions</summary>
 #
 # 1. `profile.first_position.argmax()`, then `profile.first_position[-1]` beside it.
-# 2. In the last cell of section 7 put `"first_position"` for `"previous_token"`; leave its line on the token before
-#    aside. A head must attend somewhere, its weights sum to one; BOS is where it does no harm.
-# 3. The SAE is then a published one that was downloaded before (see the README), or a small one trained on the spot.
+# 2. In the last cell of section 7 put `"first_position"` for `"previous_token"`; leave its line on
+#    the token before aside. A head must attend somewhere, its weights sum to one; BOS is where it
+#    does no harm.
+# 3. The SAE is then a published one that was downloaded before (see the README), or a small one
+#    trained on the spot.
 #
 # </details>

@@ -9,14 +9,14 @@
 # %% [markdown]
 # # Phase 2: what do features fire on?
 #
-# **What you will learn**: how to read the features of a sparse autoencoder (SAE) on many texts; which are strong,
-# frequent, selective; whether a feature tells one kind of text from the others, *on texts that it was not chosen
-# on*; and whether it does so better than cheaper candidates do. Every claim stands beside a control or a null;
-# rankings, examples and heatmaps are descriptions.
+# **What you will learn**: how to read the features of a sparse autoencoder (SAE) on many texts;
+# which are strong, frequent, selective; whether a feature tells one kind of text from the others,
+# *on texts that it was not chosen on*; and whether it does so better than cheaper candidates do.
+# Every claim stands beside a control or a null; rankings, examples and heatmaps are descriptions.
 #
-# **Runs on** the bundled `pocket-gpt` and its SAEs, offline; the README says how long it takes and how much memory.
-# For another model set `LENSLAB_MODEL` to a name on the hub (`gpt2`) or a local Hugging Face folder before you
-# start Jupyter.
+# **Runs on** the bundled `pocket-gpt` and its SAEs, offline; the README says how long it takes and
+# how much memory. For another model set `LENSLAB_MODEL` to a name on the hub (`gpt2`) or a local
+# Hugging Face folder before you start Jupyter.
 #
 # **How to read it**: one question per section, then code, a printed check, the control, a picture.
 
@@ -30,7 +30,7 @@ import pandas as pd
 import torch
 
 from lenslab.models import load_model, model_name, random_twin
-from lenslab.sae.bundled import card_table, find_sae
+from lenslab.sae.find import card_table, find_sae
 from lenslab.show.images import set_up_figures
 
 set_up_figures()
@@ -38,24 +38,30 @@ model = load_model()
 print(f"{model_name(model)}: {model.cfg.n_layers} layers of width {model.cfg.d_model}")
 
 # %% [markdown]
-# 420 short texts of seven kinds, written for this project, each kind in three *registers* (of Python: library, script,
-# session or test). What a text is about varies independently of its kind: thirty topics, each twice in every kind.
-# Half of the texts are for discovery, half are held out.
+# 420 short texts of seven kinds, written for this project, each kind in three *registers* (of
+# Python: library, script, session or test). What a text is about varies independently of its kind:
+# thirty topics, each twice in every kind. Half of the texts are for discovery, half are held out.
 
 # %%
-from lenslab.activations import tokenize
-from lenslab.analysis.labels import label_texts
-from lenslab.data import load_probes
+from lenslab.texts import label_texts, load_probes
+from lenslab.tokens import tokenize
 
 labels = label_texts(load_probes("categories"))
 batch = tokenize(model, list(labels.texts))
 labels = labels.with_lengths(batch.real.sum(1).numpy())
 print(f"{len(batch)} texts, {batch.n_real} real tokens; left out: {len(labels.skipped)}")
-print(pd.crosstab(labels.category, np.where(labels.held_out, "held out", "discovery"), colnames=[""], rownames=[""]))
+print(
+    pd.crosstab(
+        labels.category,
+        np.where(labels.held_out, "held out", "discovery"),
+        colnames=[""],
+        rownames=[""],
+    )
+)
 
 # %% [markdown]
-# **Control**: length alone must not give the kind away. *AUROC* is the chance that a text of the kind has a higher
-# value than another text; 0.5 is guessing.
+# **Control**: length alone must not give the kind away. *AUROC* is the chance that a text of the
+# kind has a higher value than another text; 0.5 is guessing.
 
 # %%
 from sklearn.metrics import roc_auc_score
@@ -63,27 +69,30 @@ from sklearn.metrics import roc_auc_score
 lengths = batch.real.sum(1).numpy().astype(float)
 for category in labels.categories:
     inside = labels.category == category
-    print(f"{category:15s} {lengths[inside].mean():5.1f} tokens on average, AUROC {roc_auc_score(inside, lengths):.2f}")
+    print(
+        f"{category:15s} {lengths[inside].mean():5.1f} tokens on average, AUROC {roc_auc_score(inside, lengths):.2f}"
+    )
 
 # %% [markdown]
 # ## 2. The SAEs
-# Numbers from their cards, on held-out documents, each trained at three sparsities. *L0* is the number of active
-# features per token; `ships`: bundled, the others were only measured; `ce_difference`: nats of loss that the splice
-# adds; `ce_recovered_zero`: share of the loss recovered, against zeroing the stream; `dead`, `dense`: numbers of
-# features. **Null**: the variance that random directions with the same L0 explain.
+# Numbers from their cards, on held-out documents, each trained at three sparsities. *L0* is the
+# number of active features per token; `ships`: bundled, the others were only measured;
+# `ce_difference`: nats of loss that the splice adds; `ce_recovered_zero`: share of the loss
+# recovered, against zeroing the stream; `dead`, `dense`: numbers of features. **Null**: the
+# variance that random directions with the same L0 explain.
 
 # %%
 cards = card_table(model)
 print(cards.round(2).to_string(index=False) if len(cards) else "no bundled SAE for this model")
 
 # %% [markdown]
-# One name selects the SAE that this notebook reads; without one it is a bundled SAE of the middle layer, else a
-# published one that was downloaded before, else a small one that is trained now. The SAE brings its hook with it; a
-# model or hook that it was not trained on is refused. Some SAEs read activations without their mean: `prepare` gives
-# what this one was trained on.
+# One name selects the SAE that this notebook reads; without one it is a bundled SAE of the middle
+# layer, else a published one that was downloaded before, else a small one that is trained now. The
+# SAE brings its hook with it; a model or hook that it was not trained on is refused. Some SAEs read
+# activations without their mean: `prepare` gives what this one was trained on.
 
 # %%
-from lenslab.sae.pretrained import input_transform, sae_hook
+from lenslab.sae.load import input_transform, sae_hook
 
 CHOSEN = None  # or a bundled name, such as "pocket-gpt-resid-0", or the absolute path of a folder
 sae, SAE, origin = find_sae(model, CHOSEN)
@@ -92,11 +101,12 @@ print(f"{SAE} ({origin}): {sae.cfg.d_in} dimensions -> {sae.cfg.d_sae} features 
 
 # %% [markdown]
 # ## 3. Encode per token, pool after
-# Every real token is encoded by itself; a text's value is then the `max`, the `mean` or the `fraction` of tokens
-# over 0.
+# Every real token is encoded by itself; a text's value is then the `max`, the `mean` or the
+# `fraction` of tokens over 0.
 
 # %%
-from lenslab.analysis.features import encode_features, summarize_features
+from lenslab.features.activations import encode_features
+from lenslab.features.ranking import summarize_features
 
 fa = encode_features(model, sae, batch, name=SAE)
 pooled = {how: fa.pool(how) for how in ("max", "mean", "fraction")}
@@ -107,32 +117,44 @@ print(
     f"pooled {pooled['max'].shape}: {pooled['max'].nnz / len(batch):.0f} features fire somewhere in a text, on average"
 )
 for how, matrix in pooled.items():
-    print(f"{how:9s} largest value {matrix.max():6.1f}, mean over texts and features {matrix.mean():.3f}")
+    print(
+        f"{how:9s} largest value {matrix.max():6.1f}, mean over texts and features {matrix.mean():.3f}"
+    )
 
 # %% [markdown]
-# **Control**: encoding the *average* activation of a text gives the SAE a vector that never occurs. How many of the
-# features found so fire at any token of the text at all, how many that do are missed, and is it worse where BOS and
-# padding are averaged in?
+# **Control**: encoding the *average* activation of a text gives the SAE a vector that never occurs.
+# How many of the features found so fire at any token of the text at all, how many that do are
+# missed, and is it worse where BOS and padding are averaged in?
 
 # %%
 with torch.inference_mode():
-    values = model.run_with_cache(batch.tokens, attention_mask=batch.attention.long(), names_filter=[middle])[1][middle]
+    values = model.run_with_cache(
+        batch.tokens, attention_mask=batch.attention.long(), names_filter=[middle]
+    )[1][middle]
 seen = torch.tensor(pooled["max"].toarray()) > 0
 bos, padding = batch.attention & ~batch.real, ~batch.attention
-masks = {"real": batch.real, "+ BOS": batch.real | bos, "+ padding": batch.real | padding, "+ both": batch.real | True}
+masks = {
+    "real": batch.real,
+    "+ BOS": batch.real | bos,
+    "+ padding": batch.real | padding,
+    "+ both": batch.real | True,
+}
 for name, mask in masks.items():
     average = (values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     with torch.inference_mode():
         found = sae.encode(prepare(average)) > 0
     real, missed = (found & seen).sum() / found.sum(), 1 - (found & seen).sum() / seen.sum()
-    print(f"average of {name:9s}: {real:.0%} of its features fire at a token, {missed:.0%} of those that do are missed")
+    print(
+        f"average of {name:9s}: {real:.0%} of its features fire at a token, {missed:.0%} of those that do are missed"
+    )
 
 # %% [markdown]
 # ## 4. Strong, frequent, selective
-# Five rankings of features over all texts; nothing is tested. `fired`: texts it fires on; `mean`: over all texts;
-# `strong`: texts above half of its own largest value; *selective* is strong on the fewest texts, the strongest first;
-# *frequency x mean*: share of texts it fires on, times its mean; *general*: ranked by the kind in which it fires least
-# often; `tied`: features that share that place.
+# Five rankings of features over all texts; nothing is tested. `fired`: texts it fires on; `mean`:
+# over all texts; `strong`: texts above half of its own largest value; *selective* is strong on the
+# fewest texts, the strongest first; *frequency x mean*: share of texts it fires on, times its mean;
+# *general*: ranked by the kind in which it fires least often; `tied`: features that share that
+# place.
 
 # %%
 summary = summarize_features(pooled["max"], labels.category)
@@ -146,47 +168,58 @@ for name, table in (
     print(f"{name}:\n{table[['fired', 'largest', 'mean', 'strong', 'tied']].round(1).to_string()}")
 
 # %% [markdown]
-# **Control**: random directions, as many of them active per token as SAE features. What both curves show is not the
-# SAE's own.
+# **Control**: random directions, as many of them active per token as SAE features. What both curves
+# show is not the SAE's own.
 
 # %%
-from lenslab.activations import harvest
-from lenslab.sae.evaluation import random_sae
+from lenslab.capture import harvest
+from lenslab.sae.controls import random_sae
 from lenslab.show.plots import lines
 
 l0 = round(fa.matrix.nnz / fa.matrix.shape[0])
 null_sae = random_sae(sae, prepare(harvest(model, batch, middle)[middle])[batch.real], l0)
-null_summary = summarize_features(encode_features(model, null_sae, batch, name="random").pool("max"))
+null_summary = summarize_features(
+    encode_features(model, null_sae, batch, name="random").pool("max")
+)
 curves = {}
 for name, s in (("SAE", summary), ("random directions", null_summary)):
     curves[name] = np.sort(s.frequency)[::-1]
     half, never = (s.frequency > 0.5).sum(), (s.fired == 0).sum()
     print(f"{name:17s}: on more than half of the texts {half}, on none {never}")
-lines(curves, title="Share of texts on which a feature fires", x_title="features, most frequent first")
+lines(
+    curves, title="Share of texts on which a feature fires", x_title="features, most frequent first"
+)
 
 # %% [markdown]
-# A simpler and common way counts: a value is *strong* above 5.0, whatever the feature's scale, and ties go to the
-# lowest number. How many features share first place?
+# A simpler and common way counts: a value is *strong* above 5.0, whatever the feature's scale, and
+# ties go to the lowest number. How many features share first place?
 
 # %%
-from lenslab.analysis.counts import most_frequent_feature, most_selective_feature, strongest_feature
+from lenslab.features.ranking import (
+    most_frequent_feature,
+    most_selective_feature,
+    strongest_feature,
+)
 
 for name, found in (
     ("strongest", strongest_feature(pooled["max"])),
     ("most frequent", most_frequent_feature(pooled["max"])),
     ("most selective", most_selective_feature(pooled["max"])),
 ):
-    print(f"{name:15s} feature {found.feature}: {found.value:.0f} (tied with {found.tied - 1} others)")
+    print(
+        f"{name:15s} feature {found.feature}: {found.value:.0f} (tied with {found.tied - 1} others)"
+    )
 
 # %% [markdown]
 # ## 5. A feature for each kind of text
-# The feature with the best AUROC on the discovery half, scored once on the held-out half. `p`: held-out labels
-# shuffled among texts of similar length; `q`: `p` corrected for looking at seven kinds. Registers lie within one
-# kind and cannot be held fixed; `worst_register` is the lowest AUROC of one register's texts against the rest, where
-# 0.5 is chance. *Discriminating*: `q` is at most .05.
+# The feature with the best AUROC on the discovery half, scored once on the held-out half. `p`:
+# held-out labels shuffled among texts of similar length; `q`: `p` corrected for looking at seven
+# kinds. Registers lie within one kind and cannot be held fixed; `worst_register` is the lowest
+# AUROC of one register's texts against the rest, where 0.5 is chance. *Discriminating*: `q` is at
+# most .05.
 
 # %%
-from lenslab.analysis.specialists import discriminate, find_specialists
+from lenslab.features.specialists import discriminate, find_specialists
 
 found = discriminate({SAE: pooled["max"]}, labels)
 shown = ["category", "feature", "auroc_discovery", "auroc", "worst_register", "q", "discriminating"]
@@ -194,17 +227,20 @@ print(found.to_frame()[shown].round(3).to_string(index=False))
 
 # %% [markdown]
 # ## 6. Better than cheaper candidates?
-# The *same search* among candidates without this SAE: directions of largest variance (PCA, both signs) and single
-# neurons of the model; counts of character sequences, read by no model; and an SAE trained on the random twin. The
-# character counts are a weak reading of spelling: a rule made by hand, such as *has an emoji*, can do better.
+# The *same search* among candidates without this SAE: directions of largest variance (PCA, both
+# signs) and single neurons of the model; counts of character sequences, read by no model; and an
+# SAE trained on the random twin. The character counts are a weak reading of spelling: a rule made
+# by hand, such as *has an emoji*, can do better.
 
 # %%
-from lenslab.sae.floors import control_matrices
+from lenslab.sae.controls import control_matrices
 
 twin = random_twin(model)
 twin_sae, twin_name, twin_origin = find_sae(twin)
 print(f"{twin_name} ({twin_origin}): {twin_sae.cfg.d_sae} features")
-twin_fa = encode_features(twin, twin_sae, tokenize(twin, list(labels.texts)), name="random-twin SAE")
+twin_fa = encode_features(
+    twin, twin_sae, tokenize(twin, list(labels.texts)), name="random-twin SAE"
+)
 controls = control_matrices(model, sae, batch) | {"random-twin SAE": twin_fa.pool("max")}
 special = find_specialists(pooled["max"], labels, controls, name=SAE, discrimination=found)
 print("candidates:", special.candidates)
@@ -213,10 +249,11 @@ print("held-out AUROC of each search's winner:")
 print(compared.assign(SAE=found.auroc[0]).round(2).to_string())
 
 # %% [markdown]
-# A *specialist* (1) is discriminating; (2) beats every control on held-out texts (95 % interval of the difference above
-# 0), both with all candidates, which the figure shows, and with both sides cut to equally many; (3) is right on at
-# least half of the texts it picks. `not_beaten`: controls that it does not beat in both ways. For non-English texts
-# each language is left out of the search in turn, so that spelling one language does not win.
+# A *specialist* (1) is discriminating; (2) beats every control on held-out texts (95 % interval of
+# the difference above 0), both with all candidates, which the figure shows, and with both sides cut
+# to equally many; (3) is right on at least half of the texts it picks. `not_beaten`: controls that
+# it does not beat in both ways. For non-English texts each language is left out of the search in
+# turn, so that spelling one language does not win.
 
 # %%
 from lenslab.show.plots import intervals
@@ -224,7 +261,10 @@ from lenslab.show.plots import intervals
 table = special.to_frame()[["category", "auroc", "precision", "specialist", "not_beaten"]]
 print(table.round(2).to_string(index=False))
 print(f"specialists: {special.specialist.sum()} of {len(special.categories)}")
-rows = {name: (special.difference[i], special.low[i], special.high[i]) for i, name in enumerate(special.controls)}
+rows = {
+    name: (special.difference[i], special.low[i], special.high[i])
+    for i, name in enumerate(special.controls)
+}
 title = "Held-out AUROC of the SAE's feature minus each control's"
 intervals(rows, special.categories, title=title, reference=0, controls=[])
 
@@ -235,32 +275,44 @@ intervals(rows, special.categories, title=title, reference=0, controls=[])
 print(special.left_out.drop(columns="category").round(2).to_string(index=False))
 
 # %% [markdown]
-# The counting way stands beside it: texts of a kind above a threshold less other texts above it, best of five
-# features; the threshold is 5.0 for every feature, or half of the feature's own largest value. **Null**: how many
-# kinds have a positive score when the labels are shuffled? A count can fail in two ways: by false alarms, and by
-# missing what section 5 finds.
+# The counting way stands beside it: texts of a kind above a threshold less other texts above it,
+# best of five features; the threshold is 5.0 for every feature, or half of the feature's own
+# largest value. **Null**: how many kinds have a positive score when the labels are shuffled? A
+# count can fail in two ways: by false alarms, and by missing what section 5 finds.
 
 # %%
 from lenslab.show.plots import null_histogram
 
-scores = special.to_frame().set_index("category")[["count_score_5.0", "count_score_half", "specialist"]]
+scores = special.to_frame().set_index("category")[
+    ["count_score_5.0", "count_score_half", "specialist"]
+]
 print(scores.to_string())
 high = (summary.largest > 5).mean()
-print(f"features that ever reach 5.0: {high:.0%}; best by count: {scores['count_score_half'].idxmax()} (half)")
+print(
+    f"features that ever reach 5.0: {high:.0%}; best by count: {scores['count_score_half'].idxmax()} (half)"
+)
 for null in special.count_nulls:
-    print(f"above {null.threshold}: {null.observed} kinds with a positive score, shuffled {null.mean_null:.1f}")
-null_histogram(null.null, {"observed": null.observed}, title="Kinds with a 'specialist' by counting", x_title="kinds")
+    print(
+        f"above {null.threshold}: {null.observed} kinds with a positive score, shuffled {null.mean_null:.1f}"
+    )
+null_histogram(
+    null.null,
+    {"observed": null.observed},
+    title="Kinds with a 'specialist' by counting",
+    x_title="kinds",
+)
 
 # %% [markdown]
 # ## 7. How often is this method wrong?
-# `error_rate`: any kind called discriminating under shuffled labels. `power`: a planted feature with a true AUROC
-# of 0.9 found. `specialist_*`: the same for specialists, without leaving languages out. The controls know nothing
-# of shuffled labels, so `specialist_power` is an upper end: where a control does well by itself, fewer are found.
-# The result ships with the project; `make run FULL=1` computes it again.
+# `error_rate`: any kind called discriminating under shuffled labels. `power`: a planted feature
+# with a true AUROC of 0.9 found. `specialist_*`: the same for specialists, without leaving
+# languages out. The controls know nothing of shuffled labels, so `specialist_power` is an upper
+# end: where a control does well by itself, fewer are found. The result ships with the project;
+# `make run FULL=1` computes it again.
 
 # %%
-from lenslab.analysis.planted import error_rate_and_power
-from lenslab.analysis.saved import saved_result
+from lenslab.features.planted import error_rate_and_power
+from lenslab.files import saved_result
 
 columns = [list(map(str, column)) for column in (labels.category, labels.held_out, labels.stratum)]
 rates = saved_result(
@@ -273,11 +325,11 @@ print(rates.round(3).to_string(index=False))
 
 # %% [markdown]
 # ## 8. One feature, closely
-# The feature of the kind that is told apart best on the discovery half: where it fires on held-out texts. An excerpt
-# is the start of the text; the marked tokens below it show where it fires.
+# The feature of the kind that is told apart best on the discovery half: where it fires on held-out
+# texts. An excerpt is the start of the text; the marked tokens below it show where it fires.
 
 # %%
-from lenslab.show.explorer import explore_feature
+from lenslab.show.explore import explore_feature
 
 best = int(found.auroc_discovery[0].argmax())
 kind, feature = found.categories[best], int(found.feature[0, best])
@@ -288,22 +340,26 @@ print(held_fa.top_texts(feature, n=5).astype({"activation": float}).round(1).to_
 explore_feature(held_fa, feature, categories=list(labels.category[held]))
 
 # %% [markdown]
-# What it fires on in running text: a sample from each fifth of its firings, 1 the strongest. The text ships with the
-# project and was sampled from `pocket-gpt`: nine kinds of text, as the model would write them, not as people do.
+# What it fires on in running text: a sample from each fifth of its firings, 1 the strongest. The
+# text ships with the project and was sampled from `pocket-gpt`: nine kinds of text, as the model
+# would write them, not as people do.
 
 # %%
-from lenslab.activations import pack
-from lenslab.analysis.contexts import find_contexts, vocabulary_effects
-from lenslab.data import sampled_text
+from lenslab.features.contexts import find_contexts
+from lenslab.features.readings import vocabulary_effects
+from lenslab.texts import sampled_text
+from lenslab.tokens import pack
 
-contexts = find_contexts(model, sae, pack(model, sampled_text(450)), features=[feature], progress=False)
+contexts = find_contexts(
+    model, sae, pack(model, sampled_text(450)), features=[feature], progress=False
+)
 print(f"fires somewhere in the running text: {contexts.fired[0] > 0}")
 contexts.quantiles(feature, n=5, per=2)[["quantile", "activation", "context"]].round(1)
 
 # %% [markdown]
-# What it does to the next token along the direct path, later layers skipped: its decoder direction read through the
-# unembedding. **Control**: `times_control` is the effect over the largest of random directions of the same length;
-# values near 1 say nothing.
+# What it does to the next token along the direct path, later layers skipped: its decoder direction
+# read through the unembedding. **Control**: `times_control` is the effect over the largest of
+# random directions of the same length; values near 1 say nothing.
 
 # %%
 effects = vocabulary_effects(model, sae, [feature], n=5)
@@ -312,28 +368,32 @@ print(table.assign(token=table["token"].map(repr)).round(2).to_string(index=Fals
 
 # %% [markdown]
 # ## 9. Is it what the text says, or how it is written?
-# What each kind's feature fires on, by class of token. **Control**: how common each class is among all tokens. The
-# last row is the share that falls on the feature's single most frequent token; even a feature of one token can carry
-# a whole text where attention brings the text there.
+# What each kind's feature fires on, by class of token. **Control**: how common each class is among
+# all tokens. The last row is the share that falls on the feature's single most frequent token; even
+# a feature of one token can carry a whole text where attention brings the text there.
 
 # %%
-from lenslab.analysis.readings import form_and_concept, token_classes
+from lenslab.features.readings import form_and_concept, token_classes
 
 chosen = [int(f) for f in found.feature[0]]
 print("features:", dict(zip(found.categories, chosen, strict=True)))
 print(token_classes(held_fa, chosen).round(2).to_string())
 
 # %% [markdown]
-# The matched set says sixty things in four forms each: code or formula, plain, formal, another language. How much
-# of a feature's variance follows the form, how much the content? **Null**: shuffled forms, shuffled contents.
-# Lengths differ a little between the forms (see the card of the probes), and a maximum grows with length.
+# The matched set says sixty things in four forms each: code or formula, plain, formal, another
+# language. How much of a feature's variance follows the form, how much the content? **Null**:
+# shuffled forms, shuffled contents. Lengths differ a little between the forms (see the card of the
+# probes), and a maximum grows with length.
 
 # %%
 matched = load_probes("matched")
 matched_fa = encode_features(model, sae, tokenize(model, matched["text"].tolist()), name=SAE)
 split = form_and_concept(matched_fa.pool("max"), matched["form"], matched["concept"])
 print(f"{len(split.features)} features fire on ten texts or more")
-for name, share, p in (("form", split.form, split.form_p), ("content", split.concept, split.concept_p)):
+for name, share, p in (
+    ("form", split.form, split.form_p),
+    ("content", split.concept, split.concept_p),
+):
     print(
         f"{name:8s} median share of variance {np.median(share):.2f}; p <= .05 for {np.mean(p <= 0.05):.0%} (chance 5%)"
     )
@@ -347,83 +407,127 @@ from lenslab.show.plots import scatter
 marked = np.isin(split.features, chosen)
 names = [str(f) for f in split.features]
 by_form, by_content = split.form_p <= 0.05, split.concept_p <= 0.05
-print(f"by form alone {np.mean(by_form & ~by_content):.0%}, by content alone {np.mean(by_content & ~by_form):.0%}")
+print(
+    f"by form alone {np.mean(by_form & ~by_content):.0%}, by content alone {np.mean(by_content & ~by_form):.0%}"
+)
 print(split.to_frame()[marked].round(3).to_string(index=False))
-axes = {"title": "Form and content", "x_title": "share of variance: form", "y_title": "content", "diagonal": True}
-scatter(split.form, split.concept, names=names, marked=marked, marked_name="chosen for a kind", **axes)
+axes = {
+    "title": "Form and content",
+    "x_title": "share of variance: form",
+    "y_title": "content",
+    "diagonal": True,
+}
+scatter(
+    split.form, split.concept, names=names, marked=marked, marked_name="chosen for a kind", **axes
+)
 
 # %% [markdown]
 # ## 10. Pictures of many features
-# The most frequent of the features that are on at most half of the discovery texts, drawn on held-out texts.
+# The most frequent of the features that are on at most half of the discovery texts, drawn on
+# held-out texts.
 
 # %%
-from lenslab.show.feature_plots import category_feature_heatmap, coactivation_heatmap, text_feature_heatmap
+from lenslab.show.feature_plots import (
+    category_feature_heatmap,
+    coactivation_heatmap,
+    text_feature_heatmap,
+)
 
 discovery = summarize_features(fa[np.flatnonzero(~labels.held_out).tolist()].pool("max"))
-often = np.argsort(-np.where(discovery.frequency <= 0.5, discovery.frequency, 0), kind="stable")[:10]
+often = np.argsort(-np.where(discovery.frequency <= 0.5, discovery.frequency, 0), kind="stable")[
+    :10
+]
 drawn = held_fa.pool("max")[:, often]
 print(
     f"on {discovery.frequency[often].min():.0%} to {discovery.frequency[often].max():.0%} of discovery texts, "
     f"on {np.mean(drawn.toarray() > 0):.0%} of held-out ones on average"
 )
-text_feature_heatmap(drawn, often, labels.category[held], title="Frequent features on held-out texts")
+text_feature_heatmap(
+    drawn, often, labels.category[held], title="Frequent features on held-out texts"
+)
 
 # %% [markdown]
-# The features chosen for each kind, as means over the held-out texts of every kind: does a feature also fire where
-# another kind looks alike, a mathematical one on Python, say? By chance one of seven is largest in its own kind.
+# The features chosen for each kind, as means over the held-out texts of every kind: does a feature
+# also fire where another kind looks alike, a mathematical one on Python, say? By chance one of
+# seven is largest in its own kind.
 
 # %%
-from lenslab.analysis.features import category_profile
+from lenslab.features.ranking import category_profile
 
 distinct = list(dict.fromkeys(chosen))  # one feature may have been chosen for two kinds
 profile = category_profile(held_fa.pool("max"), labels.category[held], distinct)
-means = profile.pivot(index="category", columns="feature", values="mean").loc[list(found.categories), distinct]
-own = sum(means[feature].idxmax() == kind for kind, feature in zip(found.categories, chosen, strict=True))
+means = profile.pivot(index="category", columns="feature", values="mean").loc[
+    list(found.categories), distinct
+]
+own = sum(
+    means[feature].idxmax() == kind for kind, feature in zip(found.categories, chosen, strict=True)
+)
 print(f"largest in the kind it was chosen for: {own} of {len(chosen)}")
-category_feature_heatmap(means, found.categories, distinct, title="Mean activation by kind, held-out texts")
+category_feature_heatmap(
+    means, found.categories, distinct, title="Mean activation by kind, held-out texts"
+)
 
 # %% [markdown]
 # The same features and the leaders of section 4, one row each, on every held-out text.
 
 # %%
-leaders = {"strongest": summary.strongest(1), "frequent": summary.frequent(1), "selective": summary.selective(1)}
+leaders = {
+    "strongest": summary.strongest(1),
+    "frequent": summary.frequent(1),
+    "selective": summary.selective(1),
+}
 rows = {int(table.index[0]): f"{table.index[0]} {name}" for name, table in leaders.items()}
-rows |= {feature: f"{feature} {kind}" for kind, feature in zip(found.categories, chosen, strict=True)}
+rows |= {
+    feature: f"{feature} {kind}" for kind, feature in zip(found.categories, chosen, strict=True)
+}
 drawn = held_fa.pool("max")[:, list(rows)]
-print(f"{len(rows)} features on {drawn.shape[0]} texts: {np.mean(drawn.toarray() > 0):.0%} of the cells are above zero")
-text_feature_heatmap(drawn, list(rows.values()), labels.category[held], title="Chosen features on held-out texts")
+print(
+    f"{len(rows)} features on {drawn.shape[0]} texts: {np.mean(drawn.toarray() > 0):.0%} of the cells are above zero"
+)
+text_feature_heatmap(
+    drawn, list(rows.values()), labels.category[held], title="Chosen features on held-out texts"
+)
 
 # %% [markdown]
 # ## 11. Which features fire together?
-# First by kind: the features that fire on most of its texts. **Control**: the share of all texts on which they do.
+# First by kind: the features that fire on most of its texts. **Control**: the share of all texts on
+# which they do.
 
 # %%
-from lenslab.analysis.counts import features_per_category
+from lenslab.features.ranking import features_per_category
 
 common = features_per_category(pooled["max"], labels.category, top=2)
 overall = summary.frequency[common["feature"].to_numpy()]
-print(common.assign(share=common["texts"] / common["of"], overall=overall).round(2).to_string(index=False))
+print(
+    common.assign(share=common["texts"] / common["of"], overall=overall)
+    .round(2)
+    .to_string(index=False)
+)
 
 # %% [markdown]
-# *PMI* is the log of how often two features fire together over what independence gives, over all texts. **Null**:
-# `expected` and `q` come from firings shuffled among texts of one kind, so that what the kind explains does not
+# *PMI* is the log of how often two features fire together over what independence gives, over all
+# texts. **Null**: `expected` and `q` come from firings shuffled among texts of one kind, so that
+# what the kind explains does not
 # count: compare `joint` with `expected`.
 
 # %%
-from lenslab.analysis.concepts import coactivation, concept_features
+from lenslab.features.together import coactivation, concept_features
 
 together = coactivation(pooled["max"], often, strata=labels.category)
 pairs = together.to_frame()
-print(f"{(pairs['q'] <= 0.05).sum()} of {len(pairs)} pairs fire together more than within-kind chance (q <= .05)")
+print(
+    f"{(pairs['q'] <= 0.05).sum()} of {len(pairs)} pairs fire together more than within-kind chance (q <= .05)"
+)
 columns = ["feature", "other", "p_other_given_feature", "joint", "expected", "pmi", "q"]
 print(pairs.head(5)[columns].round(3).to_string(index=False))
 coactivation_heatmap(together.pmi, often, title="Which features fire together")
 
 # %% [markdown]
 # ## 12. Look for a concept
-# The discovery texts about one topic, in any form, against the others: which features separate them? `family_p`: how
-# often the best of *all* features does as well under shuffled labels; a large one means that nothing was found. The
-# best one is then scored on the held-out half, where 0.5 is chance. Python is the positive control.
+# The discovery texts about one topic, in any form, against the others: which features separate
+# them? `family_p`: how often the best of *all* features does as well under shuffled labels; a large
+# one means that nothing was found. The best one is then scored on the held-out half, where 0.5 is
+# chance. Python is the positive control.
 
 # %%
 about = (load_probes("categories")["topic"] == "music").to_numpy()[labels.row]
@@ -437,11 +541,11 @@ for name, inside in (("music", about), ("Python", labels.category == "python")):
 
 # %% [markdown]
 # ## 13. Explore
-# Type a text, see what fires at which token, step through the features. Without a running kernel the same is shown
-# as it stands.
+# Type a text, see what fires at which token, step through the features. Without a running kernel
+# the same is shown as it stands.
 
 # %%
-from lenslab.show.explorer import feature_explorer
+from lenslab.show.explore import feature_explorer
 
 explorer = feature_explorer(model, sae, fa, categories=list(labels.category), feature=feature)
 print(f"features that fire in the example text: {explorer.here.pool('max').nnz}")
@@ -449,14 +553,16 @@ explorer
 
 # %% [markdown]
 # ## What was found, and what was not
-# **Found**: for every kind of text that section 5 calls discriminating, a feature tells it apart on texts that it
-# was not chosen on. Section 6 shows how much of that is cheap: it runs the same search over directions, neurons and
-# bare characters, and says for which kinds the SAE does better than all of them. The tables of section 9 show on
-# which classes of token such features fire, and whether they follow the form of a text or what it is about.
+# **Found**: for every kind of text that section 5 calls discriminating, a feature tells it apart on
+# texts that it was not chosen on. Section 6 shows how much of that is cheap: it runs the same
+# search over directions, neurons and bare characters, and says for which kinds the SAE does better
+# than all of them. The tables of section 9 show on which classes of token such features fire, and
+# whether they follow the form of a text or what it is about.
 #
-# **Not shown**: that the model uses these features (that takes interventions), that they mean what the kind's name
-# says, or that it holds for other models or SAEs. Seven kinds and 420 texts by one group of writers are a small
-# instrument, and one pooling (`max`) was fixed beforehand: others may give other specialists.
+# **Not shown**: that the model uses these features (that takes interventions), that they mean what
+# the kind's name says, or that it holds for other models or SAEs. Seven kinds and 420 texts by one
+# group of writers are a small instrument, and one pooling (`max`) was fixed beforehand: others may
+# give other specialists.
 #
 # **Exercises**
 # 1. Read the SAE after the first block instead. Which specialists are left?
@@ -465,10 +571,11 @@ explorer
 #
 # <details><summary>Solutions</summary>
 #
-# 1. Set `CHOSEN = "pocket-gpt-resid-0"` in section 2 and run sections 2, 3, 5 and 6 again, in section 6 without the
-#    twin's SAE (`controls = control_matrices(model, sae, batch)`), which is one of the middle layer. Then run
-#    `token_classes` on the winners before saying why.
+# 1. Set `CHOSEN = "pocket-gpt-resid-0"` in section 2 and run sections 2, 3, 5 and 6 again, in
+#    section 6 without the twin's SAE (`controls = control_matrices(model, sae, batch)`), which is
+#    one of the middle layer. Then run `token_classes` on the winners before saying why.
 # 2. `discriminate({SAE: pooled["mean"]}, labels).feature`, beside `found.feature`.
-# 3. `mine = encode_features(model, sae, tokenize(model, [...])).pool("max")` with your texts in the list, then
-#    `concept_features(mine, pooled["max"]).to_frame()`; look at `family_p` before the AUROC.
+# 3. `mine = encode_features(model, sae, tokenize(model, [...])).pool("max")` with your texts in the
+#    list, then `concept_features(mine, pooled["max"]).to_frame()`; look at `family_p` before the
+#    AUROC.
 # </details>

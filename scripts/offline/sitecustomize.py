@@ -1,4 +1,5 @@
-"""Refuses the network to any Python that has this folder on PYTHONPATH, and writes every attempt down.
+"""Refuses the network to any Python that has this folder on PYTHONPATH, and writes every attempt
+down.
 
 Used by the notebook tests. Kernels talk to Jupyter on this machine, so local addresses stay open.
 """
@@ -7,7 +8,11 @@ import os
 import socket
 
 _LOCAL = {"localhost", "127.0.0.1", "::1", "0.0.0.0", "", None}
-_connect, _connect_ex, _getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+_connect, _connect_ex, _getaddrinfo = (
+    socket.socket.connect,
+    socket.socket.connect_ex,
+    socket.getaddrinfo,
+)
 
 
 def _refuse(what):
@@ -40,4 +45,8 @@ def getaddrinfo(host, *args, **kwargs):
     return _getaddrinfo(host, *args, **kwargs)
 
 
-socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo = connect, connect_ex, getaddrinfo
+socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo = (
+    connect,
+    connect_ex,
+    getaddrinfo,
+)

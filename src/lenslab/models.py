@@ -1,8 +1,10 @@
-"""Load a language model and look at what it is made of: the one place that builds TransformerLens models.
+"""Load a language model and look at what it is made of: the one place that builds TransformerLens
+models.
 
-`load_model` returns TransformerLens's own `TransformerBridge`, never a wrapper; hook names are those of
-HookedTransformer (`blocks.3.hook_resid_post`). The weights are left as they were trained: nothing is folded
-or centred, because an SAE may have been trained on either and says so itself (see `lenslab.sae.pretrained`).
+`load_model` returns TransformerLens's own `TransformerBridge`, never a wrapper; hook names are
+those of HookedTransformer (`blocks.3.hook_resid_post`). The weights are left as they were trained:
+nothing is folded or centred, because an SAE may have been trained on either and says so itself (see
+`lenslab.sae.load`).
 """
 
 from __future__ import annotations
@@ -12,49 +14,155 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.loading import DEFAULT, NotAModel, fused_gelu, open_tokenizer, open_weights, resolve
+from lenslab.files import BUNDLED, DEFAULT, HUB, data_path, sha256_file
 from lenslab.runtime import default_device, derive_generator
 
-STREAMS = {  # stream -> hook below `blocks.LAYER.`
-    "residual_pre": "hook_resid_pre",
-    "attention": "hook_attn_out",
-    "residual_mid": "hook_resid_mid",
-    "mlp": "hook_mlp_out",
-    "residual": "hook_resid_post",
-}
+
+class NotAModel(ValueError):
+    """What was named cannot be loaded as a language model; the message says why and what can."""
 
 
-class UnknownHook(KeyError):
-    """A hook name that this model does not have. TransformerBridge itself ignores such names silently."""
+def resolve(name: str) -> tuple[str, str]:
+    """(what transformers should open, the name to show): never a path of this machine in what is
+    shown."""
+    if name in BUNDLED:
+        return str(data_path("models", name)), name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise NotAModel(
+                f"The folder {name} has no config.json, so it is not a Hugging Face model folder. Save one with "
+                "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)."
+            )
+        return str(folder), folder.resolve().name
+    if folder.is_absolute() or name.startswith((".", "~")):
+        raise NotAModel(f"There is no folder {name}. Bundled models: {', '.join(BUNDLED)}.")
+    return HUB.get(name, name), name
 
-    def __str__(self) -> str:  # KeyError shows its message in quotes, escapes and all
-        return str(self.args[0])
+
+def open_weights(source: str, label: str, dtype: torch.dtype):
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    folder = Path(source)
+    if folder.is_dir():  # local weights open in well under a second: a bar would only flicker
+        logging.disable_progress_bar()
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickles = [f.name for f in folder.iterdir() if f.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+        raise NotAModel(
+            f"{label} holds its weights as a pickle ({pickles[0]}), which can run code when it is opened and is never "
+            "loaded here. Convert it once where you trust it: model.save_pretrained(folder, safe_serialization=True)."
+            if pickles
+            else f"{label} has a config.json but no weights (*.safetensors)."
+        )
+    if label in BUNDLED and folder.resolve() == data_path("models", label).resolve():
+        _check_bundled(folder, label)
+    token = os.environ.get("HF_TOKEN")  # gated models: from the environment, never from a file here
+    options = {} if folder.is_dir() or not token else {"token": token}
+    try:
+        return fused_gelu(
+            AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, attn_implementation="eager", use_safetensors=True, **options
+            )
+        )
+    except (
+        Exception
+    ) as error:  # transformers raises a dozen kinds: bad JSON, cut-off weights, no network
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        near = difflib.get_close_matches(label, [*BUNDLED, *HUB], n=1)
+        meant = f"Did you mean {near[0]!r}? " if near and near[0] != label else ""
+        if _refused(error):
+            raise NotAModel(
+                f"{label}: the hub gives it to no one it does not know. {meant}It is gated, private or misspelt. "
+                f"Accept its licence on https://huggingface.co/{source} while signed in, make an access token in your "
+                "settings there, and set it as HF_TOKEN"
+                + (" (the one that is set has no access)." if token else ".")
+            ) from error
+        offline = " and unset HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else ""
+        advice = (
+            "Check that the folder is complete: a cut-off download leaves short files."
+            if folder.is_dir()
+            else f"If it is a hub name, download it while online (`.venv/bin/hf download {source}`; set HF_TOKEN for "
+            f"gated models){offline}. Bundled, always here: {', '.join(BUNDLED)}."
+        )
+        raise NotAModel(f"{label} could not be loaded. {meant}{first} {advice}") from (
+            None if meant else error
+        )
+
+
+def _check_bundled(folder: Path, label: str) -> None:
+    """Refuse bundled weights that are not those of their card: what ships beside them was measured
+    on the card's."""
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    if sha256_file(folder / "model.safetensors") != card["weights_sha256"]:
+        raise NotAModel(
+            f"The weights of {label} are not those that its card describes: damaged, or changed. Restore them with "
+            f"`git checkout -- data/models/{label}`, or load them under another name from a folder of your own."
+        )
+
+
+def _refused(error: BaseException | None) -> bool:
+    """Whether the hub was reached and said no, somewhere in what led to this error."""
+    while error is not None:
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def fused_gelu(hf_model):
+    """GPT-2's GELU in one kernel instead of eight: the same function, and a sixth of a forward pass
+    on CPU."""
+    for module in hf_model.modules():
+        for name, child in module.named_children():
+            if type(child).__name__ == "NewGELUActivation":
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
+    return hf_model
+
+
+def open_tokenizer(source: str, label: str):
+    from transformers import AutoTokenizer
+
+    missing = f"{label} has no tokenizer that can be opened: tokenizer.save_pretrained(folder) beside the weights."
+    files = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
+    if Path(source).is_dir() and not any((Path(source) / file).exists() for file in files):
+        raise NotAModel(missing)  # transformers would make up an empty vocabulary
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        raise NotAModel(missing) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+    return tokenizer
 
 
 def load_model(
-    name: str | os.PathLike | None = None, *, device: str | None = None, dtype: torch.dtype = torch.float32
+    name: str | os.PathLike | None = None,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> TransformerBridge:
     """A model in eval mode with eager attention, so that attention patterns can be read.
 
-    Args:
-        name: a bundled name (`pocket-gpt`), a local Hugging Face folder, or a name on the hub. Default:
+    Args: name: a bundled name (`pocket-gpt`), a local Hugging Face folder, or a name on the hub.
+        Default:
             `$LENSLAB_MODEL`, else `pocket-gpt`.
         device: default a GPU where there is one.
         dtype: of the weights in memory. Two loaders agree to 1e-4 in the logits only in float32.
 
-    Raises:
-        NotAModel: a folder without config, weights or tokenizer; weights as a pickle only; a hub name that is
+    Raises: NotAModel: a folder without config, weights or tokenizer; weights as a pickle only; a
+        hub name that is
             neither cached nor reachable; an architecture that TransformerLens does not know.
 
-    With `LENSLAB_MODEL_TWIN=1` the random-weight twin is returned instead: the control for whole notebooks.
+    With `LENSLAB_MODEL_TWIN=1` the random-weight twin is returned instead: the control for whole
+    notebooks.
     """
     name = os.fspath(name or os.environ.get("LENSLAB_MODEL") or DEFAULT)
     source, label = resolve(name)
@@ -62,22 +170,26 @@ def load_model(
     return random_twin(model, label=label) if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else model
 
 
-def random_twin(model: TransformerBridge, seed: int = 0, label: str | None = None) -> TransformerBridge:
+def random_twin(
+    model: TransformerBridge, seed: int = 0, label: str | None = None
+) -> TransformerBridge:
     """The same architecture and tokenizer with random weights, spread as they are before training.
 
-    What a finding on the twin shares with the finding on the model was not learned. `label` is the name the
-    twin goes by; default the model's own, followed by "(random twin)".
+    What a finding on the twin shares with the finding on the model was not learned. `label` is the
+    name the twin goes by; default the model's own, followed by "(random twin)".
 
-    The weights are the same to the bit on every processor, so that an SAE can be kept for them: sums of integers
-    (nearly normal), times the spread that the architecture begins with to two digits. torch's own normal numbers
-    depend on the processor's instructions.
+    The weights are the same to the bit on every processor, so that an SAE can be kept for them:
+    sums of integers (nearly normal), times the spread that the architecture begins with to two
+    digits. torch's own normal numbers depend on the processor's instructions.
     """
     from transformers import AutoModelForCausalLM
 
     config, generator = model.original_model.config, derive_generator(seed, "random twin")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed() % 2**63)
-        twin = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=model.cfg.dtype)
+        twin = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", dtype=model.cfg.dtype
+        )
     with torch.no_grad():
         for parameter in twin.parameters():
             spread = float(parameter.float().std()) if parameter.numel() > 1 else 0.0
@@ -88,8 +200,11 @@ def random_twin(model: TransformerBridge, seed: int = 0, label: str | None = Non
 
 
 def _exact_normal(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Numbers of mean 0 and spread 1: each the sum of four integers, which no processor computes otherwise."""
-    total = sum(torch.randint(1 << 16, shape, generator=generator, dtype=torch.int32) for _ in range(4))
+    """Numbers of mean 0 and spread 1: each the sum of four integers, which no processor computes
+    otherwise."""
+    total = sum(
+        torch.randint(1 << 16, shape, generator=generator, dtype=torch.int32) for _ in range(4)
+    )
     return (total - (2 << 16)).float() / ((1 << 16) / 3**0.5)  # the variance of one is 2^32 / 12
 
 
@@ -100,7 +215,9 @@ def _boot(hf_model, tokenizer, label: str, device: str | None) -> TransformerBri
         )
     except ValueError as error:
         kind = hf_model.config.architectures or [type(hf_model).__name__]
-        raise NotAModel(f"{label}: TransformerLens has no adapter for {kind[0]} ({error}).") from error
+        raise NotAModel(
+            f"{label}: TransformerLens has no adapter for {kind[0]} ({error})."
+        ) from error
     model.cfg.model_name = label
     return model.eval()
 
@@ -116,7 +233,8 @@ _KEYS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 def model_key(model: TransformerBridge) -> str:
     """16 hexadecimal digits of the SHA-256 of all weights: what caches of activations are keyed by.
 
-    Computed once per state of the weights (0.02 s for pocket-gpt, seconds for a billion parameters).
+    Computed once per state of the weights (0.02 s for pocket-gpt, seconds for a billion
+    parameters).
     """
     weights = sorted(model.original_model.named_parameters())
     versions = tuple(p._version for _, p in weights)
@@ -125,78 +243,34 @@ def model_key(model: TransformerBridge) -> str:
         digest = hashlib.sha256()
         for name, parameter in weights:
             digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(
+                parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            )
         known = _KEYS[model] = (versions, digest.hexdigest()[:16])
     return known[1]
 
 
-_HOOKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def hook_names(model: TransformerBridge) -> dict[str, tuple[int, ...]]:
-    """Every hook that fires in a forward pass, aliases included -> shape for an input `[text=1, pos=2]`.
-
-    Found by running two tokens once, so that what is listed is what can be captured.
-    """
-    if model not in _HOOKS:
-        tokens = torch.zeros(1, 2, dtype=torch.long, device=model.cfg.device)
-        with torch.inference_mode():
-            _, cache = model.run_with_cache(tokens)
-        _HOOKS[model] = {name: tuple(value.shape) for name, value in cache.items()}
-    return _HOOKS[model]
-
-
-def check_hooks(model: TransformerBridge, names: Iterable[str]) -> None:
-    """Raise UnknownHook, with the nearest names, unless every hook exists in this model."""
-    known = hook_names(model)
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            if "rout" in name or "expert" in name:  # TransformerLens calls the router a gate
-                near = [hook for hook in known if hook.endswith("mlp.gate.hook_out")][:1] or near
-            raise UnknownHook(
-                f"{model_name(model)} has no hook {name!r}. Nearest: {', '.join(near) or 'none'}. "
-                f"It has {model.cfg.n_layers} layers, from 0; hook_table(model) lists all hooks."
-            )
-
-
 def check_eval(model: TransformerBridge) -> None:
-    """Raise ValueError for a model in train mode: dropout would change what it computes, a little and at random."""
+    """Raise ValueError for a model in train mode: dropout would change what it computes, a little
+    and at random."""
     if model.training:
-        raise ValueError(f"{model_name(model)} is in train mode, where dropout changes activations: model.eval().")
-
-
-def stream_hook(model: TransformerBridge, layer: int | np.integer, stream: str = "residual") -> str:
-    """The hook of a stream at a layer: 'residual' (after the block), 'residual_pre' (before it),
-    'residual_mid', 'attention' (what the attention adds) or 'mlp' (what the MLP adds).
-
-    Raises ValueError for another stream or a layer outside 0 to n_layers - 1: negative layers are refused,
-    because a typing slip would silently read another layer.
-    """
-    if stream not in STREAMS:
-        raise ValueError(f"No stream {stream!r}; there are: {', '.join(STREAMS)}.")
-    whole = isinstance(layer, int | np.integer) and not isinstance(layer, bool)
-    if not whole or not 0 <= layer < model.cfg.n_layers:
-        raise ValueError(f"Layer {layer!r} is not one of 0 to {model.cfg.n_layers - 1} of {model_name(model)}.")
-    name = f"blocks.{layer}.{STREAMS[stream]}"
-    check_hooks(model, [name])
-    return name
-
-
-def hook_table(model: TransformerBridge, layer: int | None = None) -> pd.DataFrame:
-    """All hooks as a table (hook, shape), or those of one layer; shapes are for one text of two tokens."""
-    rows = [(n, s) for n, s in hook_names(model).items() if layer is None or n.startswith(f"blocks.{layer}.")]
-    return pd.DataFrame(rows, columns=["hook", "shape"])
+        raise ValueError(
+            f"{model_name(model)} is in train mode, where dropout changes activations: model.eval()."
+        )
 
 
 def parameter_table(model: TransformerBridge, layer: int | None = None) -> pd.DataFrame:
-    """Parameters (name, shape, count, trainable) of the model or of one block; tied weights appear once.
+    """Parameters (name, shape, count, trainable) of the model or of one block; tied weights appear
+    once.
 
-    Read from the architecture: the bridge holds fused query-key-value matrices twice, whole and split.
+    Read from the architecture: the bridge holds fused query-key-value matrices twice, whole and
+    split.
     """
     from transformers import AutoModelForCausalLM
 
-    loaded = {n.replace("._original_component", ""): p for n, p in model.original_model.named_parameters()}
+    loaded = {
+        n.replace("._original_component", ""): p for n, p in model.original_model.named_parameters()
+    }
     with torch.device("meta"):  # shapes without weights
         plain = AutoModelForCausalLM.from_config(model.original_model.config)
     rows = []
@@ -280,14 +354,16 @@ def generate(
 ) -> str | list[str]:
     """Continue a prompt; greedy at temperature 0, else sampled from a generator seeded by `seed`.
 
-    Returns prompt and continuation, one string per prompt. Raises ValueError when the prompt and the new
-    tokens do not fit the context, or the prompt is empty; for a model in train mode.
+    Returns prompt and continuation, one string per prompt. Raises ValueError when the prompt and
+    the new tokens do not fit the context, or the prompt is empty; for a model in train mode.
     """
     check_eval(model)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts or not all(text.strip() for text in prompts):
         raise ValueError("An empty prompt: give the model at least one word to continue.")
-    longest = max(len(model.tokenizer(text, add_special_tokens=False).input_ids) for text in prompts) + 1
+    longest = (
+        max(len(model.tokenizer(text, add_special_tokens=False).input_ids) for text in prompts) + 1
+    )
     if longest + max_new_tokens > model.cfg.n_ctx:
         raise ValueError(
             f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {model.cfg.n_ctx}."

@@ -1,4 +1,5 @@
-"""Activation records: what one text did inside one model, kept with the words to read it by, saved and compared.
+"""Activation records: what one text did inside one model, kept with the words to read it by, saved
+and compared.
 
 | suffix          | values                  | opens in                    | use it for                            |
 |-----------------|-------------------------|-----------------------------|---------------------------------------|
@@ -7,8 +8,8 @@
 | `.json`, `.json.gz` | written out in digits, exact | anything, a text editor | reading, small records, the web       |
 | `.pt`           | as they are             | PyTorch                     | passing on to PyTorch code            |
 
-Pickles (`.pkl`, `.pickle`, or one that calls itself `.pt`) are refused: opening one can run any code.
-All formats hold the same two things: a header (JSON) and a set of named tensors.
+Pickles (`.pkl`, `.pickle`, or one that calls itself `.pt`) are refused: opening one can run any
+code. All formats hold the same two things: a header (JSON) and a set of named tensors.
 """
 
 from __future__ import annotations
@@ -32,18 +33,27 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab import __version__
-from lenslab.activations import harvest, tokenize
-from lenslab.forward import by_token
+from lenslab.capture import harvest
+from lenslab.files import atomic_write
+from lenslab.hooks import by_token
 from lenslab.models import model_key, model_name
-from lenslab.paths import atomic_write
+from lenslab.tokens import tokenize
 
 FORMAT = "lenslab activation records 1"
+
+
 SUFFIXES = (".safetensors", ".npz", ".json", ".json.gz", ".pt")
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+
+
+DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 
 
 class NotARecord(ValueError):
-    """A file that holds no activation record, or one that must not be opened; the message says what to do."""
+    """A file that holds no activation record, or one that must not be opened; the message says what
+    to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +64,12 @@ class ActivationRecord:
     tokens: tuple[str, ...]  # readable, one per position
     token_ids: tuple[int, ...]
     real: tuple[bool, ...]  # False at BOS
-    activations: dict[str, Tensor]  # hook -> [pos, d], or as the hook gives it ([head, query, key] of a pattern)
-    metadata: dict[str, Any] = field(default_factory=dict)  # JSON: model, model_key, hooks, compute, versions
+    activations: dict[
+        str, Tensor
+    ]  # hook -> [pos, d], or as the hook gives it ([head, query, key] of a pattern)
+    metadata: dict[str, Any] = field(
+        default_factory=dict
+    )  # JSON: model, model_key, hooks, compute, versions
 
     def __eq__(self, other: object) -> bool:
         """Equal to the last bit, dtypes included."""
@@ -65,31 +79,41 @@ class ActivationRecord:
         return (
             self._header() == other._header()
             and list(mine) == list(theirs)
-            and all(mine[h].dtype == theirs[h].dtype and torch.equal(mine[h], theirs[h]) for h in mine)
+            and all(
+                mine[h].dtype == theirs[h].dtype and torch.equal(mine[h], theirs[h]) for h in mine
+            )
         )
 
     __hash__ = None
 
     def _header(self) -> dict[str, Any]:
         """All but the activations, as JSON holds it."""
-        fields = {name: getattr(self, name) for name in ("prompt", "tokens", "token_ids", "real", "metadata")}
+        fields = {
+            name: getattr(self, name)
+            for name in ("prompt", "tokens", "token_ids", "real", "metadata")
+        }
         return json.loads(json.dumps(fields))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values, the activations as nested lists."""
-        return self._header() | {"activations": {h: value.tolist() for h, value in self.activations.items()}}
+        return self._header() | {
+            "activations": {h: value.tolist() for h, value in self.activations.items()}
+        }
 
     def to_frame(self, hook: str) -> pd.DataFrame:
         """One row per position: token, id, real, and the components of a `[pos, d]` hook."""
         frame = pd.DataFrame(_vectors(self, hook).float().numpy())
         for place, name in enumerate(("token", "id", "real")):
-            frame.insert(place, name, {"token": self.tokens, "id": self.token_ids, "real": self.real}[name])
+            frame.insert(
+                place, name, {"token": self.tokens, "id": self.token_ids, "real": self.real}[name]
+            )
         return frame
 
 
 @dataclass(frozen=True)
 class RecordStatistics:
-    """Of the components of all real tokens at one hook; BOS apart, because it is often a hundred times larger."""
+    """Of the components of all real tokens at one hook; BOS apart, because it is often a hundred
+    times larger."""
 
     hook: str
     tokens: tuple[str, ...]  # of all positions
@@ -114,7 +138,8 @@ def extract(
     dtype: torch.dtype = torch.float32,
     compute: str = "float32",
 ) -> ActivationRecord:
-    """The record of one text at some hooks; `dtype` and `compute` as in `harvest`. Raises as it and `tokenize`."""
+    """The record of one text at some hooks; `dtype` and `compute` as in `harvest`. Raises as it and
+    `tokenize`."""
     return extract_batch(model, [text], hooks, dtype=dtype, compute=compute)[0]
 
 
@@ -135,7 +160,8 @@ def extract_batch(
         "model_key": model_key(model),
         "hooks": list(hooks),
         "compute": "float32" if compute == "auto" else compute,
-        "versions": {"lenslab": __version__} | {n: version(n) for n in ("torch", "transformers", "transformer-lens")},
+        "versions": {"lenslab": __version__}
+        | {n: version(n) for n in ("torch", "transformers", "transformer-lens")},
     }
     records = []
     for row, n in enumerate(batch.attention.sum(1).tolist()):
@@ -145,22 +171,26 @@ def extract_batch(
         }
         ids, real = batch.tokens[row, :n].tolist(), batch.real[row, :n].tolist()
         tokens = tuple(batch.strings(row)[:n])
-        records.append(ActivationRecord(batch.texts[row], tokens, tuple(ids), tuple(real), cut, dict(metadata)))
+        records.append(
+            ActivationRecord(batch.texts[row], tokens, tuple(ids), tuple(real), cut, dict(metadata))
+        )
     return records
 
 
 def save_record(records: ActivationRecord | Sequence[ActivationRecord], path: str | Path) -> Path:
     """Write one record or several; the format comes from the suffix. Returns the path.
 
-    Raises NotARecord for a pickle or an unknown suffix, ValueError for NaN or Inf in `.json`, which has no such
-    numbers. A file that is there is replaced only once the new one is whole.
+    Raises NotARecord for a pickle or an unknown suffix, ValueError for NaN or Inf in `.json`, which
+    has no such numbers. A file that is there is replaced only once the new one is whole.
     """
     path, suffix = Path(path), _suffix(path)
     one = isinstance(records, ActivationRecord)
     header: dict[str, Any] = {"format": FORMAT, "one": one, "records": []}
     tensors: dict[str, Tensor] = {}
     for i, record in enumerate([records] if one else records):
-        values = {h: v.detach().cpu().contiguous().clone() for h, v in record.activations.items()}  # none shared
+        values = {
+            h: v.detach().cpu().contiguous().clone() for h, v in record.activations.items()
+        }  # none shared
         kinds = {hook: str(value.dtype).removeprefix("torch.") for hook, value in values.items()}
         header["records"].append(record._header() | {"dtypes": kinds})
         tensors |= {f"{i}/{hook}": value for hook, value in values.items()}
@@ -172,7 +202,8 @@ def save_record(records: ActivationRecord | Sequence[ActivationRecord], path: st
 def load_record(path: str | Path) -> ActivationRecord | list[ActivationRecord]:
     """What `save_record` wrote: one record, or the list of several.
 
-    Raises NotARecord for a pickle (whatever it calls itself), a cut-off or foreign file; FileNotFoundError.
+    Raises NotARecord for a pickle (whatever it calls itself), a cut-off or foreign file;
+    FileNotFoundError.
     """
     path, suffix = Path(path), _suffix(path)
     if not path.is_file():
@@ -201,14 +232,18 @@ def load_record(path: str | Path) -> ActivationRecord | list[ActivationRecord]:
 def compare_records(
     a: ActivationRecord, b: ActivationRecord, hook: str, metric: str = "cosine", position: int = -1
 ) -> float:
-    """How alike two records are at one hook and position (default the last token; each record counts its own).
+    """How alike two records are at one hook and position (default the last token; each record
+    counts its own).
 
-    'cosine' is the cosine similarity, 'l2' and 'l1' are distances. Raises KeyError for a hook that one lacks,
-    IndexError for a position outside, ValueError for widths that differ or a cosine with a zero vector.
+    'cosine' is the cosine similarity, 'l2' and 'l1' are distances. Raises KeyError for a hook that
+    one lacks, IndexError for a position outside, ValueError for widths that differ or a cosine with
+    a zero vector.
     """
     x, y = (_at(record, hook, position) for record in (a, b))
     if x.shape != y.shape:
-        raise ValueError(f"{hook} has width {len(x)} in one record and {len(y)} in the other: other models?")
+        raise ValueError(
+            f"{hook} has width {len(x)} in one record and {len(y)} in the other: other models?"
+        )
     if metric == "l2":
         return float((x - y).norm())
     if metric == "l1":
@@ -216,14 +251,18 @@ def compare_records(
     if metric != "cosine":
         raise ValueError(f"metric is 'cosine', 'l2' or 'l1', not {metric!r}.")
     if not x.any() or not y.any():
-        raise ValueError(f"A vector at {hook}, position {position}, is zero, so no angle is defined: use 'l2'.")
+        raise ValueError(
+            f"A vector at {hook}, position {position}, is zero, so no angle is defined: use 'l2'."
+        )
     return float(torch.dot(x, y) / (x.norm() * y.norm()))
 
 
 def record_statistics(record: ActivationRecord, hook: str) -> RecordStatistics:
-    """Mean, spread, range and norms at one hook, over real tokens; norms of every position beside them.
+    """Mean, spread, range and norms at one hook, over real tokens; norms of every position beside
+    them.
 
-    Raises KeyError for a hook that the record lacks, ValueError for one without a vector per position.
+    Raises KeyError for a hook that the record lacks, ValueError for one without a vector per
+    position.
     """
     values = _vectors(record, hook).double()
     real = torch.tensor(record.real)
@@ -246,7 +285,9 @@ def _vectors(record: ActivationRecord, hook: str) -> Float[Tensor, "pos d"]:
         raise KeyError(f"The record has no {hook}; it has {', '.join(record.activations)}.")
     value = record.activations[hook]
     if len(value) != len(record.tokens) or value.ndim < 2:
-        raise ValueError(f"{hook} has shape {tuple(value.shape)}: no vector for each of {len(record.tokens)} tokens.")
+        raise ValueError(
+            f"{hook} has shape {tuple(value.shape)}: no vector for each of {len(record.tokens)} tokens."
+        )
     return value.flatten(1)  # heads side by side
 
 
@@ -276,12 +317,19 @@ def _write_safetensors(path: Path, header: dict, tensors: dict[str, Tensor]) -> 
 
 def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["header"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return json.loads(file.metadata()["header"]), {
+            name: file.get_tensor(name) for name in file.keys()
+        }
 
 
 def _write_npz(path: Path, header: dict, tensors: dict[str, Tensor]) -> None:
-    arrays = {k: (v.view(torch.uint16) if v.dtype == torch.bfloat16 else v).numpy() for k, v in tensors.items()}
-    text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)  # NumPy has no bfloat16: its bits as uint16
+    arrays = {
+        k: (v.view(torch.uint16) if v.dtype == torch.bfloat16 else v).numpy()
+        for k, v in tensors.items()
+    }
+    text = np.frombuffer(
+        json.dumps(header).encode(), dtype=np.uint8
+    )  # NumPy has no bfloat16: its bits as uint16
     with open(path, "wb") as file:  # an open file: given a path, NumPy may append a suffix
         np.savez_compressed(file, header=text, **arrays)
 
@@ -290,13 +338,19 @@ def _read_npz(path: Path) -> tuple[dict, dict[str, Tensor]]:
     with np.load(path, allow_pickle=False) as file:
         header = json.loads(file["header"].tobytes())
         tensors = {k: torch.from_numpy(file[k]) for k in file.files if k != "header"}
-    return header, {k: v.view(torch.bfloat16) if v.dtype == torch.uint16 else v for k, v in tensors.items()}
+    return header, {
+        k: v.view(torch.bfloat16) if v.dtype == torch.uint16 else v for k, v in tensors.items()
+    }
 
 
 def _write_json(path: Path, header: dict, tensors: dict[str, Tensor]) -> None:
-    values = {k: v.tolist() for k, v in tensors.items()}  # Python writes floats so that they come back exactly
+    values = {
+        k: v.tolist() for k, v in tensors.items()
+    }  # Python writes floats so that they come back exactly
     raw = json.dumps(header | {"values": values}, ensure_ascii=False, allow_nan=False).encode()
-    path.write_bytes(gzip.compress(raw, mtime=0) if path.name.endswith(".gz") else raw)  # same bytes at any time
+    path.write_bytes(
+        gzip.compress(raw, mtime=0) if path.name.endswith(".gz") else raw
+    )  # same bytes at any time
 
 
 def _read_json(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -304,7 +358,10 @@ def _read_json(path: Path) -> tuple[dict, dict[str, Tensor]]:
     header = json.loads(gzip.decompress(raw) if path.name.lower().endswith(".gz") else raw)
     values, tensors = header.pop("values"), {}
     for i, entry in enumerate(header["records"]):
-        tensors |= {f"{i}/{k}": torch.tensor(values[f"{i}/{k}"], dtype=DTYPES[d]) for k, d in entry["dtypes"].items()}
+        tensors |= {
+            f"{i}/{k}": torch.tensor(values[f"{i}/{k}"], dtype=DTYPES[d])
+            for k, d in entry["dtypes"].items()
+        }
     return header, tensors
 
 
@@ -313,7 +370,9 @@ def _write_pt(path: Path, header: dict, tensors: dict[str, Tensor]) -> None:
 
 
 def _read_pt(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    if not zipfile.is_zipfile(path):  # torch.save writes a zip file; the older kind is a bare pickle
+    if not zipfile.is_zipfile(
+        path
+    ):  # torch.save writes a zip file; the older kind is a bare pickle
         raise NotARecord(
             f"{path.name} is not what torch.save writes (a bare pickle, or cut off), so it is not opened: a pickle can "
             "run any code. Save the record as .safetensors."
@@ -322,5 +381,13 @@ def _read_pt(path: Path) -> tuple[dict, dict[str, Tensor]]:
     return json.loads(data["header"]), data["tensors"]
 
 
-_WRITE = dict(zip(SUFFIXES, (_write_safetensors, _write_npz, _write_json, _write_json, _write_pt), strict=True))
-_READ = dict(zip(SUFFIXES, (_read_safetensors, _read_npz, _read_json, _read_json, _read_pt), strict=True))
+_WRITE = dict(
+    zip(
+        SUFFIXES, (_write_safetensors, _write_npz, _write_json, _write_json, _write_pt), strict=True
+    )
+)
+
+
+_READ = dict(
+    zip(SUFFIXES, (_read_safetensors, _read_npz, _read_json, _read_json, _read_pt), strict=True)
+)

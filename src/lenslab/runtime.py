@@ -1,8 +1,10 @@
-"""Allocator, precision, seeds, bars and interrupts: what every run on this machine shares. Threads are torch's own.
+"""Allocator, precision, seeds, bars and interrupts: what every run on this machine shares. Threads
+are torch's own.
 
-Two facts about CPU runs are worth more than any code of ours. glibc returns every large tensor to the
-kernel and faults it in again at the next step, which costs a factor of 1.2 to 4; `tune_allocator` stops
-that. And bf16 matrix products pay only where the processor has bf16 instructions; `compute_dtype` asks.
+Two facts about CPU runs are worth more than any code of ours. glibc returns every large tensor to
+the kernel and faults it in again at the next step, which costs a factor of 1.2 to 4;
+`tune_allocator` stops that. And bf16 matrix products pay only where the processor has bf16
+instructions; `compute_dtype` asks.
 """
 
 from __future__ import annotations
@@ -50,9 +52,11 @@ def derive_generator(seed: int, label: str) -> torch.Generator:
 
 
 def progress_bar(iterable: Iterable | None = None, *, progress: bool = True, **options: Any) -> Bar:
-    """A tqdm bar for a terminal, a log or Jupyter, that shows after two seconds; `options` go to tqdm.
+    """A tqdm bar for a terminal, a log or Jupyter, that shows after two seconds; `options` go to
+    tqdm.
 
-    `progress=False` silences it, and so does `TQDM_DISABLE=1`, which tqdm's own notebook bar does not read.
+    `progress=False` silences it, and so does `TQDM_DISABLE=1`, which tqdm's own notebook bar does
+    not read.
     """
     off = os.environ.get("TQDM_DISABLE", "").strip().lower() not in ("", "0", "false")
     return tqdm(iterable, disable=off or not progress, **{"delay": 2, **options})
@@ -60,9 +64,11 @@ def progress_bar(iterable: Iterable | None = None, *, progress: bool = True, **o
 
 @contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """Ctrl-C and Jupyter's stop button take effect at the end of the block, so that what it does is done whole.
+    """Ctrl-C and Jupyter's stop button take effect at the end of the block, so that what it does is
+    done whole.
 
-    Signals arrive in the main thread alone: elsewhere, and where they are ignored, the block runs as it is.
+    Signals arrive in the main thread alone: elsewhere, and where they are ignored, the block runs
+    as it is.
     """
     asked: list[tuple] = []
     before = signal.getsignal(signal.SIGINT)
@@ -79,14 +85,17 @@ def interrupts_wait() -> Iterator[None]:
 
 
 def has_fast_bf16() -> bool:
-    """True where bf16 matrix products are faster than float32: a GPU, or a CPU with bf16 instructions.
+    """True where bf16 matrix products are faster than float32: a GPU, or a CPU with bf16
+    instructions.
 
-    `LENSLAB_COMPUTE=float32` or `bfloat16` answers for the machine, where results must equal those of another
-    one or its processor is not recognised. Raises ValueError for another value.
+    `LENSLAB_COMPUTE=float32` or `bfloat16` answers for the machine, where results must equal those
+    of another one or its processor is not recognised. Raises ValueError for another value.
     """
     asked = os.environ.get("LENSLAB_COMPUTE")
     if asked and asked not in ("float32", "bfloat16"):
-        raise ValueError(f"LENSLAB_COMPUTE is float32 or bfloat16, or not set at all; it is {asked!r}.")
+        raise ValueError(
+            f"LENSLAB_COMPUTE is float32 or bfloat16, or not set at all; it is {asked!r}."
+        )
     return asked == "bfloat16" if asked else _computes_bf16_fast()
 
 
@@ -117,7 +126,10 @@ def machine_summary() -> dict[str, str | int | bool]:
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as handle:
-            model = next((line.split(":", 1)[1].strip() for line in handle if line.startswith("model name")), model)
+            model = next(
+                (line.split(":", 1)[1].strip() for line in handle if line.startswith("model name")),
+                model,
+            )
     except OSError:
         pass
     return {
@@ -134,5 +146,8 @@ if __name__ == "__main__":  # what a bug report should hold
     from importlib.metadata import version
 
     packages = ("torch", "transformers", "transformer-lens", "sae-lens", "lenslab")
-    for name, value in {**machine_summary(), **{package: version(package) for package in packages}}.items():
+    for name, value in {
+        **machine_summary(),
+        **{package: version(package) for package in packages},
+    }.items():
         print(f"{name:17s} {value}")

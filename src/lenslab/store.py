@@ -1,14 +1,19 @@
-"""ActivationStore: activations of real tokens on disk, in shards that a broken-off run can be continued from.
+"""ActivationStore: activations of real tokens on disk, in shards that a broken-off run can be
+continued from.
 
 How a store is filled:
-1. what it is for (weights, hooks, tokens, dtype) is written to `manifest.json`; the folder is named after it;
-2. texts are cut into runs of `texts_per_shard`; how many rows each shard has is therefore known beforehand;
-3. shard after shard is computed, written beside, renamed, and entered in the manifest with its SHA-256;
-4. a later run keeps every shard whose hash is right and computes the others, so what comes out is the same
-   bytes as from a run that was never broken off;
+1. what it is for (weights, hooks, tokens, dtype) is written to `manifest.json`; the folder is named
+   after it;
+2. texts are cut into runs of `texts_per_shard`; how many rows each shard has is therefore known
+   beforehand;
+3. shard after shard is computed, written beside, renamed, and entered in the manifest with its
+   SHA-256;
+4. a later run keeps every shard whose hash is right and computes the others, so what comes out is
+   the same bytes as from a run that was never broken off;
 5. at the end, count, mean, variance and mean norm are summed over the shards in order, in float64.
 
-A shard is a `.safetensors` file: one `[row, d]` tensor per hook, and `text`, `position` and `token` `[row]`.
+A shard is a `.safetensors` file: one `[row, d]` tensor per hook, and `text`, `position` and `token`
+`[row]`.
 """
 
 from __future__ import annotations
@@ -30,14 +35,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.forward import vector_width
+from lenslab.files import atomic_write, cache_path, content_key, sha256_file, write_json
+from lenslab.hooks import check_hooks, vector_width
 from lenslab.metrics import Moments
-from lenslab.models import check_hooks, model_key, model_name
-from lenslab.paths import atomic_write, cache_path, content_key, sha256_file, write_json
+from lenslab.models import model_key, model_name
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-SHARD_BYTES = 64 << 20  # small enough to lose little when a run breaks off, large enough to read fast
+
+
+SHARD_BYTES = (
+    64 << 20
+)  # small enough to lose little when a run breaks off, large enough to read fast
+
+
 NOT_YET = "not written yet"
+
+
 IDENTITY = ("model_key", "hooks", "texts_key", "dtype", "texts_per_shard")
 
 
@@ -51,7 +64,7 @@ class DamagedShard(ValueError):
 
 @runtime_checkable
 class Tokens(Protocol):
-    """What a store needs of a `lenslab.activations.TokenBatch`."""
+    """What a store needs of a `lenslab.tokens.TokenBatch`."""
 
     tokens: Tensor  # [text, pos]
     real: Tensor  # [text, pos]
@@ -71,16 +84,20 @@ class StoreStatistics:
 class ActivationStore:
     """The vectors of real tokens at one or more hooks, in one folder.
 
-    `ActivationStore.open(model, batch, hooks)` begins or continues one, `harvest(..., store=store)` fills it,
-    `ActivationStore(folder)` reads it, without any model. Rows are ordered by text, then position.
+    `ActivationStore.open(model, batch, hooks)` begins or continues one, `harvest(..., store=store)`
+    fills it, `ActivationStore(folder)` reads it, without any model. Rows are ordered by text, then
+    position.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Open what is in a folder. Raises FileNotFoundError without a manifest, ValueError for a broken one."""
+        """Open what is in a folder. Raises FileNotFoundError without a manifest, ValueError for a
+        broken one."""
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         if not path.is_file():
-            raise FileNotFoundError(f"No manifest.json in {self.folder.name}: fill a store with harvest(store=...).")
+            raise FileNotFoundError(
+                f"No manifest.json in {self.folder.name}: fill a store with harvest(store=...)."
+            )
         try:
             self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             self.hooks: tuple[str, ...] = tuple(self.manifest["hooks"])
@@ -105,19 +122,21 @@ class ActivationStore:
     ) -> ActivationStore:
         """Begin a store, or continue the one that is there.
 
-        Args:
-            folder: default one below the cache, named by the content of weights, hooks, tokens and dtype.
-            dtype: float16 (refuses values above 65,504), bfloat16 or float32.
+        Args: folder: default one below the cache, named by the content of weights, hooks, tokens
+            and dtype. dtype: float16 (refuses values above 65,504), bfloat16 or float32.
             texts_per_shard: default as many as fill about 64 MB.
 
-        Raises StoreMismatch when the folder holds a store for something else, UnknownHook, ValueError.
+        Raises StoreMismatch when the folder holds a store for something else, UnknownHook,
+        ValueError.
         """
         hooks = (hooks,) if isinstance(hooks, str) else tuple(dict.fromkeys(hooks))
         check_hooks(model, hooks)
         if dtype not in DTYPES.values():
             raise ValueError(f"A store is of {', '.join(DTYPES)}, not {dtype}.")
         widths = {hook: vector_width(model, hook) for hook in hooks}
-        per_text = max(1, int(batch.real.sum()) * sum(widths.values()) * dtype.itemsize // len(batch.tokens))
+        per_text = max(
+            1, int(batch.real.sum()) * sum(widths.values()) * dtype.itemsize // len(batch.tokens)
+        )
         identity = {
             "model": model_name(model),
             "model_key": model_key(model),
@@ -140,11 +159,21 @@ class ActivationStore:
                 )
             return store
         rows = [int(part.sum()) for part in batch.real.split(identity["texts_per_shard"])]
-        shards = [{"file": f"shard-{i:05d}.safetensors", "rows": n, "sha256": None} for i, n in enumerate(rows)]
+        shards = [
+            {"file": f"shard-{i:05d}.safetensors", "rows": n, "sha256": None}
+            for i, n in enumerate(rows)
+        ]
         versions = {name: version(name) for name in ("torch", "transformers", "transformer-lens")}
         write_json(
             folder / "manifest.json",
-            {"format": 1, **identity, "compute": None, "versions": versions, "shards": shards, "statistics": None},
+            {
+                "format": 1,
+                **identity,
+                "compute": None,
+                "versions": versions,
+                "shards": shards,
+                "statistics": None,
+            },
         )
         return cls(folder)
 
@@ -175,7 +204,8 @@ class ActivationStore:
 
     @property
     def d_in(self) -> int:
-        """Width of the vectors of the only hook; ValueError when there are several (see `manifest["hooks"]`)."""
+        """Width of the vectors of the only hook; ValueError when there are several (see
+        `manifest["hooks"]`)."""
         return self.manifest["hooks"][self._hook(None)]
 
     def read(self, shard: int) -> dict[str, Tensor]:
@@ -191,17 +221,21 @@ class ActivationStore:
         return (self.read(shard) for shard in range(self.n_shards))
 
     def rows(self, indices: Int[Tensor, " row"] | Sequence[int], name: str | None = None) -> Tensor:
-        """Some rows in the order asked for: `[row, d]` of a hook (default the only one), or `[row]` of
-        `name` 'text', 'position' or 'token'. Raises IndexError, DamagedShard."""
+        """Some rows in the order asked for: `[row, d]` of a hook (default the only one), or `[row]`
+        of `name` 'text', 'position' or 'token'. Raises IndexError, DamagedShard."""
         name = name if name in ("text", "position", "token") else self._hook(name)
         indices = torch.as_tensor(indices, dtype=torch.long)
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
-            raise IndexError(f"Row {int(indices.max())} (or one below 0) asked of a store of {len(self)} rows.")
+            raise IndexError(
+                f"Row {int(indices.max())} (or one below 0) asked of a store of {len(self)} rows."
+            )
         shards = torch.searchsorted(self._ends, indices, right=True)
         result: Tensor | None = None
         for shard in shards.unique().tolist() or [0]:
             self._verify(shard)
-            with safe_open(self._path(shard), framework="pt") as file:  # memory-mapped: only these rows are read
+            with safe_open(
+                self._path(shard), framework="pt"
+            ) as file:  # memory-mapped: only these rows are read
                 values = file.get_tensor(name)
             if result is None:
                 result = torch.empty(len(indices), *values.shape[1:], dtype=values.dtype)
@@ -211,7 +245,8 @@ class ActivationStore:
         return result
 
     def sample(self, n: int, generator: torch.Generator, name: str | None = None) -> Tensor:
-        """n different rows in random order, `name` as in `rows`. Raises ValueError when there are fewer."""
+        """n different rows in random order, `name` as in `rows`. Raises ValueError when there are
+        fewer."""
         if not 0 <= n <= len(self):
             raise ValueError(f"{n} rows asked of a store of {len(self)}.")
         return self.rows(torch.randperm(len(self), generator=generator)[:n], name)
@@ -223,13 +258,20 @@ class ActivationStore:
         """
         hook, known = self._hook(hook), self.manifest["statistics"]
         if known is None:
-            raise ValueError("The store is not complete; harvest(model, batch, hooks, store=store) continues it.")
+            raise ValueError(
+                "The store is not complete; harvest(model, batch, hooks, store=store) continues it."
+            )
         path = self.folder / "statistics.safetensors"
         if not path.is_file() or sha256_file(path) != known["sha256"]:
-            raise DamagedShard(f"{path.name} is missing or changed; harvest(..., store=store) makes it anew.")
+            raise DamagedShard(
+                f"{path.name} is missing or changed; harvest(..., store=store) makes it anew."
+            )
         tensors = load_file(path)
         return StoreStatistics(
-            known["count"], tensors[f"mean/{hook}"], tensors[f"variance/{hook}"], known["mean_norm"][hook]
+            known["count"],
+            tensors[f"mean/{hook}"],
+            tensors[f"variance/{hook}"],
+            known["mean_norm"][hook],
         )
 
     def fill(
@@ -241,12 +283,24 @@ class ActivationStore:
         vectors: Callable[[Any, torch.dtype, int], dict[str, Tensor]],
         advance: Callable[[int], Any],
     ) -> None:
-        """Compute what is missing; `harvest` calls this. `vectors(part, dtype, first text)` runs the model,
-        `advance(rows)` moves a progress bar. Raises StoreMismatch, OSError on a full disk."""
-        asked = {"model_key": model_key(model), "hooks": sorted(hooks), "texts_key": batch.key, "compute": compute}
-        held = {k: sorted(v) if k == "hooks" else v or asked[k] for k, v in self.manifest.items() if k in asked}
+        """Compute what is missing; `harvest` calls this. `vectors(part, dtype, first text)` runs
+        the model, `advance(rows)` moves a progress bar. Raises StoreMismatch, OSError on a full
+        disk."""
+        asked = {
+            "model_key": model_key(model),
+            "hooks": sorted(hooks),
+            "texts_key": batch.key,
+            "compute": compute,
+        }
+        held = {
+            k: sorted(v) if k == "hooks" else v or asked[k]
+            for k, v in self.manifest.items()
+            if k in asked
+        }
         if wrong := [f"{k} ({held[k]}, not {asked[k]})" for k in asked if held[k] != asked[k]]:
-            raise StoreMismatch(f"The store in {self.folder.name} was made for another {', '.join(wrong)}.")
+            raise StoreMismatch(
+                f"The store in {self.folder.name} was made for another {', '.join(wrong)}."
+            )
         if edited := [name for name, point in model.hook_dict.items() if point.fwd_hooks]:
             raise ValueError(
                 f"{edited[0]} has a hook, which may change activations; a store is named by weights and tokens alone. "
@@ -263,8 +317,16 @@ class ActivationStore:
             if i in faults:
                 part = batch[i * step : (i + 1) * step]
                 text, position = part.real.nonzero().int().T
-                beside = {"text": text + i * step, "position": position, "token": part.tokens[part.real].int()}
-                self._write(i, vectors(part, self.dtype, i * step) | {k: v.contiguous() for k, v in beside.items()})
+                beside = {
+                    "text": text + i * step,
+                    "position": position,
+                    "token": part.tokens[part.real].int(),
+                }
+                self._write(
+                    i,
+                    vectors(part, self.dtype, i * step)
+                    | {k: v.contiguous() for k, v in beside.items()},
+                )
             else:
                 advance(entry["rows"])
         if faults or not self._statistics_hold():
@@ -279,7 +341,10 @@ class ActivationStore:
                 digest = sha256_file(temporary)
             entry["sha256"] = digest
             write_json(self.folder / "manifest.json", self.manifest)
-        except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
+        except (
+            OSError,
+            SafetensorError,
+        ) as error:  # safetensors reports a full disk in its own way
             if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
                 raise
             raise OSError(
@@ -295,7 +360,8 @@ class ActivationStore:
         free = shutil.disk_usage(self.folder).free
         if need > free:
             raise OSError(
-                errno.ENOSPC, f"The store needs {need / 1e9:.2f} GB more and the disk has {free / 1e9:.2f} GB free"
+                errno.ENOSPC,
+                f"The store needs {need / 1e9:.2f} GB more and the disk has {free / 1e9:.2f} GB free",
             )
 
     def _summarize(self) -> None:
@@ -308,7 +374,12 @@ class ActivationStore:
         path = self.folder / "statistics.safetensors"
         with atomic_write(path) as temporary:
             save_file(
-                {f"{k}/{hook}": getattr(m, k) for hook, m in moments.items() for k in ("mean", "variance")}, temporary
+                {
+                    f"{k}/{hook}": getattr(m, k)
+                    for hook, m in moments.items()
+                    for k in ("mean", "variance")
+                },
+                temporary,
             )
         self.manifest["statistics"] = {
             "count": len(self),
@@ -350,6 +421,7 @@ class ActivationStore:
             return self.hooks[0]
         if hook not in self.hooks:
             raise ValueError(
-                f"Say which hook: this store holds {', '.join(self.hooks)}" + (f", not {hook}." if hook else ".")
+                f"Say which hook: this store holds {', '.join(self.hooks)}"
+                + (f", not {hook}." if hook else ".")
             )
         return hook

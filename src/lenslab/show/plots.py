@@ -1,7 +1,8 @@
-"""Figures: each function takes what was computed and returns a plotly figure; nothing here computes a finding.
+"""Figures: each function takes what was computed and returns a plotly figure; nothing here computes
+a finding.
 
-One look for all: white ground, thin grid, one accent colour for what the text is about and grey for its
-control, so that a reader knows which is which before reading the legend.
+One look for all: white ground, thin grid, one accent colour for what the text is about and grey for
+its control, so that a reader knows which is which before reading the legend.
 """
 
 from __future__ import annotations
@@ -15,19 +16,42 @@ import pandas as pd
 import plotly.graph_objects as go
 
 Values = Any  # numbers in a list, an array or a tensor on the CPU
+
+
 Labels = Sequence | np.ndarray | pd.Series  # names or numbers
+
+
 Number = int | float | np.number
 
+
 ACCENT, CONTROL, SECOND, THIRD = "#c8502d", "#9aa0a6", "#2f6690", "#5b8e55"
+
+
 PALETTE = [ACCENT, SECOND, THIRD, "#8d6a9f", "#c49a2c", "#4aa3a2", "#6d6875"]
+
+
 GREYS = ["#80868b", "#b3b8bd", "#5f6368", "#9aa0a6"]  # of several controls in one figure
+
+
 SYMBOLS = ["circle", "diamond", "square", "triangle-up", "x", "star"]
-MOST_POINTS, MOST_NAMES = 5000, 12  # of a scatter: a notebook keeps every point, and more names would overlap
+
+
+MOST_POINTS, MOST_NAMES = (
+    5000,
+    12,
+)  # of a scatter: a notebook keeps every point, and more names would overlap
+
+
 MOST_LABELS = 80  # of a heatmap's columns: of more, every so many is named
 
 
 def styled(
-    figure: go.Figure, title: str = "", x: str = "", y: str = "", height: int = 380, width: int = 760
+    figure: go.Figure,
+    title: str = "",
+    x: str = "",
+    y: str = "",
+    height: int = 380,
+    width: int = 760,
 ) -> go.Figure:
     """The house style on any figure: fonts, margins, axis titles."""
     figure.update_layout(
@@ -48,7 +72,8 @@ def styled(
 
 
 def label(text: Any, length: int = 28) -> str:
-    """A label that plotly shows as it stands: one line, cut with an ellipsis, markup and `$` (TeX) escaped."""
+    """A label that plotly shows as it stands: one line, cut with an ellipsis, markup and `$` (TeX)
+    escaped."""
     text = str(text).replace("\n", "↵").replace("\t", "→")
     cut = text if len(text) <= length else text[: length - 1].rstrip() + "…"
     return html.escape(cut, quote=False).replace("$", "&#36;")
@@ -84,16 +109,23 @@ def lines(
     y_title: str = "",
     log_y: bool = False,
 ) -> go.Figure:
-    """One line per entry. Names that contain 'control', 'twin', 'random' or 'shuffled' are drawn grey and dashed."""
+    """One line per entry. Names that contain 'control', 'twin', 'random' or 'shuffled' are drawn
+    grey and dashed."""
     figure = go.Figure()
     for (name, values), colour in zip(series.items(), _colours(list(series)), strict=True):
         line = {"color": colour, "dash": "dash" if colour == CONTROL else "solid", "width": 2}
         axis = list(range(len(values))) if x is None else list(x)
         figure.add_scatter(
-            x=axis, y=np.asarray(values, dtype=float).tolist(), name=name, line=line, mode="lines+markers"
+            x=axis,
+            y=np.asarray(values, dtype=float).tolist(),
+            name=name,
+            line=line,
+            mode="lines+markers",
         )
     if log_y:
-        figure.update_yaxes(type="log", minor={"ticks": ""}, dtick=1 if _decades(series) > 1 else None)
+        figure.update_yaxes(
+            type="log", minor={"ticks": ""}, dtick=1 if _decades(series) > 1 else None
+        )
     return styled(figure, title, x_title, y_title)
 
 
@@ -106,12 +138,15 @@ def bars(
     y_title: str = "",
     overlay: bool = False,
 ) -> go.Figure:
-    """Grouped (or overlaid) bars, one colour per entry; never stacked: a stacked bar reads as a height it is not."""
+    """Grouped (or overlaid) bars, one colour per entry; never stacked: a stacked bar reads as a
+    height it is not."""
     figure = go.Figure()
     for (name, values), colour in zip(series.items(), _colours(list(series)), strict=True):
         axis = list(range(len(values))) if x is None else list(x)
         y = np.round(np.asarray(values, dtype=float), 4).tolist()
-        figure.add_bar(x=axis, y=y, name=name, marker_color=colour, opacity=0.75 if overlay else 1.0)
+        figure.add_bar(
+            x=axis, y=y, name=name, marker_color=colour, opacity=0.75 if overlay else 1.0
+        )
     figure.update_layout(barmode="overlay" if overlay else "group", bargap=0.1)
     return styled(figure, title, x_title, y_title)
 
@@ -126,7 +161,8 @@ def heatmap(
     y_title: str = "",
     centre: bool = False,
 ) -> go.Figure:
-    """`[row, column]` as colours; `centre=True` for signed values (red and blue around zero). Labels may repeat."""
+    """`[row, column]` as colours; `centre=True` for signed values (red and blue around zero).
+    Labels may repeat."""
     z = np.round(np.asarray(values, dtype=float), 4)
     figure = go.Figure(
         go.Heatmap(
@@ -147,15 +183,27 @@ def heatmap(
         tickangle=-60 if 8 < len(x) <= MOST_LABELS else 0,
     )
     figure.update_yaxes(
-        tickmode="array", tickvals=list(range(len(y))), ticktext=[label(t) for t in y], autorange="reversed"
+        tickmode="array",
+        tickvals=list(range(len(y))),
+        ticktext=[label(t) for t in y],
+        autorange="reversed",
     )
     side = min(max(300, 60 + 24 * len(y)), 900)
-    return styled(figure, title, x_title, y_title, height=side + 60, width=min(max(420, 160 + 24 * len(x)), 1000))
+    return styled(
+        figure,
+        title,
+        x_title,
+        y_title,
+        height=side + 60,
+        width=min(max(420, 160 + 24 * len(x)), 1000),
+    )
 
 
 def attention_map(pattern: Values, tokens: Labels, *, title: str = "") -> go.Figure:
     """One head's attention `[query, key]`, rows summing to one, with the tokens on both axes."""
-    return heatmap(pattern, tokens, tokens, title=title, x_title="attends to (key)", y_title="from (query)")
+    return heatmap(
+        pattern, tokens, tokens, title=title, x_title="attends to (key)", y_title="from (query)"
+    )
 
 
 def intervals(
@@ -167,12 +215,12 @@ def intervals(
     reference: Number | None = None,
     controls: Sequence[str] | None = None,
 ) -> go.Figure:
-    """A row per label with a dot and its interval for every entry: what was found beside its controls.
+    """A row per label with a dot and its interval for every entry: what was found beside its
+    controls.
 
-    Args:
-        series: name -> (value, low, high), each `[label]`; low and high None where there is no interval.
-        reference: a dotted line, e.g. at chance.
-        controls: entries that are drawn grey; default all but the first.
+    Args: series: name -> (value, low, high), each `[label]`; low and high None where there is no
+        interval. reference: a dotted line, e.g. at chance. controls: entries that are drawn grey;
+        default all but the first.
     """
     names = list(series)
     grey = names[1:] if controls is None else list(controls)
@@ -201,7 +249,11 @@ def intervals(
             error_x=error,
             mode="markers",
             name=label(name, 40),
-            marker={"color": colour, "size": 7 if name in grey else 10, "symbol": SYMBOLS[i % len(SYMBOLS)]},
+            marker={
+                "color": colour,
+                "size": 7 if name in grey else 10,
+                "symbol": SYMBOLS[i % len(SYMBOLS)],
+            },
             text=[label(t) for t in labels],
             hovertemplate="%{text}: %{x:.3f}",
         )
@@ -228,7 +280,8 @@ def null_histogram(
     x_title: str = "",
     name: str = "shuffled labels",
 ) -> go.Figure:
-    """What chance gives, as grey bars, and what was observed, as lines. Whole numbers get a bar each."""
+    """What chance gives, as grey bars, and what was observed, as lines. Whole numbers get a bar
+    each."""
     null = np.asarray(null, dtype=float).ravel()
     if not len(null) or not np.isfinite(null).all():
         raise ValueError("A null distribution needs numbers, without NaN and Inf.")
@@ -238,13 +291,24 @@ def null_histogram(
     else:
         counts, edges = np.histogram(null, bins=min(40, max(10, len(null) // 10)))
         centres, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
-    figure = go.Figure(go.Bar(x=centres, y=counts, width=width * 0.92, marker_color=CONTROL, name=label(name, 40)))
+    figure = go.Figure(
+        go.Bar(x=centres, y=counts, width=width * 0.92, marker_color=CONTROL, name=label(name, 40))
+    )
     top = float(counts.max())
     colours = dict(zip(observed, _colours(list(observed)), strict=True))
     for i, (text, value) in enumerate(sorted(observed.items(), key=lambda item: item[1])):
-        height = top * (1.06 + 0.13 * (i % 4))  # labels of neighbouring lines must not lie on each other
+        height = top * (
+            1.06 + 0.13 * (i % 4)
+        )  # labels of neighbouring lines must not lie on each other
         line = {"color": colours[text], "width": 2}
-        figure.add_scatter(x=[value, value], y=[0, height], mode="lines", line=line, showlegend=False, hoverinfo="skip")
+        figure.add_scatter(
+            x=[value, value],
+            y=[0, height],
+            mode="lines",
+            line=line,
+            showlegend=False,
+            hoverinfo="skip",
+        )
         figure.add_annotation(
             x=value, y=height, text=f"{label(text, 40)}: {value:.3g}", showarrow=False, yanchor="bottom", borderpad=1,
             font={"color": "#3c4043" if colours[text] == CONTROL else colours[text]}, bgcolor="rgba(255,255,255,.85)",
@@ -272,15 +336,18 @@ def scatter(
     x_title: str = "",
     y_title: str = "",
 ) -> go.Figure:
-    """Two scores against each other: `marked` points in the accent colour (named, up to twelve), the rest grey.
+    """Two scores against each other: `marked` points in the accent colour (named, up to twelve),
+    the rest grey.
 
-    `diagonal` draws the line where both are equal. Of more than 5,000 grey points every so-manieth is drawn, and
-    the legend says so.
+    `diagonal` draws the line where both are equal. Of more than 5,000 grey points every so-manieth
+    is drawn, and the legend says so.
     """
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     chosen = np.zeros(len(x), dtype=bool) if marked is None else np.asarray(marked, dtype=bool)
     if not len(x) == len(y) == len(chosen):
-        raise ValueError(f"{len(x)} x, {len(y)} y and {len(chosen)} marks: one of each is needed for a point.")
+        raise ValueError(
+            f"{len(x)} x, {len(y)} y and {len(chosen)} marks: one of each is needed for a point."
+        )
     labels = [label(n) for n in (range(len(x)) if names is None else names)]
     rest = np.flatnonzero(~chosen)
     drawn = rest[:: -(-len(rest) // MOST_POINTS) or 1]
@@ -290,7 +357,10 @@ def scatter(
         line = {"color": "#3c4043", "width": 1, "dash": "dot"}
         figure.add_scatter(x=ends, y=ends, mode="lines", line=line, name="equal", hoverinfo="skip")
     more = f" ({len(drawn):,} of {len(rest):,} drawn)" if len(drawn) < len(rest) else ""
-    for where, name, colour in ((drawn, other_name + more, CONTROL), (np.flatnonzero(chosen), marked_name, ACCENT)):
+    for where, name, colour in (
+        (drawn, other_name + more, CONTROL),
+        (np.flatnonzero(chosen), marked_name, ACCENT),
+    ):
         if len(where):
             named = colour == ACCENT and len(where) <= MOST_NAMES
             figure.add_scatter(
@@ -300,14 +370,19 @@ def scatter(
                 name=label(name, 60),
                 text=[labels[i] for i in where],
                 textposition="top center",
-                marker={"color": colour, "size": 9 if colour == ACCENT else 5, "opacity": 1 if named else 0.6},
+                marker={
+                    "color": colour,
+                    "size": 9 if colour == ACCENT else 5,
+                    "opacity": 1 if named else 0.6,
+                },
                 hovertemplate="%{text}: %{x:.3f}, %{y:.3f}",
             )
     return roomy(styled(figure, title, x_title, y_title, height=480), ["0.00 0.00"], legend=True)
 
 
 def roomy(figure: go.Figure, labels: Labels, *, legend: bool = False) -> go.Figure:
-    """Margins that hold the row labels on the left and, above the plot, title and legend without overlap."""
+    """Margins that hold the row labels on the left and, above the plot, title and legend without
+    overlap."""
     longest = max((len(label(text)) for text in labels), default=0)
     figure.update_layout(margin={"l": 40 + int(6.6 * longest), "t": 84 if legend else 52})
     if legend:

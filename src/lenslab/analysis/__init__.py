@@ -1,1 +1,0 @@
-"""What is done with models and features: interventions and, later, feature statistics."""

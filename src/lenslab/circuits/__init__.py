@@ -1,0 +1,1 @@
+"""What a model computes and how it changes when something is changed."""

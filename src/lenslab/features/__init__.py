@@ -1,0 +1,1 @@
+"""What features do on texts: activations, rankings, specialists, contexts; no pictures."""

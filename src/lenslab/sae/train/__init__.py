@@ -1,0 +1,1 @@
+"""Train sparse autoencoders: build one, choose a source of vectors, train."""

@@ -1,0 +1,330 @@
+"""Seven sparse autoencoders, each a way to decide which latents are active and what keeps them few.
+
+All of them compute, from a vector x that `fit` scaled and centred:
+1. pre-activations (x - b_dec) @ W_enc + b_enc (a transcoder leaves b_dec out: it reads one stream,
+   writes another);
+2. a code: which latents are active, with which values;
+3. the reconstruction code @ W_dec + b_dec, and its squared distance to x (or to what is to be
+   written);
+4. where the rule itself does not fix how many are active, a penalty.
+
+`relu` penalises the sum of activations times decoder norms (L1); `topk` keeps the k largest of each
+vector, `batchtopk` the k largest a vector on average over the batch; `matryoshka` does the same and
+also reconstructs from its first latents alone; `jumprelu` learns a threshold for each latent,
+`gated` a gate; `transcoder` is batchtopk from one hook to another. The topk family keeps decoder
+rows at norm 1 and works with sparse products (`lenslab.sae.train.sparse`).
+
+Sources: Bricken et al. 2023 (relu), Gao et al. 2024 (topk, AuxK), Bussmann et al. 2024 and 2025
+(batchtopk, matryoshka), Rajamanoharan et al. 2024 (gated, jumprelu). Loss terms are sums over
+dimensions and means over the
+batch, as SAELens has them: losses and gradients equal those of its training classes (tested). On
+purpose different: decoder rows of the topk family stay at norm 1, what would lengthen them leaves
+the gradient (SAELens rescales by the norm instead); the estimate of BatchTopK's threshold is a mean
+over the last tenth of the batches (over the last hundred once there were a thousand), not one that
+leaves zero by a hundredth a batch; a transcoder, which SAELens does not train, is batchtopk because
+SAELens has no topk transcoder to save it as. Saving is `lenslab.sae.train.convert`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from numbers import Integral
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lenslab.runtime import compute_dtype
+from lenslab.sae.train.base import Losses, SAEConfig, TrainableSAE
+from lenslab.sae.train.sparse import (
+    Code,
+    Decode,
+    Dense,
+    Encode,
+    as_integers,
+    code_of_mask,
+    code_of_places,
+    code_of_topk,
+    count_positive,
+    largest,
+    positive_places,
+    usage,
+    widened,
+)
+
+FIRST_THRESHOLD = 0.01  # jumprelu, as SAELens
+
+
+AT_A_TIME = 512  # vectors whose dead latents are looked at together
+
+
+SPARSE_ENOUGH = 0.04  # share of active latents below which a ReLU SAE is cheaper without its zeros
+
+
+class ReLU(TrainableSAE):
+    def loss(self, x, target, dead=None, warm=1.0) -> Losses:
+        norms, weight = self.decoder.norm(dim=1), warm * self.config.sparsity
+        inputs, pre = self.fast_pre(x)
+        values = pre.relu_()
+        active, fired = count_positive(values)
+        if active < SPARSE_ENOUGH * values.numel():
+            code = code_of_mask(as_integers(values))
+            values = torch.relu(Encode.apply(x, self.shift, self.W_enc, self.b_enc, code))
+            both = Decode.apply(values, widened(self.decoder, norms, norms.dtype), code)
+            x_hat, sums = both[:, : x.shape[1]], both[:, x.shape[1]]
+        else:
+            x_hat, sums = Dense.apply(
+                inputs, self.W_enc, self.b_enc, self.shift, self.decoder, norms, values
+            )
+        penalty = weight * sums.sum() / len(x)
+        return self._losses(target, x_hat + self.b_dec, (fired, active / len(x)), penalty)
+
+
+class TopK(TrainableSAE):
+    unit_decoder = True
+
+    def activate(self, pre):
+        top = pre.topk(self.config.k, dim=-1)
+        return torch.zeros_like(pre).scatter(-1, top.indices, torch.relu(top.values))
+
+    def select(self, pre: Float[Tensor, "batch d_sae"]) -> Code:
+        return code_of_topk(largest(pre, self.config.k), self.config.d_sae)
+
+    def loss(self, x, target, dead=None, warm=1.0) -> Losses:
+        pre = self.fast_pre(x)[1]
+        code = self.select(pre)
+        values = torch.relu(Encode.apply(x, self.shift, self.W_enc, self.b_enc, code))
+        self.watch(values.detach())
+        x_hat, nested = self.reconstructions(values, code, target)
+        auxiliary = self.auxiliary(x, (target - x_hat).detach(), pre, dead)
+        return self._losses(target, x_hat, usage(code, values), nested, auxiliary)
+
+    def watch(self, values: Float[Tensor, " active"]) -> None:
+        """BatchTopK estimates its threshold here."""
+
+    def reconstructions(
+        self, values: Tensor, code: Code, target: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """(reconstruction, what is added to the loss for partial ones)"""
+        return Decode.apply(values, self.W_dec, code) + self.b_dec, None
+
+    def auxiliary(
+        self, x: Tensor, residual: Tensor, pre: Tensor, dead: Tensor | None
+    ) -> Tensor | None:
+        """AuxK: the dead latents with the largest pre-activations reconstruct what the others left
+        (Gao, A.2)."""
+        n_dead = 0 if dead is None else int(dead.sum())
+        if not n_dead or not self.config.auxiliary:
+            return None
+        most = max(1, x.shape[-1] // 2)
+        latents = dead.nonzero().flatten()
+        # some rows at a time: a block of another size at every step, as large as `pre`, would
+        # fragment the memory
+        rows = (
+            part[:, latents].topk(min(most, n_dead), sorted=False).indices
+            for part in pre.split(AT_A_TIME)
+        )
+        code = code_of_topk(latents[torch.cat(list(rows))], self.config.d_sae)
+        values = Encode.apply(x, self.shift, self.W_enc, self.b_enc, code)
+        guess = Decode.apply(values, self.W_dec, code)
+        return (
+            self.config.auxiliary
+            * min(n_dead / most, 1.0)
+            * (guess - residual).square().sum(-1).mean()
+        )
+
+
+class BatchTopK(TopK):
+    def __init__(self, config: SAEConfig):
+        super().__init__(config)
+        self.register_buffer(
+            "threshold", torch.zeros(())
+        )  # running mean of the smallest value that was kept
+        self.register_buffer("seen", torch.zeros(()))  # batches that it is a mean of
+        self.register_buffer(
+            "guess", torch.zeros(())
+        )  # only where to begin looking for the largest
+
+    def activate(self, pre):
+        return pre * (pre > self.threshold)
+
+    def _reconstruct(self, z):  # before training there is no threshold yet
+        return TopK.activate(self, self.pre(z)) @ self.decoder + self.b_dec
+
+    def select(self, pre):
+        n = self.config.k * len(pre)
+        candidates = positive_places(pre, max(0.0, float(self.guess)))
+        if len(candidates) < n:  # the guess was too high, or fewer than that are positive
+            candidates = positive_places(pre)
+        values = pre.flatten()[candidates]
+        if len(candidates) > n:
+            top = values.topk(n, sorted=False)
+            self.guess.copy_(0.8 * top.values.min())
+            candidates = candidates[top.indices].sort().values
+        return code_of_places(candidates, *pre.shape)
+
+    def watch(self, values):
+        kept = values[values > 0]
+        if len(kept):
+            self.threshold.lerp_(
+                kept.min(), (1 / (1 + self.seen / 10)).clamp_min(0.01)
+            )  # at first the youngest tenth
+            self.seen += 1
+
+
+class Matryoshka(BatchTopK):
+    def reconstructions(self, values, code, target):
+        widths = self.config.widths or tuple(
+            sorted({max(1, self.config.d_sae // n) for n in (16, 4, 1)})
+        )
+        partial, loss, begin = self.b_dec.expand_as(target), target.new_zeros(()), 0
+        for end in widths:
+            inside = (code.latents >= begin) & (code.latents < end)
+            partial = partial + Decode.apply(values[inside], self.W_dec, code.part(inside))
+            if end < widths[-1]:
+                loss = loss + (target - partial).square().sum(-1).mean()
+            begin = end
+        return partial, loss
+
+
+class _Rectangle(torch.autograd.Function):
+    """Jump or step at a threshold. Only pre-activations within half a bandwidth of it move it
+    (arXiv 2407.14435)."""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth, jump):
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth, ctx.jump = bandwidth, jump
+        return pre * (pre > threshold) if jump else (pre > threshold).to(pre)
+
+    @staticmethod
+    def backward(ctx, grad):
+        pre, threshold = ctx.saved_tensors
+        near = ((pre - threshold).abs() < ctx.bandwidth / 2) * grad / ctx.bandwidth
+        moved = -(near * threshold if ctx.jump else near).sum(0)
+        return (grad * (pre > threshold) if ctx.jump else None), moved, None, None
+
+
+class JumpReLU(TrainableSAE):
+    def __init__(self, config: SAEConfig):
+        super().__init__(config)
+        self.threshold = nn.Parameter(torch.full((config.d_sae,), FIRST_THRESHOLD))
+
+    def activate(self, pre):
+        return pre * (pre > self.threshold)
+
+    def loss(self, x, target, dead=None, warm=1.0) -> Losses:
+        with torch.autocast(
+            x.device.type, torch.bfloat16, enabled=compute_dtype() is torch.bfloat16
+        ):
+            pre = ((x - self.b_dec) @ self.W_enc).float() + self.b_enc
+            values = _Rectangle.apply(pre, self.threshold, self.config.bandwidth, True)
+            x_hat = (values @ self.W_dec).float() + self.b_dec
+        active = _Rectangle.apply(pre, self.threshold, self.config.bandwidth, False).sum(-1).mean()
+        return self._losses(
+            target, x_hat, usage(None, values), warm * self.config.sparsity * active
+        )
+
+    def after_step(self) -> None:
+        self.threshold.data.clamp_(min=0)  # below zero the gate would let negative values through
+
+
+class Gated(TrainableSAE):
+    def __init__(self, config: SAEConfig):
+        super().__init__(config)
+        self.b_mag, self.r_mag = (nn.Parameter(torch.zeros(config.d_sae)) for _ in range(2))
+
+    def pre(self, x):  # of the gate; b_enc is its bias
+        return (x - self.b_dec) @ self.W_enc + self.b_enc
+
+    def activate(self, pre):
+        return (pre > 0) * torch.relu((pre - self.b_enc) * self.r_mag.exp() + self.b_mag)
+
+    def loss(self, x, target, dead=None, warm=1.0) -> Losses:
+        with torch.autocast(
+            x.device.type, torch.bfloat16, enabled=compute_dtype() is torch.bfloat16
+        ):
+            gate = ((x - self.b_dec) @ self.W_enc).float() + self.b_enc
+            values = self.activate(gate)
+            x_hat = (values @ self.W_dec).float() + self.b_dec
+            # what the gate alone would reconstruct; SAELens lets this term train the decoder too
+            via_gate = (torch.relu(gate) @ self.W_dec).float() + self.b_dec
+        penalty = warm * self.config.sparsity * (torch.relu(gate) @ self.W_dec.norm(dim=1)).mean()
+        return self._losses(
+            target, x_hat, usage(None, values), penalty, (via_gate - target).square().sum(-1).mean()
+        )
+
+
+ARCHITECTURES: dict[str, type[TrainableSAE]] = {
+    "relu": ReLU,
+    "topk": TopK,
+    "batchtopk": BatchTopK,
+    "matryoshka": Matryoshka,
+    "jumprelu": JumpReLU,
+    "gated": Gated,
+    "transcoder": BatchTopK,
+}
+
+
+TOPK_FAMILY = ("topk", "batchtopk", "matryoshka", "transcoder")
+
+
+FOR = {  # options that only some architectures read
+    "k": TOPK_FAMILY,
+    "auxiliary": TOPK_FAMILY,
+    "sparsity": ("relu", "jumprelu", "gated"),
+    "tied": ("relu",),
+    "widths": ("matryoshka",),
+    "bandwidth": ("jumprelu",),
+    "d_out": ("transcoder",),
+}
+
+
+def build_sae(architecture: str, d_in: int, d_sae: int, **options: Any) -> TrainableSAE:
+    """An untrained SAE; `options` are fields of `SAEConfig`. Raises ValueError for what cannot be
+    and for options that this architecture does not read (`FOR`), TypeError for those that none
+    reads."""
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"No architecture {architecture!r}; there are {', '.join(ARCHITECTURES)}.")
+    known = [field.name for field in fields(SAEConfig)][3:]
+    if unknown := [name for name in options if name not in known]:
+        read = [name for name in known if architecture in FOR.get(name, ARCHITECTURES)]
+        raise TypeError(f"No option {', '.join(unknown)}; {architecture} reads {', '.join(read)}.")
+    config = SAEConfig(architecture, d_in, d_sae, **options)
+    counts = {"d_in": d_in, "d_sae": d_sae, "k": config.k}
+    if fractions := {
+        name: value for name, value in counts.items() if not isinstance(value, Integral)
+    }:
+        raise TypeError(f"Whole numbers are needed, got {fractions}.")
+    unread = [name for name in options if architecture not in FOR.get(name, ARCHITECTURES)]
+    widths: Sequence[int] = config.widths or (max(1, d_sae),)
+    problems = {
+        "; ".join(
+            f"{name} is for {', '.join(FOR[name])}, not for {architecture}" for name in unread
+        ): bool(unread),
+        f"d_in and d_sae are at least 1, got {d_in} and {d_sae}": min(d_in, d_sae) < 1,
+        "the bandwidth of jumprelu must be above 0": config.bandwidth <= 0,
+        f"penalties are finite and not below 0, got {config.sparsity} and {config.auxiliary}": not all(
+            0 <= weight < math.inf for weight in (config.sparsity, config.auxiliary)
+        ),
+        f"k must lie between 1 and d_sae = {d_sae}, got {config.k}": not 0 < config.k <= d_sae
+        and architecture in TOPK_FAMILY,
+        f"widths must rise to d_sae = {d_sae}, got {tuple(widths)}": list(widths)
+        != sorted(set(widths))
+        or widths[-1] != d_sae
+        or widths[0] < 1,
+        f"scale is 'mean', 'unit' or 'none', not {config.scale!r}": config.scale
+        not in ("mean", "unit", "none"),
+        "vectors cannot be centred and brought to unit norm: it could not be folded into the weights. "
+        "Use centre=False with scale='unit'": config.scale == "unit" and config.centre,
+        "a transcoder reads one stream and writes another: scale='unit' cannot be undone": config.scale
+        == "unit"
+        and architecture == "transcoder",
+    }
+    for message, wrong in problems.items():
+        if wrong:
+            raise ValueError(f"{message}.")
+    return ARCHITECTURES[architecture](config)

@@ -1,0 +1,90 @@
+"""From a trained SAE to the SAE that SAELens loads: scale, centre and decoder norms folded into the
+weights.
+
+With z = (x - centre) * scale, an SAE on z equals one on x whose weights are changed so:
+1. a latent's activation is multiplied by `unit`, the length of its decoder row over the scale of
+   the output, which makes decoder rows 1 long in the model's own units; encoder, biases and
+   thresholds are multiplied alike;
+2. b_dec is divided by the scale and moved by the centre. Which latents are the largest k does not
+change: a topk SAE is only saved with decoder rows of equal length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lenslab.sae.load import SparseAutoencoder, finish
+from lenslab.sae.registry import NotAnSAE
+from lenslab.sae.train.base import TrainableSAE
+
+# ours -> SAELens's: batchtopk and its kin become JumpReLU SAEs, whose threshold was estimated in
+# training
+SAVED_AS = {
+    "relu": "standard",
+    "topk": "topk",
+    "batchtopk": "jumprelu",
+    "matryoshka": "jumprelu",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "transcoder": "jumprelu_transcoder",
+}
+
+
+@torch.no_grad()
+def to_saelens(sae: TrainableSAE) -> SparseAutoencoder:
+    """The SAE as SAELens builds it: equal outputs, ready for `save_sae`, `evaluate_sae` and
+    `splice`.
+
+    Its features are in the model's units: activation times a decoder row of length 1. Raises
+    NotAnSAE without a hook, for NaN, and for a topk SAE whose decoder rows are of unequal length.
+    """
+    from sae_lens import SAE
+
+    config, unit, scale_in = sae.config, sae.unit, sae.scale
+    if config.architecture == "topk" and float(unit.max() / unit.min()) > 1 + 1e-4:
+        raise NotAnSAE(
+            "Decoder rows of a topk SAE must have one length, or folding it would change which are largest."
+        )
+    state = {"W_dec": sae.decoder / sae.norms[:, None]}
+    state["b_dec"] = sae.b_dec / sae.scale_out + sae.centre_out
+    if sae.shift is None:  # a transcoder: the centre of what it reads goes into the encoder's bias
+        state["W_enc"] = sae.W_enc * scale_in * unit
+        state["b_enc"] = (sae.b_enc - (sae.centre * scale_in) @ sae.W_enc) * unit
+    else:
+        state["W_enc"] = sae.W_enc * (unit * scale_in)
+        state["b_enc"] = sae.b_enc * unit
+    if SAVED_AS[config.architecture].startswith("jumprelu"):
+        state["threshold"] = (sae.threshold * unit).expand(config.d_sae)
+    if config.architecture == "gated":
+        gate = state.pop("b_enc")
+        state |= {"b_gate": gate, "r_mag": sae.r_mag, "b_mag": sae.b_mag * unit}
+    loaded = SAE.from_dict(_config(sae))
+    loaded.load_state_dict(
+        {key: value.detach().clone().contiguous() for key, value in state.items()}
+    )
+    return finish(loaded, config.architecture)
+
+
+def _config(sae: TrainableSAE) -> dict[str, Any]:
+    config = sae.config
+    normalisation = {"mean": "none", "none": "none", "unit": "constant_norm_rescale"}[config.scale]
+    written: dict[str, Any] = {
+        "architecture": SAVED_AS[config.architecture],
+        "d_in": config.d_in,
+        "d_sae": config.d_sae,
+        "dtype": "float32",
+        "device": str(sae.W_enc.device),
+        "apply_b_dec_to_input": sae.shift is not None,
+        "normalize_activations": normalisation,
+        "reshape_activations": "hook_z"
+        if str(config.metadata.get("hook_name", "")).endswith("hook_z")
+        else "none",
+        "metadata": {"prepend_bos": True} | config.metadata | {"trained_as": config.architecture},
+    }
+    if config.architecture == "topk":
+        written |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
+    if config.architecture == "transcoder":
+        written["d_out"] = config.d_out or config.d_in
+    return written
