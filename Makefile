@@ -19,7 +19,7 @@ unexport PYTHONHOME PYTHONSTARTUP
 
 help:
 	@echo "make run              set up .venv, run all notebooks in order, write outputs/index.html"
-	@echo "make test             set up .venv, run all tests: unit, notebooks, browser"
+	@echo "make test             set up .venv, then ruff and all tests: unit, notebooks, browser"
 	@echo "make notebooks        build notebooks/*.ipynb from notebooks/interactive/*.py and execute them"
 	@echo "make check-notebooks  their printed results: stable across machines, and sensitive to the model? (minutes)"
 	@echo "make lint             ruff"
@@ -53,7 +53,7 @@ notebooks: $(READY) browser
 	@$(RUN) scripts/build_notebooks.py --record benchmarks/results/notebook_runs.json $$NOTEBOOKS
 
 # One pytest call, so that its closing line speaks for all: unit and browser tests, then the notebooks' printed results.
-test: $(READY) browser
+test: $(READY) lint browser
 	@$(RUN) -m pytest --nbval --nbval-current-env --nbval-cell-timeout 600 tests $(NOTEBOOK_FILES) </dev/null
 
 check-notebooks: $(READY)

@@ -133,7 +133,8 @@ def main() -> None:
         return timed(CONTESTANTS[given.contestant].prepare)
     compare(
         __file__,
-        claim=f"the statistics of phase 2 ({TEXTS} texts, {LATENTS:,} latents, {SHUFFLES:,} shuffles) take under 10 "
+        claim=f"the statistics of phase 2 ({TEXTS} texts, {LATENTS:,} latents, {SHUFFLES:,} "
+        "shuffles) take under 10 "
         "seconds, and AUROCs under shuffled labels are faster than scipy's and scikit-learn's",
         unit="AUROCs/s",
         ours="lenslab",

@@ -170,7 +170,8 @@ def main() -> None:
         os.environ[PRECISION] = precision
         compare(
             __file__,
-            claim="harvest is faster than SAELens's ActivationsStore (goal 1.5x) and within 0.9x of a bare forward "
+            claim="harvest is faster than SAELens's ActivationsStore (goal 1.5x) and within 0.9x "
+            "of a bare forward "
             f"pass, all in {precision}",
             unit="tokens/s",
             ours="lenslab",

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib import (
-    import_module,  # peers are not requirements of this project: named by string, never by statement
+    import_module,  # peers are no requirements: named by string, never by statement
 )
 from pathlib import Path
 from typing import Any, Protocol
@@ -154,7 +154,7 @@ def set_mean_l0(sae: Any, vectors: Tensor, k: int) -> None:
     sae.threshold.data.fill_(float(active.topk(k * min(CALIBRATION, len(vectors)) + 1).values[-1]))
 
 
-# ------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the contestants
 
 
@@ -257,7 +257,8 @@ def saelens(job: Job, vectors: Tensor, *, tuned: bool = True) -> Trained:
         total_training_samples=job.samples,
         train_batch_size_samples=job.batch,
         lr=job.lr,
-        lr_scheduler_name="cosineannealing",  # lenslab's schedule: 5 % warm-up, then a cosine to a tenth
+        # lenslab's schedule: 5 % warm-up, then a cosine to a tenth
+        lr_scheduler_name="cosineannealing",
         lr_end=job.lr / 10,
         lr_warm_up_steps=max(1, job.steps // 20),
         lr_decay_steps=0,
@@ -400,11 +401,12 @@ class _LookUp(torch.nn.Module):
         return self
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        torch.clear_autocast_cache()  # sparsify's own autocast, meant for GPUs, switches that cache on again
+        # sparsify's own autocast, meant for GPUs, switches that cache on again
+        torch.clear_autocast_cache()
         return self.site(self.vectors[input_ids])
 
 
-# -------------------------------------------------------------------------------------------- from
+# --------------------------------------------------------------------------------------------- from
 # the model itself
 
 
@@ -485,7 +487,7 @@ def saelens_from_model(job: Job, ids: Tensor, *, tuned: bool = True) -> tuple[Tr
     return _saelens_inference(runner.run()), model
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # timing
 
 

@@ -207,7 +207,9 @@ def main(words: list[str] | None = None) -> None:
         for library, ones in seeds.items()
     }
     result = {
-        "claim": "after the same training the held-out FVU is no worse than SAELens's (ratio's upper bound below 1.01)",
+        "claim": "after the same training the held-out FVU is no worse than SAELens's "
+        "(ratio's upper "
+        "bound below 1.01)",
         "ours": mean["lenslab"],
         "peers": {
             f"{peer} {name}": mean[peer][name] for peer, name in product(PEERS, ARCHITECTURES)
@@ -238,7 +240,8 @@ def main(words: list[str] | None = None) -> None:
         )
         values = f"{mean['lenslab'][key.split()[-1]]:8.4f} {result['peers'][key]:8.4f}"
         print(
-            f"{key:26s} {values}   {one['estimate']:.4f} ({one['low']:.4f} to {one['high']:.4f})  {word}"
+            f"{key:26s} {values}   {one['estimate']:.4f} ({one['low']:.4f} to {one['high']:.4f}) "
+            f" {word}"
         )
     print(f"written to {folder.name}/sae_quality.json")
     return None

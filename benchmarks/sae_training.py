@@ -82,7 +82,7 @@ def contestants(kind: str, job: Job, file: str) -> dict[str, Contestant]:
     return found
 
 
-# ------------------------------------------------------------------- how much of the machine, and
+# --------------------------------------------------------------------- how much of the machine, and
 # where the rest goes
 
 
@@ -200,8 +200,11 @@ def more(
                 },
                 "share_of_peak": round(sum(executed.values()) * speed / peak, 3),
                 "share_of_peak_if_all_were_dense": round(dense * speed / peak, 3),
-                "counted": "executed: dense and sparse matrix products as run; if all were dense: 10 d_in d_sae per "
-                "vector, for encoder forward and weight gradient, decoder forward, weight and activation gradient",
+                "counted": "executed: dense and sparse matrix products as run; if all were dense: "
+                "10 d_in "
+                "d_sae per "
+                "vector, for encoder forward and weight gradient, decoder forward, weight and "
+                "activation gradient",
             },
             "where_the_time_goes": seen["where_the_time_goes"],
         }
@@ -209,7 +212,7 @@ def more(
     return found
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # memory
 
 
@@ -233,7 +236,8 @@ def memory(job: Job, sizes: tuple[int, int], write: bool) -> dict[str, Any]:
     small, large = sizes
     name = f"lenslab, {small:,} vectors"
     result = harness.summarise(
-        f"training on {large:,} vectors takes at most 1.1 times the memory of training on {small:,}",
+        f"training on {large:,} vectors takes at most 1.1 times the memory of training on "
+        f"{small:,}",
         "MB",
         "lenslab",
         {
@@ -250,7 +254,7 @@ def memory(job: Job, sizes: tuple[int, int], write: bool) -> dict[str, Any]:
     return result
 
 
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the run
 
 
@@ -308,7 +312,8 @@ def main(words: list[str] | None = None) -> None:
             file = str(entries.vectors_file(1 << 14 if a.quick else VECTORS))
         extra = ["--kind", kind, "--job", json.dumps(asdict(job)), "--vectors", file]
         claim = (
-            f"training a {kind.replace('relu_sparse', 'sparse relu')} SAE is faster than by SAELens, tuned alike"
+            f"training a {kind.replace('relu_sparse', 'sparse relu')} SAE is faster than by "
+            "SAELens, tuned alike"
             if kind != "end_to_end"
             else "model to SAE in one process is faster than SAELens's runner, tuned alike"
         )

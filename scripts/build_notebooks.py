@@ -73,7 +73,8 @@ def build(source: Path, folder: Path, outputs: Path) -> dict | None:
     write_notebook(notebook, target)
     size = target.stat().st_size / 1e6
     print(
-        f"{source.stem}: {run.seconds} s, {size:.2f} MB, {figures_without_png(notebook)} figures without a PNG"
+        f"{source.stem}: {run.seconds} s, {size:.2f} MB, {figures_without_png(notebook)} figures "
+        "without a PNG"
     )
     if size > LIMIT_MB:
         print(

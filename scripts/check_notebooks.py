@@ -38,14 +38,12 @@ from lenslab.files import REPOSITORY, write_json
 from lenslab.runtime import machine_summary
 from lenslab.show.images import PLOTLY_MIME
 
-LIMIT_BYTES, PRINT_SHARE, SHORT_LINES, SHORT_SHARE, LONGEST_OUTPUT, SENSITIVE_SHARE = (
-    1_500_000,
-    0.6,
-    12,
-    0.9,
-    40,
-    0.4,
-)
+LIMIT_BYTES = 1_500_000
+PRINT_SHARE = 0.6  # of code cells that print something to compare
+SHORT_LINES = 12
+SHORT_SHARE = 0.9  # of code cells that have no more lines than that
+LONGEST_OUTPUT = 40  # lines
+SENSITIVE_SHARE = 0.4  # of compared cells that print something else on the twin
 MAY_DEFINE = ("phase_4",)  # builds an SAE before the reader's eyes
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:work|root|home|Users|tmp|var|opt|usr)/[\w.]")
 TOO_PRECISE = re.compile(r"(?<![\w.])-?\d+\.\d{5,}")
@@ -95,7 +93,8 @@ def policy(source: Path, built: Path) -> tuple[list[str], dict]:
         faults.append(f"{facts['bytes'] / 1e6:.2f} MB, more than {LIMIT_BYTES / 1e6}")
     if facts["printing"] < PRINT_SHARE:
         faults.append(
-            f"{facts['printing']:.0%} of the code cells print a result, fewer than {PRINT_SHARE:.0%}"
+            f"{facts['printing']:.0%} of the code cells print a result, fewer than "
+            f"{PRINT_SHARE:.0%}"
         )
     if facts["within_12_lines"] < SHORT_SHARE:
         faults.append(
@@ -234,7 +233,8 @@ def main() -> int:
         if "sensitivity" in options.checks:
             found = values[name]["sensitivity"] = sensitivity(source, folder)
             print(
-                f"{name}: {found['changed']} of {found['compared']} compared cells change on the random twin"
+                f"{name}: {found['changed']} of {found['compared']} compared cells change on the "
+                "random twin"
             )
             bad += (
                 [f"{name}: only {found['share']:.0%} of the cells change"]
@@ -247,7 +247,8 @@ def main() -> int:
             for p in ("torch", "transformer-lens", "sae-lens", "nbval")
         }
         claim = (
-            "Printed results of the notebooks are the same with 1 and 2 threads and on other instruction sets, "
+            "Printed results of the notebooks are the same with 1 and 2 threads and on other "
+            "instruction sets, "
             f"and at least {SENSITIVE_SHARE:.0%} of them change on the random-weight twin"
         )
         machine = machine_summary()

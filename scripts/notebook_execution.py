@@ -87,7 +87,8 @@ def find_notebooks(folder: Path, names: str = "") -> list[Path]:
     unknown = [name for name in wanted if name not in known]
     if unknown or not known:
         raise FileNotFoundError(
-            f"No notebook {', '.join(unknown) or 'at all'}; there are: {', '.join(known) or 'none'}."
+            f"No notebook {', '.join(unknown) or 'at all'}; there are: "
+            f"{', '.join(known) or 'none'}."
         )
     return [known[name] for name in dict.fromkeys(wanted)] or sources
 
@@ -193,9 +194,15 @@ def execute(
         cell.outputs, cell.execution_count = [], None
     manager = _kernel_manager()
     client = NotebookClient(
-        notebook, km=manager, timeout=None, resources={"metadata": {"path": str(folder)}}, allow_errors=keep_going,
-        coalesce_streams=True, record_timing=False, store_widget_state=False,
-    )  # fmt: skip
+        notebook,
+        km=manager,
+        timeout=None,
+        resources={"metadata": {"path": str(folder)}},
+        allow_errors=keep_going,
+        coalesce_streams=True,
+        record_timing=False,
+        store_widget_state=False,
+    )
     client.reset_execution_trackers()
     start, done, failed, error, errors = time.monotonic(), 0, None, None, []
     peak = None

@@ -37,7 +37,8 @@ MIX = {
     "web": 0.08,
     "python": 0.06,
 }
-REPEAT_SHARE = 0.12  # windows that repeat a span of themselves: at 0.04 induction had not formed after 10 M tokens
+# windows that repeat a span of themselves: at 0.04 induction had not formed after 10 M tokens
+REPEAT_SHARE = 0.12
 HUB_SOURCES = {  # the same kinds of text for users with the hub and without a corpus folder
     "narrative": ("roneneldan/TinyStories", None, "text"),
     "expository": ("Salesforce/wikitext", "wikitext-103-raw-v1", "text"),
@@ -69,8 +70,10 @@ def read_folder(folder: Path) -> dict[str, list[str]]:
             )
     if not documents:
         raise NoCorpus(
-            f"No corpus in {folder}: it needs CATEGORY/SOURCE.jsonl.gz files of {{'text': ...}} lines. "
-            "Point --corpus at such a folder, or use --corpus hub to fetch public texts with `datasets`."
+            f"No corpus in {folder}: it needs CATEGORY/SOURCE.jsonl.gz files of {{'text': ...}} "
+            f"lines. "
+            "Point --corpus at such a folder, or use --corpus hub to fetch public texts with "
+            "`datasets`."
         )
     return documents
 
@@ -143,7 +146,8 @@ def train_tokenizer(
     if (folder / "tokenizer.json").exists():
         if known.exists() and known.read_text() != key:
             raise OtherCorpus(
-                f"The tokenizer in {folder} was trained on other texts. Give --work another folder, or to go on with "
+                f"The tokenizer in {folder} was trained on other texts. Give --work another "
+                "folder, or to go on with "
                 f"that vocabulary on these texts on purpose, delete {known}."
             )
     else:

@@ -47,19 +47,16 @@ class Recipe:
     name: str  # of the folders below data/models and runs
     build: Callable[[int, bool], Any]  # (size of the vocabulary, smoke) -> model
     optimizers: Callable[[Any], Optimizers]
-    backward: Callable[
-        [Any, torch.Tensor], dict[str, float]
-    ]  # leaves gradients; "loss" in nats is shown and kept
+    # leaves gradients; "loss" in nats is shown and kept
+    backward: Callable[[Any, torch.Tensor], dict[str, float]]
     tokenizer: Path | None = None  # a folder to take the tokenizer from; None: train one
     adjust: Callable[[Any], None] = lambda config: None  # the config, before it is saved
     # (model, tokenizer, step, tokens, work) -> None, at steps 0, 16, 23, 34, ...; and at the end
     record: Callable[[Any, Any, int, int, Path], None] | None = None
-    collect: Callable[[Path, Path, int], None] | None = (
-        None  # (work, model folder, step): records up to then, beside
-    )
-    restore: Callable[[Path, Path], None] | None = (
-        None  # (model folder, work): and back, for --start
-    )
+    # (work, model folder, step): records up to then, beside
+    collect: Callable[[Path, Path, int], None] | None = None
+    # (model folder, work): and back, for --start
+    restore: Callable[[Path, Path], None] | None = None
 
 
 def parser(description: str, name: str) -> argparse.ArgumentParser:
@@ -179,8 +176,196 @@ def drop_later_records(work: Path, step: int) -> None:
             file.unlink()
 
 
-def train(recipe: Recipe, arguments: argparse.Namespace) -> dict:
-    """Train, save, measure; returns the card."""
+class Run:
+    """One training: folders and plan, the model with its optimizers, and how far it has come."""
+
+    def __init__(self, recipe: Recipe, arguments: argparse.Namespace):
+        self.recipe, self.arguments = recipe, arguments
+        self.out, self.work = folders(recipe, arguments)
+        self.device = default_device()
+        self.read_corpus()
+        self.model = recipe.build(len(self.tokenizer), arguments.smoke).to(self.device).train()
+        self.optimizers = recipe.optimizers(self.model)
+        self.per_step = arguments.batch * corpus.CONTEXT
+        self.steps = math.ceil(arguments.tokens / self.per_step)
+        self.decay_steps = int(self.steps * arguments.decay)
+        self.plan = {"steps": self.steps, "decay_from": self.steps - self.decay_steps}
+        self.step = self.started_at = 0
+        self.curve: list[dict] = []
+        self.measured: list[dict[str, float]] = []  # since the curve's last point
+
+    def read_corpus(self) -> None:
+        """Texts, tokenizer and windows; where there are none, the script ends in a sentence."""
+        tokenizer_folder = self.work / "tokenizer"
+        try:
+            texts, self.validation = corpus.load_documents(self.arguments.corpus)
+            if source := self.arguments.start or self.recipe.tokenizer:
+                copy_tokenizer(source, tokenizer_folder)
+            self.tokenizer = corpus.train_tokenizer(texts, tokenizer_folder)
+            streams = corpus.encode_streams(texts, self.tokenizer, self.work)
+        except (corpus.NoCorpus, corpus.OtherCorpus) as error:
+            sys.exit(str(error))
+        self.key = corpus.corpus_key(texts)
+        bos, vocabulary = self.tokenizer.bos_token_id, len(self.tokenizer)
+        self.windows = corpus.Windows(streams, seed=0, bos=bos, vocabulary=vocabulary)
+
+    def starting_state(self) -> tuple[dict | None, bool]:
+        """(what to go on from, whether it is a checkpoint of --work)."""
+        resumed = latest_checkpoint(self.work)
+        if resumed is None and self.arguments.start is None:
+            return None, False
+        if resumed is None:
+            state, same_plan = (
+                start_from(self.arguments.start, self.model, self.arguments.batch),
+                False,
+            )
+        else:
+            state = resumed["state"]
+            same_plan = {name: state.get(name) for name in self.plan} == self.plan
+            if state["step"] > state.get("decay_from", self.steps) and not same_plan:
+                # inside the decay of another plan: go on from before that decay
+                state = load_checkpoint(self.work / "predecay.pt")
+        self.refuse_other_runs(state, resumed is not None, same_plan)
+        return state, resumed is not None
+
+    def refuse_other_runs(self, state: dict, resumed: bool, same_plan: bool) -> None:
+        # the oldest checkpoints do not say their batch
+        if state.get("batch", self.arguments.batch) != self.arguments.batch:
+            sys.exit(
+                f"this was trained with --batch {state['batch']}: a step means other windows "
+                "otherwise"
+            )
+        if resumed and state.get("corpus", self.key) != self.key:
+            sys.exit(
+                "the checkpoint was trained on other texts (or another Python's): give --work "
+                "another folder."
+            )
+        if state["step"] > self.plan["decay_from"] and not same_plan:
+            sys.exit(
+                f"{state['step'] * self.per_step:,} tokens were already seen, and of "
+                f"{self.steps * self.per_step:,} the last {self.decay_steps * self.per_step:,} "
+                "are for the decay: ask for more with --tokens."
+            )
+
+    def take_up(self, state: dict | None, resumed: bool) -> None:
+        """Go on from `state`; a checkpoint also holds weights and optimizers."""
+        if state is None:
+            return
+        self.step, self.curve = state["step"], state["curve"]
+        self.started_at = state.get("started", 0)
+        if resumed:
+            self.model.load_state_dict(state["model"])
+            for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.measured = state.get("measured", [])
+            print(f"resumed at step {self.step:,}", flush=True)
+        elif self.recipe.restore is not None:
+            self.recipe.restore(self.arguments.start, self.work)
+
+    def snapshot(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
+            "step": self.step,
+            "curve": self.curve,
+            "measured": self.measured,
+            "started": self.started_at,
+            "batch": self.arguments.batch,
+            "corpus": self.key,
+        } | self.plan
+
+    def save_before_decay(self, state: dict) -> None:
+        """The weights that a larger budget goes on from, beside the model's folder."""
+        self.model.load_state_dict(state["model"])
+        beside = self.out.with_name(f"{self.out.name}-before-decay")
+        save_folder(self.model, self.work / "tokenizer", beside, self.recipe.adjust)
+        if self.recipe.collect is not None:
+            self.recipe.collect(self.work, beside, state["step"])
+        training = {
+            "training_tokens": state["step"] * self.per_step,
+            "batch": self.arguments.batch,
+            "curve": state["curve"],
+        }
+        write_json(beside / "training.json", training)
+
+    def record(self) -> None:
+        if self.recipe.record is not None and self.step in recorded_steps(self.steps):
+            tokens = self.step * self.per_step
+            self.recipe.record(self.model, self.tokenizer, self.step, tokens, self.work)
+
+    def one_step(self) -> None:
+        for optimizer, base in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = base * rate(self.step, self.steps, self.decay_steps, self.started_at)
+        batch = self.arguments.batch
+        rows = [torch.from_numpy(self.windows(self.step * batch + i)) for i in range(batch)]
+        bf16 = compute_dtype() is torch.bfloat16
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=bf16):
+            values = self.recipe.backward(self.model, torch.stack(rows).to(self.device))
+        if not math.isfinite(values["loss"]):
+            sys.exit(
+                f"loss is {values['loss']} at step {self.step}: stopped; the last checkpoint is "
+                "intact"
+            )
+        for optimizer, _ in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.measured.append(values)
+        self.step += 1
+
+    def log(self, first: int, started: float) -> None:
+        """A point of the curve, and a line: means since the last one, speed, time left."""
+        names, n = self.measured[-1], len(self.measured)
+        means = {name: round(sum(v[name] for v in self.measured) / n, 4) for name in names}
+        self.measured.clear()
+        self.curve.append({"tokens": self.step * self.per_step, **means})
+        speed = (self.step - first) * self.per_step / (time.monotonic() - started)
+        left = (self.steps - self.step) * self.per_step / speed / 60
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+        print(
+            f"step {self.step:,}/{self.steps:,}  {shown}  {speed:,.0f} tokens/s  "
+            f"{left:.0f} min left",
+            flush=True,
+        )
+
+    def go(self) -> None:
+        """The steps that are left, with checkpoints and records."""
+        started = saved_at = time.monotonic()
+        first = self.step
+        while self.step < self.steps:
+            self.record()
+            if self.step == self.plan["decay_from"]:
+                save_checkpoint(self.work, self.snapshot(), name="predecay.pt")
+            self.one_step()
+            last = self.step == self.steps
+            if self.step % 50 == 0 or last:
+                self.log(first, started)
+            if time.monotonic() - saved_at > 60 * self.arguments.checkpoint_minutes or last:
+                saved_at = time.monotonic()
+                save_checkpoint(self.work, self.snapshot())
+        self.record()
+
+    def finish(self) -> dict:
+        """Save the model and what was measured of it; returns the card."""
+        from pocket_card import write_card
+
+        save_folder(self.model, self.work / "tokenizer", self.out, self.recipe.adjust)
+        if self.recipe.collect is not None:
+            self.recipe.collect(self.work, self.out, self.steps)
+        training = {
+            "training_tokens": self.steps * self.per_step,
+            "decay_share": self.arguments.decay,
+            "curve": self.curve,
+        }
+        card = write_card(self.out, training, self.validation)
+        if self.decay_steps:  # else the model is what a larger budget goes on from
+            self.save_before_decay(load_checkpoint(self.work / "predecay.pt"))
+        print(json.dumps({k: v for k, v in card.items() if k != "curve"}, indent=1))
+        return card
+
+
+def folders(recipe: Recipe, arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """(where the model goes, where the work is kept); a smoke run has its own, and few tokens."""
     out = arguments.out or Path("data/models") / recipe.name
     work = arguments.work or Path("runs") / recipe.name
     if arguments.smoke:
@@ -188,161 +373,29 @@ def train(recipe: Recipe, arguments: argparse.Namespace) -> dict:
         out = work / "model"
     if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         sys.exit(
-            f"{out} holds something else than a model, which would be replaced as a whole: another --out."
+            f"{out} holds something else than a model, which would be replaced as a whole: "
+            "another --out."
         )
-    try:
-        texts, validation = corpus.load_documents(arguments.corpus)
-        if source := arguments.start or recipe.tokenizer:
-            copy_tokenizer(source, work / "tokenizer")
-        tokenizer = corpus.train_tokenizer(texts, work / "tokenizer")
-        streams = corpus.encode_streams(texts, tokenizer, work)
-        windows = corpus.Windows(
-            streams, seed=0, bos=tokenizer.bos_token_id, vocabulary=len(tokenizer)
-        )
-    except (corpus.NoCorpus, corpus.OtherCorpus) as error:
-        sys.exit(str(error))
+    return out, work
 
-    device = default_device()
-    model = recipe.build(len(tokenizer), arguments.smoke).to(device).train()
-    optimizers = recipe.optimizers(model)
-    per_step = arguments.batch * corpus.CONTEXT
-    steps = math.ceil(arguments.tokens / per_step)
-    decay_steps = int(steps * arguments.decay)
-    plan, key = {"steps": steps, "decay_from": steps - decay_steps}, corpus.corpus_key(texts)
-    curve: list[dict] = []
-    measured: list[dict[str, float]] = []  # since the curve's last point
-    step = started_at = 0
-    resumed = latest_checkpoint(work)
-    state: dict | None = None
-    if resumed is not None:
-        state = resumed["state"]
-        same_plan = {name: state.get(name) for name in plan} == plan
-        if state["step"] > state.get("decay_from", steps) and not same_plan:
-            # the newest checkpoint lies inside the decay of another plan: go on from before that
-            # decay
-            state = load_checkpoint(work / "predecay.pt")
-            same_plan = False
-    elif arguments.start is not None:
-        state, same_plan = start_from(arguments.start, model, arguments.batch), False
-    if state is not None:
-        if (
-            state.get("batch", arguments.batch) != arguments.batch
-        ):  # the oldest checkpoints do not say it
-            sys.exit(
-                f"this was trained with --batch {state['batch']}: a step means other windows otherwise"
-            )
-        if resumed is not None and state.get("corpus", key) != key:
-            sys.exit(
-                "the checkpoint was trained on other texts (or another Python's): give --work another folder."
-            )
-        if state["step"] > plan["decay_from"] and not same_plan:
-            sys.exit(
-                f"{state['step'] * per_step:,} tokens were already seen, and of {steps * per_step:,} the last "
-                f"{decay_steps * per_step:,} are for the decay: ask for more with --tokens."
-            )
-        step, curve, started_at = state["step"], state["curve"], state.get("started", 0)
-    if resumed is not None:
-        model.load_state_dict(state["model"])
-        for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        measured = state.get("measured", [])
-        print(f"resumed at step {step:,}", flush=True)
-    elif state is not None and recipe.restore is not None:
-        recipe.restore(arguments.start, work)
 
-    def save_before_decay(state: dict) -> None:
-        model.load_state_dict(state["model"])
-        beside = out.with_name(f"{out.name}-before-decay")
-        save_folder(model, work / "tokenizer", beside, recipe.adjust)
-        if recipe.collect is not None:
-            recipe.collect(work, beside, state["step"])
-        training = {
-            "training_tokens": state["step"] * per_step,
-            "batch": arguments.batch,
-            "curve": state["curve"],
-        }
-        write_json(beside / "training.json", training)
-
+def train(recipe: Recipe, arguments: argparse.Namespace) -> dict:
+    """Train, save, measure; returns the card."""
+    run = Run(recipe, arguments)
+    state, resumed = run.starting_state()
+    run.take_up(state, resumed)
     if arguments.export:
-        if resumed is None or step > plan["decay_from"]:
+        if not resumed or run.step > run.plan["decay_from"]:
             sys.exit("--export needs a checkpoint from before the decay; there is none in --work.")
-        save_before_decay(state)
-        print(f"{step * per_step:,} tokens: weights exported")
+        run.save_before_decay(state)
+        print(f"{run.step * run.per_step:,} tokens: weights exported")
         return {}
-
     # only now: what is refused, and --export, leave everything as it was
-    if resumed is not None and not (work / f"step-{step:08d}.pt").exists():
-        save_checkpoint(
-            work, state, name=f"step-{step:08d}.pt"
-        )  # from before the decay: the newest from here on
-    drop_later_checkpoints(work, step)
-    drop_later_records(work, step)
-
-    def snapshot() -> dict:
-        states = [optimizer.state_dict() for optimizer, _ in optimizers]
-        held = {"model": model.state_dict(), "optimizers": states, "step": step, "curve": curve}
-        held |= {
-            "measured": measured,
-            "started": started_at,
-            "batch": arguments.batch,
-            "corpus": key,
-        }
-        return held | plan
-
-    def record() -> None:
-        if recipe.record is not None and step in recorded_steps(steps):
-            recipe.record(model, tokenizer, step, step * per_step, work)
-
-    autocast = torch.autocast(
-        device, dtype=torch.bfloat16, enabled=compute_dtype() is torch.bfloat16
-    )
-    started = saved_at = time.monotonic()
-    first = step
-    while step < steps:
-        record()
-        if step == plan["decay_from"]:
-            save_checkpoint(work, snapshot(), name="predecay.pt")
-        for optimizer, base in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = base * rate(step, steps, decay_steps, started_at)
-        rows = [
-            torch.from_numpy(windows(step * arguments.batch + i)) for i in range(arguments.batch)
-        ]
-        with autocast:
-            values = recipe.backward(model, torch.stack(rows).to(device))
-        if not math.isfinite(values["loss"]):
-            sys.exit(
-                f"loss is {values['loss']} at step {step}: stopped; the last checkpoint is intact"
-            )
-        for optimizer, _ in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        measured.append(values)
-        step += 1
-        if step % 50 == 0 or step == steps:
-            means = {key: round(sum(v[key] for v in measured) / len(measured), 4) for key in values}
-            measured.clear()
-            curve.append({"tokens": step * per_step, **means})
-            speed = (step - first) * per_step / (time.monotonic() - started)
-            left = (steps - step) * per_step / speed / 60
-            shown = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
-            print(
-                f"step {step:,}/{steps:,}  {shown}  {speed:,.0f} tokens/s  {left:.0f} min left",
-                flush=True,
-            )
-        if time.monotonic() - saved_at > 60 * arguments.checkpoint_minutes or step == steps:
-            saved_at = time.monotonic()
-            save_checkpoint(work, snapshot())
-    record()
-
-    from pocket_card import write_card
-
-    save_folder(model, work / "tokenizer", out, recipe.adjust)
-    if recipe.collect is not None:
-        recipe.collect(work, out, steps)
-    training = {"training_tokens": steps * per_step, "decay_share": arguments.decay, "curve": curve}
-    card = write_card(out, training, validation)
-    if decay_steps:  # else the model is what a larger budget goes on from
-        save_before_decay(load_checkpoint(work / "predecay.pt"))
-    print(json.dumps({k: v for k, v in card.items() if k != "curve"}, indent=1))
-    return card
+    checkpoint = f"step-{run.step:08d}.pt"
+    if resumed and not (run.work / checkpoint).exists():
+        # from before the decay: the newest from here on
+        save_checkpoint(run.work, state, name=checkpoint)
+    drop_later_checkpoints(run.work, run.step)
+    drop_later_records(run.work, run.step)
+    run.go()
+    return run.finish()

@@ -26,7 +26,9 @@ PICTURE = (
 )
 TITLES = {
     "phase_1_loading": "Load a model, find its hook points, read its streams, encode with an SAE",
-    "phase_2_feature_exploration": "Which features tell kinds of text apart, and does it take an SAE? Four controls",
+    "phase_2_feature_exploration": "Which features tell kinds of text apart, and does it take an "
+    "SAE? Four "
+    "controls",
 }
 
 
@@ -38,7 +40,8 @@ def notebooks_table() -> str:
     for run in runs:
         name, minutes = run["name"], max(1, math.ceil(run["seconds"] / 60))
         rows.append(
-            f"| [{name}](notebooks/{name}.ipynb) | {TITLES[name]} | {minutes} min | {run['peak_mb'] / 1000:.1f} GB |"
+            f"| [{name}](notebooks/{name}.ipynb) | {TITLES[name]} | {minutes} min | "
+            f"{run['peak_mb'] / 1000:.1f} GB |"
         )
     return "\n".join(rows)
 

@@ -87,13 +87,12 @@ What it cannot show:
 - what kinds of text are like: a category is that of the opening, not a judgement of the text after it;
 - independence from the training texts: nothing keeps the model from repeating short passages, and the attitudes, of
   what it read.
-"""
+"""  # noqa: E501
 
 
 def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One token of each row of logits `[row, vocabulary]` at temperature 1 -> `[row, 1]`, by the
-    inverse of the
-    cumulated shares: a tenth of the time that torch.multinomial takes."""
+    inverse of the cumulated shares: a tenth of the time that torch.multinomial takes."""
     share = logits.softmax(-1).cumsum(-1)
     at = torch.rand(len(share), 1, generator=generator) * share[:, -1:]
     return torch.searchsorted(share, at, right=True).clamp_max(share.shape[1] - 1)

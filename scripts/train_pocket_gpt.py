@@ -31,7 +31,8 @@ def build_model(vocabulary: int, smoke: bool) -> GPT2LMHeadModel:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        activation_function="gelu_pytorch_tanh",  # gelu_new in one kernel; saved under its usual name
+        # gelu_new in one kernel; saved under its usual name
+        activation_function="gelu_pytorch_tanh",
         **size,
     )
     torch.manual_seed(0)

@@ -45,7 +45,8 @@ from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 from lenslab.files import atomic_write, data_path
 
 ADAM_LR, MUON_LR, BALANCE = 3e-3, 0.02, 0.01
-ROUTER_LR = 3e-4  # a step of Adam moves all logits of a token alike: at 3e-3 by a third, and the load swings with it
+# a step of Adam moves all logits of a token alike: at 3e-3 by a third, and the load swings with it
+ROUTER_LR = 3e-4
 KINDS = {
     "pocket-moe": dict(num_experts=16, num_experts_per_tok=2),
     "pocket-switch": dict(num_experts=8, num_experts_per_tok=1),

@@ -84,7 +84,8 @@ def measure(model, sae: SparseAutoencoder, held_out: TokenBatch, name: str, seed
     null = evaluate_null(model, sae, held_out, measured.l0, seed=seed)
     print(
         f"{name}: L0 {measured.l0:.1f}, variance explained {measured.variance_explained:.3f} "
-        f"(random directions {null.variance_explained:.3f}), dead {measured.dead}, dense {measured.dense}",
+        f"(random directions {null.variance_explained:.3f}), dead {measured.dead}, dense "
+        f"{measured.dense}",
         flush=True,
     )
     return {"sae": measured.to_dict(), "null": null.to_dict()}
@@ -144,7 +145,8 @@ def main(arguments: list[str] | None = None) -> list[Path]:
     batch = windows(model, train_documents, int(given.vectors), given.seed)
     held_out = windows(model, validation, int(given.validation), given.seed)
     print(
-        f"{model_name(model)} ({model_key(model)}): {batch.n_real:,} vectors in {len(batch):,} windows",
+        f"{model_name(model)} ({model_key(model)}): {batch.n_real:,} vectors in {len(batch):,} "
+        "windows",
         flush=True,
     )
 
@@ -184,7 +186,8 @@ def main(arguments: list[str] | None = None) -> list[Path]:
         first = levels[str(given.k[0])]
         card = {
             "trained_on": about,
-            "measured_on": "documents held out from the training of model and SAE (pocket_corpus.is_held_out)",
+            "measured_on": "documents held out from the training of model and SAE "
+            "(pocket_corpus.is_held_out)",
             "sae": first["sae"],
             "null": first["null"],
             "at_l0": levels,

@@ -49,7 +49,7 @@ def quality(modules):
     return modules["sae_quality"]
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the harness
 
 
@@ -150,8 +150,10 @@ def test_a_contestant_runs_in_a_process_with_the_settings_it_was_promised(compar
     file = tmp_path / "bench.py"
     file.write_text(
         "import json, os, sys\n"
-        "if sys.argv[2] == 'broken': raise ValueError('in ' + os.path.dirname(os.path.abspath(__file__)))\n"
-        "print('chatter'); print(json.dumps({'units': 1, 'seconds': 1, 'env': dict(os.environ), 'argv': sys.argv[1:]}))"
+        "if sys.argv[2] == 'broken': raise ValueError('in ' + "
+        "os.path.dirname(os.path.abspath(__file__)))\n"
+        "print('chatter'); print(json.dumps({'units': 1, 'seconds': 1, 'env': dict(os.environ), "
+        "'argv': sys.argv[1:]}))"
     )
     tuned = compare.run_contestant(str(file), "one", compare.Contestant(dict), ["--job", "x"])
     shipped = compare.run_contestant(str(file), "one", compare.Contestant(dict, tuned=False))
@@ -231,7 +233,7 @@ def test_peers_are_pinned(file):
     assert lines and all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
 
 
-# -------------------------------------------------------------------------------------------- SAE
+# ---------------------------------------------------------------------------------------------- SAE
 # contestants
 
 
@@ -374,7 +376,7 @@ def test_memory_is_compared_between_two_lengths_of_the_same_training(modules, co
     assert json.loads((compare.RESULTS / "sae_training_memory.json").read_text()) == result
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # quality
 
 
@@ -469,7 +471,7 @@ def test_vectors_without_their_mean_train_the_same_sae_moved_by_it(entries, plan
         )
 
 
-# ------------------------------------------------------------------------------------------ the
+# ---------------------------------------------------------------------------------------------- the
 # results we keep
 
 

@@ -183,8 +183,9 @@ def test_every_parameter_is_in_one_optimizer_and_routers_are_not_orthogonalised(
     ]
     assert not names
     assert {n.rsplit(".", 2)[-2] + "." + n.rsplit(".", 1)[-1] for n in inside[0]} == {
-        "experts.gate_up_proj", "experts.down_proj", "q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"
-    }  # fmt: skip
+        *("experts.gate_up_proj", "experts.down_proj"),
+        *("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"),
+    }
     assert (
         all(n.endswith("mlp.gate.weight") for n in inside[2])
         and len(inside[2]) == 2

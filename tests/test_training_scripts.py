@@ -326,7 +326,8 @@ def run(scripts, tmp_path, monkeypatch):
             return value if loss is None else {"loss": loss}
 
         monkeypatch.setattr(train, "backward", counted)
-        command = f"train --smoke --work {tmp_path / work} --tokens {tokens} --batch {BATCH} --checkpoint-minutes 0"
+        command = f"train --smoke --work {tmp_path / work} --tokens {tokens} --batch {BATCH}"
+        command += " --checkpoint-minutes 0"
         monkeypatch.setattr(
             sys,
             "argv",

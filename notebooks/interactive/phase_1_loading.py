@@ -36,7 +36,8 @@ set_up_figures()
 model = load_model()
 twin = random_twin(model)
 print(
-    f"{model_name(model)}: {summarize(model).parameters:,} parameters, the twin {summarize(twin).parameters:,}"
+    f"{model_name(model)}: {summarize(model).parameters:,} parameters, the twin "
+    f"{summarize(twin).parameters:,}"
 )
 
 # %% [markdown]
@@ -47,11 +48,13 @@ print(
 # %%
 summary = summarize(model)
 print(
-    f"{summary.layers} layers of width {summary.d_model}, {summary.heads} heads, context {summary.context} tokens"
+    f"{summary.layers} layers of width {summary.d_model}, {summary.heads} heads, context "
+    f"{summary.context} tokens"
 )
 mlp = f"MLP {summary.d_mlp} wide"
 if summary.experts:
-    mlp = f"{summary.experts} experts {summary.d_mlp} wide, {summary.experts_per_token} of them for a token,"
+    used = f"{summary.experts_per_token} of them for a token,"
+    mlp = f"{summary.experts} experts {summary.d_mlp} wide, {used}"
 print(f"{mlp} with {summary.activation}; {summary.vocabulary:,} tokens in the vocabulary")
 summary.to_frame()
 
@@ -76,7 +79,8 @@ from lenslab.hooks import UnknownHook, check_hooks, hook_table, stream_hook
 
 hooks = hook_table(model)
 print(
-    f"{len(hooks)} hook points, {len(hook_table(model, layer=0))} of them in block 0; the first ten of block 0:"
+    f"{len(hooks)} hook points, {len(hook_table(model, layer=0))} of them in block 0; the first "
+    "ten of block 0:"
 )
 print(hook_table(model, layer=0).head(10).to_string(index=False))
 
@@ -146,7 +150,8 @@ with torch.inference_mode():
     careless = model.run_with_cache(left.tokens, names_filter=[hook])[1][hook]
 error = (careless[left.real] - right[batch.real]).norm() / right[batch.real].norm()
 print(
-    f"left padding without a mask: relative error {float(error):.1f}, so equal: {bool(error < 1e-3)}"
+    f"left padding without a mask: relative error {float(error):.1f}, so equal: "
+    f"{bool(error < 1e-3)}"
 )
 
 # %% [markdown]
@@ -159,7 +164,8 @@ from lenslab.circuits.streams import stream_profile
 
 profile, twin_profile = stream_profile(model, batch), stream_profile(twin, batch)
 print(
-    f"before + attention + MLP = after in all {len(profile.sum_error)} blocks: {bool((profile.sum_error < 1e-5).all())}"
+    f"before + attention + MLP = after in all {len(profile.sum_error)} blocks: "
+    f"{bool((profile.sum_error < 1e-5).all())}"
 )
 print(
     f"control, the MLP left out: relative error {profile.sum_error_without_mlp.min():.2f} or more"
@@ -190,8 +196,8 @@ lines(
 # %% [markdown]
 # | stream | moves information between positions? | what it computes from |
 # |---|---|---|
-# | attention output | yes, and nothing else does | the residual stream at this and all earlier positions |
-# | MLP output | no, one position at a time | the residual stream there, which already holds what attention brought |
+# | attention output | yes, and nothing else does | the residual stream here and before |
+# | MLP output | no, one position at a time | the residual stream with what attention brought |
 # | residual stream | it is the sum | the embedding and every attention and MLP output so far |
 #
 # So an MLP's output depends on context too. That can be measured: how alike is a stream at two
@@ -203,7 +209,8 @@ from lenslab.circuits.streams import context_similarity
 
 similarity = context_similarity(model, batch, middle)
 print(
-    f"mean cosine at layer {middle}, over {similarity['tokens'].iloc[0]:.0f} tokens that occur in several texts:"
+    f"mean cosine at layer {middle}, over {similarity['tokens'].iloc[0]:.0f} tokens that occur "
+    "in several texts:"
 )
 print(similarity[["same token", "other token"]].round(2).to_string())
 twin_similarity = context_similarity(twin, batch, middle)
@@ -342,14 +349,17 @@ heads, twin_heads = head_scores(model), head_scores(twin)
 for kind in ("previous_token", "duplicate_token", "induction", "first_position"):
     layer, head, score = heads.best(kind)
     print(
-        f"{kind:16s} head {layer}.{head}: mean weight {score:.2f}, the twin's best {twin_heads.best(kind)[2]:.2f}"
+        f"{kind:16s} head {layer}.{head}: mean weight {score:.2f}, the twin's best "
+        f"{twin_heads.best(kind)[2]:.2f}"
     )
 chance = np.log(summary.vocabulary)
 print(
-    f"loss on the first copy {heads.loss_first:.1f} nats, on the second {heads.loss_second:.1f}, by chance {chance:.1f}"
+    f"loss on the first copy {heads.loss_first:.1f} nats, on the second {heads.loss_second:.1f}, "
+    f"by chance {chance:.1f}"
 )
 print(
-    f"the second copy is predicted at least 1 nat better than chance: {heads.loss_second < chance - 1}"
+    "the second copy is predicted at least 1 nat better than chance: "
+    f"{heads.loss_second < chance - 1}"
 )
 
 # %% [markdown]
@@ -369,7 +379,8 @@ sample = tokenize(model, "The dog saw the cat, and the cat saw the dog.")
 pattern_hook = f"blocks.{layer}.attn.hook_pattern"
 pattern = harvest(model, sample, pattern_hook)[pattern_hook][0, head]
 print(
-    f"rows sum to one: {bool(((pattern.sum(-1) - 1).abs() < 1e-4).all())}; looks ahead: {bool(pattern.triu(1).any())}"
+    f"rows sum to one: {bool(((pattern.sum(-1) - 1).abs() < 1e-4).all())}; looks ahead: "
+    f"{bool(pattern.triu(1).any())}"
 )
 to_previous = int((pattern[2:].argmax(-1) == torch.arange(1, len(pattern) - 1)).sum())
 print(f"in this text {to_previous} of {len(pattern) - 2} tokens look most at the one before them")
@@ -458,7 +469,8 @@ print("features [text, position, feature]:", tuple(features.shape))
 x, f = activations[0, last[0]], features[0, last[0]]
 active = (features[batch.real] > 0).sum(-1).float()
 print(
-    f"activation: {int((x == 0).sum())} exact zeros, {(x.abs() > 0.01).float().mean():.0%} of dimensions above 0.01"
+    f"activation: {int((x == 0).sum())} exact zeros, {(x.abs() > 0.01).float().mean():.0%} of "
+    "dimensions above 0.01"
 )
 print(f"features active per token (L0): mean {active.mean():.1f} of {sae.cfg.d_sae}")
 print(f"sparsity {1 - active.mean() / sae.cfg.d_sae:.2%}")
@@ -500,7 +512,8 @@ print(
     f"{int(ever.sum())} features fired somewhere; in 16 equal bins {counts.min()} to {counts.max()}"
 )
 print(
-    f"random draws are at least as uneven in {np.mean(np.array(null) >= np.ptp(counts)):.0%} of cases"
+    f"random draws are at least as uneven in {np.mean(np.array(null) >= np.ptp(counts)):.0%} "
+    "of cases"
 )
 bars(
     {"active features": counts},
@@ -552,10 +565,12 @@ rate = (features[batch.real] > 0).float().mean(0)
 peak = features[0][batch.real[0]].amax(0)
 feature = int(peak.where(rate <= 0.1, 0).argmax())
 print(
-    f"strongest on {probes['id'][0]}: feature {int(peak.argmax())}, active on {rate[peak.argmax()]:.0%} of all tokens"
+    f"strongest on {probes['id'][0]}: feature {int(peak.argmax())}, active on "
+    f"{rate[peak.argmax()]:.0%} of all tokens"
 )
 print(
-    f"strongest of those that are not dense: feature {feature}, on the {len(batch) - 1} other texts:"
+    f"strongest of those that are not dense: feature {feature}, on the {len(batch) - 1} "
+    "other texts:"
 )
 print(top_tokens(batch, features[..., feature], skip=[0], n=8).round(1).to_string(index=False))
 
@@ -575,7 +590,8 @@ test = auroc_permutations(strength, labels, derive_generator(0, "one feature"))
 print(f"it fires on {int((strength > 0).sum())} of the {len(labels)} other texts")
 print(f"telling {probes['category'][0]} from the rest: AUROC {test.observed[0]:.2f}")
 print(
-    f"shuffled labels do as well with p = {test.p[0]:.3f}; {labels.sum()} texts of the kind are too few for a verdict"
+    f"shuffled labels do as well with p = {test.p[0]:.3f}; {labels.sum()} texts of the kind are "
+    "too few for a verdict"
 )
 
 # %% [markdown]

@@ -70,7 +70,8 @@ lengths = batch.real.sum(1).numpy().astype(float)
 for category in labels.categories:
     inside = labels.category == category
     print(
-        f"{category:15s} {lengths[inside].mean():5.1f} tokens on average, AUROC {roc_auc_score(inside, lengths):.2f}"
+        f"{category:15s} {lengths[inside].mean():5.1f} tokens on average, AUROC "
+        f"{roc_auc_score(inside, lengths):.2f}"
     )
 
 # %% [markdown]
@@ -111,14 +112,17 @@ from lenslab.features.ranking import summarize_features
 fa = encode_features(model, sae, batch, name=SAE)
 pooled = {how: fa.pool(how) for how in ("max", "mean", "fraction")}
 print(
-    f"{fa.matrix.shape[0]} tokens x {fa.n_features} features, {fa.matrix.nnz / fa.matrix.shape[0]:.1f} active per token"
+    f"{fa.matrix.shape[0]} tokens x {fa.n_features} features, "
+    f"{fa.matrix.nnz / fa.matrix.shape[0]:.1f} active per token"
 )
 print(
-    f"pooled {pooled['max'].shape}: {pooled['max'].nnz / len(batch):.0f} features fire somewhere in a text, on average"
+    f"pooled {pooled['max'].shape}: {pooled['max'].nnz / len(batch):.0f} features fire somewhere "
+    "in a text, on average"
 )
 for how, matrix in pooled.items():
     print(
-        f"{how:9s} largest value {matrix.max():6.1f}, mean over texts and features {matrix.mean():.3f}"
+        f"{how:9s} largest value {matrix.max():6.1f}, mean over texts and features "
+        f"{matrix.mean():.3f}"
     )
 
 # %% [markdown]
@@ -145,7 +149,8 @@ for name, mask in masks.items():
         found = sae.encode(prepare(average)) > 0
     real, missed = (found & seen).sum() / found.sum(), 1 - (found & seen).sum() / seen.sum()
     print(
-        f"average of {name:9s}: {real:.0%} of its features fire at a token, {missed:.0%} of those that do are missed"
+        f"average of {name:9s}: {real:.0%} of its features fire at a token, {missed:.0%} of "
+        "those that do are missed"
     )
 
 # %% [markdown]
@@ -289,11 +294,13 @@ scores = special.to_frame().set_index("category")[
 print(scores.to_string())
 high = (summary.largest > 5).mean()
 print(
-    f"features that ever reach 5.0: {high:.0%}; best by count: {scores['count_score_half'].idxmax()} (half)"
+    f"features that ever reach 5.0: {high:.0%}; best by count: "
+    f"{scores['count_score_half'].idxmax()} (half)"
 )
 for null in special.count_nulls:
     print(
-        f"above {null.threshold}: {null.observed} kinds with a positive score, shuffled {null.mean_null:.1f}"
+        f"above {null.threshold}: {null.observed} kinds with a positive score, shuffled "
+        f"{null.mean_null:.1f}"
     )
 null_histogram(
     null.null,
@@ -395,7 +402,8 @@ for name, share, p in (
     ("content", split.concept, split.concept_p),
 ):
     print(
-        f"{name:8s} median share of variance {np.median(share):.2f}; p <= .05 for {np.mean(p <= 0.05):.0%} (chance 5%)"
+        f"{name:8s} median share of variance {np.median(share):.2f}; p <= .05 for "
+        f"{np.mean(p <= 0.05):.0%} (chance 5%)"
     )
 
 # %% [markdown]
@@ -408,7 +416,8 @@ marked = np.isin(split.features, chosen)
 names = [str(f) for f in split.features]
 by_form, by_content = split.form_p <= 0.05, split.concept_p <= 0.05
 print(
-    f"by form alone {np.mean(by_form & ~by_content):.0%}, by content alone {np.mean(by_content & ~by_form):.0%}"
+    f"by form alone {np.mean(by_form & ~by_content):.0%}, by content alone "
+    f"{np.mean(by_content & ~by_form):.0%}"
 )
 print(split.to_frame()[marked].round(3).to_string(index=False))
 axes = {
@@ -439,7 +448,8 @@ often = np.argsort(-np.where(discovery.frequency <= 0.5, discovery.frequency, 0)
 ]
 drawn = held_fa.pool("max")[:, often]
 print(
-    f"on {discovery.frequency[often].min():.0%} to {discovery.frequency[often].max():.0%} of discovery texts, "
+    f"on {discovery.frequency[often].min():.0%} to {discovery.frequency[often].max():.0%} of "
+    "discovery texts, "
     f"on {np.mean(drawn.toarray() > 0):.0%} of held-out ones on average"
 )
 text_feature_heatmap(
@@ -482,7 +492,8 @@ rows |= {
 }
 drawn = held_fa.pool("max")[:, list(rows)]
 print(
-    f"{len(rows)} features on {drawn.shape[0]} texts: {np.mean(drawn.toarray() > 0):.0%} of the cells are above zero"
+    f"{len(rows)} features on {drawn.shape[0]} texts: {np.mean(drawn.toarray() > 0):.0%} of the "
+    "cells are above zero"
 )
 text_feature_heatmap(
     drawn, list(rows.values()), labels.category[held], title="Chosen features on held-out texts"
@@ -516,7 +527,8 @@ from lenslab.features.together import coactivation, concept_features
 together = coactivation(pooled["max"], often, strata=labels.category)
 pairs = together.to_frame()
 print(
-    f"{(pairs['q'] <= 0.05).sum()} of {len(pairs)} pairs fire together more than within-kind chance (q <= .05)"
+    f"{(pairs['q'] <= 0.05).sum()} of {len(pairs)} pairs fire together more than within-kind "
+    "chance (q <= .05)"
 )
 columns = ["feature", "other", "p_other_given_feature", "joint", "expected", "pmi", "q"]
 print(pairs.head(5)[columns].round(3).to_string(index=False))
