@@ -79,7 +79,7 @@ class PermutationResult:
         return np.asarray((1 + n - below) / (1 + n))
 
 
-def _least(observed: np.ndarray) -> np.ndarray:
+def _least(observed: np.ndarray) -> np.ndarray | np.floating:
     """What counts as large as the observed: the same grouping may differ in its last digits."""
     return observed - 1e-12 * np.maximum(1, np.abs(observed))
 
