@@ -304,11 +304,10 @@ def jensen_shannon(
     samples out of q when q is a pool, and compare with a permutation null: shares of few counts
     differ by chance.
     """
-    p, q = (np.asarray(side, dtype=np.float64) for side in (p, q))
-    p, q = (side / side.sum(-1, keepdims=True) for side in (p, q))
-    middle = (p + q) / 2
-    divergences = [scipy.stats.entropy(side, middle, axis=-1) for side in (p, q)]
-    return np.maximum(np.mean(divergences, axis=0), 0)
+    p, q = (np.asarray(counts, dtype=np.float64) for counts in (p, q))
+    shares = [p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)]
+    to_middle = [scipy.stats.entropy(share, sum(shares) / 2, axis=-1) for share in shares]
+    return np.asarray(np.maximum(sum(to_middle) / 2, 0))
 
 
 def auroc(

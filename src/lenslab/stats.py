@@ -95,9 +95,9 @@ def permutation_test(
 ) -> PermutationResult:
     """One-sided test (large is extreme) of `statistic(labels)`, a number or an array of them,
     against shuffled labels. ValueError as `shuffled_orders`, and when the statistic gives NaN."""
+    observed = np.asarray(statistic(labels), dtype=np.float64)
     orders = shuffled_orders(labels, generator, n, strata)
     null = np.stack([np.asarray(statistic(labels[order]), dtype=np.float64) for order in orders])
-    observed = np.asarray(statistic(labels), dtype=np.float64)
     if np.isnan(observed).any() or np.isnan(null).any():
         raise ValueError("the statistic is NaN for the labels or for a shuffle of them")
     return _against(observed, null)
