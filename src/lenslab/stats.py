@@ -34,11 +34,11 @@ from lenslab.metrics import auroc_of_rank_sums, mid_ranks
 FEATURES = 2048  # features per matrix product: with 1,000 shuffles 16 MB
 LEVEL = 0.95  # of intervals
 
-Scores = Num[np.ndarray, "sample feature"]
-Mask = Bool[np.ndarray, "sample ..."]  # [sample], or [sample, feature]: one a column of scores
-Codes = Shaped[np.ndarray, " sample"]
+Scores = Num[np.ndarray, "text feature"]
+Mask = Bool[np.ndarray, "text ..."]  # [text], or [text, feature]: one a column of scores
+Codes = Shaped[np.ndarray, " text"]
 Strata = Codes | None
-Values = Num[np.ndarray, "sample ..."]
+Values = Num[np.ndarray, "text ..."]
 Statistic = Callable[[np.ndarray], Any]
 Results = Sequence[float] | Float[np.ndarray, " seed"]
 
@@ -153,7 +153,7 @@ def _rank_test(
 def shuffled_orders(
     labels: Codes, generator: Generator, n: int, strata: Strata
 ) -> Iterator[np.ndarray]:
-    """`n` orders `[sample]` that move labels only within their stratum: `labels[order]` is one
+    """`n` orders `[text]` that move labels only within their stratum: `labels[order]` is one
     shuffle.
 
     ValueError on lengths that differ, and where each stratum holds a single label.
@@ -191,10 +191,8 @@ def auroc_difference(
 
     With several groups (languages left out in turn) column g is scored on `inside[:, g]` against
     `outside`, and the differences are averaged. Every text must be a document of its own.
-    ValueError on NaN, ZeroDivisionError where a class is absent.
+    NaN makes the interval NaN; ZeroDivisionError where a class is absent.
     """
-    if np.isnan(ours).any() or np.isnan(theirs).any():
-        raise ValueError("a score is NaN: it would count as a loss against every other")
     rng, groups = _numpy_generator(generator), ours.shape[1]
     k = int(outside.sum())
     drawn_outside = rng.multinomial(k, np.full(k, 1 / k), size=n) / k  # [resample, outside]
@@ -223,11 +221,9 @@ def bootstrap_by_document(
     """95 % percentile interval of `statistic(values)`, whole documents drawn with replacement.
 
     Tokens of one document resemble each other: an interval that draws tokens is far too narrow.
-    Below about 20 documents this one is too narrow as well. ValueError on NaN, lengths that differ
-    and fewer than 2 documents.
+    Below about 20 documents this one is too narrow as well. ValueError on lengths that differ and
+    fewer than 2 documents.
     """
-    if np.isnan(values).any():
-        raise ValueError("a value is NaN: every resample that draws it would be")
     rows = list(pd.Series(range(len(values))).groupby(documents).indices.values())
     drawn = scipy.stats.bootstrap(
         (np.arange(len(rows)),),
