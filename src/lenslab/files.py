@@ -1,7 +1,7 @@
 """Where bundled data, caches and outputs live, and how files are written: beside, then renamed.
 
 Notebooks run from any working directory, so every path starts from the package, never from
-`os.getcwd()`.
+`os.getcwd()`. What is cached is known by a key of everything that went into it.
 """
 
 from __future__ import annotations
@@ -10,20 +10,33 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 
-REPOSITORY = (
-    Path(__file__).resolve().parents[2]
-)  # the package is installed editable: src/lenslab/paths.py
+REPOSITORY = Path(__file__).resolve().parents[2]  # the package is installed editable
+
+BUNDLED = {  # name -> what it is; the weights are in data/models/NAME
+    "pocket-gpt": "GPT-2 architecture, 6 layers, d_model 256, trained by this project",
+    "pocket-moe": "OLMoE architecture, 6 layers, d_model 192, 16 experts, two per token",
+    "pocket-switch": "as pocket-moe, with 8 experts, one per token (Switch routing)",
+}
+DEFAULT = "pocket-gpt"
+HUB = {  # short names for models people ask for; any other hub name works as it is
+    "gpt2": "openai-community/gpt2",
+    "gpt2-small": "openai-community/gpt2",
+    "gemma-3-1b": "google/gemma-3-1b-pt",
+    "gemma-3-1b-it": "google/gemma-3-1b-it",
+    "olmoe": "allenai/OLMoE-1B-7B-0924",
+}
+VERSIONED = ("lenslab", "torch", "transformer-lens", "sae-lens", "transformers")
+VERSIONED += ("scipy", "scikit-learn")
+SHIPPED, CACHED = "saved result that ships", "saved result of this machine"
 
 
 def data_path(*parts: str) -> Path:
@@ -33,14 +46,13 @@ def data_path(*parts: str) -> Path:
 
 def cache_path(*parts: str) -> Path:
     """A path below the user's cache: `$LENSLAB_CACHE`, else `~/.cache/lenslab`."""
-    root = os.environ.get("LENSLAB_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "lenslab").joinpath(*parts)
+    root = os.environ.get("LENSLAB_CACHE") or Path.home() / ".cache" / "lenslab"
+    return Path(root).joinpath(*parts)
 
 
 def outputs_path(*parts: str) -> Path:
     """A path below `$LENSLAB_OUTPUTS`, else the repository's `outputs/`."""
-    root = os.environ.get("LENSLAB_OUTPUTS")
-    return (Path(root) if root else REPOSITORY / "outputs").joinpath(*parts)
+    return Path(os.environ.get("LENSLAB_OUTPUTS") or REPOSITORY / "outputs").joinpath(*parts)
 
 
 @contextmanager
@@ -51,9 +63,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(
-        f".{os.getpid()}-{path.name}"
-    )  # keeps the suffix: writers append to others
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # writers append to other suffixes
     try:
         yield temporary
         os.replace(temporary, path)
@@ -70,11 +80,9 @@ def sha256_file(path: str | os.PathLike) -> str:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write JSON atomically, keys in the order given; raises ValueError on NaN, which JSON has
     not."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_write(path) as temporary:
-        temporary.write_text(
-            json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-            encoding="utf-8",
-        )
+        temporary.write_text(text, encoding="utf-8")
 
 
 def content_key(*parts: Any) -> str:
@@ -82,80 +90,46 @@ def content_key(*parts: Any) -> str:
     canonical JSON."""
     digest = hashlib.sha256()
     for part in parts:
-        raw = (
-            part
-            if isinstance(part, bytes)
-            else json.dumps(part, sort_keys=True, default=str).encode()
-        )
-        digest.update(
-            len(raw).to_bytes(8, "big") + raw
-        )  # lengths keep ("ab", "c") and ("a", "bc") apart
+        if not isinstance(part, bytes):
+            part = json.dumps(part, sort_keys=True, default=str).encode()
+        digest.update(len(part).to_bytes(8, "big") + part)  # ("ab", "c") is not ("a", "bc")
     return digest.hexdigest()[:16]
 
 
-BUNDLED = {  # name -> what it is; the weights are in data/models/NAME
-    "pocket-gpt": "GPT-2 architecture, 6 layers, d_model 256, trained by this project on mixed text",
-    "pocket-moe": "OLMoE architecture, 6 layers, d_model 192, 16 experts, two per token, same text and tokenizer",
-    "pocket-switch": "as pocket-moe, with 8 experts, one per token (Switch routing)",
-}
+def versions() -> dict[str, str]:
+    """Versions of this package and of those that its numbers depend on."""
+    return {name: version(name) for name in VERSIONED}
 
 
-DEFAULT = "pocket-gpt"
-
-
-HUB = {  # short names for models people ask for; any other hub name works as it is
-    "gpt2": "openai-community/gpt2",
-    "gpt2-small": "openai-community/gpt2",
-    "gemma-3-1b": "google/gemma-3-1b-pt",
-    "gemma-3-1b-it": "google/gemma-3-1b-it",
-    "olmoe": "allenai/OLMoE-1B-7B-0924",
-}
+# Checkpoints: FOLDER/step-00000100.pt, its SHA-256 beside it
 
 
 def save_checkpoint(folder: Path, state: dict, name: str | None = None) -> Path:
     """Write `state`; without a name, also drop all but the newest two. A failed write leaves the
-    old ones."""
-    folder.mkdir(parents=True, exist_ok=True)
+    old ones, and says so."""
+    import torch
+
     file = folder / (name or f"step-{state['step']:08d}.pt")
-    temporary, digest = file.with_suffix(".tmp"), file.with_suffix(".sha256.tmp")
     try:
-        torch.save(state, temporary)
-        digest.write_text(sha256_file(temporary))
-        os.replace(
-            temporary, file
-        )  # only once both are written: a full disk leaves an older pair as it was
-        os.replace(digest, file.with_suffix(".sha256"))
+        with atomic_write(file) as weights, atomic_write(file.with_suffix(".sha256")) as digest:
+            torch.save(state, weights)
+            digest.write_text(sha256_file(weights))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        digest.unlink(missing_ok=True)
-        print(
-            f"checkpoint {file.name} not written ({error}); the one before it is kept", flush=True
-        )
+        print(f"checkpoint {file.name} not written ({error}); the one before is kept", flush=True)
         return file
     if name is None:
-        for old in sorted(folder.glob("step-*.pt"))[:-2]:
-            old.unlink()
-            old.with_suffix(".sha256").unlink(missing_ok=True)
+        _drop(sorted(folder.glob("step-*.pt"))[:-2])
     return file
 
 
 def load_checkpoint(file: Path) -> dict:
     """A checkpoint whose hash matches. Raises ValueError where the file is missing or damaged."""
+    import torch
+
     stored = file.with_suffix(".sha256")
     if not file.exists() or not stored.exists() or stored.read_text().strip() != sha256_file(file):
         raise ValueError(f"checkpoint {file.name} is missing or damaged (its hash does not match)")
-    return torch.load(
-        file, weights_only=True, map_location="cpu"
-    )  # load_state_dict moves it where it goes
-
-
-def drop_later_checkpoints(folder: Path, step: int) -> None:
-    """Forget what was saved after `step`: the run goes on from there, and would else take them for
-    its newest."""
-    for file in sorted(folder.glob("step-*.pt")):
-        if int(file.stem.split("-")[1]) > step:
-            file.unlink()
-            file.with_suffix(".sha256").unlink(missing_ok=True)
+    return torch.load(file, weights_only=True, map_location="cpu")
 
 
 def latest_checkpoint(folder: Path) -> dict | None:
@@ -171,21 +145,23 @@ def latest_checkpoint(folder: Path) -> dict | None:
         except ValueError as error:
             print(f"{error}: trying the one before it", flush=True)
     if files:
-        raise ValueError(
-            f"All {len(files)} checkpoints in {folder.name} are damaged: move them away to start over."
-        )
+        raise ValueError(f"All {len(files)} checkpoints in {folder.name} are damaged: move them.")
     return None
 
 
-VERSIONED = (
-    "lenslab",
-    "torch",
-    "transformer-lens",
-    "sae-lens",
-    "transformers",
-    "scipy",
-    "scikit-learn",
-)
+def drop_later_checkpoints(folder: Path, step: int) -> None:
+    """Forget what was saved after `step`: the run goes on from there, and would else take them for
+    its newest."""
+    _drop([file for file in folder.glob("step-*.pt") if int(file.stem.split("-")[1]) > step])
+
+
+def _drop(checkpoints: list[Path]) -> None:
+    for file in checkpoints:
+        file.unlink()
+        file.with_suffix(".sha256").unlink(missing_ok=True)
+
+
+# Results
 
 
 class Result:
@@ -199,27 +175,16 @@ class Result:
     def save(self, path: str | os.PathLike, **config: Any) -> None:
         """JSON: the values, versions, and whatever `config` says about how it was made (model,
         texts, seed)."""
-        versions = {name: version(name) for name in VERSIONED}
-        kind = type(self).__name__
-        write_json(
-            path,
-            {
-                "result": kind,
-                "values": self.to_dict(),
-                "config": _plain(config),
-                "versions": versions,
-            },
-        )
+        content = {"result": type(self).__name__, "values": self.to_dict()}
+        write_json(path, content | {"config": _plain(config), "versions": versions()})
 
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, pd.DataFrame):
-        return [_plain(row) for row in value.to_dict("records")]
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, torch.Tensor):
+        value = value.to_dict("records")
+    if hasattr(value, "tolist"):  # arrays, tensors and their scalars
         value = value.tolist()
     if isinstance(value, dict):
         return {str(key): _plain(entry) for key, entry in value.items()}
@@ -228,42 +193,33 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def saved_result(name: str, compute: Callable[[], Result], *, inputs: Any) -> pd.DataFrame:
-    """The table (`to_frame`) of a result: the saved one where it was made from the same `inputs`,
-    else computed now.
+def saved_result(name: str, inputs: Any) -> pd.DataFrame | None:
+    """The table of a long computation that was made from the same `inputs`, or None.
 
-    `inputs` identify what went in, for instance content keys of model, SAE and texts, and settings.
-    Where the table comes from is in its `attrs["origin"]`.
+    `inputs` identify what went in: content keys of model, SAE and texts, and settings. What ships
+    goes before what `save_result` left on this machine; `attrs["origin"]` says which it is. A
+    damaged file counts as none.
     """
-    key = content_key(inputs)
-    shipped, cached = (
-        data_path("results", f"{name}.json"),
-        cache_path("results", f"{name}-{key}.json"),
-    )
-    full = os.environ.get("LENSLAB_FULL") == "1"
-    kept = {"saved result that ships": shipped, "saved result of this machine": cached}
-    for origin, file in () if full else kept.items():
-        if (frame := _read(file, key)) is not None:
-            return _said(frame, origin)
-    result = compute()
-    theirs = (
-        os.environ.get("LENSLAB_MODEL", "") not in ("", DEFAULT)
-        or os.environ.get("LENSLAB_MODEL_TWIN") == "1"
-    )
-    result.save(shipped if full and not theirs else cached, key=key, table=result.to_frame())
-    return _said(result.to_frame(), "computed now")
+    for origin, file in _result_files(name, inputs).items():
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))["config"]
+            if config["key"] == content_key(inputs):
+                table = pd.DataFrame(config["table"])
+                table.attrs["origin"] = origin
+                return table
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
-def _said(frame: pd.DataFrame, origin: str) -> pd.DataFrame:
-    frame.attrs["origin"] = origin
-    return frame
+def save_result(name: str, result: Result, inputs: Any, *, ships: bool) -> Path:
+    """Keep a result with its `to_frame()` for `saved_result`: with the project where it `ships`,
+    else in this user's cache."""
+    path = _result_files(name, inputs)[SHIPPED if ships else CACHED]
+    result.save(path, key=content_key(inputs), table=result.to_frame())
+    return path
 
 
-def _read(file: Path, key: str) -> pd.DataFrame | None:
-    """The table in a file, or None where there is none, it was made from something else, or it is
-    damaged."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))["config"]
-        return pd.DataFrame(config["table"]) if config["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _result_files(name: str, inputs: Any) -> dict[str, Path]:
+    cached = cache_path("results", f"{name}-{content_key(inputs)}.json")
+    return {SHIPPED: data_path("results", f"{name}.json"), CACHED: cached}

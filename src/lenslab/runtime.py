@@ -18,13 +18,12 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as Bar  # what the bars of terminals and of Jupyter both are
-
-_MALLOPT = {"M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_MMAP_THRESHOLD": (-3, 1 << 30)}
 
 
 def tune_allocator() -> bool:
@@ -36,10 +35,11 @@ def tune_allocator() -> bool:
     if platform.system() != "Linux" or os.environ.get("LENSLAB_ALLOCATOR") == "default":
         return False
     try:
-        libc = ctypes.CDLL("libc.so.6")
-        return all(libc.mallopt(*setting) == 1 for setting in _MALLOPT.values())
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # musl, or a libc without mallopt
         return False
+    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+    return mallopt(trim_threshold, 2**31 - 1) == 1 and mallopt(mmap_threshold, 1 << 30) == 1
 
 
 def derive_generator(seed: int, label: str) -> torch.Generator:
@@ -70,18 +70,18 @@ def interrupts_wait() -> Iterator[None]:
     Signals arrive in the main thread alone: elsewhere, and where they are ignored, the block runs
     as it is.
     """
-    asked: list[tuple] = []
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
-    signal.signal(signal.SIGINT, lambda *given: asked.append(given))
+    arrived: list[tuple] = []
+    signal.signal(signal.SIGINT, lambda *interrupt: arrived.append(interrupt))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if asked:
-        before(*asked[0])  # Python's own raises KeyboardInterrupt
+    if arrived:
+        before(*arrived[0])  # Python's own raises KeyboardInterrupt
 
 
 def has_fast_bf16() -> bool:
@@ -91,24 +91,25 @@ def has_fast_bf16() -> bool:
     `LENSLAB_COMPUTE=float32` or `bfloat16` answers for the machine, where results must equal those
     of another one or its processor is not recognised. Raises ValueError for another value.
     """
-    asked = os.environ.get("LENSLAB_COMPUTE")
-    if asked and asked not in ("float32", "bfloat16"):
-        raise ValueError(
-            f"LENSLAB_COMPUTE is float32 or bfloat16, or not set at all; it is {asked!r}."
-        )
-    return asked == "bfloat16" if asked else _computes_bf16_fast()
-
-
-@lru_cache(maxsize=1)
-def _computes_bf16_fast() -> bool:
+    wanted = os.environ.get("LENSLAB_COMPUTE", "")
+    if wanted not in ("", "float32", "bfloat16"):
+        raise ValueError(f"LENSLAB_COMPUTE is float32, bfloat16 or not set at all, not {wanted!r}.")
+    if wanted:
+        return wanted == "bfloat16"
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
+    return any(name in _processor("flags") for name in ("avx512_bf16", "amx_bf16"))
+
+
+@lru_cache
+def _processor(field: str) -> str:
+    """What /proc/cpuinfo says of the first processor under `field`; nothing where it does not."""
     try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as handle:
-            flags = next((line for line in handle if line.startswith("flags")), "")
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
-        return False
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
+        return ""
+    lines = (line for line in text.splitlines() if line.startswith(field))
+    return next(lines, "").partition(":")[2].strip()
 
 
 def compute_dtype() -> torch.dtype:
@@ -123,17 +124,8 @@ def default_device() -> str:
 
 def machine_summary() -> dict[str, str | int | bool]:
     """What a measurement needs to say about where it was taken (no names, no paths)."""
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as handle:
-            model = next(
-                (line.split(":", 1)[1].strip() for line in handle if line.startswith("model name")),
-                model,
-            )
-    except OSError:
-        pass
     return {
-        "cpu": model,
+        "cpu": _processor("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -143,11 +135,7 @@ def machine_summary() -> dict[str, str | int | bool]:
 
 
 if __name__ == "__main__":  # what a bug report should hold
-    from importlib.metadata import version
+    from lenslab.files import versions
 
-    packages = ("torch", "transformers", "transformer-lens", "sae-lens", "lenslab")
-    for name, value in {
-        **machine_summary(),
-        **{package: version(package) for package in packages},
-    }.items():
+    for name, value in (machine_summary() | versions()).items():
         print(f"{name:17s} {value}")
