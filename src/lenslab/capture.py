@@ -67,7 +67,7 @@ def harvest(
             the store.
 
     Raises UnknownHook, BadActivations, TooLargeForMemory, StoreMismatch, ValueError (train mode, a
-    hook whose values have no text axis).
+    hook whose values have no text axis, an edited model that would fill a store).
     """
     hooks = (hooks,) if isinstance(hooks, str) else tuple(dict.fromkeys(hooks))
     check_eval(model)

@@ -93,12 +93,9 @@ def extract_batch(
     """
     batch = tokenize(model, texts)
     values = harvest(model, batch, hooks)
+    metadata = {"model": model_name(model), "model_key": model_key(model)}
     packages = ("lenslab", "torch", "transformers", "transformer-lens")
-    metadata = {
-        "model": model_name(model),
-        "model_key": model_key(model),
-        "versions": {name: version(name) for name in packages},
-    }
+    metadata["versions"] = {name: version(name) for name in packages}
     records = []
     for row, n in enumerate(batch.attention.sum(1).tolist()):
         activations = {}
@@ -137,9 +134,10 @@ def save_record(records: ActivationRecord | Sequence[ActivationRecord], path: st
             save_file(tensors, temporary, metadata={"header": json.dumps(header)})
         elif suffix == ".pt":
             torch.save(tensors | {"header": json.dumps(header)}, temporary)
-        elif suffix == ".npz":  # NumPy has no bfloat16; float32 holds the same values
-            half = torch.bfloat16
-            arrays = {k: (v.float() if v.dtype == half else v).numpy() for k, v in tensors.items()}
+        elif suffix == ".npz":
+            arrays = {}
+            for name, value in tensors.items():  # NumPy has no bfloat16; float32 holds the values
+                arrays[name] = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
             with open(temporary, "wb") as file:  # given a path, NumPy may append a suffix
                 np.savez_compressed(file, header=json.dumps(header), **arrays)
         else:  # Python writes floats so that they come back exactly

@@ -23,7 +23,6 @@ import errno
 import json
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ class ActivationStore:
     `ActivationStore.open(model, batch, hooks)` begins or continues one, `harvest(..., store=store)`
     fills it, `ActivationStore(folder)` reads it, without any model. Rows are ordered by text, then
     position. `manifest` says what it is for: 'model' and 'model_key', 'hooks' (with their widths),
-    'texts_key', 'dtype', 'compute', 'texts_per_shard', 'rows' (by shard), 'versions'.
+    'texts_key', 'dtype', 'compute', 'texts_per_shard' and 'rows' (by shard).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -113,12 +112,9 @@ class ActivationStore:
         folder = Path(folder or cache_path("activations", content_key(identity)))
         if (folder / "manifest.json").is_file():
             store = cls(folder)
-            for name, value in identity.items():
-                if store.manifest[name] != value:
-                    raise StoreMismatch(
-                        f"The store in {folder.name} was made for another {name} "
-                        f"({store.manifest[name]}, not {value}): choose another folder."
-                    )
+            if other := [name for name in identity if store.manifest[name] != identity[name]]:
+                pair = f"{store.manifest[other[0]]}, not {identity[other[0]]}"
+                raise StoreMismatch(f"{folder.name} was made for another {other[0]} ({pair}).")
             return store
         per_text = batch.tokens.shape[1] * sum(identity["hooks"].values()) * dtype.itemsize
         step = texts_per_shard or max(1, SHARD_BYTES // per_text)
@@ -128,7 +124,6 @@ class ActivationStore:
             **identity,
             "texts_per_shard": step,
             "rows": [int(real.sum()) for real in batch.real.split(step)],
-            "versions": {n: version(n) for n in ("torch", "transformers", "transformer-lens")},
         }
         write_json(folder / "manifest.json", manifest)
         return cls(folder)
