@@ -84,8 +84,8 @@ def harvest(
             return _run(model, batch, hooks, batch.attention, bar=bar, **options)
         if edited := [name for name, point in model.hook_dict.items() if point.fwd_hooks]:
             raise ValueError(f"{edited[0]} has a hook; a store holds what the weights alone give.")
-        same = dict(folder=store.folder, dtype=store.dtype, compute=compute)
-        ActivationStore.open(model, batch, hooks, **same)  # refuses what the store is not for
+        opening = dict(folder=store.folder, dtype=store.dtype, compute=compute)
+        ActivationStore.open(model, batch, hooks, **opening)  # refuses what the store is not for
         missing = store.missing()
         bar.update(total - sum(store.manifest["rows"][shard] for shard in missing))
         for shard in missing:
