@@ -32,9 +32,9 @@ def batch(model):
 def store(model, batch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("store") / "activations"
     store = ActivationStore.open(
-        model, batch, [HOOK, HEADS], folder=folder, dtype=torch.float32, texts_per_shard=7
+        model, batch, [HOOK, HEADS], folder=folder, dtype=torch.float32, **FLOAT, texts_per_shard=7
     )
-    return harvest(model, batch, [HOOK, HEADS], compute="float32", store=store, progress=False)
+    return harvest(model, batch, [HOOK, HEADS], store=store, progress=False)
 
 
 def numbered(n, width=3):

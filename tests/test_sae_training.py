@@ -782,9 +782,15 @@ def test_nothing_kept_grows_with_the_number_of_steps(vectors, tmp_path):
 
 def stored(model, batch, folder):
     store = ActivationStore.open(
-        model, batch, HOOKS, folder=folder, dtype=torch.float32, texts_per_shard=9
+        model,
+        batch,
+        HOOKS,
+        folder=folder,
+        dtype=torch.float32,
+        compute="float32",
+        texts_per_shard=9,
     )
-    return harvest(model, batch, HOOKS, store=store, compute="float32", progress=False)
+    return harvest(model, batch, HOOKS, store=store, progress=False)
 
 
 KILLS = 4

@@ -15,7 +15,6 @@ from lenslab.capture import BadActivations, harvest
 from lenslab.files import REPOSITORY
 from lenslab.hooks import UnknownHook, stream_hook
 from lenslab.models import random_twin
-from lenslab.runtime import derive_generator
 from lenslab.store import ActivationStore, DamagedShard, StoreMismatch
 from lenslab.tokens import tokenize
 
@@ -32,12 +31,12 @@ def batch(model):
 def fill(model, batch, tmp_path):
     """Fill a store of four shards in a folder of tmp_path; returns it."""
 
-    def run(name="store", hooks=HOOK, dtype=torch.float32, batch=batch, model=model, **options):
-        options = {"compute": "float32", "batch_size": 2} | options
+    def run(name="store", hooks=HOOK, dtype=torch.float32, batch=batch, model=model, **opening):
+        opening = {"compute": "float32", "texts_per_shard": 3} | opening
         store = ActivationStore.open(
-            model, batch, hooks, folder=tmp_path / name, dtype=dtype, texts_per_shard=3
+            model, batch, hooks, folder=tmp_path / name, dtype=dtype, **opening
         )
-        return harvest(model, batch, hooks, store=store, **options)
+        return harvest(model, batch, hooks, store=store, batch_size=2, progress=False)
 
     return run
 
@@ -50,51 +49,38 @@ def contents(folder):
 def test_rows_are_the_real_tokens_in_order_with_their_origin(model, batch, fill, dtype):
     store = fill(dtype=dtype)
     expected = harvest(model, batch, HOOK, compute="float32", dtype=dtype)[HOOK]
-    assert (
-        len(store) == batch.n_real and store.d_in == 32 and store.n_shards == 4 and store.complete
-    )
+    assert len(store) == batch.n_real and len(store.digests) == 4 and store.complete
+    assert store.manifest["hooks"] == {HOOK: 32}
     everything = torch.arange(len(store))
     text, position, token = (store.rows(everything, name) for name in ("text", "position", "token"))
     assert torch.equal(torch.stack([text, position], 1).long(), batch.real.nonzero())
     assert torch.equal(token.long(), batch.tokens[batch.real])
-    rows = store.rows(everything)
+    rows = store.rows(everything, HOOK)
     assert rows.dtype == dtype
     torch.testing.assert_close(rows, expected[text.long(), position.long()], atol=1e-5, rtol=0.01)
-    assert torch.equal(torch.cat([shard[HOOK] for shard in store]), rows)
+    assert torch.equal(torch.cat([store.read(shard)[HOOK] for shard in range(4)]), rows)
 
 
 def test_rows_come_in_the_order_asked_for(fill):
     store = fill()
-    rows = store.rows(torch.arange(len(store)))
+    rows = store.rows(torch.arange(len(store)), HOOK)
     asked = torch.tensor([len(store) - 1, 0, 7, 7, 50])
-    assert torch.equal(store.rows(asked), rows[asked]) and store.rows([]).shape == (0, 32)
+    assert torch.equal(store.rows(asked, HOOK), rows[asked])
+    assert store.rows([], HOOK).shape == (0, 32)
     for bad in ([len(store)], [-1]):
         with pytest.raises(IndexError):
-            store.rows(bad)
+            store.rows(bad, HOOK)
     with pytest.raises(IndexError):
         store.read(4)
 
 
-def test_a_sample_is_of_different_rows_and_follows_its_generator(fill):
-    store = fill()
-    first, again = (store.sample(20, derive_generator(0, "sample")) for _ in range(2))
-    places = [
-        store.sample(20, derive_generator(0, "sample"), name) for name in ("text", "position")
-    ]
-    assert torch.equal(first, again) and len(torch.stack(places, 1).unique(dim=0)) == 20
-    assert not torch.equal(first, store.sample(20, derive_generator(1, "sample")))
-    assert len(store.sample(len(store), derive_generator(0, "sample"))) == len(store)
-    with pytest.raises(ValueError, match="rows asked"):
-        store.sample(len(store) + 1, derive_generator(0, "sample"))
-
-
 def test_statistics_are_those_of_all_rows(fill):
     store = fill()
-    rows, found = store.rows(torch.arange(len(store))).double(), store.statistics()
-    assert found.count == len(store)
-    torch.testing.assert_close(found.mean, rows.mean(0))
-    torch.testing.assert_close(found.variance, rows.var(0, correction=0))
-    assert found.mean_norm == pytest.approx(float(rows.norm(dim=1).mean()))
+    rows = store.rows(torch.arange(len(store)), HOOK).double()
+    statistics = store.statistics(HOOK)
+    torch.testing.assert_close(statistics["mean"], rows.mean(0))
+    torch.testing.assert_close(statistics["variance"], rows.var(0, correction=0))
+    assert float(statistics["mean_norm"]) == pytest.approx(float(rows.norm(dim=1).mean()))
 
 
 def test_several_hooks_share_one_run_and_heads_lie_side_by_side(model, batch, fill):
@@ -102,24 +88,33 @@ def test_several_hooks_share_one_run_and_heads_lie_side_by_side(model, batch, fi
     store = fill(hooks=hooks)
     z = harvest(model, batch, hooks[1], compute="float32")[hooks[1]][batch.real].flatten(1)
     torch.testing.assert_close(store.rows(torch.arange(len(store)), hooks[1]), z, atol=1e-5, rtol=0)
-    assert store.statistics(hooks[0]).mean.shape == (32,)
-    for call in (
-        lambda: store.d_in,
-        store.statistics,
-        lambda: store.rows([0]),
-        lambda: store.rows([0], HOOK),
-    ):
-        with pytest.raises(ValueError, match="which hook"):
-            call()
+    assert store.statistics(hooks[0])["mean"].shape == (32,)
 
 
 def test_a_store_reads_without_the_model(fill):
     store = ActivationStore(fill().folder)
-    assert (
-        store.hooks == (HOOK,)
-        and store.read(0)[HOOK].shape[1] == 32
-        and "4 of 4 shards" in repr(store)
-    )
+    assert store.complete and store.read(0)[HOOK].shape[1] == 32
+
+
+def test_a_shard_depends_on_no_file_that_another_is_written_to(fill, model, batch):
+    """Several processes may write shards in any order, each its own files, and end with the same
+    bytes."""
+    whole = fill("whole")
+    shards = [whole.read(shard) for shard in range(4)]
+    opening = dict(folder=whole.folder.parent / "ranks", dtype=torch.float32, texts_per_shard=3)
+    ranks = [
+        ActivationStore.open(model, batch, HOOK, compute="float32", **opening) for _ in range(2)
+    ]
+    for shard in (3, 0, 2, 1):
+        before = contents(ranks[0].folder)
+        texts = batch[shard * 3 : shard * 3 + 3]
+        ranks[shard % 2].write(shard, texts, {HOOK: shards[shard][HOOK]})
+        after = contents(ranks[0].folder)
+        assert before.items() <= after.items() and len(after) == len(before) + 2
+    assert ranks[0].missing() == ranks[1].missing() == [] and not ranks[0].complete
+    ranks[1].summarize()
+    assert ranks[0].complete and contents(ranks[0].folder) == contents(whole.folder)
+    assert ranks[0].digests == whole.digests
 
 
 class Stop(Exception):
@@ -131,19 +126,21 @@ def test_a_run_that_broke_off_and_was_continued_is_byte_for_byte_the_whole_run(
     fill, monkeypatch, done
 ):
     whole = contents(fill("whole").folder)
-    written, write = [], ActivationStore._write
+    written, write = [], ActivationStore.write
 
-    def interrupted(self, shard, tensors):
+    def interrupted(self, shard, *given):
         if len(written) == done:
             raise Stop
         written.append(shard)
-        write(self, shard, tensors)
+        write(self, shard, *given)
 
-    monkeypatch.setattr(ActivationStore, "_write", interrupted)
+    monkeypatch.setattr(ActivationStore, "write", interrupted)
     with pytest.raises(Stop):
         fill("broken")
     monkeypatch.setattr(
-        ActivationStore, "_write", lambda self, i, t: (written.append(i), write(self, i, t))
+        ActivationStore,
+        "write",
+        lambda self, i, *given: (written.append(i), write(self, i, *given)),
     )
     continued = fill("broken")
     assert written == [0, 1, 2, 3], "nothing was computed twice"
@@ -158,8 +155,9 @@ import os, signal, sys
 sys.path.insert(0, {str(REPOSITORY / "src")!r})
 import torch
 from lenslab import store
-from lenslab.activations import harvest, tokenize
+from lenslab.capture import harvest
 from lenslab.models import load_model
+from lenslab.tokens import tokenize
 save, written = store.save_file, []
 def killed(tensors, path):
     if len(written) == 2:
@@ -170,21 +168,22 @@ def killed(tensors, path):
 store.save_file = killed
 model = load_model({str(gpt2_folder)!r}, device="cpu")
 batch = tokenize(model, {TEXTS!r}, pad_side="left")
-opened = store.ActivationStore.open(model, batch, {HOOK!r}, folder={str(tmp_path / "killed")!r}, dtype=torch.float32,
-                                    texts_per_shard=3)
-harvest(model, batch, {HOOK!r}, store=opened, compute="float32", batch_size=2, progress=False)
+opening = dict(dtype=torch.float32, compute="float32", texts_per_shard=3)
+folder = {str(tmp_path / "killed")!r}
+opened = store.ActivationStore.open(model, batch, {HOOK!r}, folder=folder, **opening)
+harvest(model, batch, {HOOK!r}, store=opened, batch_size=2, progress=False)
 """
     ran = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
     )
     assert ran.returncode == -signal.SIGKILL, ran.stderr
     left = ActivationStore(tmp_path / "killed")
-    assert [s["sha256"] is not None for s in left.manifest["shards"]] == [True, True, False, False]
+    assert [digest is not None for digest in left.digests] == [True, True, False, False]
     assert left.read(1)[HOOK].shape[1] == 32 and not left.complete
     with pytest.raises(DamagedShard, match="not written yet"):
         left.read(2)
-    with pytest.raises(ValueError, match="not complete"):
-        left.statistics()
+    with pytest.raises(DamagedShard, match="not written yet"):
+        left.statistics(HOOK)
     before = contents(left.folder)
     continued, whole = fill("killed"), fill("whole")
     after = contents(continued.folder)
@@ -194,25 +193,31 @@ harvest(model, batch, {HOOK!r}, store=opened, compute="float32", batch_size=2, p
     )
     everything = torch.arange(len(whole))  # two processes may round the last bit differently
     torch.testing.assert_close(
-        continued.rows(everything), whole.rows(everything), atol=1e-5, rtol=0
+        continued.rows(everything, HOOK), whole.rows(everything, HOOK), atol=1e-5, rtol=0
     )
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "of another run"])
 def test_a_damaged_shard_is_refused_then_redone_and_said(fill, damage):
     store = fill()
     before, path = contents(store.folder), store.folder / "shard-00002.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     damaged = {"truncated": bytes(raw[:-100]), "flipped": bytes(raw)}
-    path.unlink() if damage == "missing" else path.write_bytes(damaged[damage])
+    if damage == "missing":
+        path.unlink()
+    elif damage == "of another run":  # a whole shard with its own right hash, of other rows
+        for suffix in (".safetensors", ".json"):
+            path.with_suffix(suffix).write_bytes(before[f"shard-00000{suffix}"])
+    else:
+        path.write_bytes(damaged[damage])
     fresh = ActivationStore(store.folder)
     with pytest.raises(DamagedShard, match="shard-00002"):
         fresh.read(2)
     with pytest.raises(DamagedShard):
-        fresh.rows([0, sum(s["rows"] for s in fresh.manifest["shards"][:2])])
-    assert fresh.rows([0]).shape == (1, 32), "the others can be read"
-    with pytest.warns(UserWarning, match=r"redone: 2 \("):
+        fresh.rows([0, sum(fresh.manifest["rows"][:2])], HOOK)
+    assert fresh.rows([0], HOOK).shape == (1, 32), "the others can be read"
+    with pytest.warns(UserWarning, match="shard-00002"):
         fill()
     assert contents(store.folder) == before
 
@@ -222,7 +227,7 @@ def test_lost_statistics_are_made_anew(fill):
     before = contents(store.folder)
     (store.folder / "statistics.safetensors").write_bytes(b"")
     with pytest.raises(DamagedShard, match=r"statistics"):
-        store.statistics()
+        ActivationStore(store.folder).statistics(HOOK)
     fill()
     assert contents(store.folder) == before
 
@@ -245,20 +250,12 @@ def test_a_full_disk_leaves_what_was_written(fill, monkeypatch):
         save(tensors, path)
 
     monkeypatch.setattr(store_module, "save_file", full)
-    with pytest.raises(OSError, match=r"full at shard 2 of 4.*kept") as caught:
+    with pytest.raises(OSError, match=r"shard-00002.*kept") as caught:
         fill("full")
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.setattr(store_module, "save_file", save)
     folder = fill("full").folder
     assert contents(folder) == whole
-
-
-def test_too_little_space_is_said_before_the_run(fill, monkeypatch):
-    monkeypatch.setattr(
-        store_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})
-    )
-    with pytest.raises(OSError, match=r"needs .* GB more"):
-        fill()
 
 
 def test_nan_is_refused_by_the_number_of_its_text_and_earlier_shards_stay(fill, model, batch):
@@ -325,20 +322,24 @@ def test_a_store_of_something_else_is_refused(fill, model, batch, tmp_path):
     }.items():
         with pytest.raises(StoreMismatch, match=match):
             harvest(*arguments, store=store)
-    with pytest.raises(StoreMismatch, match="compute"):
-        fill(compute="bfloat16")
-    assert fill(compute="auto").compute == "float32", "continued as it was begun"
+    for call in (
+        lambda: fill(compute="bfloat16"),
+        lambda: harvest(model, batch, HOOK, compute="bfloat16", store=store),
+    ):
+        with pytest.raises(StoreMismatch, match="compute"):
+            call()
 
 
 def test_the_default_folder_is_named_by_content(model, batch, tmp_path, monkeypatch):
     monkeypatch.setenv("LENSLAB_CACHE", str(tmp_path))
     names = {
-        ActivationStore.open(model, b, hook, dtype=dtype).folder
+        ActivationStore.open(model, b, hook, dtype=dtype, compute=compute).folder
         for b in (batch, batch[:3])
         for hook in (HOOK, "blocks.0.hook_resid_post")
         for dtype in (torch.float16, torch.float32)
+        for compute in ("float32", "bfloat16")
     }
-    assert len(names) == 8 and all(folder.is_relative_to(tmp_path) for folder in names)
+    assert len(names) == 16 and all(folder.is_relative_to(tmp_path) for folder in names)
     assert ActivationStore.open(model, batch, HOOK).folder in names, "opened again, not made anew"
 
 
@@ -348,17 +349,14 @@ def test_what_cannot_be_stored_is_refused(model, batch, tmp_path):
             ActivationStore.open(model, batch, hook, folder=tmp_path / "store")
     with pytest.raises(UnknownHook):
         ActivationStore.open(model, batch, "blocks.9.hook_resid_post", folder=tmp_path / "store")
-    with pytest.raises(ValueError, match="float16, bfloat16, float32"):
-        ActivationStore.open(model, batch, HOOK, folder=tmp_path / "store", dtype=torch.float64)
     assert not (tmp_path / "store").exists()
 
 
-def test_a_folder_that_is_no_store_says_so(tmp_path, fill):
+def test_a_folder_that_is_no_store_or_of_an_earlier_layout_says_so(tmp_path, fill):
     with pytest.raises(FileNotFoundError, match="manifest"):
         ActivationStore(tmp_path)
     folder = fill().folder
-    whole = (folder / "manifest.json").read_text()
-    for broken in (whole[:50], "[]", json.dumps({"hooks": {}})):
-        (folder / "manifest.json").write_text(broken)
-        with pytest.raises(ValueError, match="delete the folder"):
-            ActivationStore(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    with pytest.raises(ValueError, match="earlier layout"):
+        ActivationStore(folder)

@@ -309,7 +309,7 @@ class StoreSource(_Rows):
             "context_size": 1 + max(int(part.max()) for part in self._columns("position")),
             "distinct_training_vectors": len(store),
         }
-        digests = [shard["sha256"] for shard in store.manifest["shards"]]
+        digests = store.digests
         self.key = content_key(
             *(store.manifest[k] for k in ("model_key", "texts_key", "dtype")), digests, pool, seed
         )
