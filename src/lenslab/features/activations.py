@@ -50,6 +50,9 @@ Index = int | np.integer  # a feature, as Python or NumPy gives it
 Indices = Sequence[int] | np.ndarray
 
 
+Labels = Sequence | np.ndarray | pd.Series  # one a text
+
+
 FEATURES = 2048  # columns made dense at a time
 
 
@@ -62,7 +65,7 @@ def dense(matrix: Matrix) -> Shaped[np.ndarray, "text feature"]:
 
 
 def check_matrix(
-    matrix: Matrix, labels: Sequence | np.ndarray | None = None
+    matrix: Matrix, labels: Labels | None = None
 ) -> np.ndarray | scipy.sparse.csc_array:
     """The matrix, columns ready to be read. ValueError on NaN, Inf, no text, and labels of another
     number."""

@@ -17,7 +17,6 @@ Counting is an older way, kept to stand beside the tested ones:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +25,7 @@ import pandas as pd
 import scipy.sparse
 from jaxtyping import Float, Int, Shaped
 
-from lenslab.features.activations import Indices, Matrix, check_matrix, columns_of, dense
+from lenslab.features.activations import Indices, Labels, Matrix, check_matrix, columns_of, dense
 from lenslab.files import Result
 from lenslab.runtime import derive_generator
 from lenslab.stats import shuffled_orders
@@ -104,16 +103,13 @@ class FeatureSummary(Result):
 
 
 def summarize_features(
-    matrix: Matrix,
-    categories: Sequence | np.ndarray | None = None,
-    *,
-    threshold: Threshold = "half",
+    matrix: Matrix, categories: Labels | None = None, *, threshold: Threshold = "half"
 ) -> FeatureSummary:
     """The notions of `FeatureSummary` for every feature of a pooled `[text, feature]` matrix.
 
-    `categories`: one label per text, for general features. `threshold`: above it a
-    text is strong; "half" is half of the feature's own largest value. ValueError on NaN, Inf, no
-    text and lengths that differ.
+    `categories`: one label per text, for general features. `threshold`: above it a text is strong;
+    "half" is half of the feature's own largest value. ValueError on NaN, Inf, no text and lengths
+    that differ.
     """
     columns = scipy.sparse.csc_array(check_matrix(matrix, categories))
     n_texts, width = columns.shape
@@ -141,7 +137,7 @@ def _cut(largest: Shaped[np.ndarray, " feature"], threshold: Threshold) -> np.nd
 
 
 def _fired_by_category(
-    columns: Matrix, categories: Sequence | np.ndarray
+    columns: Matrix, categories: Labels
 ) -> tuple[np.ndarray, np.ndarray, Int[np.ndarray, "category feature"]]:
     """(names, texts of each, texts of each on which a feature fires)."""
     names, codes, sizes = np.unique(np.asarray(categories), return_inverse=True, return_counts=True)
@@ -149,9 +145,7 @@ def _fired_by_category(
     return names, sizes, np.asarray(member.astype(np.int64) @ (columns > 0))
 
 
-def features_per_category(
-    matrix: Matrix, categories: Sequence | np.ndarray, top: int = 5
-) -> pd.DataFrame:
+def features_per_category(matrix: Matrix, categories: Labels, top: int = 5) -> pd.DataFrame:
     """Per category the `top` features above zero on most of its texts: `category`, `feature`,
     `texts`, `of`."""
     names, sizes, fired = _fired_by_category(check_matrix(matrix, categories), categories)
@@ -162,9 +156,7 @@ def features_per_category(
     return pd.DataFrame(rows, columns=["category", "feature", "texts", "of"])
 
 
-def category_profile(
-    matrix: Matrix, categories: Sequence | np.ndarray, features: Indices
-) -> pd.DataFrame:
+def category_profile(matrix: Matrix, categories: Labels, features: Indices) -> pd.DataFrame:
     """Features x categories: `texts`, `fired` of them, their `fraction`, and `mean` and `largest`
     over all of them."""
     values = columns_of(check_matrix(matrix, categories), features).astype(np.float64)
@@ -196,7 +188,7 @@ def count_leaders(matrix: Matrix, threshold: Threshold = 5.0) -> pd.DataFrame:
 
 
 def count_specialists(
-    matrix: Matrix, categories: Sequence | np.ndarray, threshold: Threshold = 5.0, top: int = 5
+    matrix: Matrix, categories: Labels, threshold: Threshold = 5.0, top: int = 5
 ) -> pd.DataFrame:
     """One row per category: `category`, `feature`, `score`, and `tied`: how many of the `top`
     features share the best score."""
@@ -227,7 +219,7 @@ class CountNull:
 
 def count_specialists_null(
     matrix: Matrix,
-    categories: Sequence | np.ndarray,
+    categories: Labels,
     threshold: Threshold = 5.0,
     top: int = 5,
     *,
@@ -250,20 +242,16 @@ def count_specialists_null(
     return CountNull(observed=specialists(codes), null=null, threshold=threshold)
 
 
-def _strong(
-    values: Shaped[np.ndarray, "text feature"], threshold: Threshold
-) -> Float[np.ndarray, "text feature"]:
+def _strong(values: np.ndarray, threshold: Threshold) -> Float[np.ndarray, "text feature"]:
     """1 where a text is strong on a feature, else 0."""
     return (values > _cut(values.max(axis=0), threshold)).astype(np.float32)
 
 
 def _count_scores(
-    values: Shaped[np.ndarray, "text feature"],
-    strong: Float[np.ndarray, "text feature"],
-    codes: Int[np.ndarray, " text"],
-    top: int,
+    values: np.ndarray, strong: np.ndarray, codes: np.ndarray, top: int
 ) -> tuple[Int[np.ndarray, "category top"], Float[np.ndarray, "category top"]]:
-    """(the `top` features with the largest value inside each category, their scores)."""
+    """(the `top` features with the largest value inside each category, their scores), from values
+    and what is strong `[text, feature]`."""
     member = codes == np.arange(codes.max() + 1)[:, None]  # [category, text]
     largest = np.stack([values[texts].max(axis=0) for texts in member])
     chosen = np.argsort(-largest, axis=1, kind="stable")[:, :top]

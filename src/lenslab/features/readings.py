@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lenslab.features.activations import (
     FeatureActivations,
     Indices,
+    Labels,
     Matrix,
     check_features,
     check_matrix,
@@ -97,12 +97,7 @@ def token_classes(fa: FeatureActivations, features: Indices) -> pd.DataFrame:
 
 
 def form_and_concept(
-    matrix: Matrix,
-    form: Sequence | np.ndarray,
-    concept: Sequence | np.ndarray,
-    *,
-    n: int = 200,
-    seed: int = 0,
+    matrix: Matrix, form: Labels, concept: Labels, *, n: int = 200, seed: int = 0
 ) -> pd.DataFrame:
     """Does a feature follow how a thing is said, or what is said? Pooled activations, every concept
     once in every form; one row per feature that fires on ten texts or more.
@@ -198,21 +193,22 @@ def vocabulary_effects(
     generator = derive_generator(seed, "random decoder directions")
     drawn = torch.randn(controls, direction.shape[1], generator=generator)
     drawn = (drawn / drawn.norm(dim=1, keepdim=True)).to(direction)
-    chance = direct_logits(model, drawn).amax(1).median() * direction.norm(dim=1)  # [feature]
+    chance = direct_logits(model, drawn).amax(1).median() * direction.norm(dim=1).clamp_min(1e-30)
     # 3. The ends of the vocabulary
     logits = direct_logits(model, direction)
-    rows = []
+    frames = []
     for effect, sign in (("promoted", 1), ("suppressed", -1)):
-        best = (sign * logits).topk(n)
-        table = zip(features.tolist(), best.values, best.indices, chance.tolist(), strict=True)
-        for feature, values, ids, control in table:
-            for rank, (value, token) in enumerate(zip(values.tolist(), ids.tolist(), strict=True)):
-                string = token_string(model.tokenizer, token)
-                row = (feature, effect, rank + 1, string, sign * value, value / max(control, 1e-30))
-                rows.append(row)
-    columns = ["feature", "effect", "rank", "token", "logit", "times_control"]
-    frame = pd.DataFrame(rows, columns=columns)
-    return VocabularyEffects(frame.sort_values(columns[:3], ignore_index=True))
+        best = (sign * logits).topk(n)  # [feature, n]
+        size = best.values.double().cpu().numpy()
+        tokens = [token_string(model.tokenizer, token) for token in best.indices.flatten().tolist()]
+        frame = pd.DataFrame({"feature": np.repeat(features.numpy(), n), "effect": effect})
+        frame["rank"] = np.tile(np.arange(1, n + 1), len(features))
+        frame["token"] = tokens
+        frame["logit"] = sign * size.ravel()
+        frame["times_control"] = (size / chance.double().cpu().numpy()[:, None]).ravel()
+        frames.append(frame)
+    table = pd.concat(frames).sort_values(["feature", "effect", "rank"], ignore_index=True)
+    return VocabularyEffects(table)
 
 
 def direct_logits(

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,7 +16,7 @@ import pandas as pd
 import scipy.stats
 from jaxtyping import Float, Int
 
-from lenslab.features.activations import Indices, Matrix, check_matrix, columns_of, dense
+from lenslab.features.activations import Indices, Labels, Matrix, check_matrix, columns_of, dense
 from lenslab.files import Result
 from lenslab.runtime import derive_generator
 from lenslab.stats import auroc_permutations, benjamini_hochberg
@@ -42,8 +41,6 @@ class CoActivation(Result):
         columns = {
             "feature": self.features[i],
             "other": self.features[j],
-            "fired": self.fired[i],
-            "other_fired": self.fired[j],
             "p_other_given_feature": self.joint[i, j] / self.fired[i],
             "p_feature_given_other": self.joint[i, j] / self.fired[j],
         }
@@ -53,9 +50,7 @@ class CoActivation(Result):
         )
 
 
-def coactivation(
-    matrix: Matrix, features: Indices, strata: Sequence | np.ndarray | None = None
-) -> CoActivation:
+def coactivation(matrix: Matrix, features: Indices, strata: Labels | None = None) -> CoActivation:
     """Conditional firing and pointwise mutual information of pairs of features, with a permutation
     null.
 
