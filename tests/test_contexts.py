@@ -10,11 +10,12 @@ from conftest import TEXTS
 from test_sae_pretrained import HOOK, tiny_sae
 
 from lenslab.capture import harvest
-from lenslab.features.contexts import TopContexts, find_contexts
+from lenslab.features import contexts
+from lenslab.features.contexts import find_contexts
 from lenslab.features.readings import direct_logits, final_norm, vocabulary_effects
 from lenslab.models import load_model
 from lenslab.sae.controls import random_sae
-from lenslab.tokens import TokenBatch, pack, tokenize
+from lenslab.tokens import pack, token_string, tokenize
 
 WORDS = ["cat", "mat", "sat", "add", "city", "river", "they", "say", "Paris", "a", "2", "def"]
 
@@ -81,75 +82,45 @@ def test_a_context_shows_the_tokens_around_within_the_document_and_what_they_do(
         assert row["activations"] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_neither_batches_nor_pieces_change_anything(model, sae, windows, found, batch_size):
-    pieces = [windows[:2], windows[2:9], windows[9:]]
-    again = find_contexts(
-        model, sae, iter(pieces), k=4, sample=30, context=6, batch_size=batch_size, progress=False
-    )
+def test_neither_pieces_nor_steps_change_anything(model, sae, windows, found, monkeypatch):
+    monkeypatch.setattr(contexts, "CELLS", 4 * 20 * 32)
+    pieces = iter([windows[:2], windows[2:9], windows[9:]])
+    again = find_contexts(model, sae, pieces, k=4, sample=30, context=6, progress=False)
     assert np.array_equal(again.fired, found.fired) and again.tokens == found.tokens
     for part in ("strongest", "sample"):
         ours, theirs = getattr(again, part), getattr(found, part)
-        assert np.array_equal(ours.window, theirs.window) and np.array_equal(
-            ours.position, theirs.position
-        )
-        assert np.array_equal(ours.ids, theirs.ids) and np.allclose(
-            ours.activation, theirs.activation, atol=1e-4
-        )
+        for column in ("feature", "window", "position"):
+            assert ours[column].tolist() == theirs[column].tolist()
+        for column in ("ids", "activations"):
+            assert np.allclose(np.stack(ours[column]), np.stack(theirs[column]), atol=1e-4)
 
 
 def test_memory_does_not_grow_with_the_text(model, sae, windows, found):
     endless = itertools.islice(itertools.cycle([windows[:5], windows[5:]]), 6)
     longer = find_contexts(model, sae, endless, k=4, sample=30, context=6, progress=False)
     assert longer.tokens == 3 * found.tokens and np.array_equal(longer.fired, 3 * found.fired)
-    assert longer.strongest.ids.shape == found.strongest.ids.shape == (32, 8, 13)
+    assert len(longer.strongest) <= 32 * 4 and len(longer.sample) <= 32 * 30
     for feature in range(32):  # every document was there three times: shown once
-        pd_equal = longer.top(feature)["context"].tolist() == found.top(feature)["context"].tolist()
-        assert pd_equal and longer.top(feature)["context"].is_unique
-
-
-def test_overlapping_windows_show_no_place_twice(model, sae):
-    stream = pack(model, " ".join(np.random.default_rng(1).choice(WORDS, 60)), length=60)
-    ids = stream.tokens[0, 1:]
-    rows = torch.stack(
-        [torch.cat([stream.tokens[0, :1], ids[s : s + 24]]) for s in range(0, 36, 6)]
-    )
-    real = torch.ones_like(rows, dtype=torch.bool)
-    real[:, 0] = False
-    windows = TokenBatch(
-        rows, real, torch.ones_like(real), tuple("abcdef"), "right", model.tokenizer
-    )
-    found = find_contexts(model, sae, windows, k=6, context=8, progress=False)
-    starts = np.arange(0, 36, 6)
-    twice = 0
-    for feature in range(32):
-        table = found.top(feature)
-        place = starts[table["window"].to_numpy(dtype=int)] + table["position"].to_numpy(dtype=int)
-        assert len(set(place)) == len(place)
-        kept = found.strongest.window[feature] >= 0
-        twice += int(kept.sum()) - len(table)
-    assert twice > 0  # there was something to leave out
+        shown = longer.top(feature)["context"]
+        assert shown.tolist() == found.top(feature)["context"].tolist() and shown.is_unique
 
 
 def test_the_sample_is_drawn_evenly_and_from_the_seed(model, sae, windows, found, dense):
     feature = int(found.fired.argmax())
-    known = found.sample.window[feature] >= 0
-    assert known.sum() == min(30, found.fired[feature])
-    places = list(
-        zip(found.sample.window[feature, known], found.sample.position[feature, known], strict=True)
-    )
-    assert len(set(places)) == len(places)
-    assert all(dense[w, p, feature] > 0 for w, p in places)
-    other = find_contexts(model, sae, windows, sample=30, context=6, seed=1, progress=False)
-    assert not np.array_equal(other.sample.position[feature], found.sample.position[feature])
-    assert np.array_equal(other.fired, found.fired)
+    places = found.sample[found.sample["feature"] == feature][["window", "position"]]
+    assert len(places) == min(30, found.fired[feature]) and not places.duplicated().any()
+    assert all(dense[window, position, feature] > 0 for window, position in places.to_numpy())
+    options = {"context": 6, "progress": False}
+    alone = find_contexts(model, sae, windows, sample=30, features=[feature], **options)
+    assert alone.sample[["window", "position"]].to_numpy().tolist() == places.to_numpy().tolist()
+    other = find_contexts(model, sae, windows, sample=30, features=[feature], seed=1, **options)
+    assert other.sample["position"].tolist() != places["position"].tolist()
+    assert other.fired[0] == found.fired[feature]
     drawn = [
-        find_contexts(
-            model, sae, windows, sample=5, context=0, features=[feature], seed=s, progress=False
-        )
-        for s in range(8)
+        find_contexts(model, sae, windows, sample=5, features=[feature], seed=seed, **options)
+        for seed in range(8)
     ]
-    mean = np.mean([d.sample.value[0].mean() for d in drawn])
+    mean = np.mean([each.sample["activation"].mean() for each in drawn])
     values = dense[..., feature][dense[..., feature] > 0]
     assert abs(mean - float(values.mean())) < 4 * float(values.std()) / np.sqrt(40)
 
@@ -185,24 +156,10 @@ def test_features_that_never_fire_have_empty_tables(model, windows):
         found.top(4)
 
 
-def test_saved_and_read_again(found, model, tmp_path):
-    found.save(tmp_path / "contexts.safetensors")
-    again = TopContexts.load(tmp_path / "contexts.safetensors", model.tokenizer)
-    feature = int(found.fired.argmax())
-    assert again.top(feature).equals(found.top(feature)) and again.quantiles(feature).equals(
-        found.quantiles(feature)
-    )
-    (tmp_path / "contexts.safetensors").write_bytes(b"cut off")
-    with pytest.raises(ValueError, match="cut off"):
-        TopContexts.load(tmp_path / "contexts.safetensors", model.tokenizer)
-
-
-@pytest.mark.parametrize(
-    "options", [{"k": 0}, {"sample": 0}, {"features": [32]}, {"features": [-1]}, {"features": []}]
-)
-def test_what_cannot_be_followed_is_refused(model, sae, windows, options):
-    with pytest.raises(ValueError, match="at least 1"):
-        find_contexts(model, sae, windows, **options)
+def test_features_that_the_sae_has_not_are_refused(model, sae, windows):
+    for feature in (32, -1):
+        with pytest.raises(ValueError, match="not one of"):
+            find_contexts(model, sae, windows, features=[feature])
 
 
 def test_no_windows_are_refused(model, sae):
@@ -232,42 +189,38 @@ def test_the_direct_path_is_the_final_norm_and_the_unembedding(folder, request):
 
 
 def test_effects_are_sorted_named_and_scaled_by_chance(model, sae):
-    found = vocabulary_effects(model, sae, [4, 7], n=5)
-    logits = direct_logits(model, sae.W_dec[[4, 7]])
-    assert found.promoted[0, 0] == pytest.approx(float(logits[0].detach().max()))
-    assert found.suppressed[1, 0] == pytest.approx(float(logits[1].detach().min()))
-    assert (np.diff(found.promoted) <= 0).all() and (np.diff(found.suppressed) >= 0).all()
-    frame = found.to_frame()
-    assert (
-        len(frame) == 20
-        and frame["token"][0] == found.promoted_tokens[0][0]
-        and (frame["times_control"] > 0).all()
-    )
+    frame = vocabulary_effects(model, sae, [4, 7], n=5).to_frame()
+    logits = direct_logits(model, sae.W_dec[[4, 7]]).detach()
+    effects = frame.set_index(["feature", "effect", "rank"])["logit"]
+    assert effects[4, "promoted", 1] == pytest.approx(float(logits[0].max()))
+    assert effects[7, "suppressed", 1] == pytest.approx(float(logits[1].min()))
+    for _, rows in frame.groupby(["feature", "effect"]):
+        assert rows["rank"].tolist() == [1, 2, 3, 4, 5]
+        assert rows["logit"].abs().is_monotonic_decreasing
+    assert len(frame) == 20 and (frame["times_control"] > 0).all()
     twice = tiny_sae(model, architecture="topk", d_sae=32)
     twice.W_dec.data *= 2
-    double = vocabulary_effects(model, twice, [4, 7], n=5)
-    assert double.control == pytest.approx(2 * found.control)  # same norm as the feature
-    assert double.to_frame()["times_control"].to_numpy() == pytest.approx(
-        frame["times_control"].to_numpy()
-    )
+    double = vocabulary_effects(model, twice, [4, 7], n=5).to_frame()
+    assert np.allclose(double["logit"], 2 * frame["logit"])
+    # chance has the same norm as the feature
+    assert np.allclose(double["times_control"], frame["times_control"])
 
 
-def test_a_direction_of_one_token_promotes_that_token(model, sae):
+def test_a_direction_of_one_token_promotes_that_token(model):
     token = 77
     planted = tiny_sae(model, architecture="topk", d_sae=32)
     row = model.W_U[:, token].detach()
     planted.W_dec.data[3] = (row - row.mean()) / model.ln_final.weight.detach()
-    found = vocabulary_effects(model, planted, [3], n=1)
-    assert found.promoted_ids[0, 0] == token and found.to_frame()["times_control"][0] > 1.3
+    first = vocabulary_effects(model, planted, [3], n=1).to_frame().iloc[0]
+    assert first["token"] == token_string(model.tokenizer, token) and first["times_control"] > 1.3
 
 
 def test_an_sae_without_a_decoder_matrix_is_asked_by_decoding(model, sae):
     x = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
     null = random_sae(sae, x, 4)
-    found = vocabulary_effects(model, null, [2], n=1)
-    assert found.promoted[0, 0] == pytest.approx(
-        float(direct_logits(model, null.directions[[2]]).detach().max()), rel=1e-4
-    )
+    found = vocabulary_effects(model, null, [2], n=1).to_frame()
+    expected = float(direct_logits(model, null.directions[[2]]).detach().max())
+    assert found["logit"][0] == pytest.approx(expected, rel=1e-4)
 
 
 def test_saes_that_do_not_write_to_the_stream_are_refused(model, sae):
@@ -281,13 +234,13 @@ def test_saes_that_do_not_write_to_the_stream_are_refused(model, sae):
             ),
             [0],
         )
-    with pytest.raises(ValueError, match="Features lie"):
+    with pytest.raises(ValueError, match="not one of"):
         vocabulary_effects(model, sae, [32])
 
 
 def test_texts_of_different_lengths_are_windows_too(model, sae):
     batch = tokenize(model, TEXTS)
-    found = find_contexts(model, sae, batch, k=2, context=2, batch_size=3, progress=False)
+    found = find_contexts(model, sae, batch, k=2, context=2, progress=False)
     assert found.tokens == batch.n_real and all(
         (found.top(f)["activation"] > 0).all() for f in range(32)
     )

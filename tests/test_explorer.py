@@ -48,14 +48,12 @@ def fa(model):
     """Feature 1 fires on texts 0, 1 and 2 at their first token, with 4, 2 and 1; feature 0
     never."""
     batch = tokenize(model, TEXTS)
-    text, position = (axis.numpy() for axis in batch.real.nonzero(as_tuple=True))
+    text = batch.real.nonzero()[:, 0].numpy()
     dense = np.zeros((len(text), 3), dtype=np.float32)
     for row, value in ((0, 4.0), (1, 2.0), (2, 1.0)):
         dense[np.flatnonzero(text == row)[0], 1] = value
     page = "https://www.neuronpedia.org/some-model/1-res/0"
-    return FeatureActivations(
-        scipy.sparse.csr_array(dense), text, position, batch, "S<A>E", "m", HOOK, "key", page
-    )
+    return FeatureActivations(scipy.sparse.csr_array(dense), batch, "S<A>E", "m", HOOK, "key", page)
 
 
 @pytest.fixture

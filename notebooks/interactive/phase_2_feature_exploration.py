@@ -200,19 +200,11 @@ lines(
 # ties go to the lowest number. How many features share first place?
 
 # %%
-from lenslab.features.ranking import (
-    most_frequent_feature,
-    most_selective_feature,
-    strongest_feature,
-)
+from lenslab.features.ranking import count_leaders
 
-for name, found in (
-    ("strongest", strongest_feature(pooled["max"])),
-    ("most frequent", most_frequent_feature(pooled["max"])),
-    ("most selective", most_selective_feature(pooled["max"])),
-):
+for row in count_leaders(pooled["max"]).itertuples():
     print(
-        f"{name:15s} feature {found.feature}: {found.value:.0f} (tied with {found.tied - 1} others)"
+        f"{row.leader:15s} feature {row.feature}: {row.value:.0f} (tied with {row.tied - 1} others)"
     )
 
 # %% [markdown]
@@ -396,7 +388,7 @@ print(token_classes(held_fa, chosen).round(2).to_string())
 matched = load_probes("matched")
 matched_fa = encode_features(model, sae, tokenize(model, matched["text"].tolist()), name=SAE)
 split = form_and_concept(matched_fa.pool("max"), matched["form"], matched["concept"])
-print(f"{len(split.features)} features fire on ten texts or more")
+print(f"{len(split)} features fire on ten texts or more")
 for name, share, p in (
     ("form", split.form, split.form_p),
     ("content", split.concept, split.concept_p),
@@ -412,14 +404,14 @@ for name, share, p in (
 # %%
 from lenslab.show.plots import scatter
 
-marked = np.isin(split.features, chosen)
-names = [str(f) for f in split.features]
+marked = np.isin(split["feature"], chosen)
+names = [str(f) for f in split["feature"]]
 by_form, by_content = split.form_p <= 0.05, split.concept_p <= 0.05
 print(
     f"by form alone {np.mean(by_form & ~by_content):.0%}, by content alone "
     f"{np.mean(by_content & ~by_form):.0%}"
 )
-print(split.to_frame()[marked].round(3).to_string(index=False))
+print(split[marked].round(3).to_string(index=False))
 axes = {
     "title": "Form and content",
     "x_title": "share of variance: form",
@@ -545,7 +537,7 @@ coactivation_heatmap(together.pmi, often, title="Which features fire together")
 about = (load_probes("categories")["topic"] == "music").to_numpy()[labels.row]
 matrix, half = pooled["max"], labels.held_out
 for name, inside in (("music", about), ("Python", labels.category == "python")):
-    search = concept_features(matrix[inside & ~half], matrix[~inside & ~half]).to_frame(3)
+    search = concept_features(matrix[inside & ~half], matrix[~inside & ~half]).head(3)
     values = matrix[:, [search["feature"][0]]].toarray()[half, 0]
     columns = ["feature", "auroc", "mean_concept", "mean_background", "family_p"]
     print(f"{name}:\n{search[columns].round(3).to_string(index=False)}")
@@ -588,6 +580,6 @@ explorer
 #    one of the middle layer. Then run `token_classes` on the winners before saying why.
 # 2. `discriminate({SAE: pooled["mean"]}, labels).feature`, beside `found.feature`.
 # 3. `mine = encode_features(model, sae, tokenize(model, [...])).pool("max")` with your texts in the
-#    list, then `concept_features(mine, pooled["max"]).to_frame()`; look at `family_p` before the
+#    list, then `concept_features(mine, pooled["max"]).head(10)`; look at `family_p` before the
 #    AUROC.
 # </details>

@@ -1,80 +1,54 @@
-"""What features fire on: their strongest contexts, a sample over the whole range, and what they
-write.
+"""What features fire on in running text: their strongest contexts, and a sample of all firings.
 
 How `find_contexts` goes through any amount of text in bounded memory:
 1. windows are encoded a few at a time, every real token once;
 2. per feature the k strongest windows so far are kept, each at its strongest token, so that no two
-   contexts come from neighbouring tokens; contexts that show the same tokens (repeated documents,
-   overlapping windows) are kept once;
-3. per feature a sample of the tokens on which it fires is kept: those with the largest of random
-   numbers that depend on seed, window, position and feature alone. Its quantiles are the feature's
-   own;
+   contexts come from neighbouring tokens; contexts with the same tokens around the strongest
+   (repeated documents) are kept once;
+3. per feature a sample of the tokens on which it fires is kept: those with the largest random
+   numbers, drawn for every place of a window from the seed and the window's number;
 4. of each kept token only the tokens around it are stored, within its document, with the feature's
-activation there. The size of the batches changes nothing.
+   activation there. The size of the batches changes nothing.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab.capture import harvest
-from lenslab.features.activations import Index, Indices
-from lenslab.files import atomic_write
+from lenslab.features.activations import Index, Indices, check_features, marked_context
 from lenslab.runtime import derive_generator, progress_bar
 from lenslab.sae.load import SparseAutoencoder, encode, input_transform, sae_hook
 from lenslab.tokens import TokenBatch, token_string
 
-CELLS = 1 << 24  # activations held dense at a time: 64 MB
+CELLS = 1 << 23  # activations held dense at a time: 32 MB
 
 
-SAME = 5  # tokens, beside the strongest, in which cut-off contexts must agree to be the same
-
-
-MIX = (
-    0xBF58476D1CE4E5B9,
-    0x94D049BB133111EB,
-)  # of splitmix64: spreads numbers that count up evenly
-
-
-@dataclass(frozen=True, eq=False)
-class Contexts:
-    """Tokens on which features fire, by feature, strongest (or largest random number) first.
-
-    Where a feature has fewer entries, `window` is -1. `ids` is -1 beyond the document or the
-    window.
-    """
-
-    value: Float[np.ndarray, "feature entry"]
-    window: Int[np.ndarray, "feature entry"]  # counted over all batches
-    position: Int[np.ndarray, "feature entry"]
-    ids: Int[np.ndarray, "feature entry place"]  # tokens around; the token itself is in the middle
-    activation: Float[np.ndarray, "feature entry place"]
+SAME = 5  # tokens on either side of the strongest in which contexts must agree to be the same
 
 
 @dataclass(frozen=True, eq=False)
 class TopContexts:
-    """Top contexts and a sample, for some features of one SAE."""
+    """Top contexts and a sample, for some features of one SAE.
+
+    Both tables have one row per context: `feature`, `activation`, `window` (counted over all
+    batches), `position`, and around it `ids` and `activations`, -1 and 0 beyond the document.
+    """
 
     features: Int[np.ndarray, " feature"]
     fired: Int[np.ndarray, " feature"]  # tokens on which it fires
     tokens: int  # real tokens looked at
-    strongest: Contexts
-    sample: Contexts
-    k: int
+    strongest: pd.DataFrame  # by feature, strongest first
+    sample: pd.DataFrame  # by feature, in random order
     tokenizer: Any = field(default=None, repr=False)
 
     def top(self, feature: Index) -> pd.DataFrame:
@@ -84,9 +58,7 @@ class TopContexts:
         `context` has the token itself between double angle quotes; `tokens` and `activations` go
         together.
         """
-        row = self._row(feature)
-        shown = _distinct(self.strongest.ids[row], self.strongest.window[row] >= 0)[: self.k]
-        return self._frame(self.strongest, row, shown)
+        return self._readable(self._of(self.strongest, feature))
 
     def quantiles(self, feature: Index, n: int = 5, per: int = 2) -> pd.DataFrame:
         """`per` contexts at random from each of `n` equal shares of the firings, strongest share
@@ -94,89 +66,32 @@ class TopContexts:
 
         Columns as `top`, and before them `quantile` (1 = the strongest), `low` and `high` of it.
         """
-        row, frames = self._row(feature), []
-        known = np.flatnonzero(self.sample.window[row] >= 0)
-        by_value = known[np.argsort(-self.sample.value[row, known], kind="stable")]
-        for share, places in enumerate(np.array_split(by_value, n), 1):
-            places = np.sort(places)  # the order of the random numbers
-            shown = places[
-                _distinct(self.sample.ids[row, places], np.ones(len(places), dtype=bool))
-            ][:per]
-            values = self.sample.value[row, places]
-            bounds = {
-                "quantile": share,
-                "low": values.min(initial=np.inf),
-                "high": values.max(initial=-np.inf),
-            }
-            frames.append(self._frame(self.sample, row, shown).assign(**bounds))
-        frame = pd.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
-        return frame[["quantile", "low", "high", *frame.columns[:-3]]]
+        rows = self._of(self.sample, feature)
+        rows = rows.sort_values("activation", ascending=False, kind="stable")
+        rows = rows.assign(quantile=1 + np.arange(len(rows)) * n // max(len(rows), 1))
+        share = rows.groupby("quantile")["activation"]
+        rows = rows.assign(low=share.transform("min"), high=share.transform("max")).sort_index()
+        rows = rows[~rows.assign(ids=rows["ids"].map(bytes)).duplicated(["quantile", "ids"])]
+        rows = rows.groupby("quantile").head(per).sort_values("quantile", kind="stable")
+        rows = rows.reset_index(drop=True)
+        return pd.concat([rows[["quantile", "low", "high"]], self._readable(rows)], axis=1)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """A safetensors file; the tokenizer is not in it."""
-        parts = {"strongest": self.strongest, "sample": self.sample}
-        arrays = {
-            f"{part}.{key}": value
-            for part, held in parts.items()
-            for key, value in vars(held).items()
-        }
-        arrays |= {"features": self.features, "fired": self.fired}
-        with atomic_write(path) as temporary:
-            header = {"tokens": json.dumps(self.tokens), "k": json.dumps(self.k)}
-            save_file(
-                {key: np.ascontiguousarray(value) for key, value in arrays.items()},
-                temporary,
-                header,
-            )
+    def _of(self, table: pd.DataFrame, feature: Index) -> pd.DataFrame:
+        if feature not in self.features:
+            raise ValueError(f"Feature {feature} was not followed: name it in `features`.")
+        return table[table["feature"] == feature].reset_index(drop=True)
 
-    @classmethod
-    def load(cls, path: str | os.PathLike, tokenizer: Any) -> TopContexts:
-        """Read what `save` wrote; `tokenizer` is the model's. ValueError for another file or one
-        cut off."""
-        try:
-            with safe_open(path, "np") as file:
-                header, arrays = (
-                    file.metadata() or {},
-                    {key: file.get_tensor(key) for key in file.keys()},
-                )
-            keys = ("value", "window", "position", "ids", "activation")
-            parts = [
-                Contexts(*(arrays[f"{part}.{key}"] for key in keys))
-                for part in ("strongest", "sample")
-            ]
-            tokens, k = json.loads(header["tokens"]), json.loads(header["k"])
-            return cls(arrays["features"], arrays["fired"], tokens, *parts, k, tokenizer)
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(
-                f"{Path(path).name} holds no contexts, or is cut off ({error})."
-            ) from error
-
-    def _row(self, feature: Index) -> int:
-        found = np.flatnonzero(self.features == feature)
-        if not len(found):
-            raise ValueError(
-                f"Feature {feature} was not followed: find_contexts(..., features=[{feature}])."
-            )
-        return int(found[0])
-
-    def _frame(self, held: Contexts, row: int, entries: np.ndarray) -> pd.DataFrame:
-        middle, rows = held.ids.shape[2] // 2, []
-        for i in entries:
-            ids, places = held.ids[row, i], np.flatnonzero(held.ids[row, i] >= 0)
-            strings = [token_string(self.tokenizer, int(ids[p])) for p in places]
-            marked = "".join(
-                f"«{s}»" if p == middle else s for s, p in zip(strings, places, strict=True)
-            )
-            marked = marked.replace("\n", "↵").replace("\t", "→")
-            place = (
-                float(held.value[row, i]),
-                int(held.window[row, i]),
-                int(held.position[row, i]),
-            )
-            rows.append((*place, marked, strings, held.activation[row, i, places].tolist()))
-        return pd.DataFrame(
-            rows, columns=["activation", "window", "position", "context", "tokens", "activations"]
-        )
+    def _readable(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Columns `activation` to `activations` of `top`."""
+        text = []
+        for ids, activations in zip(rows["ids"], rows["activations"], strict=True):
+            inside = ids >= 0
+            tokens = [token_string(self.tokenizer, token) for token in ids[inside].tolist()]
+            before = int(inside[: len(ids) // 2].sum())
+            text.append((marked_context(tokens, before), tokens, activations[inside].tolist()))
+        columns = ["context", "tokens", "activations"]
+        readable = pd.DataFrame(text, columns=columns, index=rows.index, dtype=object)
+        return pd.concat([rows[["activation", "window", "position"]], readable], axis=1)
 
 
 def find_contexts(
@@ -188,7 +103,6 @@ def find_contexts(
     sample: int = 50,
     context: int = 10,
     features: Indices | None = None,
-    batch_size: int = 16,
     seed: int = 0,
     progress: bool = True,
 ) -> TopContexts:
@@ -198,184 +112,96 @@ def find_contexts(
         several. k: contexts kept per feature. sample: firings kept per feature. context: tokens
         shown on either side.
 
-    Raises as `check_sae` and `harvest`; ValueError for features that the SAE has not, and k or
-    sample below 1.
+    Raises as `check_sae` and `harvest`; ValueError for features that the SAE has not.
     """
-    chosen = (
-        np.arange(sae.cfg.d_sae) if features is None else np.array(sorted(set(map(int, features))))
-    )
-    if (
-        min(k, sample) < 1
-        or context < 0
-        or not len(chosen)
-        or chosen[0] < 0
-        or chosen[-1] >= sae.cfg.d_sae
-    ):
-        raise ValueError(f"k and sample are at least 1, features lie in 0 to {sae.cfg.d_sae - 1}.")
+    d_sae = sae.cfg.d_sae
+    features = np.arange(d_sae) if features is None else np.unique(features)
+    check_features(features, d_sae)
+    followed = torch.from_numpy(np.isin(np.arange(d_sae), features))
     transform, hook = input_transform(sae, model), sae_hook(sae)
-    strongest, sampled = (
-        _Kept(len(chosen), 2 * k, context, True),
-        _Kept(len(chosen), sample, context, False),
-    )
-    salt = int(torch.randint(2**62, (), generator=derive_generator(seed, "sample of firings")))
-    fired, tokens, window, tokenizer = np.zeros(len(chosen), dtype=np.int64), 0, 0, None
+    strongest = sampled = None
+    fired = np.zeros(d_sae, dtype=np.int64)
+    first = tokens = 0  # windows and tokens before these
     bar = progress_bar(unit="tok", desc="contexts", progress=progress)
     for batch in [batches] if isinstance(batches, TokenBatch) else batches:
-        tokenizer = batch.tokenizer
-        step = max(1, min(batch_size, CELLS // (batch.tokens.shape[1] * sae.cfg.d_sae)))
+        step = max(1, CELLS // (batch.tokens.shape[1] * d_sae))
         for start in range(0, len(batch), step):
+            # 1. Encode
             part = batch[start : start + step]
-            values = harvest(model, part, hook, batch_size=step, compute="float32", progress=False)[
-                hook
-            ]
-            dense = torch.zeros(*part.tokens.shape, len(chosen))
-            dense[part.real] = encode(sae, transform(values[part.real]))[
-                :, torch.from_numpy(chosen)
-            ]
-            windows = _Windows(part, dense, window, context)
-            fired += (dense > 0).sum((0, 1)).numpy()
-            best = dense.max(1)
-            row, column = (
-                (best.values > 0) & (best.values > torch.from_numpy(strongest.floor))
-            ).nonzero(as_tuple=True)
-            strongest.add(
-                windows,
-                row,
-                best.indices[row, column],
-                column,
-                best.values[row, column].double().numpy(),
-            )
-            row, position, column = (dense > 0).nonzero(as_tuple=True)
-            key = _random_keys(salt, window + row.numpy(), position.numpy(), chosen[column.numpy()])
-            few = torch.from_numpy(key > sampled.floor[column.numpy()])
-            sampled.add(windows, row[few], position[few], column[few], key[few.numpy()])
-            window, tokens = window + len(part), tokens + part.n_real
+            captured = harvest(model, part, hook, compute="float32", progress=False)[hook]
+            latents = torch.zeros(*part.tokens.shape, d_sae)  # [window, pos, feature]
+            latents[part.real] = encode(sae, transform(captured[part.real])) * followed
+            fired += (latents > 0).sum((0, 1)).numpy()
+            windows = _Windows(part, latents, first)
+            # 2. Each window's strongest token
+            best = latents.max(1)  # [window, feature]
+            window, feature = (best.values > 0).nonzero(as_tuple=True)
+            rows = windows.rows(window, best.indices[window, feature], feature)
+            same = [ids.tobytes() for ids in windows.cut(rows, SAME)["ids"]]
+            rows = rows.assign(key=rows["activation"], same=same)
+            strongest = _keep(strongest, rows, k, windows, context)
+            # 3. A random number for every firing
+            labels = [f"firings of window {first + i}" for i in range(len(part))]
+            generators = [derive_generator(seed, label) for label in labels]
+            keys = torch.stack([torch.rand(latents.shape[1:], generator=g) for g in generators])
+            window, position, feature = (latents > 0).nonzero(as_tuple=True)
+            rows = windows.rows(window, position, feature)
+            rows = rows.assign(key=keys[window, position, feature].numpy())
+            sampled = _keep(sampled, rows, sample, windows, context)
+            first, tokens = first + len(part), tokens + part.n_real
             bar.update(part.n_real)
     bar.close()
     if not tokens:
         raise ValueError("There are no windows: the list of batches is empty.")
-    return TopContexts(
-        chosen, fired, tokens, strongest.contexts(), sampled.contexts(), k, tokenizer
-    )
+    tables = [
+        table.sort_values(["feature", "key"], ascending=[True, False], kind="stable")
+        for table in (strongest, sampled)
+    ]
+    return TopContexts(features, fired[features], tokens, *tables, batch.tokenizer)
 
 
+def _keep(
+    kept: pd.DataFrame | None, new: pd.DataFrame, size: int, windows: _Windows, context: int
+) -> pd.DataFrame:
+    """The `size` rows of each feature with the largest keys, ties to the earlier; of the `same`
+    ones the first. Contexts are cut for the new ones among them."""
+    rows = pd.concat([kept, new]).sort_values("key", ascending=False, kind="stable")
+    if "same" in rows:
+        rows = rows.drop_duplicates(["feature", "same"])
+    rows = rows.groupby("feature").head(size)
+    is_new = rows["window"] >= windows.first
+    return pd.concat([rows[~is_new], windows.cut(rows[is_new], context)])
+
+
+@dataclass(frozen=True, eq=False)
 class _Windows:
     """A few windows with the features' values, from which contexts are cut."""
 
-    def __init__(
-        self,
-        batch: TokenBatch,
-        dense: Float[Tensor, "window pos feature"],
-        first: int,
-        context: int,
-    ):
-        self.first, self.dense, self.offsets = first, dense, torch.arange(-context, context + 1)
-        self.ids = batch.tokens.masked_fill(~batch.real, -1)
-        self.document = (~batch.real).cumsum(1)  # BOS, EOS and padding part documents
+    batch: TokenBatch
+    latents: Float[Tensor, "window pos feature"]
+    first: int  # number of the first window
 
-    def around(
-        self, row: Tensor, position: Tensor, column: Tensor
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, activations) `[entry, place]` of the tokens around, within the document."""
-        places = position[:, None] + self.offsets
-        inside = (places >= 0) & (places < self.ids.shape[1])
-        at = (row[:, None].expand_as(places), places.clamp(0, self.ids.shape[1] - 1))
-        inside &= self.document[at] == self.document[row, position][:, None]
-        ids = self.ids[at].where(inside, -1)
-        values = self.dense[(*at, column[:, None].expand_as(places))].where(ids >= 0, 0)
-        return ids.int().numpy(), values.numpy()
-
-
-class _Kept:
-    """The `size` entries with the largest keys of each feature, ties to the earlier; bounded
-    whatever is added."""
-
-    def __init__(self, n_features: int, size: int, context: int, distinct: bool):
-        self.n, self.size, self.distinct, width = n_features, size, distinct, 2 * context + 1
-        kinds = {
-            "column": (np.int64, ()),
-            "key": (np.float64, ()),
-            "window": (np.int64, ()),
-            "position": (np.int64, ()),
+    def rows(self, window: Tensor, position: Tensor, feature: Tensor) -> pd.DataFrame:
+        """One row per token and feature."""
+        values = {
+            "feature": feature.numpy(),
+            "activation": self.latents[window, position, feature].double().numpy(),
+            "window": self.first + window.numpy(),
+            "position": position.numpy(),
         }
-        kinds |= {
-            "value": (np.float32, ()),
-            "ids": (np.int32, (width,)),
-            "activation": (np.float32, (width,)),
-        }
-        self.entries = {
-            name: np.zeros((0, *shape), dtype=kind) for name, (kind, shape) in kinds.items()
-        }
-        self.floor = np.full(n_features, -np.inf)  # what a key must exceed to be kept
-        self.multipliers = np.array(
-            [pow(MIX[0], i + 1, 2**64) | 1 for i in range(width)], dtype=np.uint64
-        )
+        return pd.DataFrame(values)
 
-    def add(
-        self, windows: _Windows, row: Tensor, position: Tensor, column: Tensor, key: np.ndarray
-    ) -> None:
-        if not len(row):
-            return
-        ids, activation = windows.around(row, position, column)
-        value = windows.dense[row, position, column].numpy()
-        new = {
-            "column": column.numpy(),
-            "key": key,
-            "window": windows.first + row.numpy(),
-            "ids": ids,
-        }
-        new |= {"position": position.numpy(), "value": value, "activation": activation}
-        merged = {name: np.concatenate([self.entries[name], new[name]]) for name in self.entries}
-        order = np.lexsort([merged["position"], merged["window"], -merged["key"], merged["column"]])
-        if self.distinct:
-            same = (merged["ids"].astype(np.uint64) * self.multipliers).sum(
-                1, dtype=np.uint64
-            )  # wraps around
-            same = same * np.uint64(MIX[1]) + merged["column"].astype(np.uint64)
-            order = order[np.sort(np.unique(same[order], return_index=True)[1])]
-        columns = merged["column"][order]
-        rank = np.arange(len(columns)) - np.searchsorted(columns, columns)
-        order = order[rank < self.size]
-        self.entries = {name: values[order] for name, values in merged.items()}
-        last = np.flatnonzero(rank[rank < self.size] == self.size - 1)
-        self.floor[self.entries["column"][last]] = self.entries["key"][last]
-
-    def contexts(self) -> Contexts:
-        columns = self.entries["column"]
-        rank = np.arange(len(columns)) - np.searchsorted(columns, columns)
-
-        def placed(name: str, empty: int) -> np.ndarray:
-            values = self.entries[name]
-            result = np.full((self.n, self.size, *values.shape[1:]), empty, dtype=values.dtype)
-            result[columns, rank] = values
-            return result
-
-        empty = {"value": 0, "window": -1, "position": -1, "ids": -1, "activation": 0}
-        return Contexts(**{name: placed(name, value) for name, value in empty.items()})
-
-
-def _random_keys(salt: int, *parts: np.ndarray) -> Float[np.ndarray, " entry"]:
-    """Uniform numbers in [0, 1) that depend on the salt and on these numbers alone (splitmix64 for
-    each)."""
-    x = np.full(len(parts[0]), salt, dtype=np.uint64)
-    for part in parts:
-        x = x + part.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(MIX[0])
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(MIX[1])
-        x = x ^ (x >> np.uint64(31))
-    return (x >> np.uint64(11)) / 2.0**53
-
-
-def _distinct(
-    ids: Int[np.ndarray, "entry place"], known: Bool[np.ndarray, " entry"]
-) -> Int[np.ndarray, " kept"]:
-    """Entries without those that agree with an earlier one wherever both have tokens, cut off by a
-    window's end."""
-    kept: list[int] = []
-    for i in np.flatnonzero(known):
-        both = (ids[kept] >= 0) & (ids[i] >= 0)
-        agree = ((ids[kept] == ids[i]) | ~both).all(axis=1) & (both.sum(axis=1) > SAME)
-        identical = (ids[kept] == ids[i]).all(axis=1)
-        if not (agree | identical).any():
-            kept.append(int(i))
-    return np.array(kept, dtype=np.int64)
+    def cut(self, rows: pd.DataFrame, context: int) -> pd.DataFrame:
+        """The rows with the `ids` around their token and the feature's `activations` there."""
+        window = torch.tensor(rows["window"].to_numpy() - self.first)[:, None]
+        position = torch.tensor(rows["position"].to_numpy())[:, None]
+        feature = torch.tensor(rows["feature"].to_numpy())[:, None]
+        around = position + torch.arange(-context, context + 1)  # [row, place]
+        places = around.clamp(0, self.batch.tokens.shape[1] - 1)
+        real = self.batch.real
+        document = (~real).cumsum(1)  # BOS, EOS and padding part documents
+        same = document[window, places] == document[window, position]
+        inside = same & (places == around) & real[window, places]
+        ids = self.batch.tokens[window, places].where(inside, -1)
+        activations = self.latents[window, places, feature].where(inside, 0)
+        return rows.assign(ids=list(ids.numpy()), activations=list(activations.numpy()))
