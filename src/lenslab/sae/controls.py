@@ -24,15 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from sklearn.decomposition import PCA
-from sklearn.feature_extraction.text import HashingVectorizer
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab.capture import harvest
 from lenslab.hooks import hook_names
 from lenslab.runtime import derive_generator, progress_bar
-from lenslab.sae.evaluate import SAEMetrics, evaluate_sae
+from lenslab.sae.evaluate import SAEMetrics, evaluate_sae, forward
 from lenslab.sae.load import SparseAutoencoder, input_transform, sae_hook
 from lenslab.tokens import TokenBatch
 
@@ -64,6 +62,8 @@ def pca_axes(
 
     The axes are fitted on the batch (at most 50,000 tokens of it) without looking at any label.
     """
+    from sklearn.decomposition import PCA
+
     transform, hook = input_transform(sae, model), sae_hook(sae)
     every = max(1, -(-batch.n_real // FIT))
     sample = [transform(values)[::every] for _, values in _real_values(model, batch, hook)]
@@ -103,6 +103,8 @@ def ngram_features(texts: Sequence[str], n: int) -> Float[np.ndarray, "text cand
 
     What these tell apart is spelling: no model has read the texts.
     """
+    from sklearn.feature_extraction.text import HashingVectorizer
+
     hashing = HashingVectorizer(
         analyzer="char", ngram_range=(1, 4), n_features=n, alternate_sign=False, norm="l1"
     )
@@ -120,13 +122,9 @@ def _real_values(
 
 
 def _pooled(
-    model: TransformerBridge,
-    batch: TokenBatch,
-    hook: str,
-    describe: Callable[[Tensor], Tensor],
-    how: str,
+    model: TransformerBridge, batch: TokenBatch, hook: str, describe: Callable, how: str
 ) -> Float[np.ndarray, "text candidate"]:
-    """What `describe` makes of the values, `[token, candidate]`, pooled per text."""
+    """What `describe` makes of values `[token, *width]`, `[token, candidate]`, pooled per text."""
     reduce = {"max": "amax", "mean": "mean", "fraction": "mean"}[how]
     pooled = []
     for part, values in _real_values(model, batch, hook):
@@ -196,7 +194,8 @@ def evaluate_null(
     """
     transform, hook = input_transform(sae, model), sae_hook(sae)
     first = batch[: max(1, 4096 // batch.tokens.shape[1])]
-    values = harvest(model, first, hook, compute="float32", progress=False)[hook]
-    x = transform(values[first.real]).to(model.cfg.device)
+    with torch.inference_mode():
+        _, value = forward(model, hook, first)
+        x = transform(value)[first.real.to(value.device)]
     null = random_sae(sae, x, min(max(1, round(l0)), sae.cfg.d_sae), seed)
     return evaluate_sae(model, null, batch, name="random directions, same L0", **options)

@@ -16,28 +16,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from lenslab import metrics
 from lenslab.files import Result
-from lenslab.metrics import (
-    FeatureActivity,
-    ReconstructionError,
-    dead,
-    dense,
-    kl_divergence,
-    next_token_nats,
-    recovered_fraction,
-)
 from lenslab.models import model_name
 from lenslab.runtime import progress_bar
 from lenslab.sae.load import SparseAutoencoder, input_transform, refuse_transcoder, sae_hook
 from lenslab.tokens import TokenBatch
+
+Replace = Callable[[Tensor], Tensor]  # the value at a hook -> what stands in its place
 
 
 @dataclass(frozen=True)
@@ -103,18 +98,17 @@ def evaluate_sae(
     """
     transform, hook = input_transform(sae, model), sae_hook(sae)
     refuse_transcoder(sae)
-    error, activity = ReconstructionError(), FeatureActivity()
+    error, activity = metrics.ReconstructionError(), metrics.FeatureActivity()
     squared = product = 0.0
     totals = dict.fromkeys(("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl"), 0.0)
-    n_predicted = 0
     parts = [batch[start : start + batch_size] for start in range(0, len(batch), batch_size)]
     for part in progress_bar(parts, desc="evaluate SAE", progress=progress):
         # 1. Clean and spliced
-        clean, value = _run(model, hook, part)
+        clean, value = forward(model, hook, part)
         x = transform(value)  # [text, pos, d_in]
         features = sae.encode(x)  # [text, pos, d_sae]
         x_hat = sae.decode(features)
-        spliced, _ = _run(model, hook, part, lambda value: transform.inverse(x_hat, value))  # noqa: B023
+        spliced, _ = forward(model, hook, part, partial(transform.inverse, x_hat))
         # 2. Reconstruction and sparsity
         real = part.real.to(x.device)
         error.update(x, x_hat, real)
@@ -122,21 +116,19 @@ def evaluate_sae(
         squared += float(x_hat[real].double().square().sum())
         product += float((x[real].double() * x_hat[real].double()).sum())
         # 3. and 4. Losses
-        predicted = int(part.real[:, 1:].sum())
-        n_predicted += predicted
+        zero, _ = forward(model, hook, part, torch.zeros_like)
         totals["ce_clean"] += _nats(clean, part)
         totals["ce_spliced"] += _nats(spliced, part)
-        totals["ce_zero"] += _nats(_run(model, hook, part, torch.zeros_like)[0], part)
-        totals["kl"] += kl_divergence(clean, spliced, real) * predicted
-    mean = error.moments.mean.float()
+        totals["ce_zero"] += _nats(zero, part)
+        totals["kl"] += metrics.kl_divergence(clean, spliced, real) * int(real[:, 1:].sum())
+    mean = error.moments.mean.float()  # [d_in]
+
+    def to_mean(value: Tensor) -> Tensor:
+        return transform.inverse(mean.expand_as(transform(value)), value)
+
     for part in progress_bar(parts, desc="mean ablation", progress=progress):
-        ablated, _ = _run(
-            model,
-            hook,
-            part,
-            lambda value: transform.inverse(mean.expand_as(transform(value)), value),
-        )
-        totals["ce_mean"] += _nats(ablated, part)
+        totals["ce_mean"] += _nats(forward(model, hook, part, to_mean)[0], part)
+    n_predicted = int(batch.real[:, 1:].sum())
     losses = {name: total / n_predicted for name, total in totals.items()}
     return SAEMetrics(
         sae=name or f"{type(sae).__name__} {hook}",
@@ -155,8 +147,8 @@ def evaluate_sae(
         cosine=error.cosine_similarity,
         l2_ratio=error.l2_ratio,
         reconstruction_bias=squared / product if product else 0.0,
-        dead=int(dead(activity.counts, activity.tokens).sum()),
-        dense=int(dense(activity.firing_rate).sum()),
+        dead=int(metrics.dead(activity.counts, activity.tokens).sum()),
+        dense=int(metrics.dense(activity.firing_rate).sum()),
         ce_difference=losses["ce_spliced"] - losses["ce_clean"],
         ce_recovered_zero=_recovered(losses, "ce_zero"),
         ce_recovered_mean=_recovered(losses, "ce_mean"),
@@ -165,36 +157,31 @@ def evaluate_sae(
     )
 
 
-def _run(
-    model: TransformerBridge,
-    hook: str,
-    batch: TokenBatch,
-    replace: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+def forward(
+    model: TransformerBridge, hook: str, batch: TokenBatch, replace: Replace | None = None
+) -> tuple[Float[Tensor, "text pos vocabulary"], Float[Tensor, "text pos *width"]]:
     """(logits, the value at the hook before it was replaced at the real tokens)."""
-    seen = []
     device = model.cfg.device
+    values = []
 
-    def at_hook(value: Tensor, hook: object) -> Tensor | None:
-        seen.append(value)
-        if replace is None:
-            return None
+    def at_hook(value: Tensor, hook: object) -> Tensor:
+        values.append(value)
         real = batch.real.to(device).reshape(*value.shape[:2], *[1] * (value.ndim - 2))
-        return torch.where(real, replace(value), value)
+        return value if replace is None else torch.where(real, replace(value), value)
 
     with model.hooks(fwd_hooks=[(hook, at_hook)]):
         logits = model(batch.tokens.to(device), attention_mask=batch.attention.long().to(device))
-    return logits, seen[0]
+    return logits, values[0]
 
 
 def _nats(logits: Tensor, batch: TokenBatch) -> float:
     """Summed loss over the positions that predict a real token."""
     tokens, real = batch.tokens.to(logits.device), batch.real.to(logits.device)
-    return float(next_token_nats(logits, tokens, real).double().sum())
+    return float(metrics.next_token_nats(logits, tokens, real).double().sum())
 
 
 def _recovered(losses: dict[str, float], ablation: str) -> float | None:
     clean, ablated = losses["ce_clean"], losses[ablation]
     if ablated <= clean:
         return None
-    return recovered_fraction(clean, losses["ce_spliced"], ablated)
+    return metrics.recovered_fraction(clean, losses["ce_spliced"], ablated)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import pandas as pd
@@ -28,7 +29,7 @@ from lenslab.sae.load import (
     load_sae,
     sae_hook,
 )
-from lenslab.sae.registry import is_cached, plain_name, registry
+from lenslab.sae.registry import is_cached, releases_of
 from lenslab.sae.train.architectures import build_sae
 from lenslab.sae.train.sources import ModelSource
 from lenslab.sae.train.trainer import TrainingConfig, train
@@ -66,43 +67,31 @@ def find_sae(
     if name is not None:
         return FoundSAE(load_sae(name), os.path.basename(name), "chosen by name")
     middle = model.cfg.n_layers // 2
-    hook = stream_hook(model, middle)
-    for bundled in bundled_saes(model):
-        sae = load_sae(bundled)
-        # Other weights may go by the same name: a folder that is called like a bundled model
-        if sae_hook(sae) == hook and _fits(sae, model):
-            return FoundSAE(sae, bundled, "bundled")
-    for release, sae_id in _cached_saes(model, middle):
-        sae = load_sae(release, sae_id)
-        if _fits(sae, model):
-            return FoundSAE(sae, f"{release} {sae_id}", "published, from the cache of the hub")
+    # The input of the block after the middle one is the same vector as the output of the middle one
+    same = [f"blocks.{middle + 1}.hook_resid_pre", f"blocks.{middle}.hook_resid_pre"]
+    hooks = [stream_hook(model, middle), *same]
+    for found in _at_hand(model, hooks):
+        # Other weights may go by the same name, and then the SAE is not theirs
+        with suppress(SAEMismatch, UnknownHook):
+            check_sae(found.sae, model)
+            if sae_hook(found.sae) in hooks:
+                return found
     batch = pack(model, sampled_text(documents))
-    sae = train_small_sae(model, hook, batch, steps=steps)
+    sae = train_small_sae(model, hooks[0], batch, steps=steps)
     origin = f"{steps} steps on {batch.n_real:,} tokens that ship"
     origin = f"none at hand: a small one was trained just now, {origin}"
     return FoundSAE(sae, f"small SAE of {model_name(model)}", origin)
 
 
-def _fits(sae: SparseAutoencoder, model: TransformerBridge) -> bool:
-    try:
-        check_sae(sae, model)
-    except (SAEMismatch, UnknownHook):
-        return False
-    return True
-
-
-def _cached_saes(model: TransformerBridge, middle: int) -> Iterator[tuple[str, str]]:
-    """(release, id) of published SAEs of the middle layer's residual stream whose weights are on
-    this machine.
-
-    The input of the block after the middle one is the same vector as the output of the middle one.
-    """
-    after, before = f"blocks.{middle}.hook_resid_post", f"blocks.{middle}.hook_resid_pre"
-    for sae_id in (after, f"blocks.{middle + 1}.hook_resid_pre", before):
-        for name, release in sorted(registry().items()):
-            same = plain_name(release.model) == plain_name(model_name(model))
-            if same and not release.pickled and sae_id in release.paths and is_cached(name, sae_id):
-                yield name, sae_id
+def _at_hand(model: TransformerBridge, hooks: list[str]) -> Iterator[FoundSAE]:
+    """The bundled SAEs of a model of this name, then the published ones in the cache, opened."""
+    for name in bundled_saes(model):
+        yield FoundSAE(load_sae(name), name, "bundled")
+    for hook in hooks:
+        for release in releases_of(model_name(model)):
+            if is_cached(release, hook):
+                sae = load_sae(release, hook)
+                yield FoundSAE(sae, f"{release} {hook}", "published, from the cache of the hub")
 
 
 def train_small_sae(
@@ -114,7 +103,6 @@ def train_small_sae(
     k: int = 16,
     steps: int = 600,
     seed: int = 0,
-    progress: bool = True,
 ) -> SparseAutoencoder:
     """A TopK SAE for a model that has none, by `lenslab.sae.train.trainer`.
 
@@ -129,17 +117,12 @@ def train_small_sae(
     one step or k exceeds d_sae; UnknownHook.
     """
     source = ModelSource(model, batch, hook, seed=seed)
-    sae = build_sae(
-        "topk", source.widths[hook], d_sae, k=k, seed=seed, metadata={"hook_name": hook}
-    )
+    sae = build_sae("topk", source.widths[hook], d_sae, k=k, seed=seed)
+    dead_after = max(20, steps // 20) * TRAIN_BATCH
     config = TrainingConfig(
-        steps * TRAIN_BATCH,
-        batch=TRAIN_BATCH,
-        lr=LR,
-        dead_after=max(20, steps // 20) * TRAIN_BATCH,
-        seed=seed,
+        vectors=steps * TRAIN_BATCH, batch=TRAIN_BATCH, lr=LR, dead_after=dead_after, seed=seed
     )
-    return train({"sae": sae.to(model.cfg.device)}, source, config, progress=progress)["sae"].sae
+    return train({"sae": sae.to(model.cfg.device)}, source, config)["sae"].sae
 
 
 def read_card(name: str) -> dict:

@@ -13,27 +13,18 @@ import sys
 
 from huggingface_hub import constants
 
-from lenslab.sae.registry import (
-    COMMAND,
-    NotAnSAE,
-    SAENotHere,
-    cached_files,
-    intact,
-    list_releases,
-    nearest,
-    registry,
-    repository_of,
-)
+from lenslab.sae import registry
+from lenslab.sae.registry import COMMAND, NotAnSAE, SAENotHere
 
 # The loader, and with it TransformerLens, is imported by the commands that load an SAE
 
 
 def listing(model: str | None = None) -> str:
     """The table of releases. NotAnSAE where there is none for that model."""
-    table = list_releases(model)
+    table = registry.list_releases(model)
     if table.empty:
-        models = {release.model for release in registry().values()}
-        raise NotAnSAE(f"No release for a model {model!r}. {nearest(model, models)} {COMMAND} list")
+        near = registry.nearest(model, {entry["model"] for entry in registry.releases().values()})
+        raise NotAnSAE(f"No release for a model {model!r}. {near} {COMMAND} list shows all.")
     return table.to_string(index=False)
 
 
@@ -41,29 +32,18 @@ def download(release: str, sae_id: str, to: str | os.PathLike | None = None) -> 
     """Fetch an SAE into the hub's cache, verify it, load it; with `to`, also save it as a folder.
 
     What is cached and whole is not fetched again, an interrupted download goes on where it stopped,
-    and a file that does not have its hash is dropped and fetched anew. Raises as `load_sae`.
+    and a file that does not have its hash is fetched anew. Raises as `load_sae`.
     """
     from lenslab.sae.load import load_sae, save_sae
 
-    where = repository_of(release, sae_id)
-    _drop_damaged(*where)
-    try:
-        sae = load_sae(release, sae_id, device="cpu")
-    finally:
-        dropped = _drop_damaged(*where)
-    if dropped:
-        raise NotAnSAE(f"{', '.join(dropped)} arrived damaged and was dropped: run it again.")
+    for file in registry.damaged_files(release, sae_id):
+        file.resolve().unlink()
+        file.unlink()
+    sae = load_sae(release, sae_id, device="cpu")
+    checked = check(release, sae_id)
     if to is not None:
         save_sae(sae, to)
-    return _described(sae)
-
-
-def _drop_damaged(repository: str, path: str) -> list[str]:
-    damaged = [file for file in cached_files(repository, path) if not intact(file)]
-    for file in damaged:
-        file.resolve().unlink()
-        file.unlink(missing_ok=True)
-    return [file.name for file in damaged]
+    return checked
 
 
 def check(release: str, sae_id: str | None = None) -> str:
@@ -71,23 +51,17 @@ def check(release: str, sae_id: str | None = None) -> str:
     cached files with their hashes. Raises as `load_sae`."""
     from lenslab.sae.load import load_sae
 
-    if sae_id is None:
-        return _described(load_sae(release, device="cpu"))
-    for file in cached_files(*repository_of(release, sae_id)):
-        if not intact(file):
-            raise NotAnSAE(f"{file.name} is cut off: {COMMAND} download {release} {sae_id}")
+    damaged = registry.damaged_files(release, sae_id) if sae_id else []
+    if damaged:
+        raise NotAnSAE(f"{damaged[0].name} is cut off: {COMMAND} download {release} {sae_id}")
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     try:
-        return _described(load_sae(release, sae_id, device="cpu"))
+        sae = load_sae(release, sae_id, device="cpu")
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-def _described(sae) -> str:
-    about = sae.cfg.metadata
-    shape = f"{sae.cfg.d_in} -> {sae.cfg.d_sae}, {sae.cfg.architecture()}"
-    return f"{about.hook_name} of {about.model_name}: {shape}; whole, and on this machine"
+    about, shape = sae.cfg.metadata, f"{sae.cfg.d_in} -> {sae.cfg.d_sae}"
+    return f"{about.hook_name} of {about.model_name}: {shape}, {sae.cfg.architecture()}; whole"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -42,19 +42,10 @@ from lenslab.files import content_key, data_path, sha256_file, write_json
 from lenslab.hooks import check_hooks, hook_names
 from lenslab.models import check_eval, model_key, model_name
 from lenslab.runtime import default_device
-from lenslab.sae.registry import (
-    COMMAND,
-    NotAnSAE,
-    SAENotHere,
-    nearest,
-    plain_name,
-    registry,
-    repository_of,
-)
+from lenslab.sae import registry
+from lenslab.sae.registry import COMMAND, NotAnSAE, SAENotHere, plain_name
 
 WEIGHTS, CONFIG, CARD = "sae_weights.safetensors", "cfg.json", "card.json"
-
-PICKLES = {".pt", ".pth", ".bin", ".pkl", ".ckpt"}
 
 # What SAELens raises for weights that are cut off, or that do not fit their config
 UNREADABLE = (SafetensorError, BadZipFile, EOFError, KeyError, RuntimeError, TypeError, ValueError)
@@ -90,10 +81,8 @@ def sae_hook(sae: SparseAutoencoder) -> str:
     """The hook that the SAE reads, e.g. `blocks.6.hook_resid_pre`. NotAnSAE where it does not
     say."""
     if not sae.cfg.metadata.hook_name:
-        raise NotAnSAE(
-            "This SAE does not say which hook it reads: metadata.hook_name is missing, or SAELens "
-            'dropped it on loading for want of metadata.sae_lens_version "6.0.0" or later.'
-        )
+        hint = "set metadata.hook_name (and in its file sae_lens_version, or SAELens drops both)"
+        raise NotAnSAE(f"This SAE does not say which hook it reads: {hint}.")
     return sae.cfg.metadata.hook_name
 
 
@@ -121,13 +110,9 @@ def bundled_saes(model: TransformerBridge | None = None) -> list[str]:
 
 
 def load_sae(
-    name: str | os.PathLike,
-    sae_id: str | None = None,
-    *,
-    device: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    name: str | os.PathLike, sae_id: str | None = None, *, device: str | None = None
 ) -> SparseAutoencoder:
-    """An SAE as SAELens builds it, in eval mode and without gradients.
+    """An SAE as SAELens builds it, in float32, in eval mode and without gradients.
 
     Args:
         name: a bundled name (`bundled_saes()`), a local folder in SAELens's format, or, with
@@ -143,50 +128,39 @@ def load_sae(
     name = os.fspath(name)
     folder = data_path("saes", name) if name in bundled_saes() else Path(name).expanduser()
     label = folder.name if sae_id is None else f"{name} {sae_id}"
-    options = {"device": device or default_device(), "dtype": str(dtype).removeprefix("torch.")}
+    options = {"device": device or default_device(), "dtype": "float32"}
+    if sae_id is None:
+        _check_folder(name, folder)
+    else:
+        registry.repository_of(name, sae_id)  # refuses pickles before they are fetched
     try:
         with warnings.catch_warnings():  # the processing it warns of is applied by input_transform
             warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretr")
             if sae_id is None:
-                _check_folder(name, folder)
                 sae = SAE.load_from_disk(folder, **options)
             else:
-                repository_of(name, sae_id)  # refuses pickles before they are fetched
                 sae = SAE.from_pretrained(name, sae_id, **options)
-    except (NotAnSAE, SAENotHere):
-        raise
     except UNREADABLE as error:
-        why = f"{type(error).__name__}: {_start(error)}"
-        raise NotAnSAE(f"{label}: weights are cut off or do not fit {CONFIG} ({why}).") from error
+        why = f"weights are cut off, or do not fit {CONFIG} ({type(error).__name__}: {error})"
+        raise NotAnSAE(f"{label}: {why}") from error
     except OSError as error:  # as all errors of the hub are
-        raise SAENotHere(
-            f"{label} is not in the cache and could not be fetched ({_start(error)}). Online "
-            "(HF_HUB_OFFLINE not set; HF_TOKEN set for gated repositories), run: "
-            f"{COMMAND} download {label}"
-        ) from error
+        command = f"HF_HUB_OFFLINE=0 {COMMAND} download {label}"
+        raise SAENotHere(f"{label} is not in the cache. Online, run: {command}\n{error}") from error
+    recorded = sae.cfg.metadata.weights_sha256
+    if sae_id is None and recorded and recorded != sha256_file(folder / WEIGHTS):
+        raise NotAnSAE(f"{label}: {WEIGHTS} has not the hash that {CONFIG} records: copy it again.")
     return finish(sae, label)
 
 
 def _check_folder(name: str, folder: Path) -> None:
-    """Refuses what is no folder with config and weights, the weights of the recorded hash."""
-    if not folder.is_dir() and name in registry():
-        example = next(iter(registry()[name].paths))
-        raise NotAnSAE(f"{name} is a release: name one SAE of it, load_sae({name!r}, {example!r})")
+    if not folder.is_dir() and name in registry.releases():
+        some = next(iter(registry.paths_of(name)))
+        raise NotAnSAE(f"{name} is a release: name one SAE of it, load_sae({name!r}, {some!r}).")
     if not folder.is_dir():
-        near = nearest(name, [*bundled_saes(), *registry()])
+        near = registry.nearest(name, [*bundled_saes(), *registry.releases()])
         raise SAENotHere(f"No bundled SAE and no folder {name!r}. {near}")
-    pickles = [file.name for file in folder.iterdir() if file.suffix in PICKLES]
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        why = f" (a pickle, never loaded, is no substitute: {pickles[0]})" if pickles else ""
-        raise NotAnSAE(f"{folder.name} needs {CONFIG} and {WEIGHTS}{why}.")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    recorded = config.get("metadata", {}).get("weights_sha256")
-    if recorded and recorded != sha256_file(folder / WEIGHTS):
-        raise NotAnSAE(f"{folder.name}: {WEIGHTS} has not the recorded hash: cut off or changed.")
-
-
-def _start(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+        raise NotAnSAE(f"{folder.name} needs {CONFIG} and {WEIGHTS}; a pickle is never loaded.")
 
 
 def finish(sae: Any, label: str) -> SparseAutoencoder:
@@ -233,11 +207,10 @@ def save_sae(
     with _replace_folder(folder) as temporary:
         save_file(weights, temporary / WEIGHTS)
         config = sae.cfg.to_dict() | {"device": "cpu"}
-        config["metadata"] = config["metadata"] | {
-            # Without a version of 6 or later SAELens drops the metadata on loading
-            "sae_lens_version": __version__,
-            "weights_sha256": sha256_file(temporary / WEIGHTS),
-        }
+        # Without a version of 6 or later SAELens drops the metadata on loading
+        written = {"sae_lens_version": __version__}
+        written |= {"weights_sha256": sha256_file(temporary / WEIGHTS)}
+        config["metadata"] = config["metadata"] | written
         write_json(temporary / CONFIG, config)
         if card is not None:
             write_json(temporary / CARD, card)
@@ -279,17 +252,14 @@ def check_sae(sae: SparseAutoencoder, model: TransformerBridge) -> None:
     check_hooks(model, [hook])
     shape = hook_names(model)[hook]  # of one text of two tokens
     if shape[:2] != (1, 2) or math.prod(shape[2:]) != sae.cfg.d_in:
-        raise SAEMismatch(
-            f"The SAE reads vectors of width {sae.cfg.d_in}, {hook} of {given} gives {shape[2:]}."
-        )
+        width = f"width {sae.cfg.d_in}, {hook} of {given} gives {shape[2:]}"
+        raise SAEMismatch(f"The SAE reads vectors of {width}.")
     # The twin that stands in for whole notebooks must be read by the model's SAE: that is what it
     # is the control of
     recorded = None if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else sae.cfg.metadata.model_key
     if recorded and model.cfg.dtype == torch.float32 and recorded != model_key(model):
-        raise SAEMismatch(
-            f"The SAE was trained on {made_for} with weights {recorded}, this {given} has "
-            f"{model_key(model)}: other or processed weights. Load the model afresh."
-        )
+        weights = f"{recorded}, this {given} has {model_key(model)}, other or processed"
+        raise SAEMismatch(f"The SAE was trained on weights {weights}: load it afresh.")
     check_eval(model)
     _centred(sae, model)
 
@@ -304,9 +274,9 @@ def _centred(sae: SparseAutoencoder, model: TransformerBridge) -> bool:
     if writes or ".mlp." in hook:
         applied -= VALUE_BIASES
     if other := applied - {"center_writing_weights"}:
+        names = ", ".join(sorted(other))
         raise SAEMismatch(
-            f"The SAE was trained on a model loaded with {', '.join(sorted(other))}: what {hook} "
-            "then gives cannot be had from the unprocessed model."
+            f"No unprocessed model gives at {hook} what one loaded with {names} does."
         )
     # RMSNorm reads the mean too, so TransformerLens leaves such models uncentred
     layer_norm = str(model.cfg.normalization_type) in {"LN", "LNPre"}

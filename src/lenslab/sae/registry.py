@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -37,34 +37,29 @@ class SAENotHere(FileNotFoundError):
     reached."""
 
 
-class Release(NamedTuple):
-    """One release of SAEs on the hub, as SAELens lists it."""
-
-    model: str
-    repository: str
-    reader: str | None  # SAELens's name of the function that reads its files
-    paths: dict[str, str]  # SAE id -> path in the repository
-
-    @property
-    def pickled(self) -> bool:
-        return self.reader in PICKLED
-
-
 @cache
-def registry() -> dict[str, Release]:
-    """SAELens's releases by name."""
+def releases() -> dict[str, dict[str, Any]]:
+    """Releases by name, as SAELens writes them: `model`, `repo_id`, `conversion_func` (what reads
+    their files), and `saes`, each with `id` and `path`."""
     package = importlib.util.find_spec("sae_lens").submodule_search_locations[0]
     text = Path(package, "pretrained_saes.yaml").read_text(encoding="utf-8")
-    table = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    return {
-        name: Release(
-            model=entry["model"],
-            repository=entry["repo_id"],
-            reader=entry.get("conversion_func"),
-            paths={sae["id"]: str(sae["path"]) for sae in entry["saes"]},
-        )
-        for name, entry in table.items()
-    }
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def releases_of(model: str) -> list[str]:
+    """Names of the releases for a model, under any of its usual names."""
+    wanted = plain_name(model)
+    return [name for name in sorted(releases()) if plain_name(releases()[name]["model"]) == wanted]
+
+
+def paths_of(release: str) -> dict[str, str]:
+    """SAE id -> path in the repository."""
+    return {sae["id"]: str(sae["path"]) for sae in releases()[release]["saes"]}
+
+
+def is_safe(release: str) -> bool:
+    """Whether its weights are not pickles."""
+    return releases()[release].get("conversion_func") not in PICKLED
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -80,19 +75,21 @@ def plain_name(name: str) -> str:
 
 def repository_of(release: str, sae_id: str) -> tuple[str, str]:
     """(hub repository, path in it). NotAnSAE for what the registry has not, and for pickles."""
-    if release not in registry():
+    if release not in releases():
         if "/" in release:  # any repository of the hub
             return release, sae_id
-        raise NotAnSAE(f"No release {release!r}. {nearest(release, registry())} {COMMAND} list")
-    listed = registry()[release]
-    if sae_id not in listed.paths:
-        raise NotAnSAE(f"{release} has no SAE {sae_id!r}. {nearest(sae_id, listed.paths)}")
-    if listed.pickled:
         raise NotAnSAE(
-            f"{release} stores pickles, which can run code and are never loaded. Safe formats: "
-            f"{COMMAND} list --model {listed.model}"
+            f"No release {release!r}. {nearest(release, releases())} {COMMAND} list shows all."
         )
-    return listed.repository, listed.paths[sae_id]
+    paths = paths_of(release)
+    if sae_id not in paths:
+        raise NotAnSAE(f"{release} has no SAE {sae_id!r}. {nearest(sae_id, paths)}")
+    if not is_safe(release):
+        safe = f"{COMMAND} list --model {releases()[release]['model']}"
+        raise NotAnSAE(
+            f"{release} stores pickles, which can run code: never loaded. Others: {safe}"
+        )
+    return releases()[release]["repo_id"], paths[sae_id]
 
 
 def cached_files(repository: str, path: str = "") -> list[Path]:
@@ -117,10 +114,17 @@ def intact(file: Path) -> bool:
     return True
 
 
+def damaged_files(release: str, sae_id: str) -> list[Path]:
+    """Cached files of an SAE that are cut off or changed. Raises as `repository_of`."""
+    return [file for file in cached_files(*repository_of(release, sae_id)) if not intact(file)]
+
+
 def is_cached(release: str, sae_id: str) -> bool:
-    """Whether an SAE's weights are on this machine; whole or not, loading will tell."""
-    listed = registry()[release]
-    files = cached_files(listed.repository, listed.paths[sae_id])
+    """Whether an SAE's weights are on this machine in a safe format; whole or not, loading will
+    tell."""
+    if not is_safe(release) or sae_id not in paths_of(release):
+        return False
+    files = cached_files(releases()[release]["repo_id"], paths_of(release)[sae_id])
     return any(file.suffix in {".safetensors", ".npz"} for file in files)
 
 
@@ -129,17 +133,10 @@ def list_releases(model: str | None = None) -> pd.DataFrame:
     `repository`, `format`, and `cached`, how many of its SAEs have their weights on this machine.
     """
     rows = []
-    for name, listed in registry().items():
-        if model is None or plain_name(model) == plain_name(listed.model):
-            ids = listed.paths if cached_files(listed.repository) else ()
-            rows.append(
-                {
-                    "release": name,
-                    "model": listed.model,
-                    "saes": len(listed.paths),
-                    "repository": listed.repository,
-                    "format": "pickle, refused" if listed.pickled else "safe",
-                    "cached": sum(is_cached(name, sae_id) for sae_id in ids),
-                }
-            )
+    for name in releases() if model is None else releases_of(model):
+        ids, repository = paths_of(name), releases()[name]["repo_id"]
+        row = {"release": name, "model": releases()[name]["model"], "saes": len(ids)}
+        row |= {"repository": repository, "format": "safe" if is_safe(name) else "pickle, refused"}
+        here = cached_files(repository) and [sae_id for sae_id in ids if is_cached(name, sae_id)]
+        rows.append(row | {"cached": len(here)})
     return pd.DataFrame(rows)
