@@ -32,8 +32,6 @@ from lenslab.runtime import progress_bar
 from lenslab.sae.load import SparseAutoencoder, input_transform, refuse_transcoder, sae_hook
 from lenslab.tokens import TokenBatch
 
-Replace = Callable[[Tensor], Tensor]  # the value at a hook -> what stands in its place
-
 
 @dataclass(frozen=True)
 class SAEMetrics(Result):
@@ -158,9 +156,9 @@ def evaluate_sae(
 
 
 def forward(
-    model: TransformerBridge, hook: str, batch: TokenBatch, replace: Replace | None = None
+    model: TransformerBridge, hook: str, batch: TokenBatch, replace: Callable | None = None
 ) -> tuple[Float[Tensor, "text pos vocabulary"], Float[Tensor, "text pos *width"]]:
-    """(logits, the value at the hook before it was replaced at the real tokens)."""
+    """(logits, the value at the hook before `replace` of it took its place at the real tokens)."""
     device = model.cfg.device
     values = []
 

@@ -29,7 +29,7 @@ from lenslab.sae.load import (
     load_sae,
     sae_hook,
 )
-from lenslab.sae.registry import is_cached, releases_of
+from lenslab.sae.registry import cached_ids, releases_of
 from lenslab.sae.train.architectures import build_sae
 from lenslab.sae.train.sources import ModelSource
 from lenslab.sae.train.trainer import TrainingConfig, train
@@ -78,8 +78,7 @@ def find_sae(
                 return found
     batch = pack(model, sampled_text(documents))
     sae = train_small_sae(model, hooks[0], batch, steps=steps)
-    origin = f"{steps} steps on {batch.n_real:,} tokens that ship"
-    origin = f"none at hand: a small one was trained just now, {origin}"
+    origin = f"none at hand: a small one trained just now, {steps} steps on {batch.n_real:,} tokens"
     return FoundSAE(sae, f"small SAE of {model_name(model)}", origin)
 
 
@@ -89,7 +88,7 @@ def _at_hand(model: TransformerBridge, hooks: list[str]) -> Iterator[FoundSAE]:
         yield FoundSAE(load_sae(name), name, "bundled")
     for hook in hooks:
         for release in releases_of(model_name(model)):
-            if is_cached(release, hook):
+            if hook in cached_ids(release):
                 sae = load_sae(release, hook)
                 yield FoundSAE(sae, f"{release} {hook}", "published, from the cache of the hub")
 

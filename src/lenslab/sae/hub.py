@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from huggingface_hub import constants
@@ -28,7 +27,7 @@ def listing(model: str | None = None) -> str:
     return table.to_string(index=False)
 
 
-def download(release: str, sae_id: str, to: str | os.PathLike | None = None) -> str:
+def download(release: str, sae_id: str, to: str | None = None) -> str:
     """Fetch an SAE into the hub's cache, verify it, load it; with `to`, also save it as a folder.
 
     What is cached and whole is not fetched again, an interrupted download goes on where it stopped,
@@ -53,7 +52,9 @@ def check(release: str, sae_id: str | None = None) -> str:
 
     damaged = registry.damaged_files(release, sae_id) if sae_id else []
     if damaged:
-        raise NotAnSAE(f"{damaged[0].name} is cut off: {COMMAND} download {release} {sae_id}")
+        raise NotAnSAE(
+            f"{damaged[0].name} is cut off or damaged: {COMMAND} download {release} {sae_id}"
+        )
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     try:

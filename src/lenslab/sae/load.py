@@ -81,8 +81,7 @@ def sae_hook(sae: SparseAutoencoder) -> str:
     """The hook that the SAE reads, e.g. `blocks.6.hook_resid_pre`. NotAnSAE where it does not
     say."""
     if not sae.cfg.metadata.hook_name:
-        hint = "set metadata.hook_name (and in its file sae_lens_version, or SAELens drops both)"
-        raise NotAnSAE(f"This SAE does not say which hook it reads: {hint}.")
+        raise NotAnSAE("This SAE names no hook: set metadata.hook_name (beside sae_lens_version).")
     return sae.cfg.metadata.hook_name
 
 
@@ -195,7 +194,7 @@ def save_sae(
     """
     from sae_lens import SAE, TrainingSAE, __version__
 
-    if not isinstance(sae, SAE) or isinstance(sae, TrainingSAE):
+    if not isinstance(sae, SAE) or isinstance(sae, TrainingSAE):  # decoder norms not folded yet
         raise TypeError(f"A {type(sae).__name__}: give the `.sae` of what `train` returns.")
     if not (sae_hook(sae) and sae.cfg.metadata.model_name):
         raise NotAnSAE("This SAE does not say which model it reads: set cfg.metadata.model_name.")
@@ -206,11 +205,10 @@ def save_sae(
     folder = Path(folder)
     with _replace_folder(folder) as temporary:
         save_file(weights, temporary / WEIGHTS)
+        digest = sha256_file(temporary / WEIGHTS)
         config = sae.cfg.to_dict() | {"device": "cpu"}
         # Without a version of 6 or later SAELens drops the metadata on loading
-        written = {"sae_lens_version": __version__}
-        written |= {"weights_sha256": sha256_file(temporary / WEIGHTS)}
-        config["metadata"] = config["metadata"] | written
+        config["metadata"] |= {"sae_lens_version": __version__, "weights_sha256": digest}
         write_json(temporary / CONFIG, config)
         if card is not None:
             write_json(temporary / CARD, card)
@@ -246,20 +244,17 @@ def check_sae(sae: SparseAutoencoder, model: TransformerBridge) -> None:
     hook, given = sae_hook(sae), model_name(model)
     made_for = sae.cfg.metadata.model_name
     if made_for and plain_name(made_for) != plain_name(given):
-        raise SAEMismatch(
-            f"The SAE was made for {made_for}, the model is {given}: load_model({made_for!r})."
-        )
+        raise SAEMismatch(f"The SAE was made for {made_for}, the model is {given}: load that one.")
     check_hooks(model, [hook])
     shape = hook_names(model)[hook]  # of one text of two tokens
     if shape[:2] != (1, 2) or math.prod(shape[2:]) != sae.cfg.d_in:
-        width = f"width {sae.cfg.d_in}, {hook} of {given} gives {shape[2:]}"
-        raise SAEMismatch(f"The SAE reads vectors of {width}.")
+        raise SAEMismatch(f"The SAE has width {sae.cfg.d_in}, {hook} of {given} gives {shape[2:]}.")
     # The twin that stands in for whole notebooks must be read by the model's SAE: that is what it
     # is the control of
     recorded = None if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else sae.cfg.metadata.model_key
     if recorded and model.cfg.dtype == torch.float32 and recorded != model_key(model):
-        weights = f"{recorded}, this {given} has {model_key(model)}, other or processed"
-        raise SAEMismatch(f"The SAE was trained on weights {weights}: load it afresh.")
+        weights = f"weights {recorded}, this {given} has {model_key(model)}, other or processed"
+        raise SAEMismatch(f"The SAE was trained on {weights}: load the model that was meant.")
     check_eval(model)
     _centred(sae, model)
 

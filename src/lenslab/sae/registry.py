@@ -78,17 +78,14 @@ def repository_of(release: str, sae_id: str) -> tuple[str, str]:
     if release not in releases():
         if "/" in release:  # any repository of the hub
             return release, sae_id
-        raise NotAnSAE(
-            f"No release {release!r}. {nearest(release, releases())} {COMMAND} list shows all."
-        )
+        near = nearest(release, releases())
+        raise NotAnSAE(f"No release {release!r}. {near} {COMMAND} list shows all.")
     paths = paths_of(release)
     if sae_id not in paths:
         raise NotAnSAE(f"{release} has no SAE {sae_id!r}. {nearest(sae_id, paths)}")
     if not is_safe(release):
         safe = f"{COMMAND} list --model {releases()[release]['model']}"
-        raise NotAnSAE(
-            f"{release} stores pickles, which can run code: never loaded. Others: {safe}"
-        )
+        raise NotAnSAE(f"{release} holds pickles, which can run code: refused. Others: {safe}")
     return releases()[release]["repo_id"], paths[sae_id]
 
 
@@ -119,24 +116,28 @@ def damaged_files(release: str, sae_id: str) -> list[Path]:
     return [file for file in cached_files(*repository_of(release, sae_id)) if not intact(file)]
 
 
-def is_cached(release: str, sae_id: str) -> bool:
-    """Whether an SAE's weights are on this machine in a safe format; whole or not, loading will
-    tell."""
-    if not is_safe(release) or sae_id not in paths_of(release):
-        return False
-    files = cached_files(releases()[release]["repo_id"], paths_of(release)[sae_id])
-    return any(file.suffix in {".safetensors", ".npz"} for file in files)
+def cached_ids(release: str) -> list[str]:
+    """The SAEs of a release whose weights are on this machine in a safe format; whole or not,
+    loading will tell."""
+    repository, paths = releases()[release]["repo_id"], paths_of(release)
+    if not is_safe(release) or not cached_files(repository):
+        return []
+    suffixes = {
+        sae_id: {file.suffix for file in cached_files(repository, path)}
+        for sae_id, path in paths.items()
+    }
+    return [sae_id for sae_id, here in suffixes.items() if here & {".safetensors", ".npz"}]
 
 
 def list_releases(model: str | None = None) -> pd.DataFrame:
     """One row per release (of `model`, under any of its usual names): `release`, `model`, `saes`,
     `repository`, `format`, and `cached`, how many of its SAEs have their weights on this machine.
     """
-    rows = []
-    for name in releases() if model is None else releases_of(model):
-        ids, repository = paths_of(name), releases()[name]["repo_id"]
-        row = {"release": name, "model": releases()[name]["model"], "saes": len(ids)}
-        row |= {"repository": repository, "format": "safe" if is_safe(name) else "pickle, refused"}
-        here = cached_files(repository) and [sae_id for sae_id in ids if is_cached(name, sae_id)]
-        rows.append(row | {"cached": len(here)})
-    return pd.DataFrame(rows)
+    names = list(releases()) if model is None else releases_of(model)
+    table = pd.DataFrame({"release": names})
+    table["model"] = [releases()[name]["model"] for name in names]
+    table["saes"] = [len(paths_of(name)) for name in names]
+    table["repository"] = [releases()[name]["repo_id"] for name in names]
+    table["format"] = ["safe" if is_safe(name) else "pickle, refused" for name in names]
+    table["cached"] = [len(cached_ids(name)) for name in names]
+    return table
