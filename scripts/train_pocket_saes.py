@@ -31,12 +31,12 @@ import numpy as np
 import pocket_corpus as corpus
 import torch
 
-from lenslab.files import data_path
+from lenslab.files import VERSIONED, data_path
 from lenslab.hooks import stream_hook
 from lenslab.models import load_model, model_key, model_name, random_twin
 from lenslab.runtime import machine_summary
 from lenslab.sae.controls import evaluate_null
-from lenslab.sae.evaluate import VERSIONED, evaluate_sae
+from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.load import SparseAutoencoder, load_sae, save_sae
 from lenslab.sae.train.architectures import build_sae
 from lenslab.sae.train.sources import ModelSource

@@ -8,7 +8,8 @@ from test_sae_pretrained import HOOK, tiny_sae
 
 from lenslab.capture import harvest
 from lenslab.models import load_model
-from lenslab.sae import load as floors
+from lenslab.sae import controls
+from lenslab.sae.load import sae_key
 from lenslab.tokens import tokenize
 
 HOWS = ("max", "mean", "fraction")
@@ -29,27 +30,9 @@ def batch(model):
     return tokenize(model, TEXTS)
 
 
-@pytest.mark.parametrize("how", HOWS)
-def test_pooling_by_hand(how):
-    values, text = torch.tensor([[1.0, -2], [3, -4], [0, -6]]), torch.tensor([0, 0, 1])
-    expected = {
-        "max": [[3, -2], [0, -6]],
-        "mean": [[2, -3], [0, -6]],
-        "fraction": [[1, 0], [0, 0]],
-    }[how]
-    assert floors.pool_tokens(values, text, 2, how).tolist() == expected
-
-
-def test_pooling_needs_a_token_in_every_text():
-    with pytest.raises(ValueError, match="Every one of 3"):
-        floors.pool_tokens(torch.ones(2, 1), torch.tensor([0, 2]), 3)
-    with pytest.raises(ValueError, match="not 'last'"):
-        floors.pool_tokens(torch.ones(1, 1), torch.tensor([0]), 1, "last")
-
-
 def test_principal_axes_are_those_of_the_real_tokens_and_their_opposites(model, batch):
     x = harvest(model, batch, HOOK, compute="float32")[HOOK]
-    found = floors.pca_axes(model, tiny_sae(model), batch)
+    found = controls.pca_axes(model, tiny_sae(model), batch)
     assert found.shape == (len(TEXTS), 64)
     tokens = x[batch.real].double()
     _, _, axes = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
@@ -66,57 +49,42 @@ def test_principal_axes_are_those_of_the_real_tokens_and_their_opposites(model, 
 def test_neurons_are_those_of_the_saes_block_however_many_texts_at_a_time(
     model, batch, how, texts, monkeypatch
 ):
-    monkeypatch.setattr(floors, "TEXTS", texts)
+    monkeypatch.setattr(controls, "TEXTS", texts)
     neurons = harvest(model, batch, "blocks.1.mlp.hook_post", compute="float32")[
         "blocks.1.mlp.hook_post"
     ]
-    found = floors.raw_neurons(model, tiny_sae(model), batch, how)
+    found = controls.raw_neurons(model, tiny_sae(model), batch, how)
     assert np.allclose(found, pooled_by_hand(neurons, batch.real, how), atol=1e-5)
 
 
 def test_the_input_of_a_block_was_written_by_the_block_before(model):
-    assert (
-        floors.neuron_hook(model, tiny_sae(model, "blocks.2.hook_resid_pre"))
-        == "blocks.1.mlp.out.hook_in"
-    )
-    assert (
-        floors.neuron_hook(model, tiny_sae(model, "blocks.0.hook_resid_pre"))
-        == "blocks.0.mlp.out.hook_in"
-    )
-    with pytest.raises(ValueError, match="no block"):
-        floors.neuron_hook(model, tiny_sae(model, "hook_embed"))
+    for block, before in ((2, 1), (0, 0)):
+        hook = controls.neuron_hook(model, tiny_sae(model, f"blocks.{block}.hook_resid_pre"))
+        assert hook == f"blocks.{before}.mlp.out.hook_in"
 
 
-def test_a_mixture_of_experts_has_no_neurons_to_offer(olmoe_folder):
+def test_where_there_are_no_neurons_they_are_left_out(model, olmoe_folder):
+    assert controls.neuron_hook(model, tiny_sae(model, "hook_embed")) is None
     mixture = load_model(str(olmoe_folder))
     sae, batch = tiny_sae(mixture), tokenize(mixture, TEXTS)
-    with pytest.raises(ValueError, match="leave it out"):
-        floors.raw_neurons(mixture, sae, batch)
-    assert list(floors.control_matrices(mixture, sae, batch)) == ["PCA axes", "character n-grams"]
+    assert list(controls.control_matrices(mixture, sae, batch)) == ["PCA axes", "character n-grams"]
 
 
-def test_random_directions_are_unit_vectors_drawn_from_the_seed(model, batch):
-    sae = tiny_sae(model)
-    found = floors.random_directions(model, sae, batch, n=6)
-    assert (
-        found.shape == (len(TEXTS), 6)
-        and floors.random_directions(model, sae, batch).shape[1] == sae.cfg.d_sae
-    )
-    assert np.array_equal(found, floors.random_directions(model, sae, batch, n=6))
-    assert not np.allclose(found, floors.random_directions(model, sae, batch, n=6, seed=1))
-    x = harvest(model, batch, HOOK, compute="float32")[HOOK]
-    longest = x.norm(dim=-1).where(batch.real, 0).max()
-    assert np.abs(found).max() <= float(longest)
+def test_random_directions_are_unit_vectors_drawn_from_the_seed():
+    directions = controls.random_directions(6, 32)
+    assert torch.allclose(directions.norm(dim=1), torch.ones(6))
+    assert torch.equal(directions, controls.random_directions(6, 32, seed=0))
+    assert not torch.allclose(directions, controls.random_directions(6, 32, seed=1))
 
 
 def test_ngrams_read_the_text_alone():
-    found = floors.ngram_features(["ab", "ab ab ab", "xyz"], 4096)
+    found = controls.ngram_features(["ab", "ab ab ab", "xyz"], 4096)
     assert found.sum(1) == pytest.approx([1, 1, 1]) and (found[0] > 0).sum() == 3  # a, b, ab
     assert (found[1][found[0] > 0] > 0).all() and not ((found[0] > 0) & (found[2] > 0)).any()
 
 
 def test_controls_by_name_all_of_these_texts(model, batch):
-    found = floors.control_matrices(model, tiny_sae(model), batch, "mean")
+    found = controls.control_matrices(model, tiny_sae(model), batch, "mean")
     assert {name: len(matrix) for name, matrix in found.items()} == {
         "PCA axes": 4,
         "raw neurons": 4,
@@ -127,11 +95,13 @@ def test_controls_by_name_all_of_these_texts(model, batch):
 
 def test_an_sae_is_known_by_its_weights_and_by_how_many_features_it_keeps(model):
     sae = tiny_sae(model, architecture="topk")
-    key = floors.sae_key(sae)
-    assert (
-        key
-        == floors.sae_key(tiny_sae(model, architecture="topk"))
-        != floors.sae_key(tiny_sae(model, seed=1))
-    )
+    key = sae_key(sae)
+    assert key == sae_key(tiny_sae(model, architecture="topk")) != sae_key(tiny_sae(model, seed=1))
     sae.cfg.k = 4
-    assert floors.sae_key(sae) != key
+    assert sae_key(sae) != key
+
+
+def test_a_random_sae_is_known_by_how_many_directions_it_uses(model):
+    sae, x = tiny_sae(model), torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+    keys = {sae_key(controls.random_sae(sae, x, k)) for k in (3, 4)}
+    assert len(keys) == 2

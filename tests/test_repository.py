@@ -60,6 +60,7 @@ def test_what_the_sources_import_is_in_the_requirements():
     names = {
         "sklearn": "scikit-learn",
         "umap": "umap-learn",
+        "yaml": "pyyaml",
         "transformer_lens": "transformer-lens",
     }
     known = set(pins("requirements.txt"))

@@ -17,13 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lenslab.files import data_path
 from lenslab.hooks import UnknownHook
 from lenslab.models import load_model, model_name, random_twin
-from lenslab.sae import find as small
 from lenslab.sae import hub as hub_commands
-from lenslab.sae import load as pretrained
-from lenslab.sae import registry
-from lenslab.sae.find import find_sae, train_small_sae
+from lenslab.sae import load, registry
+from lenslab.sae.find import TRAIN_BATCH, find_sae, train_small_sae
 from lenslab.sae.load import (
     SAEMismatch,
     check_sae,
@@ -31,7 +30,6 @@ from lenslab.sae.load import (
     load_sae,
     neuronpedia_link,
     sae_hook,
-    sae_model,
     save_sae,
 )
 from lenslab.sae.registry import NotAnSAE, SAENotHere
@@ -71,17 +69,13 @@ def x():
     return torch.randn(7, 32, generator=torch.Generator().manual_seed(3))
 
 
-# ------------------------------------------------------------------------------------------------
-# load and save
-
-
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
 def test_a_saved_sae_comes_back_equal_and_with_its_hook(model, tmp_path, x, architecture):
     sae = tiny_sae(model, architecture=architecture)
     folder = save_sae(sae, tmp_path / "sae", card={"l0": 5})
     loaded = load_sae(folder, device="cpu")
     assert torch.equal(loaded.encode(x), sae.encode(x)) and torch.equal(loaded(x), sae(x))
-    assert (sae_hook(loaded), sae_model(loaded)) == (HOOK, model_name(model))
+    assert (sae_hook(loaded), loaded.cfg.metadata.model_name) == (HOOK, model_name(model))
     assert json.loads((folder / "card.json").read_text()) == {"l0": 5}
     from sae_lens import SAE
 
@@ -106,9 +100,7 @@ def test_saving_again_replaces_the_folder_and_a_failed_save_leaves_the_old_one(
     save_sae(first, tmp_path / "sae")
     save_sae(second, tmp_path / "sae")
     assert torch.equal(load_sae(tmp_path / "sae", device="cpu")(x), second(x))
-    monkeypatch.setattr(
-        pretrained, "write_json", lambda *a: (_ for _ in ()).throw(OSError("disk full"))
-    )
+    monkeypatch.setattr(load, "write_json", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_sae(first, tmp_path / "sae")
     assert torch.equal(load_sae(tmp_path / "sae", device="cpu")(x), second(x))
@@ -128,8 +120,10 @@ def edit_config(folder, change):
     (folder / "cfg.json").write_text(json.dumps(config))
 
 
-def without_hash(config):
-    del config["metadata"]["weights_sha256"]
+def flip_a_byte(file):
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -143,14 +137,8 @@ def without_hash(config):
         (lambda f: edit_config(f, lambda c: c.update(architecture="nonesuch")), "nonesuch"),
         (lambda f: edit_config(f, lambda c: c.update(d_in=31)), "fit"),
         (lambda f: (f / "cfg.json").write_text("{"), "JSON"),
-        (lambda f: os.truncate(f / "sae_weights.safetensors", 4000), "hash"),
-        (
-            lambda f: (
-                edit_config(f, without_hash),
-                os.truncate(f / "sae_weights.safetensors", 4000),
-            ),
-            "cut off",
-        ),
+        (lambda f: os.truncate(f / "sae_weights.safetensors", 4000), "cut off"),
+        (lambda f: flip_a_byte(f / "sae_weights.safetensors"), "hash"),
         (lambda f: (f / "sae_weights.safetensors").unlink(), "needs cfg.json and sae_weights"),
         (lambda f: (f / "sae_weights.safetensors").rename(f / "sae.pt"), "pickle"),
     ],
@@ -169,9 +157,7 @@ def test_weights_with_nan_are_refused(model, tmp_path):
         load_sae(save_sae(sae, tmp_path / "sae"))
 
 
-def test_an_integer_dtype_and_an_unknown_name_are_refused(tmp_path):
-    with pytest.raises(NotAnSAE, match="int8"):
-        load_sae("anything", dtype=torch.int8)
+def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(SAENotHere, match="gpt2-small-res-jb"):
         load_sae("gpt2-small-res-jbb")
     with pytest.raises(NotAnSAE, match="gpt2-small-res-jb"):
@@ -180,21 +166,27 @@ def test_an_integer_dtype_and_an_unknown_name_are_refused(tmp_path):
         load_sae(RELEASE, "blocks.111.hook_resid_pre")
 
 
-def test_an_sae_without_a_hook_is_not_saved(model, tmp_path):
+@pytest.mark.parametrize("missing", ["hook_name", "model_name"])
+def test_an_sae_without_a_hook_or_a_model_is_not_saved(model, tmp_path, missing):
     sae = tiny_sae(model)
-    sae.cfg.metadata.hook_name = None
-    with pytest.raises(NotAnSAE, match="hook_name"):
+    setattr(sae.cfg.metadata, missing, None)
+    with pytest.raises(NotAnSAE, match=missing):
         save_sae(sae, tmp_path / "sae")
 
 
-# ------------------------------------------------------------------------------------------- an SAE
-# and its model
+def test_what_is_still_in_training_form_is_not_saved(tmp_path):
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=8, d_sae=16, k=2))
+    with pytest.raises(TypeError, match="TopKTrainingSAE"):
+        save_sae(sae, tmp_path / "sae")
+    assert not (tmp_path / "sae").exists()
 
 
 def test_an_sae_of_another_width_model_hook_or_state_is_refused_naming_both(model, tmp_path):
     check_sae(tiny_sae(model), model)
     wide = tiny_sae(model, hook="blocks.1.mlp.hook_post")
-    with pytest.raises(SAEMismatch, match=r"width 32, blocks\.1\.mlp\.hook_post .* 128"):
+    with pytest.raises(SAEMismatch, match=r"width 32, blocks\.1\.mlp\.hook_post .*128"):
         check_sae(wide, model)
     with pytest.raises(UnknownHook, match="resid_post"):
         check_sae(tiny_sae(model, hook="blocks.1.hook_resid_pots"), model)
@@ -283,7 +275,7 @@ def test_an_rms_model_is_not_centred_because_transformer_lens_leaves_it(shared):
 
 def test_processing_that_cannot_be_expressed_is_refused_by_name(model):
     odd = tiny_sae(model, model_from_pretrained_kwargs={"divide_by_pi": True, "fold_ln": True})
-    with pytest.raises(SAEMismatch, match=r"loaded with divide_by_pi;"):
+    with pytest.raises(SAEMismatch, match="divide_by_pi"):
         check_sae(odd, model)
     heads = tiny_sae(
         model, hook="blocks.1.attn.hook_z", model_from_pretrained_kwargs={"fold_value_biases": True}
@@ -305,12 +297,6 @@ def test_neuronpedia_links_exist_where_the_sae_names_its_page(model):
     assert neuronpedia_link(tiny_sae(model), 3) is None
     sae = tiny_sae(model, neuronpedia_id="gpt2-small/6-res-jb")
     assert neuronpedia_link(sae, 17) == "https://www.neuronpedia.org/gpt2-small/6-res-jb/17"
-    with pytest.raises(ValueError, match="0 to 47"):
-        neuronpedia_link(sae, 48)
-
-
-# -------------------------------------------------------------------------------------------------------
-# the hub
 
 
 def git_hash(content):
@@ -374,7 +360,7 @@ def test_a_cached_release_loads_offline_with_hook_model_and_processing(hub, tmp_
     sae = load_sae(RELEASE, SAE_ID, device="cpu")
     weights = load_file(tmp_path / "twin" / "sae_weights.safetensors")
     assert torch.equal(sae.W_enc, weights["W_enc"])
-    assert (sae_hook(sae), sae_model(sae)) == (SAE_ID, "gpt2-small")
+    assert (sae_hook(sae), sae.cfg.metadata.model_name) == (SAE_ID, "gpt2-small")
     assert sae.cfg.metadata.model_from_pretrained_kwargs == {"center_writing_weights": True}
     assert neuronpedia_link(sae, 5) == "https://www.neuronpedia.org/gpt2-small/1-res-jb/5"
     x = torch.randn(3, 32)
@@ -402,7 +388,7 @@ def test_a_gemma_scope_release_in_npz_loads_offline(hub, tmp_path):
     )
     blob = next((hub / "models--google--gemma-scope-2b-pt-res" / "blobs").iterdir())
     os.truncate(blob, 5000)
-    with pytest.raises(NotAnSAE, match=r"gemma-scope-2b-pt-res .*cut off or damaged"):
+    with pytest.raises(NotAnSAE, match=r"gemma-scope-2b-pt-res .*cut off"):
         load_sae("gemma-scope-2b-pt-res", path, device="cpu")
 
 
@@ -414,31 +400,44 @@ def test_an_sae_that_is_not_cached_gives_the_command_to_fetch_it(hub, capsys):
     assert command in capsys.readouterr().err
 
 
-def test_a_release_without_an_id_lists_some(hub, capsys):
-    refusal = pytest.raises(
-        NotAnSAE,
-        match=rf"is a release of several SAEs: .*load_sae\('{RELEASE}', 'blocks.*among them",
-    )
-    with refusal:
+def test_a_release_without_an_id_says_how_to_name_one(hub, capsys):
+    with pytest.raises(NotAnSAE, match=rf"load_sae\('{RELEASE}', 'blocks"):
         load_sae(RELEASE)
     assert hub_commands.main(["check", RELEASE]) == 1
-    assert "It has 13, among them blocks.0.hook_resid_pre" in capsys.readouterr().err
-    with pytest.raises(NotAnSAE, match=r"Nearest: .*It has 13, among them"):
-        load_sae(RELEASE, "blocks.6.hook_resid")
+    assert "blocks.0.hook_resid_pre" in capsys.readouterr().err
 
 
 def test_a_list_of_nothing_says_so_with_the_nearest_models(hub, capsys):
     assert hub_commands.main(["list", "--model", "gpt2-smal"]) == 1
     shown = capsys.readouterr()
-    assert not shown.out and re.search(
-        r"No release for a model 'gpt2-smal'. Nearest: gpt2-small.* list shows", shown.err
-    )
+    assert not shown.out and re.search(r"Nearest: gpt2-small", shown.err)
 
 
 def test_what_the_commands_advise_are_commands(hub, capsys):
     assert hub_commands.main(["download", "gpt2-small-res-jbb", SAE_ID]) == 1
-    assert "list_releases" not in (shown := capsys.readouterr().err)
-    assert ".venv/bin/python -m lenslab.sae.hub list shows all" in shown
+    assert ".venv/bin/python -m lenslab.sae.hub list shows all" in capsys.readouterr().err
+
+
+def test_the_list_is_printed_without_importing_transformer_lens():
+    code = """
+import sys
+from lenslab.sae.hub import main
+assert main(["list", "--model", "gpt2"]) == 0
+print([name for name in ("transformer_lens", "sae_lens", "transformers") if name in sys.modules])
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert RELEASE in ran.stdout and ran.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_list_is_the_one_that_saelens_loads_from():
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    theirs = get_pretrained_saes_directory()
+    assert set(registry.releases()) == set(theirs)
+    for name, release in theirs.items():
+        assert registry.paths_of(name) == release.saes_map
+        entry = registry.releases()[name]
+        assert (entry["model"], entry["repo_id"]) == (release.model, release.repo_id)
 
 
 def test_check_finds_a_cut_off_file_and_says_so(hub, tmp_path, capsys):
@@ -448,7 +447,7 @@ def test_check_finds_a_cut_off_file_and_says_so(hub, tmp_path, capsys):
     weights = next(f for f in (root / "blobs").iterdir() if f.stat().st_size > 2000)
     os.truncate(weights, 1000)
     assert hub_commands.main(["check", RELEASE, SAE_ID]) == 1
-    assert "sae_weights.safetensors cut off or damaged" in capsys.readouterr().err
+    assert re.search(r"sae_weights.safetensors is cut off.* download ", capsys.readouterr().err)
 
 
 def test_the_list_counts_what_is_cached_and_marks_pickles(hub, tmp_path, capsys):
@@ -477,15 +476,14 @@ def test_a_published_sae_in_the_cache_is_used_before_one_is_trained(hub, tmp_pat
 
 
 def test_releases_stored_as_pickles_are_refused_and_every_reader_of_pickles_is_known(hub):
-    with pytest.raises(NotAnSAE, match=r"pickles, .*list --model gpt2-small"):
+    with pytest.raises(NotAnSAE, match=r"pickles.*list --model gpt2-small"):
         load_sae("gpt2-small-hook-z-kk", "blocks.1.hook_z")
     import inspect
 
     from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS as readers
 
-    assert {
-        n for n, r in readers.items() if "torch.load" in inspect.getsource(r)
-    } == registry.PICKLE_READERS
+    unsafe = {name for name, reader in readers.items() if "torch.load" in inspect.getsource(reader)}
+    assert unsafe == registry.PICKLED
 
 
 class FakeHub(BaseHTTPRequestHandler):
@@ -509,10 +507,9 @@ class FakeHub(BaseHTTPRequestHandler):
         self.requests.append((self.command, path, start))
         self.send_response(206 if wanted else 200)
         self.send_header("X-Repo-Commit", "b" * 40)
-        self.send_header(
-            "ETag",
-            f'"{git_hash(content) if path.endswith("json") else hashlib.sha256(content).hexdigest()}"',
-        )
+        json_file = path.endswith("json")
+        etag = git_hash(content) if json_file else hashlib.sha256(content).hexdigest()
+        self.send_header("ETag", f'"{etag}"')
         self.send_header("Content-Length", str(len(content) - start))
         if wanted:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
@@ -540,7 +537,7 @@ SESSION = """
 import os, pathlib, sys
 from lenslab.sae.hub import main
 from huggingface_hub import constants
-constants.DOWNLOAD_CHUNK_SIZE = 1000  # what is kept of a broken transfer is whole chunks, of 10 MB by default
+constants.DOWNLOAD_CHUNK_SIZE = 1000  # whole chunks are kept of a broken transfer; 10 MB by default
 command = ["download", {release!r}, {sae_id!r}]
 assert main([*command, "--to", {to!r}]) == 0
 print("FETCHED"); sys.stderr.flush()
@@ -593,10 +590,6 @@ def test_a_broken_download_goes_on_where_it_stopped_and_a_cut_off_file_is_fetche
     assert copy.cfg.metadata.model_from_pretrained_kwargs == {"center_writing_weights": True}
 
 
-# -------------------------------------------------------------------------------------------------------
-# training
-
-
 @pytest.fixture(scope="module")
 def text_batch(model):
     return pack(
@@ -614,7 +607,7 @@ def test_a_small_sae_is_trained_the_same_from_the_same_seed_and_knows_its_model(
 ):
     from lenslab.models import model_key
 
-    options = dict(d_sae=64, k=4, steps=12, progress=False)
+    options = dict(d_sae=64, k=4, steps=12)
     first, again = (train_small_sae(model, HOOK, text_batch, seed=1, **options) for _ in range(2))
     other = train_small_sae(model, HOOK, text_batch, seed=2, **options)
     assert torch.equal(first.W_dec, again.W_dec) and not torch.equal(first.W_dec, other.W_dec)
@@ -633,7 +626,7 @@ def test_a_small_sae_is_trained_the_same_from_the_same_seed_and_knows_its_model(
 def test_training_refuses_an_unknown_hook_too_little_text_and_an_impossible_k(model, text_batch):
     with pytest.raises(UnknownHook):
         train_small_sae(model, "blocks.9.hook_resid_post", text_batch)
-    with pytest.raises(ValueError, match="real tokens do not fill"):
+    with pytest.raises(ValueError, match=r"fill|batch"):
         train_small_sae(model, HOOK, text_batch[:2])
     with pytest.raises(ValueError, match="k must lie"):
         train_small_sae(model, HOOK, text_batch, d_sae=8, k=9)
@@ -650,20 +643,18 @@ def test_a_small_sae_is_trained_on_real_tokens_that_the_model_gave_once(
         "harvest",
         lambda *given, **options: seen.append(given[1]) or kept(*given, **options),
     )
-    sae = train_small_sae(
-        model, HOOK, text_batch, d_sae=64, k=4, steps=12, progress=False
-    )  # more than an epoch
+    sae = train_small_sae(model, HOOK, text_batch, d_sae=64, k=4, steps=12)  # more than an epoch
     assert [part.n_real for part in seen] == [
         text_batch.n_real
-    ] and text_batch.n_real < 12 * small.TRAIN_BATCH
-    assert sae.cfg.metadata.training_vectors == 12 * small.TRAIN_BATCH
+    ] and text_batch.n_real < 12 * TRAIN_BATCH
+    assert sae.cfg.metadata.training_vectors == 12 * TRAIN_BATCH
     assert sae.cfg.metadata.distinct_training_vectors == text_batch.n_real
 
 
 def test_the_script_saves_an_sae_that_loads_with_its_measures_and_its_null(
     gpt2_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.syspath_prepend(str(pretrained.data_path().parent / "scripts"))
+    monkeypatch.syspath_prepend(str(data_path().parent / "scripts"))
     import pocket_corpus
     import train_pocket_saes
 

@@ -4,21 +4,19 @@
    sets of logits.
 2. Reconstruction and sparsity are accumulated over real tokens in float64 (`lenslab.metrics`), so
    that the size of the batches changes nothing.
-3. The value is also replaced by zero and, in a second pass, by its mean over the evaluation set.
+3. The value is also replaced by zero and, once it is known, by its mean over the evaluation set.
 4. Cross-entropy counts positions whose *target* is a real token; only values at real tokens are
    replaced.
 
 A number alone says little: 2,048 random directions with the same L0 explain variance too.
-`random_sae` is that null.
+`lenslab.sae.controls.evaluate_null` is that null.
 """
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -27,26 +25,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.files import write_json
-from lenslab.metrics import (
-    FeatureActivity,
-    ReconstructionError,
-    dead,
-    dense,
-    next_token_nats,
-    recovered_fraction,
-)
-from lenslab.metrics import kl_divergence as mean_kl
+from lenslab import metrics
+from lenslab.files import Result
 from lenslab.models import model_name
 from lenslab.runtime import progress_bar
 from lenslab.sae.load import SparseAutoencoder, input_transform, refuse_transcoder, sae_hook
 from lenslab.tokens import TokenBatch
 
-VERSIONED = ("lenslab", "torch", "transformer-lens", "sae-lens", "transformers")
-
 
 @dataclass(frozen=True)
-class SAEMetrics:
+class SAEMetrics(Result):
     """One SAE on one set of texts. Losses in nats per token; fractions are None where ablation does
     not hurt."""
 
@@ -65,9 +53,8 @@ class SAEMetrics:
     mse: float  # mean squared distance per token, summed over dimensions
     cosine: float
     l2_ratio: float  # mean ||x_hat|| / ||x||: below 1 is shrinkage
-    reconstruction_bias: (
-        float  # mean ||x_hat||^2 / mean x.x_hat (arXiv 2404.16014, eq. 10): below 1 is shrinkage
-    )
+    # mean ||x_hat||^2 / mean x.x_hat (arXiv 2404.16014, eq. 10): below 1 is shrinkage
+    reconstruction_bias: float
     dead: int  # latents never active in n_tokens
     dense: int  # latents active on more than 10 % of them
     ce_clean: float
@@ -78,51 +65,15 @@ class SAEMetrics:
     ce_recovered_zero: float | None  # (zero - spliced) / (zero - clean)
     ce_recovered_mean: float | None
     kl: float  # KL(clean || spliced)
-    fired: Int[Tensor, " d_sae"] = field(
-        repr=False, compare=False
-    )  # tokens on which each latent was active
-
-    @property
-    def firing_rate(self) -> Float[Tensor, " d_sae"]:
-        """Share of the real tokens on which each latent is active."""
-        return self.fired.double() / self.n_tokens
+    fired: Int[Tensor, " d_sae"] = field(repr=False, compare=False)  # tokens with the latent active
 
     def to_dict(self) -> dict[str, Any]:
         """Every number, without the counts per latent."""
-        return {key: value for key, value in asdict(self).items() if key != "fired"}
+        return {name: value for name, value in super().to_dict().items() if name != "fired"}
 
     def to_frame(self) -> pd.DataFrame:
         """One row; put several SAEs together with `pd.concat`."""
         return pd.DataFrame([self.to_dict()])
-
-    def density(self, bins_per_decade: int = 4) -> pd.DataFrame:
-        """Histogram of log10 firing rates of the latents that fired: `low`, `high` (rates) and
-        `latents`."""
-        rate = self.firing_rate[self.fired > 0].log10()
-        lowest = math.floor(-math.log10(self.n_tokens))
-        edges = torch.linspace(lowest, 0, -lowest * bins_per_decade + 1, dtype=torch.float64)
-        counts = torch.histogram(rate, edges).hist.long()
-        return pd.DataFrame(
-            {
-                "low": 10 ** edges[:-1].numpy(),
-                "high": 10 ** edges[1:].numpy(),
-                "latents": counts.numpy(),
-            }
-        )
-
-    def save(self, path: str | os.PathLike, **config: Any) -> None:
-        """JSON: values, firing counts, versions, and whatever `config` says about how it was
-        made."""
-        versions = {name: version(name) for name in VERSIONED}
-        write_json(
-            path,
-            {
-                "metrics": self.to_dict(),
-                "fired": self.fired.tolist(),
-                "config": config,
-                "versions": versions,
-            },
-        )
 
 
 @torch.inference_mode()
@@ -143,65 +94,40 @@ def evaluate_sae(
     Raises as `check_sae`; ValueError when no real token follows another, on NaN or Inf, and for a
     transcoder.
     """
-    transform, hook, device = input_transform(sae, model), sae_hook(sae), model.cfg.device
+    transform, hook = input_transform(sae, model), sae_hook(sae)
     refuse_transcoder(sae)
-    error, activity, products = ReconstructionError(), FeatureActivity(), [0.0, 0.0]
-    totals = dict.fromkeys(("clean", "spliced", "zero", "mean", "kl"), 0.0)
-    n_predicted = 0
+    error, activity = metrics.ReconstructionError(), metrics.FeatureActivity()
+    squared = product = 0.0
+    totals = dict.fromkeys(("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl"), 0.0)
     parts = [batch[start : start + batch_size] for start in range(0, len(batch), batch_size)]
-    bar = progress_bar(total=4 * len(parts), desc="evaluate SAE", unit="pass", progress=progress)
-
-    def run(
-        part: TokenBatch, replace: Callable[[Tensor], Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(logits, the value at the hook before it was replaced)"""
-        seen = []
-
-        def at_hook(value: Tensor, hook: object) -> Tensor | None:
-            seen.append(value)
-            if replace is None:
-                return None
-            where = part.real.to(device).reshape(*value.shape[:2], *[1] * (value.ndim - 2))
-            return torch.where(where, replace(value), value)
-
-        with model.hooks(fwd_hooks=[(hook, at_hook)]):
-            logits = model(part.tokens.to(device), attention_mask=part.attention.long().to(device))
-        bar.update()
-        return logits, seen[0]
-
-    def nats(part: TokenBatch, logits: Tensor) -> float:
-        return float(
-            next_token_nats(logits, part.tokens.to(device), part.real.to(device)).double().sum()
-        )
-
-    for part in parts:
-        real, predicted = part.real.to(device), int(part.real[:, 1:].sum())
-        logits, value = run(part)
-        x = transform(value)
-        features = sae.encode(x)
+    for part in progress_bar(parts, desc="evaluate SAE", progress=progress):
+        # 1. Clean and spliced
+        clean, value = forward(model, hook, part)
+        x = transform(value)  # [text, pos, d_in]
+        features = sae.encode(x)  # [text, pos, d_sae]
         x_hat = sae.decode(features)
+        spliced, _ = forward(model, hook, part, partial(transform.inverse, x_hat))
+        # 2. Reconstruction and sparsity
+        real = part.real.to(x.device)
         error.update(x, x_hat, real)
         activity.update(features, real)
-        x, x_hat = x[real].double(), x_hat[real].double()
-        products[0] += float(x_hat.square().sum())
-        products[1] += float((x * x_hat).sum())
-        other, _ = run(
-            part, lambda value: transform.inverse(sae.decode(sae.encode(transform(value))), value)
-        )
-        totals["clean"] += nats(part, logits)
-        totals["spliced"] += nats(part, other)
-        totals["kl"] += mean_kl(logits, other, real) * predicted
-        totals["zero"] += nats(part, run(part, torch.zeros_like)[0])
-        n_predicted += predicted
-    average = error.moments.mean.float()
-    for part in parts:
-        ablated, _ = run(
-            part, lambda value: transform.inverse(average.expand_as(transform(value)), value)
-        )
-        totals["mean"] += nats(part, ablated)
-    bar.close()
+        squared += float(x_hat[real].double().square().sum())
+        product += float((x[real].double() * x_hat[real].double()).sum())
+        # 3. and 4. Losses
+        zero, _ = forward(model, hook, part, torch.zeros_like)
+        totals["ce_clean"] += _nats(clean, part)
+        totals["ce_spliced"] += _nats(spliced, part)
+        totals["ce_zero"] += _nats(zero, part)
+        totals["kl"] += metrics.kl_divergence(clean, spliced, real) * int(real[:, 1:].sum())
+    mean = error.moments.mean.float()  # [d_in]
 
-    clean, spliced, zero, mean, kl = (total / n_predicted for total in totals.values())
+    def to_mean(value: Tensor) -> Tensor:
+        return transform.inverse(mean.expand_as(transform(value)), value)
+
+    for part in progress_bar(parts, desc="mean ablation", progress=progress):
+        totals["ce_mean"] += _nats(forward(model, hook, part, to_mean)[0], part)
+    n_predicted = int(batch.real[:, 1:].sum())
+    losses = {name: total / n_predicted for name, total in totals.items()}
     return SAEMetrics(
         sae=name or f"{type(sae).__name__} {hook}",
         model=model_name(model),
@@ -218,16 +144,42 @@ def evaluate_sae(
         mse=error.mse,
         cosine=error.cosine_similarity,
         l2_ratio=error.l2_ratio,
-        reconstruction_bias=products[0] / products[1] if products[1] else 0.0,
-        dead=int(dead(activity.counts, activity.tokens).sum()),
-        dense=int(dense(activity.firing_rate).sum()),
-        ce_clean=clean,
-        ce_spliced=spliced,
-        ce_zero=zero,
-        ce_mean=mean,
-        ce_difference=spliced - clean,
-        ce_recovered_zero=recovered_fraction(clean, spliced, zero) if zero > clean else None,
-        ce_recovered_mean=recovered_fraction(clean, spliced, mean) if mean > clean else None,
-        kl=kl,
+        reconstruction_bias=squared / product if product else 0.0,
+        dead=int(metrics.dead(activity.counts, activity.tokens).sum()),
+        dense=int(metrics.dense(activity.firing_rate).sum()),
+        ce_difference=losses["ce_spliced"] - losses["ce_clean"],
+        ce_recovered_zero=_recovered(losses, "ce_zero"),
+        ce_recovered_mean=_recovered(losses, "ce_mean"),
         fired=activity.counts.cpu(),
+        **losses,
     )
+
+
+def forward(
+    model: TransformerBridge, hook: str, batch: TokenBatch, replace: Callable | None = None
+) -> tuple[Float[Tensor, "text pos vocabulary"], Float[Tensor, "text pos *width"]]:
+    """(logits, the value at the hook before `replace` of it took its place at the real tokens)."""
+    device = model.cfg.device
+    values = []
+
+    def at_hook(value: Tensor, hook: object) -> Tensor:
+        values.append(value)
+        real = batch.real.to(device).reshape(*value.shape[:2], *[1] * (value.ndim - 2))
+        return value if replace is None else torch.where(real, replace(value), value)
+
+    with model.hooks(fwd_hooks=[(hook, at_hook)]):
+        logits = model(batch.tokens.to(device), attention_mask=batch.attention.long().to(device))
+    return logits, values[0]
+
+
+def _nats(logits: Tensor, batch: TokenBatch) -> float:
+    """Summed loss over the positions that predict a real token."""
+    tokens, real = batch.tokens.to(logits.device), batch.real.to(logits.device)
+    return float(metrics.next_token_nats(logits, tokens, real).double().sum())
+
+
+def _recovered(losses: dict[str, float], ablation: str) -> float | None:
+    clean, ablated = losses["ce_clean"], losses[ablation]
+    if ablated <= clean:
+        return None
+    return metrics.recovered_fraction(clean, losses["ce_spliced"], ablated)

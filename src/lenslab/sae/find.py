@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import pandas as pd
@@ -27,7 +29,7 @@ from lenslab.sae.load import (
     load_sae,
     sae_hook,
 )
-from lenslab.sae.registry import is_cached, list_releases, registry
+from lenslab.sae.registry import cached_ids, releases_of
 from lenslab.sae.train.architectures import build_sae
 from lenslab.sae.train.sources import ModelSource
 from lenslab.sae.train.trainer import TrainingConfig, train
@@ -36,83 +38,9 @@ from lenslab.tokens import TokenBatch, pack
 
 TRAIN_BATCH = 2048  # vectors per step
 
-
 LR = 6e-3  # at a few hundred steps 3e-3 leaves a tenth more variance unexplained (tinystories-656k)
 
-
-def train_small_sae(
-    model: TransformerBridge,
-    hook: str,
-    batch: TokenBatch,
-    *,
-    d_sae: int = 1024,
-    k: int = 16,
-    steps: int = 600,
-    seed: int = 0,
-    progress: bool = True,
-) -> SparseAutoencoder:
-    """A TopK SAE for a model that has none, by `lenslab.sae.train.trainer`.
-
-    300 steps on 100,000 tokens of a model of width 128 took 50 s on one core; wider models take
-    longer.
-
-    1. The real tokens of `batch` go through the model, once if they fit one pool
-       (`lenslab.sae.train.sources`).
-    2. `steps` steps of 2,048 vectors; scale and centre are folded into the weights that come back.
-
-    `batch` is read as often as the steps need. Raises ValueError when its real tokens do not fill
-    one step or k exceeds d_sae; UnknownHook.
-    """
-    source = ModelSource(model, batch, hook, seed=seed)
-    if batch.n_real < TRAIN_BATCH:
-        raise ValueError(
-            f"{batch.n_real} real tokens do not fill one step of {TRAIN_BATCH}: give more text."
-        )
-    sae = build_sae(
-        "topk", source.widths[hook], d_sae, k=k, seed=seed, metadata={"hook_name": hook}
-    )
-    config = TrainingConfig(
-        steps * TRAIN_BATCH,
-        batch=TRAIN_BATCH,
-        lr=LR,
-        dead_after=max(20, steps // 20) * TRAIN_BATCH,
-        seed=seed,
-    )
-    return train({"sae": sae.to(model.cfg.device)}, source, config, progress=progress)["sae"].sae
-
-
 SHOWN = ("l0", "variance_explained", "ce_difference", "ce_recovered_zero", "dead", "dense")
-
-
-def read_card(name: str) -> dict:
-    """The card of a bundled SAE. FileNotFoundError, with the names there are, where it has none."""
-    file = data_path("saes", name, CARD)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"No card for an SAE {name!r}; bundled: {', '.join(bundled_saes()) or 'none'}."
-        )
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def card_table(model: TransformerBridge | None = None) -> pd.DataFrame:
-    """One row per bundled SAE (of `model`) and sparsity, on held-out documents; the null's variance
-    explained beside.
-
-    Columns `sae`, `ships`, those of `SHOWN`, and `null` (variance that random directions explain at
-    the same L0).
-    """
-    rows = []
-    for name in bundled_saes(model):
-        card = read_card(name)
-        levels = card.get("at_l0", {"": {"sae": card["sae"], "null": card["null"], "ships": True}})
-        for level in levels.values():
-            shown = {key: level["sae"][key] for key in SHOWN}
-            rows.append(
-                {"sae": name, "ships": level["ships"]}
-                | shown
-                | {"null": level["null"]["variance_explained"]}
-            )
-    return pd.DataFrame(rows, columns=["sae", "ships", *SHOWN, "null"])
 
 
 class FoundSAE(NamedTuple):
@@ -139,42 +67,79 @@ def find_sae(
     if name is not None:
         return FoundSAE(load_sae(name), os.path.basename(name), "chosen by name")
     middle = model.cfg.n_layers // 2
-    hook = stream_hook(model, middle)
-    for found in bundled_saes(model):
-        sae = load_sae(found)
-        # other weights may go by the same name: a folder that is called like a bundled model
-        if sae_hook(sae) == hook and _fits(sae, model):
-            return FoundSAE(sae, found, "bundled")
-    for release, sae_id in _cached_ids(model, middle):
-        sae = load_sae(release, sae_id)
-        if _fits(sae, model):
-            return FoundSAE(sae, f"{release} {sae_id}", "published, from the cache of the hub")
+    # The input of the block after the middle one is the same vector as the output of the middle one
+    same = [f"blocks.{middle + 1}.hook_resid_pre", f"blocks.{middle}.hook_resid_pre"]
+    hooks = [stream_hook(model, middle), *same]
+    for found in _at_hand(model, hooks):
+        # Other weights may go by the same name, and then the SAE is not theirs
+        with suppress(SAEMismatch, UnknownHook):
+            check_sae(found.sae, model)
+            if sae_hook(found.sae) in hooks:
+                return found
     batch = pack(model, sampled_text(documents))
-    sae = train_small_sae(model, hook, batch, steps=steps)
-    origin = f"none at hand: a small one was trained just now, {steps} steps on {batch.n_real:,} tokens that ship"
+    sae = train_small_sae(model, hooks[0], batch, steps=steps)
+    origin = f"none at hand: a small one trained just now, {steps} steps on {batch.n_real:,} tokens"
     return FoundSAE(sae, f"small SAE of {model_name(model)}", origin)
 
 
-def _fits(sae: SparseAutoencoder, model: TransformerBridge) -> bool:
-    try:
-        check_sae(sae, model)
-    except (SAEMismatch, UnknownHook):
-        return False
-    return True
+def _at_hand(model: TransformerBridge, hooks: list[str]) -> Iterator[FoundSAE]:
+    """The bundled SAEs of a model of this name, then the published ones in the cache, opened."""
+    for name in bundled_saes(model):
+        yield FoundSAE(load_sae(name), name, "bundled")
+    for hook in hooks:
+        for release in releases_of(model_name(model)):
+            if hook in cached_ids(release):
+                sae = load_sae(release, hook)
+                yield FoundSAE(sae, f"{release} {hook}", "published, from the cache of the hub")
 
 
-def _cached_ids(model: TransformerBridge, middle: int) -> list[tuple[str, str]]:
-    """(release, id) of published SAEs of the middle layer's residual stream whose weights are on
-    this machine.
+def train_small_sae(
+    model: TransformerBridge,
+    hook: str,
+    batch: TokenBatch,
+    *,
+    d_sae: int = 1024,
+    k: int = 16,
+    steps: int = 600,
+    seed: int = 0,
+) -> SparseAutoencoder:
+    """A TopK SAE for a model that has none, by `lenslab.sae.train.trainer`.
 
-    The input of the block after the middle one is the same vector as the output of the middle one.
+    300 steps on 100,000 tokens of a model of width 128 took 50 s on one core; wider models take
+    longer.
+
+    1. The real tokens of `batch` go through the model, once if they fit one pool
+       (`lenslab.sae.train.sources`).
+    2. `steps` steps of 2,048 vectors; scale and centre are folded into the weights that come back.
+
+    `batch` is read as often as the steps need. Raises ValueError when its real tokens do not fill
+    one step or k exceeds d_sae; UnknownHook.
     """
-    wanted = [
-        f"blocks.{middle}.hook_resid_post",
-        f"blocks.{middle + 1}.hook_resid_pre",
-        f"blocks.{middle}.hook_resid_pre",
-    ]
-    releases = list_releases(model_name(model))
-    here = [row.release for row in releases.itertuples() if row.cached and row.format == "safe"]
-    found = [(wanted.index(i), r, i) for r in here for i in registry()[r].saes_map if i in wanted]
-    return [(r, i) for _, r, i in sorted(found) if is_cached(r, i)]
+    source = ModelSource(model, batch, hook, seed=seed)
+    sae = build_sae("topk", source.widths[hook], d_sae, k=k, seed=seed)
+    dead_after = max(20, steps // 20) * TRAIN_BATCH
+    config = TrainingConfig(
+        vectors=steps * TRAIN_BATCH, batch=TRAIN_BATCH, lr=LR, dead_after=dead_after, seed=seed
+    )
+    return train({"sae": sae.to(model.cfg.device)}, source, config)["sae"].sae
+
+
+def read_card(name: str) -> dict:
+    """The card of a bundled SAE. FileNotFoundError where it has none."""
+    return json.loads(data_path("saes", name, CARD).read_text(encoding="utf-8"))
+
+
+def card_table(model: TransformerBridge | None = None) -> pd.DataFrame:
+    """One row per bundled SAE (of `model`) and sparsity, on held-out documents; the null's variance
+    explained beside.
+
+    Columns `sae`, `ships`, those of `SHOWN`, and `null` (variance that random directions explain at
+    the same L0).
+    """
+    rows = []
+    for name in bundled_saes(model):
+        for level in read_card(name)["at_l0"].values():
+            row = {"sae": name, "ships": level["ships"]}
+            row |= {metric: level["sae"][metric] for metric in SHOWN}
+            rows.append(row | {"null": level["null"]["variance_explained"]})
+    return pd.DataFrame(rows, columns=["sae", "ships", *SHOWN, "null"])

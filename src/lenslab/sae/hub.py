@@ -1,4 +1,4 @@
-"""Download SAEs ahead of a session, and check what is cached.
+"""SAEs of the hub: list them, download one ahead of a session, check what is on this machine.
 
 .venv/bin/python -m lenslab.sae.hub list --model gpt2-small
 .venv/bin/python -m lenslab.sae.hub download gpt2-small-res-jb blocks.6.hook_resid_pre [--to FOLDER]
@@ -8,128 +8,86 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import os
 import sys
 
-from lenslab.sae.load import SparseAutoencoder, load_sae, sae_hook, sae_model, save_sae
-from lenslab.sae.registry import (
-    COMMAND,
-    NotAnSAE,
-    SAENotHere,
-    cached_files,
-    intact,
-    list_releases,
-    registry,
-    repository_of,
-)
+from huggingface_hub import constants
+
+from lenslab.sae import registry
+from lenslab.sae.registry import COMMAND, NotAnSAE, SAENotHere
+
+# The loader, and with it TransformerLens, is imported by the commands that load an SAE
 
 
-def download(release: str, sae_id: str, to: str | os.PathLike | None = None) -> SparseAutoencoder:
-    """Fetch an SAE into the hub's cache, verify it, load it; with `to`, also save it as a local
-    folder.
+def listing(model: str | None = None) -> str:
+    """The table of releases. NotAnSAE where there is none for that model."""
+    table = registry.list_releases(model)
+    if table.empty:
+        near = registry.nearest(model, {entry["model"] for entry in registry.releases().values()})
+        raise NotAnSAE(f"No release for a model {model!r}. {near} {COMMAND} list shows all.")
+    return table.to_string(index=False)
+
+
+def download(release: str, sae_id: str, to: str | None = None) -> str:
+    """Fetch an SAE into the hub's cache, verify it, load it; with `to`, also save it as a folder.
 
     What is cached and whole is not fetched again, an interrupted download goes on where it stopped,
-    and a file that does not have its hash is dropped and fetched anew. Raises SAENotHere and
-    NotAnSAE as `load_sae`.
+    and a file that does not have its hash is fetched anew. Raises as `load_sae`.
     """
-    repository, path = repository_of(release, sae_id)
-    _drop_damaged(repository, path)
+    from lenslab.sae.load import load_sae, save_sae
+
+    for file in registry.damaged_files(release, sae_id):
+        file.resolve().unlink()
+        file.unlink()
+    sae = load_sae(release, sae_id, device="cpu")
+    checked = check(release, sae_id)
+    if to is not None:
+        save_sae(sae, to)
+    return checked
+
+
+def check(release: str, sae_id: str | None = None) -> str:
+    """Load from this machine only (a release's SAE, a bundled name or a folder), after comparing
+    cached files with their hashes. Raises as `load_sae`."""
+    from lenslab.sae.load import load_sae
+
+    damaged = registry.damaged_files(release, sae_id) if sae_id else []
+    if damaged:
+        raise NotAnSAE(
+            f"{damaged[0].name} is cut off or damaged: {COMMAND} download {release} {sae_id}"
+        )
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
     try:
         sae = load_sae(release, sae_id, device="cpu")
     finally:
-        dropped = _drop_damaged(repository, path)
-    if dropped:
-        raise NotAnSAE(
-            f"{release} {sae_id}: {', '.join(dropped)} arrived damaged and was dropped: run it again."
-        )
-    if to is not None:
-        save_sae(sae, to)
-    return sae
-
-
-def _drop_damaged(repository: str, path: str) -> list[str]:
-    damaged = [file for file in cached_files(repository, path) if not intact(file)]
-    for file in damaged:
-        file.resolve().unlink()
-        file.unlink(missing_ok=True)
-    return [file.name for file in damaged]
+        constants.HF_HUB_OFFLINE = before
+    about, shape = sae.cfg.metadata, f"{sae.cfg.d_in} -> {sae.cfg.d_sae}"
+    return f"{about.hook_name} of {about.model_name}: {shape}, {sae.cfg.architecture()}; whole"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, or 1 with the reason on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lenslab.sae.hub", description="SAEs: list, download, check."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser(
-        "list", help="releases that SAELens knows, and how many of their SAEs are here"
-    )
-    listing.add_argument("--model", help="only SAEs of this model")
-    fetching = commands.add_parser(
-        "download", help="fetch one SAE, go on with an interrupted download, verify it"
-    )
-    fetching.add_argument(
-        "--to", metavar="FOLDER", help="save it as a folder for load_sae(FOLDER) as well"
-    )
-    checking = commands.add_parser("check", help="verify what is on this machine; fetches nothing")
-    for command in (fetching, checking):
-        command.add_argument(
-            "release",
-            help="a release" if command is fetching else "a release, bundled name or folder",
-        )
-        command.add_argument("sae_id", **({} if command is fetching else {"nargs": "?"}))
-    given = parser.parse_args(arguments)
+    parser = argparse.ArgumentParser("python -m lenslab.sae.hub", description="SAEs of the hub.")
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("list", help="releases, and how many of their SAEs are here")
+    command.add_argument("--model", help="only SAEs of this model")
+    command.set_defaults(run=listing)
+    command = commands.add_parser("download", help="fetch one SAE, or go on fetching it; verify it")
+    command.add_argument("release")
+    command.add_argument("sae_id")
+    command.add_argument("--to", metavar="FOLDER", help="save it there, for load_sae(FOLDER)")
+    command.set_defaults(run=download)
+    command = commands.add_parser("check", help="verify what is on this machine; fetches nothing")
+    command.add_argument("release", help="a release, bundled name or folder")
+    command.add_argument("sae_id", nargs="?")
+    command.set_defaults(run=check)
+    options = vars(parser.parse_args(arguments))
     try:
-        if given.command == "list":
-            table = list_releases(given.model)
-            if table.empty:
-                models = sorted({release.model for release in registry().values()})
-                near = (
-                    ", ".join(difflib.get_close_matches(given.model, models, n=3, cutoff=0.4))
-                    or "none"
-                )
-                raise NotAnSAE(
-                    f"No release for a model {given.model!r}. Nearest: {near}. {COMMAND} list shows all."
-                )
-            print(table.to_string(index=False))
-            return 0
-        if given.command == "download":
-            sae, place = (
-                download(given.release, given.sae_id, given.to),
-                given.to or "the cache of the hub",
-            )
-        else:
-            sae, place = _check(given.release, given.sae_id), "this machine, whole"
+        print(options.pop("run")(**options))
     except (NotAnSAE, SAENotHere) as error:
         print(error, file=sys.stderr)
         return 1
-    print(
-        f"{sae_hook(sae)} of {sae_model(sae)}: {sae.cfg.d_in} -> {sae.cfg.d_sae}, {sae.cfg.architecture()}; in {place}"
-    )
     return 0
-
-
-def _check(release: str, sae_id: str | None) -> SparseAutoencoder:
-    """Load from this machine only, after comparing cached files with their hashes."""
-    if sae_id is None:
-        return load_sae(release, device="cpu")
-    from huggingface_hub import constants
-
-    command = f"{COMMAND} download {release} {sae_id}"
-    files = cached_files(*repository_of(release, sae_id))
-    if not files:
-        raise SAENotHere(f"{release} {sae_id} is not in the cache. While online, run: {command}")
-    damaged = [file.name for file in files if not intact(file)]
-    if damaged:
-        raise NotAnSAE(
-            f"{release} {sae_id}: {', '.join(damaged)} cut off or damaged. While online, run: {command}"
-        )
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        return load_sae(release, sae_id, device="cpu")
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 if __name__ == "__main__":

@@ -18,19 +18,18 @@ model. Downloading ahead, on the command line, is `lenslab.sae.hub`.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
 import re
 import shutil
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+from zipfile import BadZipFile
 
 import torch
 from jaxtyping import Float
@@ -43,43 +42,23 @@ from lenslab.files import content_key, data_path, sha256_file, write_json
 from lenslab.hooks import check_hooks, hook_names
 from lenslab.models import check_eval, model_key, model_name
 from lenslab.runtime import default_device
-from lenslab.sae.registry import (
-    COMMAND,
-    NotAnSAE,
-    SAENotHere,
-    plain_name,
-    refuse_release_alone,
-    registry,
-    repository_of,
-)
+from lenslab.sae import registry
+from lenslab.sae.registry import COMMAND, NotAnSAE, SAENotHere, plain_name
 
 WEIGHTS, CONFIG, CARD = "sae_weights.safetensors", "cfg.json", "card.json"
 
-
-PICKLES = {".pt", ".pth", ".bin", ".pkl", ".ckpt"}
-
+# What SAELens raises for weights that are cut off, or that do not fit their config
+UNREADABLE = (SafetensorError, BadZipFile, EOFError, KeyError, RuntimeError, TypeError, ValueError)
 
 RESIDUAL = re.compile(r"(hook_resid_(pre|mid|post)|hook_attn_out|hook_mlp_out|hook_(pos_)?embed)$")
 
+# Processing that changes no value at the hooks of SAEs (weights of norms, a constant in the logits)
+# and arguments that only say how to load
+UNCHANGED = {"fold_ln", "center_unembed"}
+LOADING = {"dtype", "torch_dtype", "device", "device_map", "n_devices", "cache_dir"}
 
-# Processing that changes no value at the hooks of SAEs (folding a norm's weights, a constant in the
-# logits), and arguments that only say how to load
-HARMLESS = {
-    "fold_ln",
-    "center_unembed",
-    "dtype",
-    "torch_dtype",
-    "device",
-    "device_map",
-    "n_devices",
-    "cache_dir",
-}
-
-
-VALUE_BIASES = {
-    "fold_value_biases",
-    "refactor_factored_attn_matrices",
-}  # change q, k, v and z, not what is written
+# Processing that changes q, k, v and z, not what is written to the residual stream
+VALUE_BIASES = {"fold_value_biases", "refactor_factored_attn_matrices"}
 
 
 class SAEMismatch(ValueError):
@@ -102,80 +81,98 @@ def sae_hook(sae: SparseAutoencoder) -> str:
     """The hook that the SAE reads, e.g. `blocks.6.hook_resid_pre`. NotAnSAE where it does not
     say."""
     if not sae.cfg.metadata.hook_name:
-        raise NotAnSAE("This SAE does not say which hook it reads: set sae.cfg.metadata.hook_name.")
+        raise NotAnSAE("This SAE names no hook: set metadata.hook_name (beside sae_lens_version).")
     return sae.cfg.metadata.hook_name
 
 
-def sae_model(sae: SparseAutoencoder) -> str | None:
-    """The name of the model that the SAE was made for, where it says so."""
-    return sae.cfg.metadata.model_name
-
-
 def refuse_transcoder(sae: SparseAutoencoder) -> None:
-    """Raise ValueError for an SAE that writes another stream than it reads: its output has no place
-    at its hook."""
-    if (written := getattr(sae.cfg.metadata, "hook_name_out", None)) not in (None, sae_hook(sae)):
-        raise ValueError(
-            f"{sae_hook(sae)} -> {written} is a transcoder: it has no place to splice."
-        )
+    """Raise ValueError for an SAE whose output has no place at the hook that it reads."""
+    written = getattr(sae.cfg.metadata, "hook_name_out", None)
+    if written not in (None, sae_hook(sae)):
+        raise ValueError(f"A transcoder ({sae_hook(sae)} -> {written}) has no place to splice.")
 
 
 def neuronpedia_link(sae: SparseAutoencoder, index: int) -> str | None:
-    """The page of one latent, or None where the SAE has none. ValueError for an index outside the
-    dictionary."""
-    if not 0 <= index < sae.cfg.d_sae:
-        raise ValueError(f"Latent {index} is not one of 0 to {sae.cfg.d_sae - 1}.")
+    """The page of one latent, or None where the SAE has none."""
     page = sae.cfg.metadata.neuronpedia_id
     return f"https://www.neuronpedia.org/{page}/{index}" if page else None
 
 
 def bundled_saes(model: TransformerBridge | None = None) -> list[str]:
-    """Names of the SAEs that ship with lenslab; with a model, of those that were made for one of
-    its name."""
-    names = sorted(file.parent.name for file in data_path("saes").glob(f"*/{CONFIG}"))
-    if model is None:
-        return names
-    made_for = {
-        name: json.loads(data_path("saes", name, CONFIG).read_text())["metadata"]["model_name"]
-        for name in names
-    }
-    return [name for name in names if plain_name(made_for[name]) == plain_name(model_name(model))]
+    """Names of the SAEs that ship; with a model, of those that were made for one of its name."""
+    names = []
+    for file in sorted(data_path("saes").glob(f"*/{CONFIG}")):
+        made_for = json.loads(file.read_text(encoding="utf-8"))["metadata"]["model_name"]
+        if model is None or plain_name(made_for) == plain_name(model_name(model)):
+            names.append(file.parent.name)
+    return names
 
 
 def load_sae(
-    name: str | os.PathLike,
-    sae_id: str | None = None,
-    *,
-    device: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    name: str | os.PathLike, sae_id: str | None = None, *, device: str | None = None
 ) -> SparseAutoencoder:
-    """An SAE as SAELens builds it, in eval mode and without gradients.
+    """An SAE as SAELens builds it, in float32, in eval mode and without gradients.
 
-    Args: name: a bundled name (`bundled_saes()`), a local folder in SAELens's format, or, with
-        `sae_id`, a release
-            of the hub (`list_releases()`) or a hub repository `user/name`.
+    Args:
+        name: a bundled name (`bundled_saes()`), a local folder in SAELens's format, or, with
+            `sae_id`, a release of the hub (`list_releases()`) or a hub repository `user/name`.
         sae_id: which SAE of the release, usually its hook.
 
-    Raises: SAENotHere: nothing of that name here, and the hub cannot be reached; the message has
-        the command to run. NotAnSAE: no hook in the metadata, a cut-off file, weights that do not
-        fit the config, are not floating
-            point, hold NaN, or do not match their recorded hash; a pickle.
+    Raises SAENotHere where there is nothing of that name here and the hub cannot be reached, with
+    the command to run; NotAnSAE for a pickle, a cut-off file, weights that do not fit the config,
+    hold NaN or do not match their recorded hash, and metadata without a hook.
     """
+    from sae_lens import SAE
+
     name = os.fspath(name)
-    if not dtype.is_floating_point:
-        raise NotAnSAE(f"An SAE has floating-point weights; {dtype} is not such a dtype.")
     folder = data_path("saes", name) if name in bundled_saes() else Path(name).expanduser()
-    device = device or default_device()
-    if sae_id is None and folder.is_dir():
-        return _load_folder(folder, folder.name, device, dtype)
+    label = folder.name if sae_id is None else f"{name} {sae_id}"
+    options = {"device": device or default_device(), "dtype": "float32"}
     if sae_id is None:
-        refuse_release_alone(name)
-        near = difflib.get_close_matches(name, [*bundled_saes(), *registry()], n=3)
-        raise SAENotHere(
-            f"There is no bundled SAE and no folder {name!r}. Nearest: {', '.join(near) or 'none'}. Bundled: "
-            f"{', '.join(bundled_saes()) or 'none'}. A release of the hub needs an id too: load_sae(release, sae_id)."
-        )
-    return _load_release(name, sae_id, device, dtype)
+        _check_folder(name, folder)
+    else:
+        registry.repository_of(name, sae_id)  # refuses pickles before they are fetched
+    try:
+        with warnings.catch_warnings():  # the processing it warns of is applied by input_transform
+            warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretr")
+            if sae_id is None:
+                sae = SAE.load_from_disk(folder, **options)
+            else:
+                sae = SAE.from_pretrained(name, sae_id, **options)
+    except UNREADABLE as error:
+        why = f"weights are cut off, or do not fit {CONFIG} ({type(error).__name__}: {error})"
+        raise NotAnSAE(f"{label}: {why}") from error
+    except OSError as error:  # as all errors of the hub are
+        command = f"HF_HUB_OFFLINE=0 {COMMAND} download {label}"
+        raise SAENotHere(f"{label} is not in the cache. Online, run: {command}\n{error}") from error
+    recorded = sae.cfg.metadata.weights_sha256
+    if sae_id is None and recorded and recorded != sha256_file(folder / WEIGHTS):
+        raise NotAnSAE(f"{label}: {WEIGHTS} has not the hash that {CONFIG} records: copy it again.")
+    return finish(sae, label)
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    if not folder.is_dir() and name in registry.releases():
+        some = next(iter(registry.paths_of(name)))
+        raise NotAnSAE(f"{name} is a release: name one SAE of it, load_sae({name!r}, {some!r}).")
+    if not folder.is_dir():
+        near = registry.nearest(name, [*bundled_saes(), *registry.releases()])
+        raise SAENotHere(f"No bundled SAE and no folder {name!r}. {near}")
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise NotAnSAE(f"{folder.name} needs {CONFIG} and {WEIGHTS}; a pickle is never loaded.")
+
+
+def finish(sae: Any, label: str) -> SparseAutoencoder:
+    """What every loaded SAE goes through: refused without a hook or with NaN; eval mode, no
+    gradients."""
+    sae_hook(sae)
+    for name, value in sae.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise NotAnSAE(f"{label}: {name} holds NaN or Inf: damaged, or its training diverged.")
+    # True of that file, not of what is made from this object
+    vars(sae.cfg.metadata).pop("weights_sha256", None)
+    sae.turn_off_forward_pass_hook_z_reshaping()  # input_transform joins the heads
+    return sae.eval().requires_grad_(False)
 
 
 def save_sae(
@@ -187,41 +184,31 @@ def save_sae(
 ) -> Path:
     """Save in SAELens's format (cfg.json, sae_weights.safetensors), the folder replaced as a whole.
 
-    Args: dtype: of the weights on disk, e.g. torch.bfloat16 for half the size; loaded back as
-        float32 all the same. card: saved beside as card.json: what was measured, on what.
+    Args:
+        dtype: of the weights on disk, e.g. torch.bfloat16 for half the size; loaded back as float32
+            all the same.
+        card: saved beside as card.json: what was measured, on what.
 
     Raises NotAnSAE for an SAE without hook or model name: whoever loads it could not know what to
-    feed it; TypeError.
+    feed it. TypeError for what is still in training form.
     """
-    from sae_lens import __version__
+    from sae_lens import SAE, TrainingSAE, __version__
 
-    if hasattr(sae, "save_inference_model"):  # one that is still in training form
-        sae = inference_form(sae)
-    if not hasattr(sae, "process_state_dict_for_saving"):
-        raise TypeError(
-            f"A {type(sae).__name__} is no SAE to be saved: give the `.sae` of what `train` returns."
-        )
-    if not sae_hook(sae) or not sae_model(sae):
-        raise NotAnSAE(
-            "This SAE does not say which model it reads: set sae.cfg.metadata.model_name."
-        )
-    state = dict(sae.state_dict())
-    sae.process_state_dict_for_saving(state)
-    state = {
-        key: value.detach().cpu().to(dtype or value.dtype).contiguous()
-        for key, value in state.items()
-    }
-    config = sae.cfg.to_dict() | {"device": "cpu"}
+    if not isinstance(sae, SAE) or isinstance(sae, TrainingSAE):  # decoder norms not folded yet
+        raise TypeError(f"A {type(sae).__name__}: give the `.sae` of what `train` returns.")
+    if not (sae_hook(sae) and sae.cfg.metadata.model_name):
+        raise NotAnSAE("This SAE does not say which model it reads: set cfg.metadata.model_name.")
+    weights = dict(sae.state_dict())
+    sae.process_state_dict_for_saving(weights)
+    for name, value in weights.items():
+        weights[name] = value.detach().to("cpu", dtype or value.dtype).contiguous()
     folder = Path(folder)
     with _replace_folder(folder) as temporary:
-        save_file(state, temporary / WEIGHTS)
-        # Without a version of 6 or later SAELens drops the metadata on loading, the hook name with
-        # it
-        written = {
-            "sae_lens_version": __version__,
-            "weights_sha256": sha256_file(temporary / WEIGHTS),
-        }
-        config["metadata"] = config["metadata"] | written
+        save_file(weights, temporary / WEIGHTS)
+        digest = sha256_file(temporary / WEIGHTS)
+        config = sae.cfg.to_dict() | {"device": "cpu"}
+        # Without a version of 6 or later SAELens drops the metadata on loading
+        config["metadata"] |= {"sae_lens_version": __version__, "weights_sha256": digest}
         write_json(temporary / CONFIG, config)
         if card is not None:
             write_json(temporary / CARD, card)
@@ -233,12 +220,9 @@ def _replace_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside; swapped in on success, so that half an SAE is never seen under its
     name."""
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
-        raise NotAnSAE(
-            f"{folder} exists and holds something that is no SAE: choose another folder."
-        )
-    temporary, old = (
-        folder.with_name(f".{os.getpid()}-{kind}-{folder.name}") for kind in ("new", "old")
-    )
+        raise NotAnSAE(f"{folder} holds something that is no SAE: choose another folder.")
+    temporary = folder.with_name(f".{os.getpid()}-new-{folder.name}")
+    old = folder.with_name(f".{os.getpid()}-old-{folder.name}")
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -250,172 +234,48 @@ def _replace_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _load_folder(folder: Path, label: str, device: str, dtype: torch.dtype) -> SparseAutoencoder:
-    from sae_lens import SAE
-
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-        raise NotAnSAE(
-            f"{label} holds a pickle ({pickles[0]}), which can run code when it is opened and is never loaded here. "
-            "Convert it where you trust it: build the SAE there and call save_sae(sae, folder)."
-            if pickles
-            else f"{label} needs {CONFIG} and {WEIGHTS} (SAELens's format; save_sae writes it)."
-        )
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        recorded = (config.get("metadata") or {}).get("weights_sha256")
-    except (ValueError, AttributeError) as error:
-        raise NotAnSAE(
-            f"{label}: {CONFIG} is not a JSON object ({error}): copy the folder again."
-        ) from error
-    if recorded and recorded != sha256_file(folder / WEIGHTS):
-        raise NotAnSAE(
-            f"{label}: {WEIGHTS} does not match the hash in {CONFIG}: cut off or changed. Copy it again."
-        )
-    with _readable(label):
-        sae = SAE.load_from_disk(folder, device=device, dtype=str(dtype).removeprefix("torch."))
-    return finish(sae, label)
-
-
-def _load_release(release: str, sae_id: str, device: str, dtype: torch.dtype) -> SparseAutoencoder:
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    from sae_lens import SAE
-
-    repository_of(release, sae_id)  # refuses unknown names and pickles before anything is fetched
-    label = f"{release} {sae_id}"
-    try:
-        with _readable(label):
-            sae = SAE.from_pretrained(
-                release, sae_id, device=device, dtype=str(dtype).removeprefix("torch.")
-            )
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled) as error:
-        offline = (
-            " HF_HUB_OFFLINE is set: unset it for that."
-            if os.environ.get("HF_HUB_OFFLINE") == "1"
-            else ""
-        )
-        raise SAENotHere(
-            f"{label} is not in the cache and could not be fetched ({_first_line(error)}). While online, run: "
-            f"{COMMAND} download {release} {sae_id}.{offline} Gated repositories need HF_TOKEN."
-        ) from error
-    return finish(sae, label)
-
-
-@contextmanager
-def _readable(label: str) -> Iterator[None]:
-    """SAELens's and safetensors' errors in terms of what the user can do."""
-    try:
-        with warnings.catch_warnings():  # the processing it warns of is applied by input_transform
-            warnings.filterwarnings(
-                "ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs"
-            )
-            yield
-    except (SafetensorError, EOFError, zipfile.BadZipFile) as error:
-        raise NotAnSAE(
-            f"{label}: the weights are cut off or damaged ({_first_line(error)}). Fetch them again."
-        ) from error
-    except KeyError as error:
-        raise NotAnSAE(
-            f"{label}: {CONFIG} lacks or does not know {error} (`architecture`, `dtype`, sizes)."
-        ) from error
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise NotAnSAE(
-            f"{label}: weights and config do not fit each other ({_first_line(error, 3)})."
-        ) from error
-
-
-def finish(sae: Any, label: str) -> SparseAutoencoder:
-    """What every loaded SAE goes through: refused without a hook or with NaN; eval mode, no
-    gradients."""
-    if not sae.cfg.metadata.hook_name:
-        raise NotAnSAE(
-            f"{label} does not say which hook it reads. Add metadata.hook_name to {CONFIG}, and "
-            'metadata.sae_lens_version "6.0.0" or later: without it SAELens drops the metadata as it loads.'
-        )
-    for key, value in sae.state_dict().items():
-        if not torch.isfinite(value).all():
-            raise NotAnSAE(
-                f"{label}: {key} holds NaN or Inf: a damaged file, or a training that diverged."
-            )
-    vars(sae.cfg.metadata).pop(
-        "weights_sha256", None
-    )  # true of that file, not of what is made from this object
-    sae.turn_off_forward_pass_hook_z_reshaping()  # input_transform joins the heads
-    return sae.eval().requires_grad_(False)
-
-
-def inference_form(trained: Any) -> Any:
-    """The SAE that SAELens would load after saving one in training form: decoder norms folded."""
-    from sae_lens import SAE
-
-    state = dict(trained.state_dict())
-    trained.process_state_dict_for_saving_inference(state)
-    sae = SAE.from_dict(trained.cfg.get_inference_sae_cfg_dict())
-    sae.load_state_dict({key: value.detach().clone() for key, value in state.items()})
-    return sae.eval().requires_grad_(False)
-
-
-def _first_line(error: BaseException, lines: int = 1) -> str:
-    return " ".join((str(error).strip() or type(error).__name__).splitlines()[:lines])
-
-
 def check_sae(sae: SparseAutoencoder, model: TransformerBridge) -> None:
-    """Raise unless the SAE belongs at its hook in this model; returns nothing.
+    """Raise unless the SAE belongs at its hook in this model.
 
-    Raises SAEMismatch for another model (by name, or by weights where the SAE recorded them),
-    another width, another device, and processing that cannot be expressed; UnknownHook for a hook
-    the model has not; ValueError for a model in train mode.
+    SAEMismatch for another model (by name, or by weights where the SAE recorded them), another
+    width, and processing that cannot be expressed; UnknownHook for a hook the model has not;
+    ValueError for a model in train mode.
     """
-    hook, made_for, given = sae_hook(sae), sae_model(sae), model_name(model)
+    hook, given = sae_hook(sae), model_name(model)
+    made_for = sae.cfg.metadata.model_name
     if made_for and plain_name(made_for) != plain_name(given):
-        raise SAEMismatch(
-            f"The SAE was made for {made_for}, the model is {given}: load_model({made_for!r})."
-        )
+        raise SAEMismatch(f"The SAE was made for {made_for}, the model is {given}: load that one.")
     check_hooks(model, [hook])
-    shape = hook_names(model)[hook]
+    shape = hook_names(model)[hook]  # of one text of two tokens
     if shape[:2] != (1, 2) or math.prod(shape[2:]) != sae.cfg.d_in:
-        raise SAEMismatch(
-            f"The SAE reads vectors of width {sae.cfg.d_in}, {hook} of {given} gives {' x '.join(map(str, shape[2:]))}."
-        )
+        raise SAEMismatch(f"The SAE has width {sae.cfg.d_in}, {hook} of {given} gives {shape[2:]}.")
     # The twin that stands in for whole notebooks must be read by the model's SAE: that is what it
     # is the control of
     recorded = None if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else sae.cfg.metadata.model_key
     if recorded and model.cfg.dtype == torch.float32 and recorded != model_key(model):
-        raise SAEMismatch(
-            f"The SAE was trained on {made_for} with weights {recorded}, this {given} has {model_key(model)}: other "
-            "or processed weights. Load the model that was meant, afresh, or train the SAE again."
-        )
-    if torch.device(sae.cfg.device).type != torch.device(model.cfg.device).type:
-        raise SAEMismatch(
-            f"The SAE is on {sae.cfg.device}, the model on {model.cfg.device}: sae.to(...) one of them."
-        )
+        weights = f"weights {recorded}, this {given} has {model_key(model)}, other or processed"
+        raise SAEMismatch(f"The SAE was trained on {weights}: load the model that was meant.")
     check_eval(model)
     _centred(sae, model)
 
 
 def _centred(sae: SparseAutoencoder, model: TransformerBridge) -> bool:
-    """Whether the SAE's input has its mean over d_model removed; SAEMismatch for other
-    processing."""
-    asked = {
-        key for key, value in (sae.cfg.metadata.model_from_pretrained_kwargs or {}).items() if value
-    }
-    writes = bool(RESIDUAL.search(sae_hook(sae)))
-    allowed = (
-        HARMLESS
-        | {"center_writing_weights"}
-        | (VALUE_BIASES if writes or ".mlp." in sae_hook(sae) else set())
-    )
-    if asked - allowed:
+    """Whether the SAE's input has its mean over d_model removed; SAEMismatch for processing that
+    cannot be had from the unprocessed model."""
+    hook, processing = sae_hook(sae), sae.cfg.metadata.model_from_pretrained_kwargs or {}
+    applied = {name for name, value in processing.items() if value}
+    applied -= UNCHANGED | LOADING
+    writes = bool(RESIDUAL.search(hook))
+    if writes or ".mlp." in hook:
+        applied -= VALUE_BIASES
+    if other := applied - {"center_writing_weights"}:
+        names = ", ".join(sorted(other))
         raise SAEMismatch(
-            f"The SAE was trained on a model loaded with {', '.join(sorted(asked - allowed))}; at {sae_hook(sae)} that "
-            "cannot be had from the unprocessed model, so its features would be others than it learned."
+            f"No unprocessed model gives at {hook} what one loaded with {names} does."
         )
     # RMSNorm reads the mean too, so TransformerLens leaves such models uncentred
-    return (
-        "center_writing_weights" in asked
-        and writes
-        and str(model.cfg.normalization_type) in {"LN", "LNPre"}
-    )
+    layer_norm = str(model.cfg.normalization_type) in {"LN", "LNPre"}
+    return bool(applied) and writes and layer_norm
 
 
 @dataclass(frozen=True)
@@ -447,28 +307,20 @@ class InputTransform:
 def input_transform(sae: SparseAutoencoder, model: TransformerBridge) -> InputTransform:
     """What the SAE was trained on from what this model computes. Raises as `check_sae`."""
     check_sae(sae, model)
-    return InputTransform(_centred(sae, model), hook_names(model)[sae_hook(sae)][2:])
+    return InputTransform(centred=_centred(sae, model), width=hook_names(model)[sae_hook(sae)][2:])
 
 
 def sae_key(sae: SparseAutoencoder) -> str:
-    """Content key of an SAE: every tensor that it holds."""
-    tensors = sae.state_dict() if isinstance(sae, torch.nn.Module) else vars(sae)
-    parts = [
-        (k, v.detach().cpu().contiguous())
-        for k, v in sorted(tensors.items())
-        if isinstance(v, Tensor)
-    ]
-    settings = {
-        k: v for k, v in vars(sae.cfg).items() if isinstance(v, int | float | str | bool)
-    }  # k of a TopK SAE
-    raw = [
-        p
-        for k, v in parts
-        for p in (k, list(v.shape), v.reshape(-1).view(torch.uint8).numpy().tobytes())
-    ]
-    return content_key(
-        type(sae).__name__, {k: v for k, v in settings.items() if k != "device"}, *raw
-    )
+    """Content key of an SAE: every tensor that it holds, and numbers such as the k of a TopK."""
+    held = sae.state_dict() if isinstance(sae, torch.nn.Module) else vars(sae)
+    settings = {**vars(sae.cfg), **held, "device": None}
+    settings = {k: v for k, v in settings.items() if isinstance(v, int | float | str | bool)}
+    tensors = []
+    for name, value in sorted(held.items()):
+        if isinstance(value, Tensor):
+            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            tensors += [name, list(value.shape), raw.numpy().tobytes()]
+    return content_key(type(sae).__name__, settings, *tensors)
 
 
 @torch.inference_mode()

@@ -1,32 +1,31 @@
-"""Which SAEs the hub has and which of their files are on this machine: SAELens's registry, read
-offline.
+"""Which SAEs the hub has and which of their files are on this machine; no network, no SAE loaded.
 
-Nothing here loads an SAE. Releases whose weights are pickles are refused by name.
+SAELens keeps its table of releases in a file of its package. It is read as a file: importing
+SAELens brings TransformerLens along, ten seconds for a table.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.util
 import os
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 
 from lenslab.files import HUB, sha256_file
 
-# SAELens's readers of releases whose weights are pickles
-PICKLE_READERS = {
-    "connor_rob_hook_z",
-    "goodfire",
-    "deepseek_r1",
-    "qwen_scope",
-    "dictionary_learning_1",
-}
+# SAELens's readers of releases whose weights are pickles, which can run code when opened
+PICKLED = {"connor_rob_hook_z", "goodfire", "deepseek_r1", "qwen_scope", "dictionary_learning_1"}
 
-
-COMMAND = ".venv/bin/python -m lenslab.sae.hub"  # what errors advise: it serves at the shell and beside a notebook
+COMMAND = ".venv/bin/python -m lenslab.sae.hub"  # what errors advise
 
 
 class NotAnSAE(ValueError):
@@ -38,69 +37,63 @@ class SAENotHere(FileNotFoundError):
     reached."""
 
 
+@cache
+def releases() -> dict[str, dict[str, Any]]:
+    """Releases by name, as SAELens writes them: `model`, `repo_id`, `conversion_func` (what reads
+    their files), and `saes`, each with `id` and `path`."""
+    package = importlib.util.find_spec("sae_lens").submodule_search_locations[0]
+    text = Path(package, "pretrained_saes.yaml").read_text(encoding="utf-8")
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def releases_of(model: str) -> list[str]:
+    """Names of the releases for a model, under any of its usual names."""
+    wanted = plain_name(model)
+    return [name for name in sorted(releases()) if plain_name(releases()[name]["model"]) == wanted]
+
+
+def paths_of(release: str) -> dict[str, str]:
+    """SAE id -> path in the repository."""
+    return {sae["id"]: str(sae["path"]) for sae in releases()[release]["saes"]}
+
+
+def is_safe(release: str) -> bool:
+    """Whether its weights are not pickles."""
+    return releases()[release].get("conversion_func") not in PICKLED
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The names most like one that does not exist, in words."""
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
+    return f"Nearest: {', '.join(near) or 'none'}."
+
+
 def plain_name(name: str) -> str:
     """gpt2-small, gpt2 and openai-community/gpt2 are one model."""
     return HUB.get(name, name).rstrip("/").split("/")[-1].lower()
 
 
-def registry() -> dict[str, Any]:
-    """SAELens's table of releases by name; read from its package, no network."""
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
-    return get_pretrained_saes_directory()
-
-
 def repository_of(release: str, sae_id: str) -> tuple[str, str]:
-    """(hub repository, path in it); NotAnSAE for a name the registry has not and for pickles."""
-    known = registry().get(release)
-    if known is None and "/" not in release:
-        near = difflib.get_close_matches(release, registry(), n=3)
-        raise NotAnSAE(
-            f"No release {release!r}. Nearest: {', '.join(near) or 'none'}; {COMMAND} list shows all."
-        )
-    if known is None:
-        return release, sae_id
-    if sae_id not in known.saes_map:
-        near = difflib.get_close_matches(sae_id, known.saes_map, n=3, cutoff=0.3)
-        raise NotAnSAE(
-            f"{release} has no SAE {sae_id!r}. Nearest: {', '.join(near) or 'none'}. {_some_ids(release)}"
-        )
-    if known.conversion_func in PICKLE_READERS:
-        raise NotAnSAE(
-            f"{release} stores its weights as pickles, which can run code when opened and are never loaded here. "
-            f"Releases for {known.model} in safe formats: {COMMAND} list --model {known.model}, column `format`."
-        )
-    return known.repo_id, known.saes_map[sae_id]
+    """(hub repository, path in it). NotAnSAE for what the registry has not, and for pickles."""
+    if release not in releases():
+        if "/" in release:  # any repository of the hub
+            return release, sae_id
+        near = nearest(release, releases())
+        raise NotAnSAE(f"No release {release!r}. {near} {COMMAND} list shows all.")
+    paths = paths_of(release)
+    if sae_id not in paths:
+        raise NotAnSAE(f"{release} has no SAE {sae_id!r}. {nearest(sae_id, paths)}")
+    if not is_safe(release):
+        safe = f"{COMMAND} list --model {releases()[release]['model']}"
+        raise NotAnSAE(f"{release} holds pickles, which can run code: refused. Others: {safe}")
+    return releases()[release]["repo_id"], paths[sae_id]
 
 
-def _some_ids(release: str, shown: int = 5) -> str:
-    ids = list(registry()[release].saes_map)
-    return f"It has {len(ids)}, among them {', '.join(ids[:shown])}."
-
-
-def refuse_release_alone(name: str) -> None:
-    """Raise NotAnSAE, with some ids, where `name` is a whole release: one of its SAEs must be named
-    too."""
-    if name in registry():
-        some = next(iter(registry()[name].saes_map))
-        raise NotAnSAE(
-            f"{name} is a release of several SAEs: name one of them, as load_sae({name!r}, {some!r}) or on the command "
-            f"line after the release. {_some_ids(name)}"
-        )
-
-
-def cached_files(repository: str, path: str) -> list[Path]:
+def cached_files(repository: str, path: str = "") -> list[Path]:
     """Files of a hub repository at or below a path that are in the cache, in any snapshot."""
-    from huggingface_hub import constants
-
-    snapshots = Path(
-        constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots"
-    ).glob("*")
-    places = [snapshot / path for snapshot in snapshots]
-    files = [
-        file for place in places for file in ([place] if place.is_file() else place.rglob("*"))
-    ]
-    return [file for file in files if file.is_file()]
+    root = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"))
+    paths = [*root.glob(f"snapshots/*/{path}"), *root.glob(f"snapshots/*/{path}/**/*")]
+    return [file for file in paths if file.is_file()]
 
 
 def intact(file: Path) -> bool:
@@ -118,27 +111,33 @@ def intact(file: Path) -> bool:
     return True
 
 
-def is_cached(release: str, sae_id: str) -> bool:
-    """Whether the weights of a release's SAE are on this machine; whole or not, loading will
-    tell."""
-    known = registry()[release]
-    files = cached_files(known.repo_id, known.saes_map[sae_id])
-    return any(file.suffix in {".safetensors", ".npz"} for file in files)
+def damaged_files(release: str, sae_id: str) -> list[Path]:
+    """Cached files of an SAE that are cut off or changed. Raises as `repository_of`."""
+    return [file for file in cached_files(*repository_of(release, sae_id)) if not intact(file)]
+
+
+def cached_ids(release: str) -> list[str]:
+    """The SAEs of a release whose weights are on this machine in a safe format; whole or not,
+    loading will tell."""
+    repository, paths = releases()[release]["repo_id"], paths_of(release)
+    if not is_safe(release) or not cached_files(repository):
+        return []
+    suffixes = {
+        sae_id: {file.suffix for file in cached_files(repository, path)}
+        for sae_id, path in paths.items()
+    }
+    return [sae_id for sae_id, here in suffixes.items() if here & {".safetensors", ".npz"}]
 
 
 def list_releases(model: str | None = None) -> pd.DataFrame:
-    """SAELens's registry, offline: one row per release; `cached` counts SAEs whose weights are on
-    this machine.
-
-    `model` restricts it to one model, under any of its usual names.
+    """One row per release (of `model`, under any of its usual names): `release`, `model`, `saes`,
+    `repository`, `format`, and `cached`, how many of its SAEs have their weights on this machine.
     """
-    rows = []
-    for name, release in registry().items():
-        if model is None or plain_name(model) == plain_name(release.model):
-            ids = release.saes_map if cached_files(release.repo_id, "") else ()
-            here = sum(is_cached(name, sae_id) for sae_id in ids)
-            safe = "pickle, refused" if release.conversion_func in PICKLE_READERS else "safe"
-            rows.append((name, release.model, len(release.saes_map), release.repo_id, safe, here))
-    return pd.DataFrame(
-        rows, columns=["release", "model", "saes", "repository", "format", "cached"]
-    )
+    names = list(releases()) if model is None else releases_of(model)
+    table = pd.DataFrame({"release": names})
+    table["model"] = [releases()[name]["model"] for name in names]
+    table["saes"] = [len(paths_of(name)) for name in names]
+    table["repository"] = [releases()[name]["repo_id"] for name in names]
+    table["format"] = ["safe" if is_safe(name) else "pickle, refused" for name in names]
+    table["cached"] = [len(cached_ids(name)) for name in names]
+    return table
