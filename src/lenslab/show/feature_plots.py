@@ -49,7 +49,7 @@ def text_feature_heatmap(
     figure.update_traces(hovertemplate="%{x}<br>%{y}: %{customdata:.3f}<extra></extra>")
     figure.update_xaxes(plots.ticks(names, most=len(names)), showticklabels=False)
     # the strip, each category's name over it, and white lines between them
-    above = {"yref": "paper", "yanchor": 1, "ysizemode": "pixel", "y0": 5, "y1": 17}
+    above = {"type": "rect", "yref": "paper", "yanchor": 1, "ysizemode": "pixel", "y0": 5, "y1": 17}
     name = {"yref": "paper", "y": 1, "yshift": 18, "yanchor": "bottom", "xanchor": "left"}
     for i, group in enumerate(groups):
         start, end = first[i] - 0.5, first[i + 1] - 0.5
@@ -71,11 +71,9 @@ def category_feature_heatmap(
     figure = share_cells(values, features, categories)
     figure.update_traces(hovertemplate="%{y}, %{x}<br>mean %{customdata:.3f}<extra></extra>")
     figure.update_traces(xgap=1, ygap=1)
-    column = 26
     if values.size <= MOST_NUMBERS:
-        column = 62
         figure.update_traces(text=np.round(values, 4), texttemplate="%{text:.3~g}")
-    width = min(max(460, 220 + column * len(features)), 1100)
+    width = min(max(460, 220 + 62 * len(features)), 1100)
     return styled(figure, title=title, height=190 + 30 * len(categories), width=width)
 
 

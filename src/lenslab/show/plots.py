@@ -198,6 +198,8 @@ def intervals(
     colour = colours(series, controls)
     for i, (name, (value, low, high)) in enumerate(series.items()):
         value = numbers(value)
+        if len(value) != len(labels):
+            raise ValueError(f"{name}: {len(value)} values for {len(labels)} labels.")
         figure.add_scatter(
             x=value.tolist(),
             y=(np.arange(len(labels)) + (i - (len(series) - 1) / 2) * step).tolist(),
@@ -279,19 +281,13 @@ def scatter(
     rest = np.flatnonzero(~chosen)
     drawn = rest[:: max(-(-len(rest) // MOST_POINTS), 1)]
     thinned = f" ({len(drawn):,} of {len(rest):,} drawn)" if len(drawn) < len(rest) else ""
-    grey = (drawn, f"others{thinned}", {"color": CONTROL, "size": 5, "opacity": 0.6})
-    accent = (np.flatnonzero(chosen), marked_name, {"color": ACCENT, "size": 9})
-    for rows, name, marker in (grey, accent):
-        figure.add_scatter(
-            x=x[rows],
-            y=y[rows],
-            text=text[rows],
-            name=label(name, 60),
-            marker=marker,
-            mode="markers",
-            textposition="top center",
-            hovertemplate="%{text}: %{x:.3f}, %{y:.3f}",
-        )
-    if chosen.sum() <= MOST_NAMES:
-        figure.data[-1].mode = "markers+text"
+    mode = "markers+text" if chosen.sum() <= MOST_NAMES else "markers"
+    grey = {"mode": "markers", "marker": {"color": CONTROL, "size": 5, "opacity": 0.6}}
+    accent = {"mode": mode, "marker": {"color": ACCENT, "size": 9}, "textposition": "top center"}
+    marks = np.flatnonzero(chosen)
+    for rows, name, style in ((drawn, f"others{thinned}", grey), (marks, marked_name, accent)):
+        if len(rows):
+            points = {"x": x[rows], "y": y[rows], "text": text[rows], "name": label(name, 60)}
+            hover = "%{text}: %{x:.3f}, %{y:.3f}"
+            figure.add_scatter(**points, **style, hovertemplate=hover)
     return styled(figure, height=480, legend=True, **titles)

@@ -186,7 +186,7 @@ def highlight_batch(
     values = numbers(values)
     if values.shape != tuple(batch.tokens.shape):
         raise ValueError(f"values are {list(values.shape)}, the batch {list(batch.tokens.shape)}.")
-    rows = np.arange(len(batch)) if rows is None else np.asarray(rows, dtype=int)
+    rows = [int(row) for row in (range(len(batch)) if rows is None else rows)]
     labels = [""] * len(rows) if labels is None else labels
     # the scale of all, however few are shown
     scale = scale or np.abs(values[batch.real.cpu()]).max(initial=0)
