@@ -18,6 +18,7 @@ import signal
 import sys
 from pathlib import Path
 
+from build_site import write_index
 from notebook_execution import (
     OFFLINE,
     Execution,
@@ -29,7 +30,6 @@ from notebook_execution import (
 )
 
 from lenslab.files import REPOSITORY, outputs_path, write_json
-from lenslab.show.index import write_index
 
 
 def resolve_model(model: str, caller: str | None = None) -> str:

@@ -11,11 +11,9 @@ import scipy.sparse
 import torch
 
 from lenslab.features.activations import FeatureActivations, encode_features
-from lenslab.features.contexts import find_contexts
-from lenslab.features.readings import vocabulary_effects
 from lenslab.files import REPOSITORY
 from lenslab.models import model_name
-from lenslab.show.explore import explore_feature, feature_explorer
+from lenslab.show.explore import FeatureExplorer, explore_feature
 from lenslab.tokens import tokenize
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -58,7 +56,8 @@ def fa(model):
 
 @pytest.fixture
 def explorer(model, sae):
-    return feature_explorer(model, sae, TEXTS, categories=KINDS, text="A cat sat on the mat.")
+    encoded = encode_features(model, sae, tokenize(model, TEXTS))
+    return FeatureExplorer(model, sae, encoded, categories=KINDS, text="A cat sat on the mat.")
 
 
 def listed(explorer) -> list[int]:
@@ -70,15 +69,36 @@ def test_a_features_page_holds_statistics_texts_categories_and_its_link(fa):
     assert f"fires on 3 of {fa.batch.n_real} tokens" in body and "in 3 of 4 texts" in body
     assert "largest 4.000" in body and "where it fires 2.333" in body
     assert "Strongest texts: 2 of 3" in body and "Weaker texts: 1" in body
-    assert [float(m) for m in re.findall(r"max (\d\.\d{3})<", body)] == [4.0, 2.0, 1.0]
+    assert maxima(body) == [4.0, 2.0, 1.0]
     assert 'href="https://www.neuronpedia.org/some-model/1-res/1"' in body
     assert "S&lt;A&gt;E" in body and "&lt;b&gt;prose" in body and ">prose</b>" in body
-    rows = re.findall(r"<tr><td>(.*?)</td><td>(\d of \d)</td><td>.*?(\d\.\d+)</\w+></td>", body)
-    assert rows == [
-        ("prose", "2 of 2", "2.500"),
-        ("math", "1 of 1", "2.000"),
-        ("&lt;b&gt;prose", "0 of 1", "0.000"),
+    cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", body)]
+    assert cells == [
+        *("prose", "2", "2", "2.500", "4.000"),
+        *("math", "1", "1", "2.000", "2.000"),
+        *("&lt;b&gt;prose", "0", "1", "0.000", "0.000"),
     ]
+
+
+def maxima(body: str) -> list[float]:
+    """The maxima of the texts on a page, in order."""
+    return [float(most) for most in re.findall(r"max (\d+\.\d{3})<", body)]
+
+
+@pytest.mark.parametrize(
+    ("n", "spread", "weaker"),
+    [(2, 2, [6, 2]), (2, 3, [7, 4, 2]), (4, 4, [6, 4, 3, 1]), (8, 4, [2, 1])],
+)
+def test_weaker_texts_are_spread_evenly_over_the_ranks(model, n, spread, weaker):
+    """Ten texts with 10 to 1: the middles of equal shares of those below the strongest."""
+    batch = tokenize(model, ["A cat sat"] * 10)
+    text, position = (axis.numpy() for axis in batch.real.nonzero(as_tuple=True))
+    values = np.where(position == position.min(), 10 - text, 0).astype(np.float32)
+    matrix = scipy.sparse.csr_array(values[:, None])
+    ranked = FeatureActivations(matrix, text, position, batch, "SAE", "m", HOOK, "key", None)
+    body = explore_feature(ranked, 0, n=n, spread=spread).body
+    assert maxima(body) == [*range(10, 10 - n, -1), *weaker]
+    assert f"Weaker texts: {len(weaker)}, evenly over the other {10 - n}" in body
 
 
 def test_all_its_texts_are_on_one_scale(fa):
@@ -89,40 +109,19 @@ def test_all_its_texts_are_on_one_scale(fa):
 
 def test_a_feature_that_never_fires_says_so_and_one_that_is_not_there_is_refused(fa):
     assert "never active in these 4 texts" in explore_feature(fa, 0, categories=KINDS).body
-    with pytest.raises(ValueError, match="Feature 3 is not one of 0 to 2"):
+    with pytest.raises(ValueError, match="Feature 3"):
         explore_feature(fa, 3)
-    with pytest.raises(ValueError, match="2 categories for 4 texts"):
+    with pytest.raises(ValueError, match="2"):
         explore_feature(fa, 1, categories=["a", "b"])
 
 
-def test_contexts_and_vocabulary_effects_are_added_where_given(model, sae):
-    batch = tokenize(model, TEXTS)
-    fa = encode_features(model, sae, batch)
-    feature = int(fa.pool("max").sum(0).argmax())
-    contexts = find_contexts(model, sae, batch, features=[feature], k=2, progress=False)
-    effects = vocabulary_effects(model, sae, [feature], n=3)
-    body = explore_feature(fa, feature, contexts=contexts, effects=effects).body
-    assert f"Strongest contexts in {batch.n_real} tokens" in body
-    assert "<b>promoted</b>" in body and "<b>suppressed</b>" in body and "random direction" in body
-    ratios = effects.to_frame()["times_control"]
-    assert body.count('<i class="x">«') == int((ratios <= 1).sum())
-    other = (feature + 1) % 48
-    with pytest.raises(ValueError, match="not among the effects"):
-        explore_feature(fa, other, effects=effects)
-
-
 def test_the_explorer_begins_with_the_strongest_feature_of_the_text(explorer, model, sae):
-    pooled = (
-        encode_features(model, sae, tokenize(model, "A cat sat on the mat."))
-        .pool("max")
-        .toarray()[0]
-    )
+    encoded = encode_features(model, sae, tokenize(model, "A cat sat on the mat."))
+    pooled = encoded.pool("max").toarray()[0]
     by_strength = [int(f) for f in np.argsort(-pooled, kind="stable") if pooled[f] > 0]
-    assert listed(explorer) == by_strength
-    assert (
-        explorer.feature == explorer.telling[0] == explorer.number.value == explorer.strongest.value
-    )
-    assert f"Feature {explorer.feature} in this text" in explorer.output.value
+    assert listed(explorer) == by_strength and explorer.here.pool("max").nnz == len(by_strength)
+    assert explorer.number.value == explorer.strongest.value == explorer.telling[0]
+    assert f"Feature {explorer.number.value} in this text" in explorer.output.value
 
 
 def test_dense_features_do_not_come_first(explorer):
@@ -135,71 +134,57 @@ def test_dense_features_do_not_come_first(explorer):
 
 def test_typing_a_text_reads_it_and_shows_its_tokens(explorer):
     explorer.text.value = "2 + 2 = 4"
-    assert explorer.problem.value == "" and explorer._read == "2 + 2 = 4"
-    assert explorer.feature in listed(explorer)
-    values = explorer.here.of(explorer.feature)
+    assert explorer.problem.value == "" and explorer.here.batch.texts == ("2 + 2 = 4",)
+    assert explorer.number.value in listed(explorer)
+    values = explorer.here.of(explorer.number.value)
     assert f"max {float(values.max()):.3f}" in explorer.output.value
 
 
-def test_a_text_is_read_once(explorer, monkeypatch):
-    calls = []
-    original = type(explorer)._encode
-    monkeypatch.setattr(
-        type(explorer), "_encode", lambda self, text: (calls.append(text), original(self, text))
-    )
-    explorer.text.value = "Paris"
-    explorer.read.click()
-    assert calls == ["Paris"]
-
-
-def test_the_buttons_step_through_the_texts_features_and_back(explorer):
-    order = listed(explorer)
-    explorer.show(order[0])
-    explorer.next.click()
-    assert explorer.feature == order[1] == explorer.number.value == explorer.strongest.value
-    explorer.previous.click()
-    explorer.previous.click()
-    assert explorer.feature == order[-1]
+def test_the_list_steps_through_the_texts_features(explorer):
+    for feature in listed(explorer):
+        explorer.strongest.value = feature
+        assert explorer.number.value == feature
+        assert f"Feature {feature} in this text" in explorer.output.value
 
 
 def test_one_change_shows_a_feature_once(explorer, monkeypatch):
     """The list and the number box follow each other: a loop would draw every page several times."""
     calls = []
-    original = type(explorer).view
-    monkeypatch.setattr(
-        type(explorer), "view", lambda self, f: (calls.append(f), original(self, f))[1]
-    )
-    explorer.next.click()
-    explorer.number.value = 3
+    original = FeatureExplorer.view
+
+    def counted(self):
+        calls.append(self.number.value)
+        return original(self)
+
+    monkeypatch.setattr(FeatureExplorer, "view", counted)
+    explorer.strongest.value = second = listed(explorer)[1]
+    explorer.number.value = other = next(f for f in range(48) if f not in listed(explorer))
     explorer.text.value = "Paris"
-    assert calls == [calls[0], 3, explorer.feature] and calls[0] != 3
+    assert calls == [second, other, explorer.number.value]
 
 
-def test_the_number_box_and_the_list_go_to_a_feature(explorer):
+def test_the_number_box_goes_to_any_feature(explorer):
     absent = next(f for f in range(48) if f not in listed(explorer))
     explorer.number.value = absent
-    assert explorer.feature == absent and explorer.strongest.value is None
-    assert (
-        f"Feature {absent} in this text" in explorer.output.value
-        and "Not active" in explorer.output.value
-    )
+    assert explorer.number.value == absent and explorer.strongest.value is None
+    assert f"Feature {absent} in this text" in explorer.output.value
+    assert "Not active" in explorer.output.value or "not active" in explorer.output.value
     explorer.strongest.value = listed(explorer)[2]
-    assert explorer.feature == listed(explorer)[2] == explorer.number.value
+    assert explorer.number.value == listed(explorer)[2]
     explorer.number.value = 10_000  # the box keeps to what there is
-    assert explorer.feature == 47
+    assert explorer.number.value == 47
 
 
 def test_a_bad_text_is_named_in_the_widget_which_goes_on_working(explorer):
     before = explorer.output.value
     for text, message in (
         ("", "no token"),
-        ("word " * 100, "exceed 64 tokens"),
+        ("word " * 100, "64 tokens"),
         ("\ud83d", "not valid Unicode"),
     ):
         explorer.text.value = text
         assert message in explorer.problem.value and 'role="alert"' in explorer.problem.value
         assert "Traceback" not in explorer.problem.value and explorer.output.value == before
-        assert not explorer.read.disabled
     explorer.text.value = "Paris"
     assert explorer.problem.value == "" and explorer.output.value != before
 
@@ -219,68 +204,64 @@ def test_a_script_in_a_text_stays_text(explorer):
     assert not re.search(r"<script|javascript:|onerror=", explorer.output.value)
 
 
-def test_without_other_texts_it_shows_the_typed_one_alone(model, sae):
-    explorer = feature_explorer(model, sae, text="Paris", feature=7)
-    assert explorer.feature == 7 and "Strongest texts" not in explorer.output.value
-
-
-def test_what_it_begins_with_is_checked_at_once(model, sae, fa):
-    with pytest.raises(ValueError, match="3 features, this SAE has 48"):
-        feature_explorer(model, sae, fa)
+def test_what_it_begins_with_is_checked_at_once(explorer, model, sae, fa):
+    with pytest.raises(ValueError, match="3 features"):
+        FeatureExplorer(model, sae, fa)
     with pytest.raises(ValueError, match="no token"):
-        feature_explorer(model, sae, text="")
+        FeatureExplorer(model, sae, explorer.fa, text="")
 
 
 def test_where_no_kernel_runs_the_same_page_is_left(explorer, monkeypatch):
     """The widget's output is dropped from what is committed; the page beside it is kept, and shown
     by our pages."""
+    from build_site import render_output
     from IPython.core.formatters import DisplayFormatter
     from nbformat.v4 import new_output
     from notebook_execution import without_widgets
 
-    from lenslab.show.index import render_output
-
     shown = []
-    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setattr("lenslab.show.explore.display", shown.append)
     explorer._ipython_display_()
     outputs = [new_output("display_data", DisplayFormatter().format(thing)[0]) for thing in shown]
     kept = without_widgets(outputs)
     assert len(outputs) == 2 and len(kept) == 1
     page, _ = render_output(kept[0], "output-1-0", "An explorer")
-    assert (
-        f"Feature {explorer.feature} in this text" in page
-        and "strongest features of this text" in page
-    )
-    assert "<script" not in page
+    assert f"Feature {explorer.number.value} in this text" in page
+    assert "strongest features of this text" in page and "<script" not in page
 
 
 def test_the_live_widget_hides_the_page_beside_it(explorer):
-    name = re.search(r'<div class="(lenslab-static-\d+)">', str(explorer.static)).group(1)
+    name = re.search(r'<div class="(lenslab-static-\d+)">', str(explorer.static())).group(1)
     assert f".{name}{{display:none}}" in explorer.output.value
-    assert f".{name}{{display:none}}" not in str(explorer.static)
+    assert f".{name}{{display:none}}" not in str(explorer.static())
 
 
 def test_only_parts_of_ipywidgets_itself_are_used(explorer):
-    import ipywidgets
-
     def parts(widget):
         yield widget
         for child in getattr(widget, "children", ()):
             yield from parts(child)
 
     modules = {part._model_module for part in parts(explorer.box)}
-    assert modules == {"@jupyter-widgets/controls"} and all(
-        type(part).__module__.startswith("ipywidgets.") for part in parts(explorer.box)
-    )
-    assert isinstance(explorer.output, ipywidgets.HTML)
+    assert modules == {"@jupyter-widgets/controls"}
 
 
 def test_categories_may_be_a_column_of_a_table(fa):
     column = pd.Series(KINDS, index=[7, 5, 3, 1])
-    assert (
-        explore_feature(fa, np.int64(1), categories=column).body
-        == explore_feature(fa, 1, categories=KINDS).body
-    )
+    by_list = explore_feature(fa, 1, categories=KINDS).body
+    assert explore_feature(fa, np.int64(1), categories=column).body == by_list
+
+
+def test_the_typed_text_and_the_others_are_on_one_scale(explorer):
+    feature = explorer.number.value
+    largest = max(float(explorer.here.of(feature).max()), float(explorer.fa.of(feature).max()))
+    scales = re.findall(r"([\d.]+)</span> one scale", explorer.output.value)
+    assert len(scales) >= 2 and set(scales) == {f"{largest:.3f}"}
+    other = max(listed(explorer), key=lambda f: float(explorer.fa.of(f).max()))
+    explorer.number.value = other  # one that is stronger in the others
+    assert float(explorer.fa.of(other).max()) > float(explorer.here.of(other).max())
+    assert f"{float(explorer.fa.of(other).max()):.3f}</span> one scale" in explorer.output.value
+    assert "above the scale" not in explorer.output.value
 
 
 @pytest.mark.browser
@@ -291,8 +272,8 @@ def test_the_page_left_without_a_kernel_opens_offline_and_runs_nothing(
 
     monkeypatch.setenv("LENSLAB_OUTPUTS", str(tmp_path))
     explorer.text.value = "<script>document.title='owned'</script><img src=x onerror=alert(1)>"
-    page = explorer._static().save("explorer")
+    page = explorer.static().save("explorer")
     dom, console = open_page(page, tmp_path / "profile")
     assert not console and "<title>Features</title>" in dom
     assert "<script" not in dom and "<img" not in dom
-    assert f"Feature {explorer.feature} in this text" in dom and "<mark" in dom
+    assert f"Feature {explorer.number.value} in this text" in dom and "<mark" in dom

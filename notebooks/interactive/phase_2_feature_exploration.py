@@ -549,9 +549,9 @@ for name, inside in (("music", about), ("Python", labels.category == "python")):
 # the same is shown as it stands.
 
 # %%
-from lenslab.show.explore import feature_explorer
+from lenslab.show.explore import FeatureExplorer
 
-explorer = feature_explorer(model, sae, fa, categories=list(labels.category), feature=feature)
+explorer = FeatureExplorer(model, sae, fa, categories=list(labels.category), feature=feature)
 print(f"features that fire in the example text: {explorer.here.pool('max').nnz}")
 explorer
 

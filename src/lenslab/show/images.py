@@ -7,8 +7,8 @@ for GitHub.
    stores.
 3. With `LENSLAB_PNG=1` (set by `make notebooks`) it adds `image/png`, drawn by kaleido in Chromium.
    Without Chromium it says so once and goes on: a missing picture never fails a notebook.
-4. `save_figure` and `save_table` write into `outputs/results/`; every saved figure shares one local
-   `plotly.min.js`, so that pages open offline and stay small.
+4. `save_figure` writes a page into `outputs/results/`; all of them share one local `plotly.min.js`,
+   so that they open offline and stay small.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.io.base_renderers import MimetypeRenderer
@@ -34,16 +33,9 @@ from plotly.offline import get_plotlyjs
 from lenslab.files import atomic_write, outputs_path
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
-
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-
-
-MAC_BROWSER = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
-
-
-DIGITS = 6  # significant digits of floats in a figure's lists: float32 holds as many
-
+MAC_BROWSER = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
+BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
+PAGE_STYLE = "body{font:16px/1.55 Helvetica,Arial,sans-serif;max-width:1000px;margin:2em auto}"
 
 _png_failed = False  # one message and no further attempts: each attempt costs seconds
 
@@ -51,40 +43,35 @@ _png_failed = False  # one message and no further attempts: each attempt costs s
 def find_browser() -> str | None:
     """Path of a Chromium or Chrome: `$BROWSER_PATH`, else the usual names on PATH, else None."""
     named = os.environ.get("BROWSER_PATH")
-    if named:
-        return shutil.which(named)
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    return found or (str(MAC_BROWSER) if MAC_BROWSER.exists() else None)
+    names = [named] if named else [*BROWSERS, MAC_BROWSER]
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 def compact(value: Any) -> Any:
     """A figure's JSON with float64 arrays as float32 and floats in lists cut to six significant
-    digits.
+    digits, of which float32 holds as many.
 
     Keeps structure, integers, text and NaN; a value beyond float32's range stays in double
     precision.
     """
-    if isinstance(value, dict):
-        if value.get("dtype") == "f8" and "bdata" in value:
-            wide = np.frombuffer(base64.b64decode(value["bdata"]), dtype="<f8")
-            with np.errstate(over="ignore"):
-                narrow = wide.astype("<f4")
-            if np.array_equal(np.isinf(wide), np.isinf(narrow)):
-                return {
-                    **value,
-                    "dtype": "f4",
-                    "bdata": base64.b64encode(narrow.tobytes()).decode("ascii"),
-                }
-            return value
-        return {key: compact(item) for key, item in value.items()}
     if isinstance(value, list):
         return [compact(item) for item in value]
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if not isinstance(value, dict):
+        return value
+    if value.get("dtype") != "f8":
+        return {key: compact(item) for key, item in value.items()}
+    wide = np.frombuffer(base64.b64decode(value["bdata"]), dtype="<f8")
+    with np.errstate(over="ignore"):
+        narrow = wide.astype("<f4")
+    if not np.array_equal(np.isinf(wide), np.isinf(narrow)):
+        return value
+    return value | {"dtype": "f4", "bdata": base64.b64encode(narrow.tobytes()).decode("ascii")}
 
 
 def figure_json(figure: go.Figure | dict[str, Any]) -> dict[str, Any]:
-    """`data` and `layout` of a figure, compact, without plotly's default template spelled out
-    twice."""
+    """`data` and `layout` of a figure, compact."""
     raw = json.loads(pio.to_json(figure, validate=False))
     return {"data": compact(raw.get("data", [])), "layout": raw.get("layout", {})}
 
@@ -98,23 +85,24 @@ def render_png(figure: go.Figure | dict[str, Any]) -> bytes | None:
     try:
         import kaleido
 
-        browser = find_browser()
-        if browser is None:
+        if (browser := find_browser()) is None:
             raise FileNotFoundError("no Chromium or Chrome found")
         # One browser for all figures of a kernel. Without `mathjax=False` kaleido's page loads it
         # from a CDN.
         kaleido.start_sync_server(path=browser, mathjax=False, silence_warnings=True)
-        with (
-            warnings.catch_warnings()
-        ):  # plotly passes options that a running server has no use for
+        with warnings.catch_warnings():
+            # plotly passes options that a running server has no use for
             warnings.filterwarnings("ignore", message="The kopts argument")
             return pio.to_image(figure, format="png", scale=1, validate=False)
-    except (
-        Exception
-    ) as problem:  # whatever kaleido or the browser raise: a notebook must not fail over a picture
+    except Exception as problem:  # whatever kaleido or the browser raise
         _png_failed = True
         print(f"No PNG beside the figures ({type(problem).__name__}: {problem}).", file=sys.stderr)
         return None
+
+
+def wanted_png(figure: go.Figure | dict[str, Any]) -> bytes | None:
+    """As `render_png`, where `LENSLAB_PNG=1` asks for pictures."""
+    return render_png(figure) if os.environ.get("LENSLAB_PNG") == "1" else None
 
 
 class FigureRenderer(MimetypeRenderer):
@@ -124,20 +112,16 @@ class FigureRenderer(MimetypeRenderer):
     def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
         if not _in_kernel():  # a plain `python phase_1_loading.py` would print the JSON
             return {}
-        bundle: dict[str, Any] = {
-            PLOTLY_MIME: {**figure_json(fig_dict), "config": {"displaylogo": False}}
-        }
-        png = render_png(fig_dict) if os.environ.get("LENSLAB_PNG") == "1" else None
-        if png is not None:
+        figure = figure_json(fig_dict) | {"config": {"displaylogo": False}}
+        bundle: dict[str, Any] = {PLOTLY_MIME: figure}
+        if png := wanted_png(fig_dict):
             bundle["image/png"] = base64.b64encode(png).decode("ascii")
         return bundle
 
 
 def _in_kernel() -> bool:
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
+    from IPython import get_ipython
+
     return getattr(get_ipython(), "kernel", None) is not None
 
 
@@ -150,14 +134,18 @@ def set_up_figures() -> None:
 
 def figure_element(figure: dict[str, Any], identifier: str) -> str:
     """HTML of one figure (`data`, `layout`) for a page that has loaded `plotly.min.js` already."""
+    height = int(figure["layout"].get("height", 450))
+    parts = [
+        identifier,
+        figure["data"],
+        figure["layout"],
+        {"displaylogo": False, "responsive": True},
+    ]
     # `<` as \\u003c: no text inside a figure can close the script element
-    data, layout = (
-        json.dumps(figure.get(part, {})).replace("<", "\\u003c") for part in ("data", "layout")
-    )
-    height = figure.get("layout", {}).get("height", 450)
+    arguments = ",".join(json.dumps(part) for part in parts).replace("<", "\\u003c")
     return (
-        f'<div id="{html.escape(identifier)}" class="figure" style="min-height:{int(height)}px"></div>\n'
-        f"<script>Plotly.newPlot({json.dumps(identifier)},{data},{layout},{{displaylogo:false,responsive:true}});</script>"
+        f'<div id="{identifier}" class="figure" style="min-height:{height}px"></div>\n'
+        f"<script>Plotly.newPlot({arguments});</script>"
     )
 
 
@@ -171,49 +159,38 @@ def write_plotly_js(folder: Path) -> Path:
     return target
 
 
-def result_file(name: str, suffix: str) -> Path:
-    """`outputs/results/NAME.suffix`; raises ValueError for a name that is no plain file name."""
+def page(title: str, body: str, head: str = "") -> str:
+    """A whole HTML document; `title` is escaped here, `body` and `head` are HTML already."""
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{html.escape(title)}</title>\n"
+        f'<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">\n'
+        f"<style>{PAGE_STYLE}</style>{head}</head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def save_page(name: str, title: str, body: str, head: str = "") -> Path:
+    """Write `outputs/results/NAME.html`, titled by its name where there is no title; returns its
+    path. Raises ValueError for a name that is no plain file name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise ValueError(
-            f"{name!r} cannot name a result: use letters, digits, '_', '-' and '.' only."
-        )
-    return outputs_path("results", f"{name}{suffix}")
+        raise ValueError(f"{name!r} cannot name a result: letters, digits, '_', '-' and '.' can.")
+    file = outputs_path("results", f"{name}.html")
+    with atomic_write(file) as temporary:
+        text = page(title or name.replace("_", " "), body, head)
+        temporary.write_text(text, encoding="utf-8")
+    return file
 
 
 def save_figure(figure: go.Figure, name: str) -> Path:
     """Write `outputs/results/NAME.html` (interactive, offline) and NAME.png where PNGs are switched
-    on.
-
-    Returns the path of the page. Raises ValueError for a name that is no plain file name.
-    """
-    page = result_file(name, ".html")
-    write_plotly_js(page.parent)
-    content = figure_json(figure)
-    title = (content["layout"].get("title") or {}).get("text") or name.replace("_", " ")
-    text = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(plain(title))}</title>'
-        f'<link rel="icon" href="data:,"><script src="plotly.min.js"></script></head>\n<body>\n'
-        f"{figure_element(content, 'figure')}\n</body></html>\n"
-    )
-    with atomic_write(page) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    png = render_png(figure) if os.environ.get("LENSLAB_PNG") == "1" else None
-    if png is not None:
-        with atomic_write(page.with_suffix(".png")) as temporary:
+    on; returns the path of the page. Raises as `save_page`."""
+    element = figure_element(figure_json(figure), "figure")
+    title = plain(figure.layout.title.text or "")
+    file = save_page(name, title, element, '<script src="plotly.min.js"></script>')
+    write_plotly_js(file.parent)
+    if png := wanted_png(figure):
+        with atomic_write(file.with_suffix(".png")) as temporary:
             temporary.write_bytes(png)
-    return page
-
-
-def save_table(frame: pd.DataFrame, name: str) -> Path:
-    """Write `outputs/results/NAME.csv` (for people) and NAME.json (records, full precision);
-    returns the CSV."""
-    file = result_file(name, ".csv")
-    with atomic_write(file) as temporary:
-        frame.to_csv(temporary)
-    with atomic_write(result_file(name, ".json")) as temporary:
-        frame.reset_index().to_json(
-            temporary, orient="records", indent=1, double_precision=15, force_ascii=False
-        )
     return file
 
 

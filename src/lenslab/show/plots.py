@@ -1,85 +1,52 @@
-"""Figures: each function takes what was computed and returns a plotly figure; nothing here computes
-a finding.
+"""Figures of what was computed, by plotly; nothing here computes a finding.
 
-One look for all: white ground, thin grid, one accent colour for what the text is about and grey for
-its control, so that a reader knows which is which before reading the legend.
+One look for all: white ground, thin grid, colours for what the text is about and greys for its
+controls, so that a reader knows which is which before reading the legend. A control is known by its
+name. `**titles` are `title`, `x_title` and `y_title`.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-Values = Any  # numbers in a list, an array or a tensor on the CPU
-
-
+Values = Any  # numbers in a list, an array, a sparse matrix or a tensor
 Labels = Sequence | np.ndarray | pd.Series  # names or numbers
-
-
 Number = int | float | np.number
 
-
-ACCENT, CONTROL, SECOND, THIRD = "#c8502d", "#9aa0a6", "#2f6690", "#5b8e55"
-
-
-PALETTE = [ACCENT, SECOND, THIRD, "#8d6a9f", "#c49a2c", "#4aa3a2", "#6d6875"]
-
-
-GREYS = ["#80868b", "#b3b8bd", "#5f6368", "#9aa0a6"]  # of several controls in one figure
-
-
+ACCENT, CONTROL, INK = "#c8502d", "#9aa0a6", "#3c4043"
+PALETTE = [ACCENT, "#2f6690", "#5b8e55", "#8d6a9f", "#c49a2c", "#4aa3a2", "#6d6875"]
+GREYS = [CONTROL, "#5f6368", "#80868b", "#b3b8bd"]  # of several controls in one figure
+CONTROLS = ("control", "twin", "random", "shuffled", "null", "pca", "neuron", "n-gram")
 SYMBOLS = ["circle", "diamond", "square", "triangle-up", "x", "star"]
+DOTTED = {"color": INK, "width": 1, "dash": "dot"}  # of lines that mark a value
+MOST_POINTS = 5000  # of a scatter: a notebook keeps every point
+MOST_NAMES = 12  # of marked points: more would overlap
+MOST_LABELS = 80  # of a heatmap's axis: of more, every so many is named
 
 
-MOST_POINTS, MOST_NAMES = (
-    5000,
-    12,
-)  # of a scatter: a notebook keeps every point, and more names would overlap
-
-
-MOST_LABELS = 80  # of a heatmap's columns: of more, every so many is named
-
-
-def styled(
-    figure: go.Figure,
-    title: str = "",
-    x: str = "",
-    y: str = "",
-    height: int = 380,
-    width: int = 760,
-) -> go.Figure:
-    """The house style on any figure: fonts, margins, axis titles."""
-    figure.update_layout(
-        template="plotly_white",
-        title={"text": title, "x": 0.01, "font": {"size": 16}},
-        font={"family": "Helvetica, Arial, sans-serif", "size": 12},
-        height=height,
-        width=width,
-        margin={"l": 64, "r": 24, "t": 48 if title else 16, "b": 56},
-        colorway=PALETTE,
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"},
-    )
-    if x:
-        figure.update_xaxes(title_text=x)
-    if y:
-        figure.update_yaxes(title_text=y)
-    return figure
+def numbers(values: Values) -> np.ndarray:
+    """Lists, arrays, sparse matrices, and tensors of any device and precision as float64."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().double()
+    if hasattr(values, "toarray"):
+        values = values.toarray()
+    return np.asarray(values, dtype=float)
 
 
 def label(text: Any, length: int = 28) -> str:
     """A label that plotly shows as it stands: one line, cut with an ellipsis, markup and `$` (TeX)
     escaped."""
     text = str(text).replace("\n", "↵").replace("\t", "→")
-    cut = text if len(text) <= length else text[: length - 1].rstrip() + "…"
-    return html.escape(cut, quote=False).replace("$", "&#36;")
-
-
-CONTROLS = ("control", "twin", "random", "shuffled", "null", "pca", "neuron", "n-gram")
+    if len(text) > length:
+        text = text[: length - 1].rstrip() + "…"
+    return html.escape(text, quote=False).replace("$", "&#36;")
 
 
 def is_control(name: str) -> bool:
@@ -87,240 +54,202 @@ def is_control(name: str) -> bool:
     return any(word in name.lower() for word in CONTROLS)
 
 
-def _colours(names: Sequence[str]) -> list[str]:
-    """One colour a name, in order; grey for names that say they are a control."""
-    coloured = iter(PALETTE * (1 + len(names) // len(PALETTE)))
-    return [CONTROL if is_control(name) else next(coloured) for name in names]
+def colours(names: Iterable[str], controls: Iterable[str] | None = None) -> dict[str, str]:
+    """A colour for each name, in order; a grey for controls, by default those that say they are."""
+    grey = set(filter(is_control, names) if controls is None else controls)
+    accents = cycle(PALETTE)
+    greys = cycle(GREYS)
+    return {name: next(greys if name in grey else accents) for name in names}
 
 
-def _decades(series: Mapping[str, Values]) -> float:
-    """How many powers of ten the positive values span."""
-    values = np.concatenate([np.asarray(v, dtype=float).ravel() for v in series.values()])
-    values = values[values > 0]
-    return float(np.log10(values.max() / values.min())) if len(values) else 0.0
+def styled(
+    figure: go.Figure,
+    *,
+    title: str = "",
+    x_title: str = "",
+    y_title: str = "",
+    height: int = 380,
+    width: int = 760,
+    legend: bool = False,
+) -> go.Figure:
+    """The house style on any figure: fonts, margins, axis titles, the legend in a line below the
+    title."""
+    figure.update_layout(
+        template="plotly_white",
+        title={"text": title, "x": 0.01, "y": 1 - 18 / height, "yanchor": "top", "font_size": 16},
+        font={"family": "Helvetica, Arial, sans-serif", "size": 12},
+        height=height,
+        width=width,
+        margin={"l": 64, "r": 24, "t": 84 if legend else 52, "b": 56},
+        colorway=PALETTE,
+        showlegend=legend,
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+    )
+    figure.update_xaxes(title_text=x_title)
+    figure.update_yaxes(title_text=y_title)
+    return figure
 
 
 def lines(
-    series: Mapping[str, Values],
-    x: Labels | None = None,
-    *,
-    title: str = "",
-    x_title: str = "",
-    y_title: str = "",
-    log_y: bool = False,
+    series: Mapping[str, Values], x: Labels | None = None, *, log_y: bool = False, **titles: str
 ) -> go.Figure:
-    """One line per entry. Names that contain 'control', 'twin', 'random' or 'shuffled' are drawn
-    grey and dashed."""
+    """One line per entry; controls, by name, are grey and dashed."""
     figure = go.Figure()
-    for (name, values), colour in zip(series.items(), _colours(list(series)), strict=True):
-        line = {"color": colour, "dash": "dash" if colour == CONTROL else "solid", "width": 2}
-        axis = list(range(len(values))) if x is None else list(x)
+    for name, colour in colours(series).items():
         figure.add_scatter(
-            x=axis,
-            y=np.asarray(values, dtype=float).tolist(),
-            name=name,
-            line=line,
+            x=list(range(len(series[name])) if x is None else x),
+            y=numbers(series[name]).tolist(),
+            name=label(name, 40),
             mode="lines+markers",
+            line={"color": colour, "dash": "dash" if is_control(name) else "solid", "width": 2},
         )
     if log_y:
-        figure.update_yaxes(
-            type="log", minor={"ticks": ""}, dtick=1 if _decades(series) > 1 else None
-        )
-    return styled(figure, title, x_title, y_title)
+        values = np.concatenate([numbers(values).ravel() for values in series.values()])
+        values = values[values > 0]
+        # only whole decades are named, where there are some
+        decades = len(values) and values.max() > 10 * values.min()
+        figure.update_yaxes(type="log", dtick=1 if decades else None)
+    return styled(figure, legend=len(series) > 1, **titles)
 
 
 def bars(
-    series: Mapping[str, Values],
-    x: Labels | None = None,
-    *,
-    title: str = "",
-    x_title: str = "",
-    y_title: str = "",
-    overlay: bool = False,
+    series: Mapping[str, Values], x: Labels | None = None, *, overlay: bool = False, **titles: str
 ) -> go.Figure:
     """Grouped (or overlaid) bars, one colour per entry; never stacked: a stacked bar reads as a
     height it is not."""
     figure = go.Figure()
-    for (name, values), colour in zip(series.items(), _colours(list(series)), strict=True):
-        axis = list(range(len(values))) if x is None else list(x)
-        y = np.round(np.asarray(values, dtype=float), 4).tolist()
+    for name, colour in colours(series).items():
         figure.add_bar(
-            x=axis, y=y, name=name, marker_color=colour, opacity=0.75 if overlay else 1.0
+            x=list(range(len(series[name])) if x is None else x),
+            y=np.round(numbers(series[name]), 4).tolist(),
+            name=label(name, 40),
+            marker_color=colour,
+            opacity=0.75 if overlay else 1.0,
         )
     figure.update_layout(barmode="overlay" if overlay else "group", bargap=0.1)
-    return styled(figure, title, x_title, y_title)
+    return styled(figure, legend=len(series) > 1, **titles)
+
+
+def ticks(labels: Labels, most: int = MOST_LABELS) -> dict[str, Any]:
+    """An axis with the labels at 0, 1, 2, ...; of more than `most`, about sixteen of them."""
+    labels = list(labels)
+    named = range(0, len(labels), 1 if len(labels) <= most else len(labels) // 16)
+    return {"tickvals": list(named), "ticktext": [label(labels[i]) for i in named]}
+
+
+def cells(values: Values, x: Labels, y: Labels, **options: Any) -> go.Figure:
+    """A heatmap of `[row, column]` at positions, named on the axes: labels that repeat ("the"
+    twice) would otherwise fall on one row. `options` are those of plotly's heatmap."""
+    values = numbers(values)
+    if values.shape != (len(y), len(x)):
+        raise ValueError(f"{list(values.shape)} values for {len(y)} rows and {len(x)} columns.")
+    figure = go.Figure(go.Heatmap(z=np.round(values, 4), **options))
+    figure.update_traces(colorbar_thickness=12, colorbar_title_side="right")
+    figure.update_xaxes(ticks(x), showgrid=False, tickangle=-60 if 6 < len(x) <= MOST_LABELS else 0)
+    figure.update_yaxes(ticks(y), showgrid=False, autorange="reversed", ticklabelstandoff=4)
+    figure.update_xaxes(zeroline=False)
+    return figure.update_yaxes(zeroline=False)
 
 
 def heatmap(
-    values: Values,
-    x: Labels,
-    y: Labels,
-    *,
-    title: str = "",
-    x_title: str = "",
-    y_title: str = "",
-    centre: bool = False,
+    values: Values, x: Labels, y: Labels, *, centre: bool = False, **titles: str
 ) -> go.Figure:
-    """`[row, column]` as colours; `centre=True` for signed values (red and blue around zero).
-    Labels may repeat."""
-    z = np.round(np.asarray(values, dtype=float), 4)
-    figure = go.Figure(
-        go.Heatmap(
-            z=z,
-            x=list(range(len(x))),
-            y=list(range(len(y))),
-            colorscale="RdBu_r" if centre else "Viridis",
-            zmid=0 if centre else None,
-            colorbar={"thickness": 12},
-        )
-    )
-    # positions with tick texts: labels that repeat ("the" twice) would otherwise fall on one row
-    shown = range(0, len(x), 1 if len(x) <= MOST_LABELS else len(x) // 16)
-    figure.update_xaxes(
-        tickmode="array",
-        tickvals=list(shown),
-        ticktext=[label(x[i]) for i in shown],
-        tickangle=-60 if 8 < len(x) <= MOST_LABELS else 0,
-    )
-    figure.update_yaxes(
-        tickmode="array",
-        tickvals=list(range(len(y))),
-        ticktext=[label(t) for t in y],
-        autorange="reversed",
-    )
-    side = min(max(300, 60 + 24 * len(y)), 900)
-    return styled(
-        figure,
-        title,
-        x_title,
-        y_title,
-        height=side + 60,
-        width=min(max(420, 160 + 24 * len(x)), 1000),
-    )
+    """`[row, column]` as colours; `centre=True` for signed values (red and blue around zero)."""
+    scale = {"colorscale": "RdBu_r", "zmid": 0} if centre else {"colorscale": "Viridis"}
+    height = 60 + min(max(300, 60 + 24 * len(y)), 900)
+    width = min(max(420, 160 + 24 * len(x)), 1000)
+    return styled(cells(values, x, y, **scale), height=height, width=width, **titles)
 
 
 def attention_map(pattern: Values, tokens: Labels, *, title: str = "") -> go.Figure:
     """One head's attention `[query, key]`, rows summing to one, with the tokens on both axes."""
-    return heatmap(
-        pattern, tokens, tokens, title=title, x_title="attends to (key)", y_title="from (query)"
-    )
+    titles = {"title": title, "x_title": "attends to (key)", "y_title": "from (query)"}
+    return heatmap(pattern, tokens, tokens, **titles)
+
+
+def error_bars(value: np.ndarray, low: Values | None, high: Values | None) -> dict | None:
+    """Plotly's error bars from `low` to `high` around `value`; None where there is no interval."""
+    if low is None or high is None:
+        return None
+    above = np.maximum(numbers(high) - value, 0).tolist()
+    below = np.maximum(value - numbers(low), 0).tolist()
+    return {"array": above, "arrayminus": below, "symmetric": False, "thickness": 2, "width": 0}
 
 
 def intervals(
     series: Mapping[str, tuple[Values, Values | None, Values | None]],
     labels: Labels,
     *,
-    title: str = "",
-    x_title: str = "",
     reference: Number | None = None,
     controls: Sequence[str] | None = None,
+    **titles: str,
 ) -> go.Figure:
     """A row per label with a dot and its interval for every entry: what was found beside its
     controls.
 
-    Args: series: name -> (value, low, high), each `[label]`; low and high None where there is no
-        interval. reference: a dotted line, e.g. at chance. controls: entries that are drawn grey;
-        default all but the first.
+    Args:
+        series: name -> (value, low, high), each `[label]`; low and high None where there is no
+            interval.
+        reference: a dotted line, e.g. at chance.
+        controls: entries that are drawn grey; default those whose names say so.
     """
-    names = list(series)
-    grey = names[1:] if controls is None else list(controls)
-    colours, greys = iter(PALETTE * len(names)), iter(GREYS * len(names))
     figure = go.Figure()
-    step = min(0.72 / max(len(names), 1), 0.22)
+    step = min(0.72 / max(len(series), 1), 0.22)
+    colour = colours(series, controls)
     for i, (name, (value, low, high)) in enumerate(series.items()):
-        value = np.asarray(value, dtype=float)
+        value = numbers(value)
         if len(value) != len(labels):
             raise ValueError(f"{name}: {len(value)} values for {len(labels)} labels.")
-        error = None
-        if low is not None and high is not None:
-            up, down = np.asarray(high, dtype=float) - value, value - np.asarray(low, dtype=float)
-            error = {
-                "type": "data",
-                "symmetric": False,
-                "array": np.maximum(up, 0).tolist(),
-                "thickness": 2,
-                "width": 0,
-            }
-            error["arrayminus"] = np.maximum(down, 0).tolist()
-        colour = next(greys) if name in grey else next(colours)
         figure.add_scatter(
             x=value.tolist(),
-            y=(np.arange(len(labels)) + (i - (len(names) - 1) / 2) * step).tolist(),
-            error_x=error,
+            y=(np.arange(len(labels)) + (i - (len(series) - 1) / 2) * step).tolist(),
+            error_x=error_bars(value, low, high),
             mode="markers",
             name=label(name, 40),
-            marker={
-                "color": colour,
-                "size": 7 if name in grey else 10,
-                "symbol": SYMBOLS[i % len(SYMBOLS)],
-            },
-            text=[label(t) for t in labels],
+            marker_color=colour[name],
+            marker_size=7 if colour[name] in GREYS else 10,
+            marker_symbol=SYMBOLS[i % len(SYMBOLS)],
+            text=[label(text) for text in labels],
             hovertemplate="%{text}: %{x:.3f}",
         )
     if reference is not None:
-        figure.add_vline(x=reference, line={"color": "#3c4043", "width": 1, "dash": "dot"})
-    figure.update_yaxes(
-        tickvals=list(range(len(labels))),
-        ticktext=[label(t) for t in labels],
-        range=[len(labels) - 0.5, -0.5],
-        showgrid=False,
-        zeroline=False,
-        ticklabelstandoff=6,
-    )
-    height = 130 + len(labels) * max(26, 16 * len(names))
-    figure = styled(figure, title, x_title, height=min(height, 1400))
-    return roomy(figure, labels, legend=len(names) > 1)
+        figure.add_vline(x=reference, line=DOTTED)
+    figure.update_yaxes(ticks(labels), range=[len(labels) - 0.5, -0.5], showgrid=False)
+    figure.update_yaxes(zeroline=False, ticklabelstandoff=6)
+    height = min(130 + len(labels) * max(26, 16 * len(series)), 1400)
+    return styled(figure, height=height, legend=len(series) > 1, **titles)
 
 
 def null_histogram(
-    null: Values,
-    observed: Mapping[str, Number],
-    *,
-    title: str = "",
-    x_title: str = "",
-    name: str = "shuffled labels",
+    null: Values, observed: Mapping[str, Number], *, name: str = "shuffled labels", **titles: str
 ) -> go.Figure:
     """What chance gives, as grey bars, and what was observed, as lines. Whole numbers get a bar
-    each."""
-    null = np.asarray(null, dtype=float).ravel()
-    if not len(null) or not np.isfinite(null).all():
-        raise ValueError("A null distribution needs numbers, without NaN and Inf.")
+    each. Raises ValueError on NaN and Inf."""
+    null = numbers(null).ravel()
     if np.array_equal(null, np.round(null)) and np.ptp(null) <= 60:
-        centres, counts = np.unique(null, return_counts=True)
-        width = 1.0
+        bins = np.arange(null.min() - 0.5, null.max() + 1)
     else:
-        counts, edges = np.histogram(null, bins=min(40, max(10, len(null) // 10)))
-        centres, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
-    figure = go.Figure(
-        go.Bar(x=centres, y=counts, width=width * 0.92, marker_color=CONTROL, name=label(name, 40))
-    )
-    top = float(counts.max())
-    colours = dict(zip(observed, _colours(list(observed)), strict=True))
+        bins = min(40, max(10, len(null) // 10))
+    counts, edges = np.histogram(null, bins=bins)
+    centres = (edges[:-1] + edges[1:]) / 2
+    figure = go.Figure(go.Bar(x=centres, y=counts, marker_color=CONTROL, name=label(name, 40)))
+    colour = colours(observed)
     for i, (text, value) in enumerate(sorted(observed.items(), key=lambda item: item[1])):
-        height = top * (
-            1.06 + 0.13 * (i % 4)
-        )  # labels of neighbouring lines must not lie on each other
-        line = {"color": colours[text], "width": 2}
+        top = float(counts.max()) * (1.06 + 0.13 * (i % 4))  # neighbours' labels stay apart
         figure.add_scatter(
             x=[value, value],
-            y=[0, height],
-            mode="lines",
-            line=line,
+            y=[0, top],
+            text=["", f"{label(text, 40)}: {value:.3g}"],
+            mode="lines+text",
+            textposition="top center",
+            textfont_color=INK if is_control(text) else colour[text],
+            line={"color": colour[text], "width": 2},
+            cliponaxis=False,
             showlegend=False,
-            hoverinfo="skip",
         )
-        figure.add_annotation(
-            x=value, y=height, text=f"{label(text, 40)}: {value:.3g}", showarrow=False, yanchor="bottom", borderpad=1,
-            font={"color": "#3c4043" if colours[text] == CONTROL else colours[text]}, bgcolor="rgba(255,255,255,.85)",
-        )  # fmt: skip
-    ends = [*(centres - width), *(centres + width), *observed.values()]
-    room = 0.05 * (max(ends) - min(ends))
-    figure.update_xaxes(range=[min(ends) - room, max(ends) + room], showgrid=False)
-    if width == 1 and max(ends) - min(ends) < 20:
-        figure.update_xaxes(dtick=1)
-    figure.update_yaxes(range=[0, top * (1.22 + 0.13 * min(len(observed) - 1, 3))])
-    figure.update_layout(showlegend=True)
-    return styled(figure, title, x_title, f"of {len(null):,} draws")
+    figure.update_layout(bargap=0.08)
+    figure.update_xaxes(showgrid=False)
+    return styled(figure, y_title=f"of {len(null):,} draws", legend=True, **titles)
 
 
 def scatter(
@@ -330,11 +259,8 @@ def scatter(
     names: Labels | None = None,
     marked: Values | None = None,
     marked_name: str = "marked",
-    other_name: str = "others",
     diagonal: bool = False,
-    title: str = "",
-    x_title: str = "",
-    y_title: str = "",
+    **titles: str,
 ) -> go.Figure:
     """Two scores against each other: `marked` points in the accent colour (named, up to twelve),
     the rest grey.
@@ -342,49 +268,26 @@ def scatter(
     `diagonal` draws the line where both are equal. Of more than 5,000 grey points every so-manieth
     is drawn, and the legend says so.
     """
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    x = numbers(x)
+    y = numbers(y)
     chosen = np.zeros(len(x), dtype=bool) if marked is None else np.asarray(marked, dtype=bool)
     if not len(x) == len(y) == len(chosen):
-        raise ValueError(
-            f"{len(x)} x, {len(y)} y and {len(chosen)} marks: one of each is needed for a point."
-        )
-    labels = [label(n) for n in (range(len(x)) if names is None else names)]
-    rest = np.flatnonzero(~chosen)
-    drawn = rest[:: -(-len(rest) // MOST_POINTS) or 1]
+        raise ValueError(f"{len(x)} x, {len(y)} y and {len(chosen)} marks: one each is needed.")
+    text = np.array([label(name) for name in (range(len(x)) if names is None else names)])
     figure = go.Figure()
     if diagonal:
-        ends = [float(np.nanmin([x, y])), float(np.nanmax([x, y]))]
-        line = {"color": "#3c4043", "width": 1, "dash": "dot"}
-        figure.add_scatter(x=ends, y=ends, mode="lines", line=line, name="equal", hoverinfo="skip")
-    more = f" ({len(drawn):,} of {len(rest):,} drawn)" if len(drawn) < len(rest) else ""
-    for where, name, colour in (
-        (drawn, other_name + more, CONTROL),
-        (np.flatnonzero(chosen), marked_name, ACCENT),
-    ):
-        if len(where):
-            named = colour == ACCENT and len(where) <= MOST_NAMES
-            figure.add_scatter(
-                x=x[where],
-                y=y[where],
-                mode="markers+text" if named else "markers",
-                name=label(name, 60),
-                text=[labels[i] for i in where],
-                textposition="top center",
-                marker={
-                    "color": colour,
-                    "size": 9 if colour == ACCENT else 5,
-                    "opacity": 1 if named else 0.6,
-                },
-                hovertemplate="%{text}: %{x:.3f}, %{y:.3f}",
-            )
-    return roomy(styled(figure, title, x_title, y_title, height=480), ["0.00 0.00"], legend=True)
-
-
-def roomy(figure: go.Figure, labels: Labels, *, legend: bool = False) -> go.Figure:
-    """Margins that hold the row labels on the left and, above the plot, title and legend without
-    overlap."""
-    longest = max((len(label(text)) for text in labels), default=0)
-    figure.update_layout(margin={"l": 40 + int(6.6 * longest), "t": 84 if legend else 52})
-    if legend:
-        figure.update_layout(legend={"x": 0, "xanchor": "left"}, title_y=0.97, title_yanchor="top")
-    return figure
+        ends = [np.nanmin([x, y]), np.nanmax([x, y])]
+        figure.add_scatter(x=ends, y=ends, mode="lines", line=DOTTED, name="equal")
+    rest = np.flatnonzero(~chosen)
+    drawn = rest[:: max(-(-len(rest) // MOST_POINTS), 1)]
+    thinned = f" ({len(drawn):,} of {len(rest):,} drawn)" if len(drawn) < len(rest) else ""
+    mode = "markers+text" if chosen.sum() <= MOST_NAMES else "markers"
+    grey = {"mode": "markers", "marker": {"color": CONTROL, "size": 5, "opacity": 0.6}}
+    accent = {"mode": mode, "marker": {"color": ACCENT, "size": 9}, "textposition": "top center"}
+    marks = np.flatnonzero(chosen)
+    for rows, name, style in ((drawn, f"others{thinned}", grey), (marks, marked_name, accent)):
+        if len(rows):
+            points = {"x": x[rows], "y": y[rows], "text": text[rows], "name": label(name, 60)}
+            hover = "%{text}: %{x:.3f}, %{y:.3f}"
+            figure.add_scatter(**points, **style, hovertemplate=hover)
+    return styled(figure, height=480, legend=True, **titles)
