@@ -23,7 +23,7 @@ TEXTS = ["A cat sat on the mat.", "The mat is on the cat.", "2 + 2 = 4"]
 def test_streams_add_up_and_the_control_fails(model):
     profile = stream_profile(model, tokenize(model, TEXTS))
     assert profile.sum_error.max() < 1e-6 < 1e-2 < profile.sum_error_without_mlp.min()
-    assert len(profile.to_frame()) == model.cfg.n_layers
+    assert profile.index.tolist() == list(range(model.cfg.n_layers))
 
 
 def test_first_position_is_read_where_the_text_starts(model):
@@ -102,23 +102,33 @@ def test_repeated_tokens_repeat_and_hold_no_special_token(model):
     assert repeated_tokens(model, n=2, length=1000).shape[1] <= model.cfg.n_ctx
 
 
-def test_head_scores_find_a_planted_head(gpt2_folder):
-    """A head made to look one position back has previous-token score one, and induction score near
-    zero."""
+def test_head_scores_tell_planted_heads_apart_by_what_they_do(gpt2_folder):
+    """Heads of layer 1 made to look at what defines their kind, whatever its distance: 0 at the
+    token before, 1 at earlier places of the same token, 2 at what followed it there, 3 at BOS."""
     model = load_model(gpt2_folder)
+    seen = []
+    model.hook_dict["embed.hook_in"].add_hook(lambda tokens, hook: seen.append(tokens))
 
-    def look_back(pattern, hook):
-        pattern[:, 2] = torch.diag(torch.ones(pattern.shape[-1] - 1), diagonal=-1)
-        return pattern
+    def plant(pattern, hook):
+        tokens = seen[-1]  # [text, pos]
+        alike = (tokens[:, :, None] == tokens[:, None]).tril(-1).float()  # [text, query, key]
+        pattern[:, 0] = torch.diag(torch.ones(tokens.shape[1] - 1), diagonal=-1)
+        pattern[:, 1] = alike
+        pattern[:, 2] = alike.roll(1, dims=-1)
+        pattern[:, 3] = 0
+        pattern[:, 3, :, 0] = 1
+        return pattern / pattern.sum(-1, keepdim=True).clamp(min=1)
 
-    model.blocks[1].attn.hook_pattern.add_hook(look_back)
+    model.blocks[1].attn.hook_pattern.add_hook(plant)
     scores = head_scores(model, n=4, length=12)
-    assert scores.best("previous_token") == (1, 2, pytest.approx(1.0))
-    assert scores.induction[1, 2] == 0 and scores.previous_token[0].max() < 0.5
-    total = (
-        scores.previous_token + scores.duplicate_token + scores.induction + scores.first_position
-    )
-    assert total.max() <= 1 + 1e-5
+    assert len(seen[-1]) == 4 and torch.equal(seen[-1][:, 1:13], seen[-1][:, 13:])
+    kinds = ("previous_token", "duplicate_token", "induction", "first_position")
+    for head, kind in enumerate(kinds):
+        layer, best, weight = scores.best(kind)
+        assert (layer, best) == (1, head) and weight > 0.9
+        others = [getattr(scores, other)[1, head] for other in kinds if other != kind]
+        assert max(others) < 0.1
+        assert getattr(scores, kind)[0].max() < 0.5
 
 
 def test_token_bits_equal_the_models_own_loss(model):

@@ -136,7 +136,11 @@ def boot(weights: PreTrainedModel, tokenizer, label: str, device: str) -> Transf
     """TransformerLens's bridge over a Hugging Face model, by the name that is to be shown."""
     try:
         model = TransformerBridge.boot_transformers(
-            label, hf_model=fused_gelu(weights), tokenizer=tokenizer, device=device
+            label,
+            hf_model=fused_gelu(weights),
+            tokenizer=tokenizer,
+            device=device,
+            dtype=weights.dtype,
         )
     except ValueError as error:
         kind = type(weights).__name__

@@ -177,7 +177,7 @@ def _from_text(text: int, ids: list[int]) -> Int[Tensor, "token 2"]:
     return torch.tensor([ids, [text] * len(ids)], dtype=torch.int32).T
 
 
-def _encode(tokenizer: Any, texts: tuple[str, ...]) -> list[Int[Tensor, "token 2"]]:
+def _encode(tokenizer: Any, texts: tuple[str, ...]) -> list[Int[Tensor, "_ 2"]]:
     """Each text without BOS. Raises NoRealToken, ValueError where there is no text."""
     if not texts:
         raise ValueError("There are no texts: the list is empty.")
@@ -195,7 +195,7 @@ def _encode(tokenizer: Any, texts: tuple[str, ...]) -> list[Int[Tensor, "token 2
 
 
 def _padded(
-    tokenizer: Any, rows: Sequence[Int[Tensor, "token 2"]], texts: tuple[str, ...], pad_side: str
+    tokenizer: Any, rows: Sequence[Int[Tensor, "_ 2"]], texts: tuple[str, ...], pad_side: str
 ) -> TokenBatch:
     """Rows of (id, text that it is from) without BOS -> a batch with BOS, padded on one side."""
     bos = _from_text(-1, bos_ids(tokenizer))
