@@ -74,6 +74,24 @@ def test_context_similarity_is_one_where_context_is_ignored(gpt2_folder):
         context_similarity(model, tokenize(model, ["A cat"]), 1)
 
 
+def test_context_similarity_is_a_mean_over_pairs_of_tokens_in_different_texts(model):
+    batch = tokenize(model, TEXTS)
+    name = "blocks.1.hook_mlp_out"
+    unit = torch.nn.functional.normalize(harvest(model, batch, name)[name].double(), dim=-1)
+    real = batch.real.nonzero().tolist()
+    same, other = {}, []
+    for i, p in real:
+        for j, q in real:
+            cosine, token = float(unit[i, p] @ unit[j, q]), int(batch.tokens[i, p])
+            if i != j and token == batch.tokens[j, q]:
+                same.setdefault(token, []).append(cosine)
+            elif i != j:
+                other.append(cosine)
+    row = context_similarity(model, batch, 1).loc["mlp"]
+    assert row["same token"] == pytest.approx(np.mean([np.mean(c) for c in same.values()]))
+    assert row["other token"] == pytest.approx(np.mean(other)) and row["tokens"] == len(same)
+
+
 @pytest.mark.parametrize(
     "run",
     [
@@ -129,6 +147,15 @@ def test_head_scores_tell_planted_heads_apart_by_what_they_do(gpt2_folder):
         others = [getattr(scores, other)[1, head] for other in kinds if other != kind]
         assert max(others) < 0.1
         assert getattr(scores, kind)[0].max() < 0.5
+
+
+def test_losses_of_the_two_copies_leave_out_what_nothing_announces(model):
+    scores, tokens = head_scores(model, n=3, length=12), repeated_tokens(model, n=3, length=12)
+    with torch.inference_mode():
+        logs = model(tokens).log_softmax(-1)
+    nats = [-logs[range(3), p - 1, tokens[:, p]].mean().item() for p in range(1, 25)]
+    assert scores.loss_first == pytest.approx(np.mean(nats[:11]), rel=1e-5)
+    assert scores.loss_second == pytest.approx(np.mean(nats[13:]), rel=1e-5)
 
 
 def test_token_bits_equal_the_models_own_loss(model):

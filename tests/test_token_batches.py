@@ -170,6 +170,11 @@ def test_every_token_knows_its_document(model):
         assert plain.key == batch.key and plain.document is None and plain[:1].document is None
 
 
+def test_documents_are_numbered_through_however_many_there_are(model):
+    for batch in (pack(model, ["a"] * 1001), tokenize(model, ["a"] * 1001)):
+        assert batch.document[batch.real].tolist() == list(range(1001))
+
+
 def test_a_slice_or_a_list_of_rows_is_a_batch(model):
     batch = tokenize(model, TEXTS, pad_side="left")
     chosen = batch[[3, 0]]
