@@ -160,6 +160,13 @@ def test_weights_in_bfloat16_are_called_so_and_so_are_the_twins(gpt2_folder):
         assert {p.dtype for p in one.original_model.parameters()} == {torch.bfloat16}
 
 
+def test_a_model_goes_by_the_name_it_was_loaded_by_whatever_transformer_lens_calls_it(
+    gpt2_folder, tmp_path
+):
+    folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2-small")
+    assert model_name(load_model(folder)) == "gpt2-small"
+
+
 def test_model_from_the_environment(gpt2_folder, monkeypatch):
     monkeypatch.setenv("LENSLAB_MODEL", str(gpt2_folder))
     assert model_name(load_model()) == gpt2_folder.name

@@ -145,6 +145,7 @@ def boot(weights: PreTrainedModel, tokenizer, label: str, device: str) -> Transf
     except ValueError as error:
         kind = type(weights).__name__
         raise NotAModel(f"{label}: TransformerLens has no adapter for {kind} ({error}).") from error
+    model.cfg.model_name = label  # TransformerLens puts another in the place of old short names
     return model.eval()
 
 
