@@ -9,6 +9,7 @@ through the same three steps:
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from lenslab.files import content_key
 from lenslab.runtime import progress_bar
 
 CHUNK = 1000  # texts tokenised at a time
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, often of a string that was cut
 
 
 class NoRealToken(ValueError):
@@ -116,7 +118,8 @@ def tokenize(
         max_length: in tokens, BOS included; default the model's context.
         truncate: cut longer texts, with a warning that says how many; otherwise they are refused.
 
-    Raises NoRealToken, TextTooLong, ValueError (no texts; a length beyond the context).
+    Raises NoRealToken, TextTooLong, ValueError (no texts; half a character in one; a length beyond
+    the context).
     """
     if pad_side not in ("left", "right"):
         raise ValueError(f"pad_side is 'left' or 'right', not {pad_side!r}.")
@@ -178,9 +181,11 @@ def _from_text(text: int, ids: list[int]) -> Int[Tensor, "token 2"]:
 
 
 def _encode(tokenizer: Any, texts: tuple[str, ...]) -> list[Int[Tensor, "_ 2"]]:
-    """Each text without BOS. Raises NoRealToken, ValueError where there is no text."""
+    """Each text without BOS. Raises NoRealToken, ValueError."""
     if not texts:
         raise ValueError("There are no texts: the list is empty.")
+    if broken := [i for i, text in enumerate(texts) if SURROGATE.search(text)]:
+        raise ValueError(f"Text {broken[0]} is not valid Unicode (half a surrogate pair).")
     bos, rows = tokenizer.bos_token or "", []
     with progress_bar(total=len(texts), unit="text", desc="tokenize") as bar:
         for start in range(0, len(texts), CHUNK):
@@ -190,7 +195,7 @@ def _encode(tokenizer: Any, texts: tuple[str, ...]) -> list[Int[Tensor, "_ 2"]]:
             rows += [_from_text(i, row) for i, row in enumerate(ids, start)]
             bar.update(len(chunk))
     if empty := [i for i, row in enumerate(rows) if not len(row)]:
-        raise NoRealToken(f"No token comes from text {empty[0]} ({len(empty)} such): leave it out.")
+        raise NoRealToken(f"Text {empty[0]} has no token ({len(empty)} such): leave it out.")
     return rows
 
 
