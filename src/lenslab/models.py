@@ -134,14 +134,10 @@ def _advice(source: str, label: str, error: BaseException | None) -> str:
 
 def boot(weights: PreTrainedModel, tokenizer, label: str, device: str) -> TransformerBridge:
     """TransformerLens's bridge over a Hugging Face model, by the name that is to be shown."""
+    fused_gelu(weights)
+    options = dict(hf_model=weights, tokenizer=tokenizer, device=device, dtype=weights.dtype)
     try:
-        model = TransformerBridge.boot_transformers(
-            label,
-            hf_model=fused_gelu(weights),
-            tokenizer=tokenizer,
-            device=device,
-            dtype=weights.dtype,
-        )
+        model = TransformerBridge.boot_transformers(label, **options)
     except ValueError as error:
         kind = type(weights).__name__
         raise NotAModel(f"{label}: TransformerLens has no adapter for {kind} ({error}).") from error
@@ -149,14 +145,13 @@ def boot(weights: PreTrainedModel, tokenizer, label: str, device: str) -> Transf
     return model.eval()
 
 
-def fused_gelu(weights: PreTrainedModel) -> PreTrainedModel:
+def fused_gelu(weights: PreTrainedModel) -> None:
     """GPT-2's GELU in one kernel instead of eight: the same function, and a sixth of a forward pass
     on CPU."""
     for module in weights.modules():
         for name, child in module.named_children():
             if type(child).__name__ == "NewGELUActivation":
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
-    return weights
 
 
 def random_twin(

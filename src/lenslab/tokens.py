@@ -151,10 +151,9 @@ def pack(
     dropped: the last window may be shorter, padded on the right. Documents that give no token are
     refused, as in `tokenize`. Raises as `tokenize`.
     """
-    tokenizer = model.tokenizer
-    bos = bos_ids(tokenizer)
-    room = _checked_length(model, length) - len(bos)
-    end = bos if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokenizer, eos = model.tokenizer, model.tokenizer.eos_token_id
+    room = _checked_length(model, length) - len(bos_ids(tokenizer))
+    end = bos_ids(tokenizer) if eos is None else [eos]
     texts = (texts,) if isinstance(texts, str) else tuple(texts)
     pieces = [piece for row in _encode(tokenizer, texts) for piece in (_from_text(-1, end), row)]
     windows = torch.cat(pieces[1:]).split(room)  # no end before the first document
