@@ -23,7 +23,7 @@ TEXTS = ["A cat sat on the mat.", "The mat is on the cat.", "2 + 2 = 4"]
 def test_streams_add_up_and_the_control_fails(model):
     profile = stream_profile(model, tokenize(model, TEXTS))
     assert profile.sum_error.max() < 1e-6 < 1e-2 < profile.sum_error_without_mlp.min()
-    assert len(profile.to_frame()) == model.cfg.n_layers
+    assert profile.index.tolist() == list(range(model.cfg.n_layers))
 
 
 def test_first_position_is_read_where_the_text_starts(model):
@@ -74,6 +74,24 @@ def test_context_similarity_is_one_where_context_is_ignored(gpt2_folder):
         context_similarity(model, tokenize(model, ["A cat"]), 1)
 
 
+def test_context_similarity_is_a_mean_over_pairs_of_tokens_in_different_texts(model):
+    batch = tokenize(model, TEXTS)
+    name = "blocks.1.hook_mlp_out"
+    unit = torch.nn.functional.normalize(harvest(model, batch, name)[name].double(), dim=-1)
+    real = batch.real.nonzero().tolist()
+    same, other = {}, []
+    for i, p in real:
+        for j, q in real:
+            cosine, token = float(unit[i, p] @ unit[j, q]), int(batch.tokens[i, p])
+            if i != j and token == batch.tokens[j, q]:
+                same.setdefault(token, []).append(cosine)
+            elif i != j:
+                other.append(cosine)
+    row = context_similarity(model, batch, 1).loc["mlp"]
+    assert row["same token"] == pytest.approx(np.mean([np.mean(c) for c in same.values()]))
+    assert row["other token"] == pytest.approx(np.mean(other)) and row["tokens"] == len(same)
+
+
 @pytest.mark.parametrize(
     "run",
     [
@@ -102,23 +120,42 @@ def test_repeated_tokens_repeat_and_hold_no_special_token(model):
     assert repeated_tokens(model, n=2, length=1000).shape[1] <= model.cfg.n_ctx
 
 
-def test_head_scores_find_a_planted_head(gpt2_folder):
-    """A head made to look one position back has previous-token score one, and induction score near
-    zero."""
+def test_head_scores_tell_planted_heads_apart_by_what_they_do(gpt2_folder):
+    """Heads of layer 1 made to look at what defines their kind, whatever its distance: 0 at the
+    token before, 1 at earlier places of the same token, 2 at what followed it there, 3 at BOS."""
     model = load_model(gpt2_folder)
+    seen = []
+    model.hook_dict["embed.hook_in"].add_hook(lambda tokens, hook: seen.append(tokens))
 
-    def look_back(pattern, hook):
-        pattern[:, 2] = torch.diag(torch.ones(pattern.shape[-1] - 1), diagonal=-1)
-        return pattern
+    def plant(pattern, hook):
+        tokens = seen[-1]  # [text, pos]
+        alike = (tokens[:, :, None] == tokens[:, None]).tril(-1).float()  # [text, query, key]
+        pattern[:, 0] = torch.diag(torch.ones(tokens.shape[1] - 1), diagonal=-1)
+        pattern[:, 1] = alike
+        pattern[:, 2] = alike.roll(1, dims=-1)
+        pattern[:, 3] = 0
+        pattern[:, 3, :, 0] = 1
+        return pattern / pattern.sum(-1, keepdim=True).clamp(min=1)
 
-    model.blocks[1].attn.hook_pattern.add_hook(look_back)
+    model.blocks[1].attn.hook_pattern.add_hook(plant)
     scores = head_scores(model, n=4, length=12)
-    assert scores.best("previous_token") == (1, 2, pytest.approx(1.0))
-    assert scores.induction[1, 2] == 0 and scores.previous_token[0].max() < 0.5
-    total = (
-        scores.previous_token + scores.duplicate_token + scores.induction + scores.first_position
-    )
-    assert total.max() <= 1 + 1e-5
+    assert len(seen[-1]) == 4 and torch.equal(seen[-1][:, 1:13], seen[-1][:, 13:])
+    kinds = ("previous_token", "duplicate_token", "induction", "first_position")
+    for head, kind in enumerate(kinds):
+        layer, best, weight = scores.best(kind)
+        assert (layer, best) == (1, head) and weight > 0.9
+        others = [getattr(scores, other)[1, head] for other in kinds if other != kind]
+        assert max(others) < 0.1
+        assert getattr(scores, kind)[0].max() < 0.5
+
+
+def test_losses_of_the_two_copies_leave_out_what_nothing_announces(model):
+    scores, tokens = head_scores(model, n=3, length=12), repeated_tokens(model, n=3, length=12)
+    with torch.inference_mode():
+        logs = model(tokens).log_softmax(-1)
+    nats = [-logs[range(3), p - 1, tokens[:, p]].mean().item() for p in range(1, 25)]
+    assert scores.loss_first == pytest.approx(np.mean(nats[:11]), rel=1e-5)
+    assert scores.loss_second == pytest.approx(np.mean(nats[13:]), rel=1e-5)
 
 
 def test_token_bits_equal_the_models_own_loss(model):

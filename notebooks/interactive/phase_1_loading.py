@@ -178,7 +178,7 @@ print(
 # %%
 from lenslab.show.plots import lines
 
-print(profile.to_frame()[["residual", "attention", "mlp"]].round(1).to_string())
+print(profile[["residual", "attention", "mlp"]].round(1).to_string())
 print("random twin, residual:", twin_profile.residual.round(1).tolist())
 lines(
     {
@@ -250,7 +250,7 @@ lines(
 # others (the ratio above):
 
 # %%
-share = profile.to_frame()[["two_largest_first", "two_largest_rest"]].assign(
+share = profile[["two_largest_first", "two_largest_rest"]].assign(
     twin_first=twin_profile.two_largest_first
 )
 print(share.round(2).to_string())

@@ -1,8 +1,13 @@
-"""TODO"""
+"""Which hooks a model has, what the streams are called, and refusal of names that it has not.
+
+TransformerBridge itself ignores unknown hook names silently, so everything that takes a name asks
+`check_hooks` first.
+"""
 
 from __future__ import annotations
 
 import difflib
+import math
 import weakref
 from collections.abc import Iterable
 
@@ -22,12 +27,8 @@ STREAMS = {  # stream -> hook below `blocks.LAYER.`
 }
 
 
-class UnknownHook(KeyError):
-    """A hook name that this model does not have. TransformerBridge itself ignores such names
-    silently."""
-
-    def __str__(self) -> str:  # KeyError shows its message in quotes, escapes and all
-        return str(self.args[0])
+class UnknownHook(ValueError):
+    """A hook name that this model does not have."""
 
 
 _HOOKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -49,12 +50,12 @@ def hook_names(model: TransformerBridge) -> dict[str, tuple[int, ...]]:
 
 def check_hooks(model: TransformerBridge, names: Iterable[str]) -> None:
     """Raise UnknownHook, with the nearest names, unless every hook exists in this model."""
-    known = hook_names(model)
+    hooks = hook_names(model)
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        if name not in hooks:
+            near = difflib.get_close_matches(name, hooks, n=3, cutoff=0.5)
             if "rout" in name or "expert" in name:  # TransformerLens calls the router a gate
-                near = [hook for hook in known if hook.endswith("mlp.gate.hook_out")][:1] or near
+                near = [hook for hook in hooks if hook.endswith("mlp.gate.hook_out")][:1] or near
             raise UnknownHook(
                 f"{model_name(model)} has no hook {name!r}. Nearest: {', '.join(near) or 'none'}. "
                 f"It has {model.cfg.n_layers} layers, from 0; hook_table(model) lists all hooks."
@@ -65,16 +66,9 @@ def stream_hook(model: TransformerBridge, layer: int | np.integer, stream: str =
     """The hook of a stream at a layer: 'residual' (after the block), 'residual_pre' (before it),
     'residual_mid', 'attention' (what the attention adds) or 'mlp' (what the MLP adds).
 
-    Raises ValueError for another stream or a layer outside 0 to n_layers - 1: negative layers are
-    refused, because a typing slip would silently read another layer.
+    Raises UnknownHook for a layer outside 0 to n_layers - 1: a negative one is no layer from
+    behind, because a typing slip would silently read another one.
     """
-    if stream not in STREAMS:
-        raise ValueError(f"No stream {stream!r}; there are: {', '.join(STREAMS)}.")
-    whole = isinstance(layer, int | np.integer) and not isinstance(layer, bool)
-    if not whole or not 0 <= layer < model.cfg.n_layers:
-        raise ValueError(
-            f"Layer {layer!r} is not one of 0 to {model.cfg.n_layers - 1} of {model_name(model)}."
-        )
     name = f"blocks.{layer}.{STREAMS[stream]}"
     check_hooks(model, [name])
     return name
@@ -83,11 +77,8 @@ def stream_hook(model: TransformerBridge, layer: int | np.integer, stream: str =
 def hook_table(model: TransformerBridge, layer: int | None = None) -> pd.DataFrame:
     """All hooks as a table (hook, shape), or those of one layer; shapes are for one text of two
     tokens."""
-    rows = [
-        (n, s)
-        for n, s in hook_names(model).items()
-        if layer is None or n.startswith(f"blocks.{layer}.")
-    ]
+    prefix = "" if layer is None else f"blocks.{layer}."
+    rows = [row for row in hook_names(model).items() if row[0].startswith(prefix)]
     return pd.DataFrame(rows, columns=["hook", "shape"])
 
 
@@ -95,9 +86,7 @@ def by_token(model: TransformerBridge, hook: str) -> bool:
     """Whether a hook's values are `[text, pos, ...]` or `[text * pos, ...]`, with one axis of
     positions only."""
     shape = hook_names(model)[hook]  # of one text of two tokens
-    square = (
-        "attn_scores" in hook or "pattern" in hook
-    )  # [text, head, query, key]; there may be two heads
+    square = "attn_scores" in hook or "pattern" in hook  # [text, head, query, key]: of two heads?
     return not square and (shape[0] == 2 or shape[:2] == (1, 2))
 
 
@@ -105,9 +94,7 @@ def vector_width(model: TransformerBridge, hook: str) -> int:
     """Length of a hook's vector per token, heads side by side. Raises ValueError where it has
     none."""
     shape = hook_names(model)[hook]
-    own = shape[1:] if shape[0] == 2 else shape[2:]
-    if not by_token(model, hook) or not own:
-        raise ValueError(
-            f"{hook} has no vector per token (shape {shape} for two tokens): it cannot be stored."
-        )
-    return torch.Size(own).numel()
+    vector = shape[1:] if shape[0] == 2 else shape[2:]
+    if not by_token(model, hook) or not vector:
+        raise ValueError(f"{hook} {shape} has no vector per token: it cannot be stored.")
+    return math.prod(vector)

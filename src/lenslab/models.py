@@ -14,160 +14,144 @@ import hashlib
 import json
 import os
 import weakref
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import torch
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from lenslab.files import BUNDLED, DEFAULT, HUB, data_path, sha256_file
 from lenslab.runtime import default_device, derive_generator
+
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
 
 
 class NotAModel(ValueError):
     """What was named cannot be loaded as a language model; the message says why and what can."""
 
 
-def resolve(name: str) -> tuple[str, str]:
-    """(what transformers should open, the name to show): never a path of this machine in what is
-    shown."""
-    if name in BUNDLED:
-        return str(data_path("models", name)), name
-    folder = Path(name).expanduser()
+def load_model(
+    name: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype = torch.float32
+) -> TransformerBridge:
+    """A model in eval mode with eager attention, so that attention patterns can be read.
+
+    Args: name: a bundled name (`pocket-gpt`), a local Hugging Face folder, or a name on the hub.
+        Default: `$LENSLAB_MODEL`, else `pocket-gpt`.
+        device: default a GPU where there is one.
+        dtype: of the weights in memory. Two loaders agree to 1e-4 in the logits only in float32.
+
+    Raises: NotAModel: a folder without config, weights or tokenizer; weights as a pickle only; a
+        hub name that is neither cached nor reachable; an architecture that TransformerLens does
+        not know.
+
+    With `LENSLAB_MODEL_TWIN=1` the random-weight twin is returned instead: the control for whole
+    notebooks.
+    """
+    name = str(name or os.environ.get("LENSLAB_MODEL") or DEFAULT)
+    folder = data_path("models", name) if name in BUNDLED else Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise NotAModel(
-                f"The folder {name} has no config.json, so it is not a Hugging Face model folder. Save one with "
-                "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)."
-            )
-        return str(folder), folder.resolve().name
-    if folder.is_absolute() or name.startswith((".", "~")):
+        source, label = str(folder), folder.resolve().name  # what is shown holds no path
+        check_folder(folder, label)
+    elif folder.is_absolute() or name.startswith((".", "~")):
         raise NotAModel(f"There is no folder {name}. Bundled models: {', '.join(BUNDLED)}.")
-    return HUB.get(name, name), name
+    else:
+        source, label = HUB.get(name, name), name
+    try:
+        weights, tokenizer = open_weights(source, dtype), open_tokenizer(source)
+    except Exception as error:  # of a dozen kinds: bad JSON, cut-off weights, no network
+        raise NotAModel(_advice(source, label, error)) from error
+    model = boot(weights, tokenizer, label, device or default_device())
+    return random_twin(model, label=label) if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else model
 
 
-def open_weights(source: str, label: str, dtype: torch.dtype):
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    folder = Path(source)
-    if folder.is_dir():  # local weights open in well under a second: a bar would only flicker
-        logging.disable_progress_bar()
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickles = [f.name for f in folder.iterdir() if f.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+def check_folder(folder: Path, label: str) -> None:
+    """Refuse a folder that transformers would open wrongly or not at all, and bundled weights that
+    are not those of their card: what ships beside them was measured on the card's."""
+    if not (folder / "config.json").is_file():
+        raise NotAModel(f"{label} has no config.json. Make it: model.save_pretrained(folder).")
+    if not any(folder.glob("*.safetensors")):
         raise NotAModel(
-            f"{label} holds its weights as a pickle ({pickles[0]}), which can run code when it is opened and is never "
-            "loaded here. Convert it once where you trust it: model.save_pretrained(folder, safe_serialization=True)."
-            if pickles
-            else f"{label} has a config.json but no weights (*.safetensors)."
+            f"{label} has no weights (*.safetensors). A pickle can run code when it is opened, and "
+            "is never loaded here: open it where you trust it, then model.save_pretrained(folder)."
         )
+    if not any((folder / file).exists() for file in VOCABULARIES):  # an empty one would be made up
+        raise NotAModel(f"{label} has no tokenizer. Add it: tokenizer.save_pretrained(folder).")
     if label in BUNDLED and folder.resolve() == data_path("models", label).resolve():
-        _check_bundled(folder, label)
-    token = os.environ.get("HF_TOKEN")  # gated models: from the environment, never from a file here
-    options = {} if folder.is_dir() or not token else {"token": token}
-    try:
-        return fused_gelu(
-            AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation="eager", use_safetensors=True, **options
-            )
-        )
-    except (
-        Exception
-    ) as error:  # transformers raises a dozen kinds: bad JSON, cut-off weights, no network
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        near = difflib.get_close_matches(label, [*BUNDLED, *HUB], n=1)
-        meant = f"Did you mean {near[0]!r}? " if near and near[0] != label else ""
-        if _refused(error):
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        if sha256_file(folder / "model.safetensors") != card["weights_sha256"]:
             raise NotAModel(
-                f"{label}: the hub gives it to no one it does not know. {meant}It is gated, private or misspelt. "
-                f"Accept its licence on https://huggingface.co/{source} while signed in, make an access token in your "
-                "settings there, and set it as HF_TOKEN"
-                + (" (the one that is set has no access)." if token else ".")
-            ) from error
-        offline = " and unset HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else ""
-        advice = (
-            "Check that the folder is complete: a cut-off download leaves short files."
-            if folder.is_dir()
-            else f"If it is a hub name, download it while online (`.venv/bin/hf download {source}`; set HF_TOKEN for "
-            f"gated models){offline}. Bundled, always here: {', '.join(BUNDLED)}."
-        )
-        raise NotAModel(f"{label} could not be loaded. {meant}{first} {advice}") from (
-            None if meant else error
-        )
+                f"The weights of {label} are not those of its card: `git checkout -- "
+                f"data/models/{label}`, or load changed weights from a folder of your own."
+            )
 
 
-def _check_bundled(folder: Path, label: str) -> None:
-    """Refuse bundled weights that are not those of their card: what ships beside them was measured
-    on the card's."""
-    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-    if sha256_file(folder / "model.safetensors") != card["weights_sha256"]:
-        raise NotAModel(
-            f"The weights of {label} are not those that its card describes: damaged, or changed. Restore them with "
-            f"`git checkout -- data/models/{label}`, or load them under another name from a folder of your own."
-        )
+def open_weights(source: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The Hugging Face model of a folder or hub name, from safetensors only."""
+    if Path(source).is_dir():  # opened in well under a second: a bar would only flicker
+        logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, attn_implementation="eager", use_safetensors=True
+    )
 
 
-def _refused(error: BaseException | None) -> bool:
-    """Whether the hub was reached and said no, somewhere in what led to this error."""
-    while error is not None:
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def fused_gelu(hf_model):
-    """GPT-2's GELU in one kernel instead of eight: the same function, and a sixth of a forward pass
-    on CPU."""
-    for module in hf_model.modules():
-        for name, child in module.named_children():
-            if type(child).__name__ == "NewGELUActivation":
-                setattr(module, name, torch.nn.GELU(approximate="tanh"))
-    return hf_model
-
-
-def open_tokenizer(source: str, label: str):
-    from transformers import AutoTokenizer
-
-    missing = f"{label} has no tokenizer that can be opened: tokenizer.save_pretrained(folder) beside the weights."
-    files = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
-    if Path(source).is_dir() and not any((Path(source) / file).exists() for file in files):
-        raise NotAModel(missing)  # transformers would make up an empty vocabulary
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:
-        raise NotAModel(missing) from error
+def open_tokenizer(source: str):
+    """The tokenizer of a folder or hub name; one without padding pads with EOS or BOS."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     return tokenizer
 
 
-def load_model(
-    name: str | os.PathLike | None = None,
-    *,
-    device: str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> TransformerBridge:
-    """A model in eval mode with eager attention, so that attention patterns can be read.
+def _advice(source: str, label: str, error: BaseException | None) -> str:
+    """Why a model could not be opened, and what to do."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if Path(source).is_dir():
+        return (
+            f"{label} could not be loaded. {reason} "
+            "Check that the folder is complete: a cut-off download leaves short files."
+        )
+    near = [] if label in HUB else difflib.get_close_matches(label, [*BUNDLED, *HUB], n=1)
+    meant = f"Did you mean {near[0]!r}? " if near else ""
+    while error is not None:  # the hub's own answer is below what transformers makes of it
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            token = " (the one that is set has no access)" if os.environ.get("HF_TOKEN") else ""
+            return (
+                f"{label}: the hub gives it to no one it does not know. {meant}It is gated, "
+                f"private or misspelt. Accept its licence on https://huggingface.co/{source} while "
+                f"signed in, make an access token there, and set it as HF_TOKEN{token}."
+            )
+        error = error.__cause__ or error.__context__
+    offline = " and unset HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return (
+        f"{label} could not be loaded. {meant}{reason} If it is a hub name, download it while "
+        f"online (`.venv/bin/hf download {source}`; set HF_TOKEN for gated models){offline}. "
+        f"Bundled, always here: {', '.join(BUNDLED)}."
+    )
 
-    Args: name: a bundled name (`pocket-gpt`), a local Hugging Face folder, or a name on the hub.
-        Default:
-            `$LENSLAB_MODEL`, else `pocket-gpt`.
-        device: default a GPU where there is one.
-        dtype: of the weights in memory. Two loaders agree to 1e-4 in the logits only in float32.
 
-    Raises: NotAModel: a folder without config, weights or tokenizer; weights as a pickle only; a
-        hub name that is
-            neither cached nor reachable; an architecture that TransformerLens does not know.
+def boot(weights: PreTrainedModel, tokenizer, label: str, device: str) -> TransformerBridge:
+    """TransformerLens's bridge over a Hugging Face model, by the name that is to be shown."""
+    fused_gelu(weights)
+    options = dict(hf_model=weights, tokenizer=tokenizer, device=device, dtype=weights.dtype)
+    try:
+        model = TransformerBridge.boot_transformers(label, **options)
+    except ValueError as error:
+        kind = type(weights).__name__
+        raise NotAModel(f"{label}: TransformerLens has no adapter for {kind} ({error}).") from error
+    model.cfg.model_name = label  # TransformerLens puts another in the place of old short names
+    return model.eval()
 
-    With `LENSLAB_MODEL_TWIN=1` the random-weight twin is returned instead: the control for whole
-    notebooks.
-    """
-    name = os.fspath(name or os.environ.get("LENSLAB_MODEL") or DEFAULT)
-    source, label = resolve(name)
-    model = _boot(open_weights(source, label, dtype), open_tokenizer(source, label), label, device)
-    return random_twin(model, label=label) if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else model
+
+def fused_gelu(weights: PreTrainedModel) -> None:
+    """GPT-2's GELU in one kernel instead of eight: the same function, and a sixth of a forward pass
+    on CPU."""
+    for module in weights.modules():
+        for name, child in module.named_children():
+            if type(child).__name__ == "NewGELUActivation":
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
 
 
 def random_twin(
@@ -182,21 +166,20 @@ def random_twin(
     sums of integers (nearly normal), times the spread that the architecture begins with to two
     digits. torch's own normal numbers depend on the processor's instructions.
     """
-    from transformers import AutoModelForCausalLM
-
-    config, generator = model.original_model.config, derive_generator(seed, "random twin")
+    generator = derive_generator(seed, "random twin")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator.initial_seed() % 2**63)
+        torch.manual_seed(generator.initial_seed())
         twin = AutoModelForCausalLM.from_config(
-            config, attn_implementation="eager", dtype=model.cfg.dtype
+            model.original_model.config, attn_implementation="eager", dtype=model.cfg.dtype
         )
     with torch.no_grad():
         for parameter in twin.parameters():
             spread = float(parameter.float().std()) if parameter.numel() > 1 else 0.0
             if spread > 0:  # biases and the weights of norms begin as constants
-                parameter.copy_(_exact_normal(parameter.shape, generator) * float(f"{spread:.2g}"))
+                normal = _exact_normal(parameter.shape, generator)
+                parameter.copy_(normal * float(f"{spread:.2g}"))
     label = label or f"{model_name(model)} (random twin)"
-    return _boot(fused_gelu(twin), model.tokenizer, label, str(model.cfg.device))
+    return boot(twin, model.tokenizer, label, str(model.cfg.device))
 
 
 def _exact_normal(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -208,26 +191,12 @@ def _exact_normal(shape: torch.Size, generator: torch.Generator) -> torch.Tensor
     return (total - (2 << 16)).float() / ((1 << 16) / 3**0.5)  # the variance of one is 2^32 / 12
 
 
-def _boot(hf_model, tokenizer, label: str, device: str | None) -> TransformerBridge:
-    try:
-        model = TransformerBridge.boot_transformers(
-            label, hf_model=hf_model, tokenizer=tokenizer, device=device or default_device()
-        )
-    except ValueError as error:
-        kind = hf_model.config.architectures or [type(hf_model).__name__]
-        raise NotAModel(
-            f"{label}: TransformerLens has no adapter for {kind[0]} ({error})."
-        ) from error
-    model.cfg.model_name = label
-    return model.eval()
-
-
 def model_name(model: TransformerBridge) -> str:
     """The name a model was loaded by; for a folder, the folder's own name."""
     return str(model.cfg.model_name)
 
 
-_KEYS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_KEYS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (versions, key)
 
 
 def model_key(model: TransformerBridge) -> str:
@@ -237,26 +206,22 @@ def model_key(model: TransformerBridge) -> str:
     parameters).
     """
     weights = sorted(model.original_model.named_parameters())
-    versions = tuple(p._version for _, p in weights)
-    known = _KEYS.get(model)
-    if known is None or known[0] != versions:
+    versions = [parameter._version for _, parameter in weights]
+    if model not in _KEYS or _KEYS[model][0] != versions:
         digest = hashlib.sha256()
         for name, parameter in weights:
             digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            digest.update(
-                parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            )
-        known = _KEYS[model] = (versions, digest.hexdigest()[:16])
-    return known[1]
+            values = parameter.detach().cpu().contiguous().flatten()
+            digest.update(values.view(torch.uint8).numpy().data)
+        _KEYS[model] = versions, digest.hexdigest()[:16]
+    return _KEYS[model][1]
 
 
 def check_eval(model: TransformerBridge) -> None:
     """Raise ValueError for a model in train mode: dropout would change what it computes, a little
     and at random."""
     if model.training:
-        raise ValueError(
-            f"{model_name(model)} is in train mode, where dropout changes activations: model.eval()."
-        )
+        raise ValueError(f"{model_name(model)} is in train mode (dropout): call model.eval().")
 
 
 def parameter_table(model: TransformerBridge, layer: int | None = None) -> pd.DataFrame:
@@ -266,57 +231,32 @@ def parameter_table(model: TransformerBridge, layer: int | None = None) -> pd.Da
     Read from the architecture: the bridge holds fused query-key-value matrices twice, whole and
     split.
     """
-    from transformers import AutoModelForCausalLM
-
-    loaded = {
-        n.replace("._original_component", ""): p for n, p in model.original_model.named_parameters()
-    }
+    loaded = dict(model.original_model.named_parameters())
+    trainable = {n.replace("._original_component", ""): p.requires_grad for n, p in loaded.items()}
     with torch.device("meta"):  # shapes without weights
         plain = AutoModelForCausalLM.from_config(model.original_model.config)
-    rows = []
-    for name, parameter in plain.named_parameters():
-        if layer is None or f".{layer}." in name:
-            trainable = loaded[name].requires_grad if name in loaded else True
-            rows.append((name, tuple(parameter.shape), parameter.numel(), trainable))
+    rows = [
+        (name, tuple(parameter.shape), parameter.numel(), trainable.get(name, True))
+        for name, parameter in plain.named_parameters()
+        if layer is None or f".{layer}." in name
+    ]
     return pd.DataFrame(rows, columns=["parameter", "shape", "count", "trainable"])
 
 
-@dataclass(frozen=True)
-class ModelSummary:
-    """What a model is, in numbers. Counts are of parameters; `context` is in tokens."""
-
-    name: str
-    architecture: str
-    layers: int
-    d_model: int
-    heads: int
-    key_value_heads: int
-    d_head: int
-    d_mlp: int | None
-    experts: int | None
-    experts_per_token: int | None
-    vocabulary: int
-    context: int
-    normalization: str
-    activation: str
-    positions: str
-    tied_embeddings: bool
-    parameters: int
-    trainable_parameters: int
-    embedding_parameters: int
-    block_parameters: int
-    dtype: str
+class ModelSummary(SimpleNamespace):
+    """What a model is, in numbers: the fields that `summarize` reads. Counts are of parameters,
+    `context` is in tokens; None where the architecture has no such thing."""
 
     def to_frame(self) -> pd.DataFrame:
-        return pd.DataFrame({self.name: {k: v for k, v in asdict(self).items() if k != "name"}})
+        """One column, named as the model."""
+        return pd.DataFrame({self.name: {k: v for k, v in vars(self).items() if k != "name"}})
 
 
 def summarize(model: TransformerBridge) -> ModelSummary:
     """Architecture summary, read from the loaded model and its config."""
-    cfg, table = model.cfg, parameter_table(model)
-    config = json.loads(model.original_model.config.to_json_string(use_diff=False))
-    embedding = table["parameter"].str.contains(r"wte|wpe|embed_tokens|embed_in", regex=True)
-    blocks = table["parameter"].str.contains(r"\.\d+\.", regex=True)
+    cfg, config, table = model.cfg, model.original_model.config, parameter_table(model)
+    count = table["count"]
+    embeddings = table["parameter"].str.contains("wte|wpe|embed_tokens|embed_in")
     return ModelSummary(
         name=model_name(model),
         architecture=type(model.original_model).__name__,
@@ -326,19 +266,19 @@ def summarize(model: TransformerBridge) -> ModelSummary:
         key_value_heads=cfg.n_key_value_heads or cfg.n_heads,
         d_head=cfg.d_head,
         d_mlp=cfg.d_mlp,
-        experts=config.get("num_experts") or config.get("num_local_experts"),
-        experts_per_token=config.get("num_experts_per_tok"),
+        experts=cfg.num_experts,
+        experts_per_token=cfg.experts_per_token,
         vocabulary=cfg.d_vocab,
         context=cfg.n_ctx,
         normalization=str(cfg.normalization_type),
         activation=str(cfg.act_fn),
         positions=str(cfg.positional_embedding_type),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        parameters=int(table["count"].sum()),
-        trainable_parameters=int(table["count"][table["trainable"]].sum()),
-        embedding_parameters=int(table["count"][embedding].sum()),
-        block_parameters=int(table["count"][blocks].sum()),
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        tied_embeddings=bool(config.tie_word_embeddings),
+        parameters=int(count.sum()),
+        trainable_parameters=int(count[table["trainable"]].sum()),
+        embedding_parameters=int(count[embeddings].sum()),
+        block_parameters=int(count[table["parameter"].str.contains(r"\.\d+\.")].sum()),
+        dtype=str(cfg.dtype).removeprefix("torch."),
     )
 
 
@@ -348,8 +288,6 @@ def generate(
     *,
     max_new_tokens: int = 40,
     temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     seed: int = 0,
 ) -> str | list[str]:
     """Continue a prompt; greedy at temperature 0, else sampled from a generator seeded by `seed`.
@@ -358,29 +296,18 @@ def generate(
     the new tokens do not fit the context, or the prompt is empty; for a model in train mode.
     """
     check_eval(model)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts or not all(text.strip() for text in prompts):
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not all(text.strip() for text in prompts):
         raise ValueError("An empty prompt: give the model at least one word to continue.")
-    longest = (
-        max(len(model.tokenizer(text, add_special_tokens=False).input_ids) for text in prompts) + 1
-    )
-    if longest + max_new_tokens > model.cfg.n_ctx:
-        raise ValueError(
-            f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {model.cfg.n_ctx}."
-        )
+    encoded = model.tokenizer(prompts, add_special_tokens=False).input_ids
+    longest, context = 1 + max(map(len, encoded)), model.cfg.n_ctx  # BOS included
+    if longest + max_new_tokens > context:
+        raise ValueError(f"{longest} tokens and {max_new_tokens} new exceed the context {context}.")
+    options = dict(max_new_tokens=max_new_tokens, verbose=False, return_type="str")
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        torch.manual_seed(derive_generator(seed, "generate").initial_seed() % 2**63)
+        torch.manual_seed(derive_generator(seed, "generate").initial_seed())
         texts = [
-            model.generate(
-                text,
-                max_new_tokens=max_new_tokens,
-                do_sample=temperature > 0,
-                temperature=temperature or 1.0,
-                top_k=top_k,
-                top_p=top_p,
-                verbose=False,
-                return_type="str",
-            )
-            for text in prompts
+            model.generate(t, do_sample=temperature > 0, temperature=temperature or 1.0, **options)
+            for t in prompts
         ]
     return texts[0] if isinstance(prompt, str) else texts

@@ -1,22 +1,33 @@
-"""TODO"""
+"""Texts become tokens, and which of them count is settled once: `TokenBatch.real`.
+
+`tokenize` gives one row per text; `pack` joins documents and cuts them into windows. Both go
+through the same three steps:
+1. encode without special tokens, and refuse texts from which no token comes;
+2. put BOS in front of every row, and of each token keep the text that it is from (-1: of none);
+3. pad on one side. `real` and `attention` come from lengths, never from the ids of BOS or padding.
+"""
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformer_lens.model_bridge import TransformerBridge
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lenslab import runtime
 from lenslab.files import content_key
+from lenslab.runtime import progress_bar
 
 CHUNK = 1000  # texts tokenised at a time
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, often of a string that was cut
 
 
 class NoRealToken(ValueError):
@@ -34,8 +45,7 @@ class TokenBatch:
     ids with pad.
 
     A row is `BOS token ... token` with padding on one side, or, from `pack`, a window of joined
-    documents. `real` and `attention` come from lengths, so BOS may have id 0 and padding may be the
-    id of BOS or EOS.
+    documents. BOS may have id 0 and padding may be the id of BOS or EOS.
     """
 
     tokens: Int[Tensor, "text pos"]
@@ -44,30 +54,14 @@ class TokenBatch:
     texts: tuple[str, ...]  # what was tokenised; of packed windows, what they decode to
     pad_side: str = "right"
     tokenizer: Any = field(default=None, repr=False)
-    document: Int[Tensor, "text pos"] | None = (
-        None  # which of the texts given a token is from; -1 where not real
-    )
+    document: Int[Tensor, "text pos"] | None = None  # of each token its text; -1 where not real
 
     def __post_init__(self) -> None:
-        shapes = {self.tokens.shape, self.real.shape, self.attention.shape}
-        if len(shapes) != 1 or len(self.texts) != len(self.tokens):
-            raise ValueError(
-                f"tokens, real, attention and texts differ in size: {shapes}, {len(self.texts)} texts."
-            )
-        if self.pad_side not in ("left", "right"):
-            raise ValueError(f"pad_side is 'left' or 'right', not {self.pad_side!r}.")
         if bool((self.real & ~self.attention).any()):
-            raise ValueError(
-                "A token cannot be real and padding: `real` must lie within `attention`."
-            )
-        if self.document is not None and not torch.equal(self.document >= 0, self.real):
-            raise ValueError(
-                "`document` has the place of `real` and says a text for each real token, -1 elsewhere."
-            )
-        if (empty := (~self.real.any(1)).nonzero().flatten().tolist()) or not len(self.tokens):
-            raise NoRealToken(
-                f"Nothing but BOS and padding in text {empty[:5] or '(there is none)'}: leave it out."
-            )
+            raise ValueError("A token cannot be real and padding: `real` lies within `attention`.")
+        if not len(self) or not bool(self.real.any(1).all()):
+            empty = (~self.real.any(1)).nonzero().flatten().tolist()
+            raise NoRealToken(f"Nothing but BOS and padding in text {empty[:5]}: leave it out.")
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -75,11 +69,15 @@ class TokenBatch:
     def __getitem__(self, rows: slice | Sequence[int]) -> TokenBatch:
         """The batch of some texts, by slice or by a list of indices; padding and `document` are
         kept."""
-        texts = self.texts[rows] if isinstance(rows, slice) else tuple(self.texts[i] for i in rows)
-        where = rows if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.long)
-        tensors = (self.tokens[where], self.real[where], self.attention[where])
-        document = None if self.document is None else self.document[where]
-        return TokenBatch(*tensors, texts, self.pad_side, self.tokenizer, document)
+        index = torch.arange(len(self))[rows if isinstance(rows, slice) else list(rows)]
+        return replace(
+            self,
+            tokens=self.tokens[index],
+            real=self.real[index],
+            attention=self.attention[index],
+            texts=tuple(self.texts[i] for i in index.tolist()),
+            document=None if self.document is None else self.document[index],
+        )
 
     @property
     def n_real(self) -> int:
@@ -90,10 +88,9 @@ class TokenBatch:
     def key(self) -> str:
         """Content key of the tokens and masks: what caches of activations are keyed by, whatever
         `document` says."""
-        parts = (self.tokens.long(), self.real, self.attention)
-        return content_key(
-            list(self.tokens.shape), *(p.cpu().contiguous().numpy().tobytes() for p in parts)
-        )
+        tensors = (self.tokens.long(), self.real, self.attention)
+        raw = [tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors]
+        return content_key(list(self.tokens.shape), *raw)
 
     def strings(self, row: int) -> list[str]:
         """One readable string per position, '' at padding; bytes that are no whole character as
@@ -121,40 +118,26 @@ def tokenize(
         max_length: in tokens, BOS included; default the model's context.
         truncate: cut longer texts, with a warning that says how many; otherwise they are refused.
 
-    Raises NoRealToken, TextTooLong, ValueError (no texts; text that is not valid Unicode),
-    TypeError (no string).
+    Raises NoRealToken, TextTooLong, ValueError (no texts; half a character in one; a length beyond
+    the context).
     """
+    if pad_side not in ("left", "right"):
+        raise ValueError(f"pad_side is 'left' or 'right', not {pad_side!r}.")
     texts = (texts,) if isinstance(texts, str) else tuple(texts)
-    if not texts:
-        raise ValueError("There are no texts: the list is empty.")
-    limit, bos = _limit(model, max_length, least=2), _bos(model.tokenizer)
     rows = _encode(model.tokenizer, texts)
-    if empty := [i for i, row in enumerate(rows) if not row]:
-        raise NoRealToken(
-            f"Text {empty[0]} ({texts[empty[0]]!r}) has no token ({len(empty)} such): leave it out."
-        )
-    room = limit - len(bos)
-    long = [i for i, row in enumerate(rows) if len(row) > room]
-    if long and not truncate:
-        i = max(long, key=lambda i: len(rows[i]))
+    length = _checked_length(model, max_length)
+    room = length - len(bos_ids(model.tokenizer))
+    beyond = [len(row) - room for row in rows if len(row) > room]
+    if beyond and not truncate:
+        longest = max(range(len(rows)), key=lambda i: len(rows[i]))
         raise TextTooLong(
-            f"{len(long)} of {len(texts)} texts exceed {limit} tokens; the longest, text {i}, has "
-            f"{len(rows[i]) + len(bos)}. Pass truncate=True to cut them, or use pack() to spread them over windows."
+            f"{len(beyond)} of {len(texts)} texts exceed {length} tokens; text {longest} by most. "
+            "Pass truncate=True to cut them, or use pack() to spread them over windows."
         )
-    if long:
-        lost = sum(len(rows[i]) - room for i in long)
-        warnings.warn(
-            f"Cut {len(long)} of {len(texts)} texts to {limit} tokens; {lost} tokens left out.",
-            stacklevel=2,
-        )
-    cut = [torch.tensor(row[:room]) for row in rows]
-    return _pad(
-        model.tokenizer,
-        bos,
-        [(row, torch.full_like(row, i)) for i, row in enumerate(cut)],
-        texts,
-        pad_side,
-    )
+    if beyond:
+        cut = f"Cut {len(beyond)} of {len(texts)} texts to {length} tokens"
+        warnings.warn(f"{cut}; {sum(beyond)} tokens left out.", stacklevel=2)
+    return _padded(model.tokenizer, [row[:room] for row in rows], texts, pad_side)
 
 
 def pack(
@@ -168,36 +151,75 @@ def pack(
     dropped: the last window may be shorter, padded on the right. Documents that give no token are
     refused, as in `tokenize`. Raises as `tokenize`.
     """
+    tokenizer, eos = model.tokenizer, model.tokenizer.eos_token_id
+    room = _checked_length(model, length) - len(bos_ids(tokenizer))
+    end = bos_ids(tokenizer) if eos is None else [eos]
     texts = (texts,) if isinstance(texts, str) else tuple(texts)
-    limit, bos = _limit(model, length, least=3), _bos(model.tokenizer)
-    eos = model.tokenizer.eos_token_id
-    end = bos if eos is None else [eos]
-    stream: list[Tensor] = []  # int32: a Python list of ids would take nine times the memory
-    with runtime.progress_bar(total=len(texts), unit="text", desc="tokenize") as bar:
-        for start in range(0, len(texts), CHUNK):
-            for i, row in enumerate(
-                _encode(model.tokenizer, texts[start : start + CHUNK], start), start
-            ):
-                if not row:
-                    raise NoRealToken(f"Text {i} ({texts[i]!r}) has no token: leave it out.")
-                stream += [
-                    torch.tensor(end if i else [], dtype=torch.int32),
-                    torch.tensor(row, dtype=torch.int32),
-                ]
-            bar.update(min(CHUNK, len(texts) - start))
-    if not stream:
+    pieces = [piece for row in _encode(tokenizer, texts) for piece in (_from_text(-1, end), row)]
+    windows = torch.cat(pieces[1:]).split(room)  # no end before the first document
+    decoded = tokenizer.batch_decode([window[:, 0].tolist() for window in windows])
+    return _padded(tokenizer, windows, tuple(decoded), "right")
+
+
+def bos_ids(tokenizer: Any) -> list[int]:
+    """The token every row begins with, as a list of one or none (`if bos_id:` would miss id 0)."""
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return [i for i in ids if i is not None][:1]
+
+
+def _checked_length(model: TransformerBridge, length: int | None) -> int:
+    context = model.cfg.n_ctx
+    if length is not None and not 2 <= length <= context:
+        raise ValueError(f"A length of {length} is not within 2 and the model's context {context}.")
+    return length or context
+
+
+def _from_text(text: int, ids: list[int]) -> Int[Tensor, "token 2"]:
+    """(id, text that it is from) of each token; int32: lists of ids take nine times the memory."""
+    return torch.tensor([ids, [text] * len(ids)], dtype=torch.int32).T
+
+
+def _encode(tokenizer: Any, texts: tuple[str, ...]) -> list[Int[Tensor, "_ 2"]]:
+    """Each text without BOS. Raises NoRealToken, ValueError."""
+    if not texts:
         raise ValueError("There are no texts: the list is empty.")
-    pieces = enumerate(stream)  # a separator, a document, a separator, ...
-    document = torch.cat(
-        [torch.full(piece.shape, k // 2 if k % 2 else -1, dtype=torch.int32) for k, piece in pieces]
+    if broken := [i for i, text in enumerate(texts) if SURROGATE.search(text)]:
+        raise ValueError(f"Text {broken[0]} is not valid Unicode (half a surrogate pair).")
+    bos, rows = tokenizer.bos_token or "", []
+    with progress_bar(total=len(texts), unit="text", desc="tokenize") as bar:
+        for start in range(0, len(texts), CHUNK):
+            chunk = [text.removeprefix(bos) for text in texts[start : start + CHUNK]]
+            # not verbose: `tokenize` says itself when a text is too long
+            ids = tokenizer(chunk, add_special_tokens=False, verbose=False).input_ids
+            rows += [_from_text(i, row) for i, row in enumerate(ids, start)]
+            bar.update(len(chunk))
+    if empty := [i for i, row in enumerate(rows) if not len(row)]:
+        raise NoRealToken(f"Text {empty[0]} has no token ({len(empty)} such): leave it out.")
+    return rows
+
+
+def _padded(
+    tokenizer: Any, rows: Sequence[Int[Tensor, "_ 2"]], texts: tuple[str, ...], pad_side: str
+) -> TokenBatch:
+    """Rows of (id, text that it is from) without BOS -> a batch with BOS, padded on one side."""
+    bos = _from_text(-1, bos_ids(tokenizer))
+    rows = [torch.cat([bos, row]) for row in rows]
+    both = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side=pad_side)
+    tokens, document = both.long().movedim(-1, 0).contiguous()  # each [text, pos]
+    attention = tokens >= 0
+    tokens[~attention] = tokenizer.pad_token_id or 0
+    return TokenBatch(
+        tokens=tokens,
+        real=document >= 0,
+        attention=attention,
+        texts=texts,
+        pad_side=pad_side,
+        tokenizer=tokenizer,
+        document=document,
     )
-    windows = list(
-        zip(
-            torch.cat(stream).split(limit - len(bos)), document.split(limit - len(bos)), strict=True
-        )
-    )
-    decoded = tuple(model.tokenizer.batch_decode([ids.tolist() for ids, _ in windows]))
-    return _pad(model.tokenizer, bos, windows, decoded, "right")
+
+
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # of GPT-2's pieces
 
 
 def token_string(tokenizer: Any, token: int) -> str:
@@ -212,79 +234,3 @@ def token_string(tokenizer: Any, token: int) -> str:
         return text
     raw = [_BYTES.get(character) for character in piece]
     return piece if None in raw else "".join(f"<0x{byte:02X}>" for byte in raw)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte -> the byte."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
-
-
-_BYTES = _byte_alphabet()
-
-
-def _bos(tokenizer: Any) -> list[int]:
-    """The token every row begins with, as a list of one or none (`if bos_id:` would miss id 0)."""
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return [i for i in ids if i is not None][:1]
-
-
-def _limit(model: TransformerBridge, asked: int | None, least: int) -> int:
-    context = model.cfg.n_ctx
-    if asked is None:
-        return context
-    if not least <= asked <= context:
-        raise ValueError(
-            f"A length of {asked} tokens is not within {least} and the model's context of {context}."
-        )
-    return asked
-
-
-def _encode(tokenizer: Any, texts: tuple[str, ...], first: int = 0) -> list[list[int]]:
-    """Ids of texts without BOS; `first` is the number of the first text, for what the errors
-    say."""
-    for i, text in enumerate(texts, first):
-        if not isinstance(text, str):
-            raise TypeError(f"Text {i} is a {type(text).__name__}, not a string.")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"Text {i} is not valid Unicode at character {error.start} (half a surrogate pair, often from a cut "
-                "string). Mend it with text.encode('utf-8', 'replace').decode()."
-            ) from None
-    start = tokenizer.bos_token or ""
-    return tokenizer(
-        [text.removeprefix(start) for text in texts],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,  # we say ourselves when a text is too long
-    ).input_ids
-
-
-def _pad(
-    tokenizer: Any,
-    bos: list[int],
-    rows: list[tuple[Tensor, Tensor]],
-    texts: tuple[str, ...],
-    pad_side: str,
-) -> TokenBatch:
-    """Rows of (ids, document or -1) without BOS -> a batch with BOS, padded on one side."""
-    lengths = [len(bos) + len(ids) for ids, _ in rows]
-    width, pad = max(lengths), tokenizer.pad_token_id
-    tokens = torch.full((len(rows), width), 0 if pad is None else pad)
-    document, attention = (
-        torch.full((len(rows), width), -1),
-        torch.zeros(len(rows), width, dtype=torch.bool),
-    )
-    for i, ((ids, source), length) in enumerate(zip(rows, lengths, strict=True)):
-        begin = 0 if pad_side == "right" else width - length
-        first = begin + len(bos)
-        tokens[i, begin:first] = torch.tensor(bos, dtype=torch.long)
-        tokens[i, first : begin + length], document[i, first : begin + length] = (
-            ids.long(),
-            source.long(),
-        )
-        attention[i, begin : begin + length] = True
-    return TokenBatch(tokens, document >= 0, attention, texts, pad_side, tokenizer, document)

@@ -48,8 +48,8 @@ def splice(
             replaced. With a key-value cache a forward pass sees the newest tokens only; their
             places in the text are counted, so masks still hold.
 
-    Raises as `check_sae`; ValueError for a mask of another number of texts, an edit that changes
-    the shape, and a result that is NaN or Inf. The model's hooks are removed in any case.
+    Raises as `check_sae`; ValueError for a result that is NaN or Inf. The model's hooks are removed
+    in any case.
     """
     transform = input_transform(sae, model)
     refuse_transcoder(sae)
@@ -61,10 +61,14 @@ def splice(
         past = 0 if cache is None else cache.get_seq_length()
 
     def replace(value: Tensor, hook: object) -> Tensor:
-        new = transform.inverse(
-            spliced(sae, transform(value), error_term=error_term, edit=edit), value
-        )
-        return new if mask is None else torch.where(_chosen(mask, past, value), new, value)
+        new = transform.inverse(_spliced(sae, transform(value), error_term, edit), value)
+        if mask is None:
+            return new
+        texts, positions = value.shape[:2]
+        beyond = max(0, past + positions - mask.shape[1])
+        whole = torch.nn.functional.pad(mask, (0, beyond), value=True)
+        chosen = whole[:, past : past + positions].expand(texts, positions).to(value.device)
+        return torch.where(chosen[(..., *[None] * (value.ndim - 2))], new, value)
 
     counter = model.original_model.register_forward_pre_hook(count_past, with_kwargs=True)
     try:
@@ -74,44 +78,18 @@ def splice(
         counter.remove()
 
 
-def spliced(
-    sae: SparseAutoencoder,
-    x: Float[Tensor, "text pos d_in"],
-    *,
-    error_term: bool = True,
-    edit: Edit | None = None,
+def _spliced(
+    sae: SparseAutoencoder, x: Float[Tensor, "text pos d_in"], error_term: bool, edit: Edit | None
 ) -> Float[Tensor, "text pos d_in"]:
-    """decode(edit(encode(x))), with the error term of the unedited SAE where asked; x in the SAE's
-    own space."""
-    dtype = next(iter(sae.parameters())).dtype if isinstance(sae, torch.nn.Module) else x.dtype
-    x = x.to(dtype)
-    features = sae.encode(x)
-    if edit is not None:
-        shape = features.shape
-        features = edit(features)
-        if not isinstance(features, Tensor) or features.shape != shape:
-            raise ValueError(f"edit was given features {tuple(shape)} and must return that shape.")
-    new = sae.decode(features)
-    if error_term:
-        with (
-            torch.no_grad()
-        ):  # encoded again: an edit may work in place, and some SAEs keep a norm between the two
-            error = x - (new if edit is None else sae.decode(sae.encode(x)))
-        new = new + error
+    """decode(edit(encode(x))), with the error of the unedited SAE where asked."""
+    if isinstance(sae, torch.nn.Module):
+        x = x.to(next(iter(sae.parameters())).dtype)
+    error = torch.zeros_like(x)
+    if error_term:  # first, and encoded twice: an edit may work in place, an SAE keep a norm
+        with torch.no_grad():
+            error = x - sae.decode(sae.encode(x))
+    features = sae.encode(x)  # [text, pos, d_sae]
+    new = sae.decode(features if edit is None else edit(features)) + error
     if not torch.isfinite(new).all():
-        raise ValueError(
-            "The splice gives NaN or Inf: check the edit, and the model's own activations."
-        )
+        raise ValueError("The splice gives NaN or Inf: check the edit and the model's activations.")
     return new
-
-
-def _chosen(mask: Tensor, past: int, value: Tensor) -> Bool[Tensor, "text pos *width"]:
-    """The mask for the positions `past ..` that this forward pass sees, with axes of one to
-    broadcast over `value`."""
-    texts, positions = value.shape[:2]
-    if mask.shape[0] not in (1, texts):
-        raise ValueError(f"The mask is for {mask.shape[0]} texts, the model was given {texts}.")
-    chosen = mask.new_ones((mask.shape[0], past + positions))
-    within = min(mask.shape[1], past + positions)
-    chosen[:, :within] = mask[:, :within]
-    return chosen[:, past:].to(value.device).reshape(-1, positions, *[1] * (value.ndim - 2))

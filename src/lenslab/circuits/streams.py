@@ -25,66 +25,47 @@ from transformer_lens.model_bridge import TransformerBridge
 from lenslab.capture import harvest
 from lenslab.hooks import check_hooks, stream_hook
 from lenslab.metrics import next_token_nats
-from lenslab.models import check_eval, model_name
+from lenslab.models import check_eval
 from lenslab.runtime import derive_generator
-from lenslab.tokens import TokenBatch
-
-STREAMS = ("residual_pre", "attention", "mlp", "residual")
+from lenslab.tokens import TokenBatch, bos_ids
 
 
-@dataclass(frozen=True)
-class StreamProfile:
-    """By layer, each `[layer]`: mean norms at real tokens; the residual stream's norm at the first
-    position; the share of its squared norm in its two largest dimensions there and at real tokens;
-    and how far before + attention + MLP is from after, relative to after."""
+def stream_profile(model: TransformerBridge, batch: TokenBatch) -> pd.DataFrame:
+    """Norms of the streams over the real tokens of `batch`, and what is odd about the first
+    position: one row per layer.
 
-    model: str
-    residual: Float[np.ndarray, " layer"]
-    attention: Float[np.ndarray, " layer"]
-    mlp: Float[np.ndarray, " layer"]
-    first_position: Float[np.ndarray, " layer"]
-    two_largest_first: Float[np.ndarray, " layer"]
-    two_largest_rest: Float[np.ndarray, " layer"]
-    sum_error: Float[np.ndarray, " layer"]
-    sum_error_without_mlp: Float[np.ndarray, " layer"]
-
-    def to_frame(self) -> pd.DataFrame:
-        columns = {k: v for k, v in vars(self).items() if k != "model"}
-        return pd.DataFrame(columns).rename_axis("layer")
-
-
-def _two_largest(x: Float[Tensor, "*batch d_model"]) -> float:
-    squares = x.double().pow(2)
-    return float((squares.topk(2, dim=-1).values.sum(-1) / squares.sum(-1)).mean())
-
-
-def stream_profile(model: TransformerBridge, batch: TokenBatch) -> StreamProfile:
-    """Norms of the streams by layer over the real tokens of `batch`, and what is odd about the
-    first position.
-
-    "First position" is each text's first attended place: BOS, where the tokenizer has one.
+    Columns: `residual`, `attention`, `mlp`, mean norms at real tokens; `first_position`, the
+    residual stream's norm at each text's first attended place (BOS, where the tokenizer has one);
+    `two_largest_first` and `two_largest_rest`, the share of its squared norm in its two largest
+    dimensions there and at real tokens; `sum_error` and `sum_error_without_mlp`, how far before +
+    attention + MLP, or before + attention, is from after, relative to after.
     """
-    rows: dict[str, list[float]] = {
-        name: [] for name in StreamProfile.__annotations__ if name != "model"
-    }
-    first = batch.attention.long().argmax(dim=1)
+    first = batch.attention.long().argmax(dim=1)  # [text]
+    rows = []
     for layer in range(model.cfg.n_layers):
-        names = {s: stream_hook(model, layer, s) for s in STREAMS}
-        found = harvest(model, batch, list(names.values()), progress=False)
-        before, attention, mlp, after = (found[names[s]] for s in STREAMS)
-        start, real = after[torch.arange(len(batch)), first], after[batch.real]
-        full = (before + attention + mlp)[batch.real]
-        rows["residual"].append(float(real.norm(dim=-1).mean()))
-        rows["attention"].append(float(attention[batch.real].norm(dim=-1).mean()))
-        rows["mlp"].append(float(mlp[batch.real].norm(dim=-1).mean()))
-        rows["first_position"].append(float(start.norm(dim=-1).mean()))
-        rows["two_largest_first"].append(_two_largest(start))
-        rows["two_largest_rest"].append(_two_largest(real))
-        rows["sum_error"].append(float((full - real).norm() / real.norm()))
-        rows["sum_error_without_mlp"].append(
-            float((full - mlp[batch.real] - real).norm() / real.norm())
-        )
-    return StreamProfile(model_name(model), **{k: np.array(v) for k, v in rows.items()})
+        streams = ("residual_pre", "attention", "mlp", "residual")
+        hooks = [stream_hook(model, layer, stream) for stream in streams]
+        values = harvest(model, batch, hooks, progress=False)
+        before, attention, mlp, after = (values[hook][batch.real] for hook in hooks)  # [token, d]
+        start = values[hooks[-1]][torch.arange(len(batch)), first]  # [text, d_model]
+        total = before + attention + mlp
+        row = {
+            "residual": after.norm(dim=-1).mean(),
+            "attention": attention.norm(dim=-1).mean(),
+            "mlp": mlp.norm(dim=-1).mean(),
+            "first_position": start.norm(dim=-1).mean(),
+            "two_largest_first": _two_largest(start),
+            "two_largest_rest": _two_largest(after),
+            "sum_error": (total - after).norm() / after.norm(),
+            "sum_error_without_mlp": (total - mlp - after).norm() / after.norm(),
+        }
+        rows.append({column: float(value) for column, value in row.items()})
+    return pd.DataFrame(rows).rename_axis("layer")
+
+
+def _two_largest(x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, ""]:
+    squares = x.double().pow(2)
+    return (squares.topk(2, dim=-1).values.sum(-1) / squares.sum(-1)).mean()
 
 
 def context_similarity(model: TransformerBridge, batch: TokenBatch, layer: int) -> pd.DataFrame:
@@ -98,42 +79,36 @@ def context_similarity(model: TransformerBridge, batch: TokenBatch, layer: int) 
 
     Raises ValueError where no token occurs in two texts.
     """
-    names = {s: stream_hook(model, layer, s) for s in ("attention", "mlp", "residual")}
-    found = harvest(model, batch, list(names.values()), progress=False)
-    ids = batch.tokens[batch.real]
-    text = torch.arange(len(batch))[:, None].expand_as(batch.tokens)[batch.real]
-    apart = text[:, None] != text[None]
-    same, other = (ids[:, None] == ids[None]) & apart, (ids[:, None] != ids[None]) & apart
-    repeated = same.any(dim=1)
-    if not repeated.any():
+    hooks = {s: stream_hook(model, layer, s) for s in ("attention", "mlp", "residual")}
+    values = harvest(model, batch, list(hooks.values()), progress=False)
+    ids, text = batch.tokens[batch.real], batch.real.nonzero()[:, 0]  # [token]
+    apart = text[:, None] != text  # [token, token]
+    same = (ids[:, None] == ids) & apart
+    other = (ids[:, None] != ids) & apart
+    repeated = ids[same.any(dim=1)].unique()
+    if not len(repeated):
         raise ValueError("No token occurs in two texts: give more texts.")
-    kinds, rows = ids[repeated].unique(), {}
-    for stream, name in names.items():
-        unit = torch.nn.functional.normalize(found[name][batch.real].double(), dim=-1)
+    rows = {}
+    for stream, hook in hooks.items():
+        unit = torch.nn.functional.normalize(values[hook][batch.real].double(), dim=-1)
         cosine = unit @ unit.T
-        per_kind = [cosine[ids == kind][same[ids == kind]].mean().item() for kind in kinds]
-        rows[stream] = {
-            "same token": float(np.mean(per_kind)),
-            "other token": cosine[other].mean().item(),
-        }
-    return pd.DataFrame(rows).T.assign(tokens=len(kinds))
+        alike = [float(cosine[ids == i][same[ids == i]].mean()) for i in repeated]
+        rows[stream] = {"same token": np.mean(alike), "other token": float(cosine[other].mean())}
+    return pd.DataFrame(rows).T.assign(tokens=len(repeated))
 
 
 def repeated_tokens(
     model: TransformerBridge, n: int = 16, length: int = 50, seed: int = 0
 ) -> Int[Tensor, "text pos"]:
     """BOS, a random sequence of `length` tokens, and the same sequence again: `[n, 1 + 2 *
-    length]`."""
+    length]`; as long as the context allows."""
     length = min(length, (model.cfg.n_ctx - 1) // 2)
-    special = torch.tensor(sorted(model.tokenizer.all_special_ids))
-    allowed = torch.arange(model.cfg.d_vocab)
-    allowed = allowed[~torch.isin(allowed, special)]
-    draw = torch.randint(
-        len(allowed), (n, length), generator=derive_generator(seed, "repeated tokens")
-    )
-    tokenizer = model.tokenizer
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return torch.cat([torch.full((n, 1), bos), allowed[draw], allowed[draw]], dim=1)
+    special = set(model.tokenizer.all_special_ids)
+    allowed = torch.tensor([i for i in range(model.cfg.d_vocab) if i not in special])
+    generator = derive_generator(seed, "repeated tokens")
+    once = allowed[torch.randint(len(allowed), (n, length), generator=generator)]
+    bos = torch.tensor(bos_ids(model.tokenizer), dtype=torch.long).expand(n, -1)
+    return torch.cat([bos, once, once], dim=1)
 
 
 @dataclass(frozen=True)
@@ -141,7 +116,6 @@ class HeadScores:
     """Mean attention weight by head, each `[layer, head]`, at the second copy of repeated random
     sequences; and the loss in nats on the first and on the second copy."""
 
-    model: str
     previous_token: Float[np.ndarray, "layer head"]
     duplicate_token: Float[np.ndarray, "layer head"]
     induction: Float[np.ndarray, "layer head"]
@@ -167,28 +141,31 @@ def head_scores(
     """
     check_eval(model)
     tokens = repeated_tokens(model, n, length, seed)
-    length = (tokens.shape[1] - 1) // 2
-    names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
-    check_hooks(model, names)
+    hooks = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
+    check_hooks(model, hooks)
     with torch.inference_mode():
-        logits, cache = model.run_with_cache(tokens.to(model.cfg.device), names_filter=names)
-    query = torch.arange(1 + length, 2 * length + 1)
-    offsets = {"previous_token": 1, "duplicate_token": length, "induction": length - 1}
-    scores = {
-        k: [cache[n][:, :, query, query - o].mean(dim=(0, 2)) for n in names]
-        for k, o in offsets.items()
+        logits, cache = model.run_with_cache(tokens.to(model.cfg.device), names_filter=hooks)
+    end = tokens.shape[1]
+    length = end // 2  # of one copy
+    query = torch.arange(end - length, end)  # the second copy
+    keys = {
+        "previous_token": query - 1,
+        "duplicate_token": query - length,  # the same token, in the first copy
+        "induction": query - length + 1,  # what followed it there
+        "first_position": torch.zeros_like(query),
     }
-    scores["first_position"] = [cache[n][:, :, query, 0].mean(dim=(0, 2)) for n in names]
+    scores = {  # kind -> [layer, head]
+        kind: torch.stack([cache[hook][:, :, query, key].mean(dim=(0, 2)) for hook in hooks])
+        for kind, key in keys.items()
+    }
     nats = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().mT, tokens[:, 1:].to(logits.device), reduction="none"
     )
     return HeadScores(
-        model=model_name(model),
-        **{kind: torch.stack(rows).float().cpu().numpy() for kind, rows in scores.items()},
-        # position `length` predicts the second copy's first token, which nothing announces: left
-        # out
+        **{kind: weights.float().cpu().numpy() for kind, weights in scores.items()},
+        # the second copy's first token is announced by nothing: left out
         loss_first=float(nats[:, : length - 1].mean()),
-        loss_second=float(nats[:, length + 1 :].mean()),
+        loss_second=float(nats[:, 1 - length :].mean()),
     )
 
 
@@ -203,8 +180,8 @@ def token_bits(
     check_eval(model)
     bits, generator = [], derive_generator(seed, "order of tokens")
     for row in range(len(batch)):
-        keep = batch.attention[row]
-        tokens, real = batch.tokens[row][keep].clone(), batch.real[row][keep]
+        attended = batch.attention[row]
+        tokens, real = batch.tokens[row][attended], batch.real[row][attended]  # [pos], copies
         if shuffle:
             tokens[real] = tokens[real][torch.randperm(int(real.sum()), generator=generator)]
         with torch.inference_mode():
