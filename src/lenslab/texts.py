@@ -17,7 +17,6 @@ from __future__ import annotations
 import glob
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -55,9 +54,7 @@ def load_probes(name: str = "first_look") -> pd.DataFrame:
     return pd.DataFrame(list(_rows(file)))
 
 
-def load_texts(
-    source: str | os.PathLike, *, column: str = "text", limit: int | None = None
-) -> list[str]:
+def load_texts(source: str | Path, *, column: str = "text", limit: int | None = None) -> list[str]:
     """Documents from files on this machine: one file, or a folder with all below it in order of
     path.
 
@@ -98,18 +95,16 @@ def hub_texts(
     where the hub cannot be reached or refuses; ValueError for a configuration, split or column that
     is not there, naming those that are.
     """
-    from datasets import config as settings
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
+    import datasets
 
     try:
-        rows = load_dataset(name, config, split=split, streaming=True)
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
         texts = islice(_documents(rows, column, name), limit)
         about = {"total": limit, "desc": f"texts of {name}", "unit": "text"}
         return list(progress_bar(texts, progress=progress, **about))
-    except (OSError, DatasetsError) as error:  # no network, offline, no such data set, gated
+    except (OSError, datasets.exceptions.DatasetsError) as error:  # offline, unknown, gated
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        if settings.HF_HUB_OFFLINE:
+        if datasets.config.HF_HUB_OFFLINE:
             reason += ". HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set: unset it"
         raise TextsNotHere(
             f"{name} could not be read: {reason}. For a gated data set accept its terms on its "
@@ -154,10 +149,9 @@ def _rows(file: Path, column: str = "text") -> Iterator[Any]:
         with opener(file, "rt", encoding="utf-8") as lines:
             if kind == ".jsonl":
                 yield from (json.loads(line) for line in lines if line.strip())
-                return
-            for blank, paragraph in groupby(lines, key=str.isspace):
-                if not blank:
-                    yield {column: "".join(paragraph).strip()}
+            else:
+                paragraphs = groupby(lines, key=str.isspace)
+                yield from ({column: "".join(p).strip()} for blank, p in paragraphs if not blank)
     except (EOFError, OSError, zlib.error, ValueError) as error:  # each reader raises its own
         raise ValueError(f"{file.name} is cut off, damaged or not UTF-8 ({error}).") from error
 
@@ -166,7 +160,7 @@ def _documents(rows: Iterable[Any], column: str, name: str) -> Iterator[str]:
     """The text of every row that has one."""
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get(column, 0), str | None):
-            raise ValueError(f"{name}, row {number}: no text under {column!r} among {list(row)}.")
+            raise ValueError(f"{name}, row {number}: no text under {column!r}: {str(row)[:80]}")
         if (row[column] or "").strip():
             yield row[column]
 

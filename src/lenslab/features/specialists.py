@@ -41,7 +41,6 @@ from lenslab.stats import auroc_difference, benjamini_hochberg, matched_auroc_pe
 from lenslab.texts import LabelledTexts
 
 PRECISION = 0.5  # held-out precision that a specialist needs
-COUNT_THRESHOLDS = ("half", 5.0)  # of the older score
 
 
 class Best(NamedTuple):
@@ -161,7 +160,8 @@ def discriminate(
     `n` shuffles of the held-out labels: p cannot fall below 1 / (1 + n). ValueError on NaN and for
     another number of texts.
     """
-    held_out, inside, tables = labels.held_out, labels.inside, []
+    held_out, inside = labels.held_out, labels.inside
+    tables = []
     for name, matrix in matrices.items():
         matrix = check_matrix(matrix, labels.category)
         best = Ranked(matrix, ~held_out).best(inside)
@@ -180,8 +180,7 @@ def discriminate(
             "worst_register": _worst_register(values, labels),
             "p": test.p,
         }
-        table = pd.DataFrame(columns)
-        tables.append(table.join(precision_at_best_f1(values, inside, held_out)))
+        tables.append(pd.DataFrame(columns).join(precision_at_best_f1(values, inside, held_out)))
     table = pd.concat(tables, ignore_index=True)
     table["q"] = benjamini_hochberg(table["p"].to_numpy())
     return table.assign(discriminating=table["q"] <= q)
@@ -290,7 +289,7 @@ def find_specialists(
         # 2. compare the winners on the languages left out in turn, else on the held-out half
         for c, category in enumerate(labels.categories):
             own = [i for i, fold in enumerate(folds) if fold.category == category]
-            own = own[1:] or own
+            own = own[1:] or own  # the first is the half
             row = {"control": control, "category": category}
             row |= {"control_feature": theirs[c], "control_auroc": scores[control][c]}
             pairs = {"": (ours, theirs), "equal_": (as_many, theirs_as_many)}
@@ -314,9 +313,11 @@ def find_specialists(
     table["not_beaten"] = table["category"].map(lost).fillna("")
     precise = table["precision"] >= PRECISION
     table["specialist"] = table["discriminating"] & (table["not_beaten"] == "") & precise
-    for threshold in COUNT_THRESHOLDS:
+    nulls = []
+    for threshold in ("half", 5.0):
         counts = count_specialists(matrix, labels.category, threshold).set_index("category")
         table[f"count_score_{threshold}"] = table["category"].map(counts["score"])
+        nulls.append(count_specialists_null(matrix, labels.category, threshold, seed=seed))
     sizes = [(f.category, f.language, int((f.member & f.scored).sum())) for f in folds]
     left_out = pd.DataFrame(sizes, columns=["category", "language", "texts"]).assign(**scores)
     left_out = left_out[left_out["language"].notna()].reset_index(drop=True)
@@ -325,10 +326,7 @@ def find_specialists(
         table=table.assign(by_language=table["category"].isin(left_out["category"])),
         comparisons=comparisons,
         left_out=left_out,
-        count_nulls=tuple(
-            count_specialists_null(matrix, labels.category, threshold, seed=seed)
-            for threshold in COUNT_THRESHOLDS
-        ),
+        count_nulls=tuple(nulls),
         n=n,
         seed=seed,
     )
