@@ -100,7 +100,7 @@ class Fold:
     def auroc(self, values: Float[np.ndarray, " text"]) -> float:
         """AUROC of one candidate on the scored texts."""
         scores = torch.from_numpy(values[self.scored])[:, None]
-        return float(auroc(scores, torch.from_numpy(self.member[self.scored])))
+        return float(auroc(scores, torch.from_numpy(self.member[self.scored]))[0])
 
 
 def halves(labels: LabelledTexts) -> list[Fold]:
