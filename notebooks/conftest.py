@@ -51,7 +51,7 @@ def pytest_runtest_setup(item):
     }
     before = {name: os.environ.get(name) for name in REFERENCE | own}
     os.environ.update(REFERENCE | own)
-    for name in ("LENSLAB_MODEL", "LENSLAB_MODEL_TWIN", "LENSLAB_FULL"):
+    for name in ("LENSLAB_MODEL", "LENSLAB_MODEL_TWIN"):
         before[name] = os.environ.pop(name, None)
     try:
         return (yield)

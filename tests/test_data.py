@@ -1,8 +1,9 @@
-"""Text from anywhere: every kind of file gives the same documents, and what cannot be read says why
-and where."""
+"""Text from anywhere: every kind of file gives the same documents, and what cannot be read is
+named."""
 
 import gzip
 import json
+import socket
 
 import pandas as pd
 import pytest
@@ -31,18 +32,33 @@ def test_every_kind_of_file_gives_the_documents_as_they_are(tmp_path, name):
     else:
         content = (rows() + "\n" + rows([" \n", None])).encode()
         file.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    assert (
-        load_texts(file) == load_texts(tmp_path) == TEXTS
-    )  # empty and missing texts are no documents
+    # empty and missing texts are no documents
+    assert load_texts(file) == load_texts(tmp_path) == TEXTS
     assert load_texts(file, limit=2) == TEXTS[:2]
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["txt", "txt.gz"])
 def test_documents_of_a_txt_file_end_at_a_blank_line(tmp_path, pack):
-    file = write(
-        tmp_path, "a.txt" if pack is bytes else "a.txt.gz", pack(b"\n\none\ntwo\n \t\nthree\n\n\n")
-    )
+    name = "a.txt" if pack is bytes else "a.txt.gz"
+    file = write(tmp_path, name, pack(b"\n\none\ntwo\n \t\nthree\n\n\n"))
     assert load_texts(file) == ["one\ntwo", "three"]
+    assert load_texts(write(tmp_path, name, pack(b""))) == []
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_name_that_looks_like_a_pattern_is_a_name_and_no_server_is_asked(
+    tmp_path, monkeypatch, ending
+):
+    for name, text in (("texts[1]", "mine"), ("texts1", "not mine")):
+        frame = pd.DataFrame({"text": [text]})
+        if ending == "parquet":
+            frame.to_parquet(tmp_path / f"{name}.parquet")
+        else:
+            frame.to_json(tmp_path / f"{name}.jsonl", orient="records", lines=True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **options: asked.append(given))
+    assert load_texts(tmp_path / f"texts[1].{ending}") == ["mine"] and not asked
 
 
 def test_a_folder_is_read_in_order_of_path_and_other_files_in_it_are_left_alone(tmp_path):
@@ -61,29 +77,27 @@ def test_a_limit_reads_no_further_than_it_needs(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (
-            "a.jsonl",
-            rows(column="body").encode(),
-            r"a\.jsonl, line 1: no 'text' \(it has id, body\)",
-        ),
-        ("a.jsonl", rows(["x"]).encode() + b'{"text": 3}', r"line 2: 'text' holds a int"),
-        ("a.jsonl", rows(["x"]).encode() + b"{'text'", "line 2: not JSON"),
-        ("a.jsonl", b'["x"]', "line 1: no 'text' .it has a list"),
-        ("a.jsonl", b'{"text": "\xff\xfe"}', r"a\.jsonl is cut off, damaged or not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(rows().encode() * 50)[:-12], r"a\.jsonl\.gz is cut off"),
-        ("a.txt.gz", b"plain text under a false name", r"a\.txt\.gz is cut off, damaged"),
-        ("a.parquet", b"PAR1 but nothing after it", r"a\.parquet is cut off, damaged"),
-        ("a.csv", b"text\nx", r"a\.csv is none of \.txt, \.jsonl, \.parquet"),
+        ("a.jsonl", rows(column="body").encode(), r"row 0: no text under 'text'.*body"),
+        ("a.jsonl", rows(["x"]).encode() + b'{"text": 3}', "row 1: no text under 'text'.*3"),
+        ("a.jsonl", rows(["x"]).encode() + b"{'text'", "line 1"),
+        ("a.jsonl", b'["text"]', "row 0"),
+        ("a.jsonl", b"null", "row 0"),
+        ("a.jsonl", b'{"text": "\xff\xfe"}', "UTF-8"),
+        ("a.jsonl.gz", gzip.compress(rows().encode() * 50)[:-12], "cut off"),
+        ("a.txt.gz", b"plain text under a false name", "damaged"),
+        ("a.parquet", b"PAR1 but nothing after it", "damaged"),
+        ("a.csv", b"text\nx", r"\.txt, \.jsonl, \.parquet"),
     ],
 )
 def test_what_cannot_be_read_says_where_and_why(tmp_path, name, content, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         load_texts(write(tmp_path, name, content))
+    assert name in str(raised.value)
 
 
-def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path):
+def test_a_parquet_file_without_the_column_shows_what_it_has(tmp_path):
     pd.DataFrame({"id": [0], "body": ["x"]}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet, row 0: no 'text' \(it has id, body\)"):
+    with pytest.raises(ValueError, match=r"a\.parquet, row 0.*body"):
         load_texts(tmp_path)
     assert load_texts(tmp_path, column="body") == ["x"]
 
@@ -94,8 +108,15 @@ def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path):
 def test_a_damaged_probe_file_is_named(tmp_path, monkeypatch, content):
     (tmp_path / "mine.jsonl").write_bytes(content)
     monkeypatch.setattr("lenslab.texts.data_path", lambda *parts: tmp_path / parts[-1])
-    with pytest.raises(ValueError, match=r"mine\.jsonl is damaged .* restore it"):
+    with pytest.raises(ValueError, match=r"mine\.jsonl"):
         load_probes("mine")
+
+
+def test_probes_are_found_and_a_missing_set_names_those_that_exist():
+    probes = load_probes()
+    assert (probes.groupby("category").size() == 4).all() and probes["text"].is_unique
+    with pytest.raises(FileNotFoundError, match="first_look"):
+        load_probes("nonesuch")
 
 
 def test_sampled_text_holds_every_kind_from_the_beginning_and_whole_it_is_a_million_tokens():
@@ -112,7 +133,7 @@ def test_sampled_text_holds_every_kind_from_the_beginning_and_whole_it_is_a_mill
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"No \.txt, \.jsonl, \.parquet file"):
+    with pytest.raises(FileNotFoundError, match=r"\.jsonl"):
         load_texts(tmp_path)  # a folder without any
     with pytest.raises(FileNotFoundError):
         load_texts(tmp_path / "missing.txt")
@@ -129,9 +150,8 @@ def twin(tmp_path):
 def test_a_data_set_is_streamed_from_the_split_that_was_named(twin):
     assert hub_texts(twin) == TEXTS
     assert hub_texts(twin, split="test") == ["held out"]
-    assert (
-        hub_texts(twin, limit=1, progress=False) == TEXTS[:1]
-    )  # the empty first row does not count
+    # the empty first row does not count
+    assert hub_texts(twin, limit=1, progress=False) == TEXTS[:1]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +159,7 @@ def test_a_data_set_is_streamed_from_the_split_that_was_named(twin):
     [
         ({"split": "validation"}, "test"),
         ({"config": "raw"}, "default"),
-        ({"column": "story"}, r"row 0: no 'story' \(it has text\)"),
+        ({"column": "story"}, "row 0: no text under 'story'.*text"),
     ],
 )
 def test_a_split_a_configuration_or_a_column_that_is_not_there_names_those_that_are(

@@ -157,10 +157,9 @@ def test_a_model_folder_is_found_from_where_the_caller_stands(tmp_path, monkeypa
 
 
 def test_only_a_name_on_the_hub_may_use_the_network(tmp_path):
-    assert environment_for("", False, tmp_path)["HF_HUB_OFFLINE"] == "1"
-    assert environment_for(str(tmp_path), False, tmp_path)["HF_HUB_OFFLINE"] == "1"
-    assert "HF_HUB_OFFLINE" not in environment_for("gpt2", False, tmp_path)
-    assert environment_for("gpt2", True, tmp_path)["LENSLAB_FULL"] == "1"
+    assert environment_for("", tmp_path)["HF_HUB_OFFLINE"] == "1"
+    assert environment_for(str(tmp_path), tmp_path)["HF_HUB_OFFLINE"] == "1"
+    assert "HF_HUB_OFFLINE" not in environment_for("gpt2", tmp_path)
 
 
 @pytest.mark.notebook

@@ -209,7 +209,7 @@ def test_texts_from_files(tmp_path):
         "one"
     ]
     (tmp_path / "c.jsonl").write_text('{"body": "x"}\n')
-    with pytest.raises(ValueError, match=r"c\.jsonl, line 1"):
+    with pytest.raises(ValueError, match=r"c\.jsonl"):
         load_texts(tmp_path)
     with pytest.raises(FileNotFoundError):
         load_texts(tmp_path / "missing")
