@@ -30,7 +30,7 @@ from jaxtyping import Float
 
 from lenslab.features.activations import Matrix, check_matrix, columns_of
 from lenslab.features.specialists import PRECISION, Ranked, halves, precision_at_best_f1
-from lenslab.files import DEFAULT, Result
+from lenslab.files import DEFAULT, Result, save_result
 from lenslab.runtime import derive_generator, progress_bar
 from lenslab.stats import (
     Interval,
@@ -215,8 +215,6 @@ def phase_2() -> tuple[Matrix, LabelledTexts, dict[str, Matrix], list[Any]]:
 
 
 def main() -> None:
-    from lenslab.files import save_result
-
     matrix, labels, controls, inputs = phase_2()
     result = error_rate_and_power(matrix, labels, controls=controls)
     bundled = os.environ.get("LENSLAB_MODEL", "") in ("", DEFAULT)

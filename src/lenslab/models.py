@@ -38,14 +38,15 @@ def load_model(
 ) -> TransformerBridge:
     """A model in eval mode with eager attention, so that attention patterns can be read.
 
-    Args: name: a bundled name (`pocket-gpt`), a local Hugging Face folder, or a name on the hub.
-        Default: `$LENSLAB_MODEL`, else `pocket-gpt`.
+    Args:
+        name: a bundled name (`pocket-gpt`), a local Hugging Face folder, or a name on the hub.
+            Default: `$LENSLAB_MODEL`, else `pocket-gpt`.
         device: default a GPU where there is one.
         dtype: of the weights in memory. Two loaders agree to 1e-4 in the logits only in float32.
 
-    Raises: NotAModel: a folder without config, weights or tokenizer; weights as a pickle only; a
-        hub name that is neither cached nor reachable; an architecture that TransformerLens does
-        not know.
+    Raises NotAModel for a folder without config, weights or tokenizer; weights as a pickle only; a
+    hub name that is neither cached nor reachable; an architecture that TransformerLens does not
+    know.
 
     With `LENSLAB_MODEL_TWIN=1` the random-weight twin is returned instead: the control for whole
     notebooks.

@@ -87,9 +87,11 @@ def hub_texts(
 ) -> list[str]:
     """Documents of a data set on the hub, streamed: only what `limit` needs is downloaded.
 
-    Args: name: as on the hub, e.g. `Salesforce/wikitext`; a local folder of data files works too.
+    Args:
+        name: as on the hub, e.g. `Salesforce/wikitext`; a local folder of data files works too.
         config: which of its configurations, e.g. `wikitext-103-raw-v1` (one paragraph or heading a
-        row). limit: number of documents; empty rows are left out and do not count.
+            row).
+        limit: number of documents; empty rows are left out and do not count.
 
     A gated data set takes its token from `HF_TOKEN` or from `hf auth login`. Raises TextsNotHere
     where the hub cannot be reached or refuses; ValueError for a configuration, split or column that

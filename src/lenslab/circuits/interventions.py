@@ -39,14 +39,15 @@ def splice(
         with splice(model, sae, edit=lambda features: features * 0, mask=batch.real):
             logits = model(batch.tokens, attention_mask=batch.attention)
 
-    Args: error_term: add value - decode(encode(value)). It is a constant to gradients, which flow
-        through the SAE. edit: what is done to the features `[text, pos, d_sae]` of the tokens in
-        this forward pass. mask: positions whose value is replaced, `[text, pos]` or `[1, pos]`;
-        usually `batch.real`, which leaves
-            BOS and padding alone (at BOS many models hold values that no SAE has seen). Default:
-            every position. Positions after the mask's end are those being generated, and are
-            replaced. With a key-value cache a forward pass sees the newest tokens only; their
-            places in the text are counted, so masks still hold.
+    Args:
+        error_term: add value - decode(encode(value)). It is a constant to gradients, which flow
+            through the SAE.
+        edit: what is done to the features `[text, pos, d_sae]` of the tokens in this forward pass.
+        mask: positions whose value is replaced, `[text, pos]` or `[1, pos]`; usually `batch.real`,
+            which leaves BOS and padding alone (at BOS many models hold values that no SAE has
+            seen). Default: every position. Positions after the mask's end are those being
+            generated, and are replaced. With a key-value cache a forward pass sees the newest
+            tokens only; their places in the text are counted, so masks still hold.
 
     Raises as `check_sae`; ValueError for a result that is NaN or Inf. The model's hooks are removed
     in any case.

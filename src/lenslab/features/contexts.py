@@ -31,8 +31,6 @@ from lenslab.sae.load import SparseAutoencoder, encode, input_transform, sae_hoo
 from lenslab.tokens import TokenBatch, token_string
 
 CELLS = 1 << 23  # activations held dense at a time: 32 MB
-
-
 SAME = 5  # tokens on either side of the strongest in which contexts must agree to be the same
 
 
@@ -108,9 +106,12 @@ def find_contexts(
 ) -> TopContexts:
     """Top contexts and a sample of firings for all features at once, or for some.
 
-    Args: batches: windows (`lenslab.tokens.pack`), in one batch or, for more text than memory,
-        several. k: contexts kept per feature. sample: firings kept per feature. context: tokens
-        shown on either side.
+    Args:
+        batches: windows (`lenslab.tokens.pack`), in one batch or, for more text than memory,
+            several.
+        k: contexts kept per feature.
+        sample: firings kept per feature.
+        context: tokens shown on either side.
 
     Raises as `check_sae` and `harvest`; ValueError for features that the SAE has not.
     """

@@ -28,14 +28,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import scipy.stats
-import torch
 from jaxtyping import Bool, Float, Int
 
 from lenslab.features.activations import Matrix, blocks, check_matrix, columns_of
 from lenslab.features.ranking import CountNull, count_specialists, count_specialists_null
 from lenslab.files import Result
-from lenslab.metrics import auroc
+from lenslab.metrics import auroc, auroc_of_rank_sums, mid_ranks
 from lenslab.runtime import derive_generator
 from lenslab.stats import auroc_difference, benjamini_hochberg, matched_auroc_permutations
 from lenslab.texts import LabelledTexts
@@ -62,7 +60,7 @@ class Ranked:
         ranks = np.empty((int(searched.sum()), matrix.shape[1]), dtype=exact)
         variance = np.empty(matrix.shape[1])
         for part, block in blocks(matrix):
-            ranks[:, part] = scipy.stats.rankdata(block[searched], axis=0)
+            ranks[:, part] = mid_ranks(block[searched])
             variance[part] = block[searched].var(axis=0, dtype=np.float64)
         self.candidates = np.argsort(-variance, kind="stable")  # the highest variance first
         self.ranks = ranks[:, self.candidates]
@@ -75,8 +73,7 @@ class Ranked:
         member = inside[self.searched]
         n_inside = member.sum(axis=0)[:, None]
         sums = member.T.astype(self.ranks.dtype) @ self.ranks[:, :n]  # [category, candidate]
-        pairs = n_inside * (len(member) - n_inside)
-        aurocs = (sums - n_inside * (n_inside + 1) / 2) / pairs
+        aurocs = auroc_of_rank_sums(sums, n_inside, len(member))
         chosen, tied = [], []
         for c, of_category in enumerate(aurocs):
             same = np.sort(self.candidates[:n][of_category == of_category.max()])
@@ -99,8 +96,7 @@ class Fold:
 
     def auroc(self, values: Float[np.ndarray, " text"]) -> float:
         """AUROC of one candidate on the scored texts."""
-        scores = torch.from_numpy(values[self.scored])[:, None]
-        return float(auroc(scores, torch.from_numpy(self.member[self.scored]))[0])
+        return float(auroc(values[self.scored], self.member[self.scored]))
 
 
 def halves(labels: LabelledTexts) -> list[Fold]:
@@ -262,8 +258,10 @@ def find_specialists(
     """The definition of a specialist, for one SAE's pooled matrix against controls pooled alike
     `{name: matrix}`.
 
-    Args: discrimination: of several SAEs at once, this one among them under `name`; default of this
-        one alone. n: shuffles for p (where not given) and resamples for the intervals.
+    Args:
+        discrimination: of several SAEs at once, this one among them under `name`; default of this
+            one alone.
+        n: shuffles for p (where not given) and resamples for the intervals.
 
     The older count score and its null (200 shuffles) stand beside. ValueError without controls, on
     NaN, and for another number of texts.
