@@ -412,7 +412,7 @@ def test_bundled_competence_is_of_the_bundled_model_and_pairs():
     assert found["pairs_left_out"] == 0
 
 
-def test_the_blind_reading_covers_every_register_and_language_and_the_texts_are_those_that_were_read():
+def test_the_blind_reading_covers_every_register_and_language_on_the_texts_as_they_are():
     texts = load_probes("categories").set_index("id")
     labels = json.loads(data_path("probes", "blind_reading.json").read_text(encoding="utf-8"))[
         "labels"
