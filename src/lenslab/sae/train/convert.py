@@ -42,45 +42,40 @@ def to_saelens(sae: TrainableSAE) -> SparseAutoencoder:
     """
     from sae_lens import SAE
 
-    config, unit, scale_in = sae.config, sae.unit, sae.scale
+    config, unit = sae.config, sae.unit
     if config.architecture == "topk" and float(unit.max() / unit.min()) > 1 + 1e-4:
-        raise NotAnSAE(
-            "Decoder rows of a topk SAE must have one length, or folding it would change which are largest."
-        )
-    state = {"W_dec": sae.decoder / sae.norms[:, None]}
-    state["b_dec"] = sae.b_dec / sae.scale_out + sae.centre_out
+        raise NotAnSAE("A topk SAE with decoder rows of several lengths cannot be folded.")
+    bias = sae.b_enc
     if sae.shift is None:  # a transcoder: the centre of what it reads goes into the encoder's bias
-        state["W_enc"] = sae.W_enc * scale_in * unit
-        state["b_enc"] = (sae.b_enc - (sae.centre * scale_in) @ sae.W_enc) * unit
-    else:
-        state["W_enc"] = sae.W_enc * (unit * scale_in)
-        state["b_enc"] = sae.b_enc * unit
+        bias = bias - (sae.centre * sae.scale) @ sae.W_enc
+    state = {
+        "W_enc": sae.W_enc * (unit * sae.scale),
+        "W_dec": sae.decoder / sae.norms[:, None],
+        "b_enc": bias * unit,
+        "b_dec": sae.b_dec / sae.scale_out + sae.centre_out,
+    }
     if SAVED_AS[config.architecture].startswith("jumprelu"):
         state["threshold"] = (sae.threshold * unit).expand(config.d_sae)
     if config.architecture == "gated":
-        gate = state.pop("b_enc")
-        state |= {"b_gate": gate, "r_mag": sae.r_mag, "b_mag": sae.b_mag * unit}
+        state["b_gate"] = state.pop("b_enc")
+        state |= {"r_mag": sae.r_mag, "b_mag": sae.b_mag * unit}
     loaded = SAE.from_dict(_config(sae))
-    loaded.load_state_dict(
-        {key: value.detach().clone().contiguous() for key, value in state.items()}
-    )
+    loaded.load_state_dict({key: value.clone().contiguous() for key, value in state.items()})
     return finish(loaded, config.architecture)
 
 
 def _config(sae: TrainableSAE) -> dict[str, Any]:
     config = sae.config
-    normalisation = {"mean": "none", "none": "none", "unit": "constant_norm_rescale"}[config.scale]
-    written: dict[str, Any] = {
+    heads = str(config.metadata.get("hook_name", "")).endswith("hook_z")
+    written = {
         "architecture": SAVED_AS[config.architecture],
         "d_in": config.d_in,
         "d_sae": config.d_sae,
         "dtype": "float32",
         "device": str(sae.W_enc.device),
         "apply_b_dec_to_input": sae.shift is not None,
-        "normalize_activations": normalisation,
-        "reshape_activations": "hook_z"
-        if str(config.metadata.get("hook_name", "")).endswith("hook_z")
-        else "none",
+        "normalize_activations": "constant_norm_rescale" if config.scale == "unit" else "none",
+        "reshape_activations": "hook_z" if heads else "none",
         "metadata": {"prepend_bos": True} | config.metadata | {"trained_as": config.architecture},
     }
     if config.architecture == "topk":

@@ -9,14 +9,14 @@
    one pool (two while it is made), whatever the number of tokens.
 3. What does not fill a batch at a pool's end is left out in that epoch.
 
-`texts()` are fingerprints of what the vectors come from, document by document, so that held-out
-data can be checked to be other data; `lenslab.sae.train.trainer` compares them.
+`documents()` are hashes of what the vectors come from, document by document, so that held-out data
+can be checked to be other data; `lenslab.sae.train.trainer` compares them.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -34,18 +34,7 @@ from lenslab.store import ActivationStore
 from lenslab.tokens import TokenBatch
 
 POOL = 1 << 17  # vectors; 134 MB a hook at width 256
-
-
 RUN = 256  # rows of a tensor or a store that stay together as pools are dealt out
-
-
-WINDOW = 32  # tokens that are fingerprinted together
-
-
-KEPT = 16  # one fingerprint in so many is kept, chosen by its own bits: the same ones wherever the text occurs
-
-
-ROWS = 1 << 20  # of a store that are looked at together
 
 
 @runtime_checkable
@@ -54,8 +43,8 @@ class VectorSource(Protocol):
 
     key: str  # of the content: a run is only resumed on the same data
     widths: dict[str, int]  # by hook
-    metadata: dict[str, Any]  # what the SAE will say that it was made for
-    known_by: str  # what `texts` are fingerprints of, 'tokens' or 'vectors': only like is compared with like
+    # what the SAE will say that it was made for; with a `model_key`, vectors are known by tokens
+    metadata: dict[str, Any]
 
     def sizes(self, epoch: int) -> list[int]: ...
 
@@ -63,31 +52,7 @@ class VectorSource(Protocol):
         self, epoch: int, number: int, enough: int | None = None
     ) -> dict[str, Float[Tensor, "vector d_in"]]: ...
 
-    def texts(self) -> Int[Tensor, " fingerprint"]: ...
-
-
-def _shuffled(
-    vectors: Mapping[str, Tensor], seed: int, epoch: int, number: int
-) -> dict[str, Tensor]:
-    """The same new order for all hooks."""
-    n = len(next(iter(vectors.values())))
-    order = torch.randperm(n, generator=derive_generator(seed, f"pool {epoch} {number}"))
-    return {hook: value[order] for hook, value in vectors.items()}
-
-
-def _groups(sizes: Sequence[int], pool: int, seed: int, epoch: int) -> list[list[int]]:
-    """Units (texts, shards, runs of rows) in random order, cut where a pool is full."""
-    groups: list[list[int]] = [[]]
-    held = 0
-    for unit in torch.randperm(
-        len(sizes), generator=derive_generator(seed, f"epoch {epoch}")
-    ).tolist():
-        if held and held + sizes[unit] > pool:
-            groups.append([])
-            held = 0
-        groups[-1].append(unit)
-        held += sizes[unit]
-    return groups
+    def documents(self) -> set[int]: ...
 
 
 class _Pooled:
@@ -98,8 +63,18 @@ class _Pooled:
         self._dealt: tuple[int, list[list[int]]] | None = None
 
     def groups(self, epoch: int) -> list[list[int]]:
+        """Units (texts, runs of rows) in random order, cut where a pool is full."""
         if self._dealt is None or self._dealt[0] != epoch:
-            self._dealt = (epoch, _groups(self.units, self.pool_size, self.seed, epoch))
+            generator = derive_generator(self.seed, f"epoch {epoch}")
+            groups: list[list[int]] = [[]]
+            filled = 0
+            for unit in torch.randperm(len(self.units), generator=generator).tolist():
+                if filled and filled + self.units[unit] > self.pool_size:
+                    groups.append([])
+                    filled = 0
+                groups[-1].append(unit)
+                filled += self.units[unit]
+            self._dealt = (epoch, groups)
         return self._dealt[1]
 
     def sizes(self, epoch: int) -> list[int]:
@@ -112,8 +87,14 @@ class _Pooled:
         units = self.groups(epoch)[number]
         if enough is not None:
             before = itertools.accumulate((self.units[i] for i in units), initial=0)
-            units = [i for i, held in zip(units, before, strict=False) if held < enough]
-        return _shuffled(self._vectors(units), self.seed, epoch, number)
+            units = [i for i, rows in zip(units, before, strict=False) if rows < enough]
+        return self._shuffled(self._vectors(units), epoch, number)
+
+    def _shuffled(self, vectors: dict[str, Tensor], epoch: int, number: int) -> dict[str, Tensor]:
+        """The same new order for all hooks."""
+        generator = derive_generator(self.seed, f"pool {epoch} {number}")
+        order = torch.randperm(len(next(iter(vectors.values()))), generator=generator)
+        return {hook: value[order] for hook, value in vectors.items()}
 
     def _vectors(self, units: list[int]) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -125,14 +106,12 @@ class _Rows(_Pooled):
     def __init__(self, n: int, pool: int, seed: int):
         super().__init__([min(RUN, n - start) for start in range(0, n, RUN)], pool, seed)
 
-    def _rows(self, units: list[int]) -> Tensor:
+    def _rows(self, units: list[int]) -> Int[Tensor, " row"]:
         return torch.cat([torch.arange(u * RUN, u * RUN + self.units[u]) for u in sorted(units)])
 
 
 class TensorSource(_Rows):
-    """Vectors in memory: one tensor `[vector, d_in]`, or one per hook."""
-
-    known_by = "vectors"
+    """Vectors in memory: one tensor `[vector, d_in]`, or one per hook, of one length."""
 
     def __init__(
         self,
@@ -142,72 +121,42 @@ class TensorSource(_Rows):
         pool: int = POOL,
         seed: int = 0,
     ):
-        self.vectors = {hook: vectors} if isinstance(vectors, Tensor) else dict(vectors)
+        by_hook = {hook: vectors} if isinstance(vectors, Tensor) else dict(vectors)
+        self.vectors = {name: value.detach() for name, value in by_hook.items()}
         lengths = {len(value) for value in self.vectors.values()}
-        if (
-            len(lengths) != 1
-            or not min(lengths)
-            or any(value.ndim != 2 for value in self.vectors.values())
-        ):
-            raise ValueError(
-                "Needs tensors [vector, d_in] of one length for all hooks, with at least one vector."
-            )
+        if len(lengths) != 1:
+            raise ValueError(f"Vectors of all hooks need one length, got {sorted(lengths)}.")
         super().__init__(lengths.pop(), pool, seed)
         self.widths = {name: value.shape[1] for name, value in self.vectors.items()}
         self.metadata: dict[str, Any] = {}
-        self._prints = [_fingerprints(value) for value in self.vectors.values()]
-        self.key = content_key(
-            self.widths, *(p.numpy().tobytes() for p in self._prints), pool, seed
-        )
+        parts = (part for value in self.vectors.values() for part in value.split(1 << 14))
+        content = [content_key(part.cpu().float().numpy().tobytes()) for part in parts]
+        self.key = content_key(self.widths, content, pool, seed)
 
-    def texts(self) -> Int[Tensor, " fingerprint"]:
-        """Fingerprints of the rows."""
-        return torch.cat(self._prints).unique()
+    def documents(self) -> set[int]:
+        """Hashes of the rows."""
+        rows = itertools.chain(*(value.cpu().float().numpy() for value in self.vectors.values()))
+        return {hash(row.tobytes()) for row in rows}
 
     def _vectors(self, units: list[int]) -> dict[str, Tensor]:
         rows = self._rows(units)
-        return {hook: value[rows].detach().float() for hook, value in self.vectors.items()}
+        return {hook: value[rows].float() for hook, value in self.vectors.items()}
 
 
-def _factors(n: int) -> Int[Tensor, " n"]:
-    return torch.randint(-(2**62), 2**62, (n,), generator=derive_generator(0, "fingerprints")) | 1
-
-
-def _fingerprints(vectors: Float[Tensor, "row d"]) -> Int[Tensor, " row"]:
-    """One number a row, from all its bits."""
-    factors = _factors(vectors.shape[1])
-    parts = (
-        part.detach().cpu().float().contiguous().view(torch.int32).long()
-        for part in vectors.split(1 << 14)
-    )
-    return torch.cat([(part * factors).sum(1) for part in parts])
-
-
-def _windows(texts: Iterable[Int[Tensor, " _"]]) -> Int[Tensor, " fingerprint"]:
-    """Fingerprints of runs of WINDOW tokens wherever they begin, thinned: a document is known again
-    if it is cut or packed otherwise. The first run of every document is kept, and all of one that
-    is shorter.
-
-    The length of a text has no name in the annotation: it differs from text to text, and a checker
-    that looks at one text on the way in and at another on the way out would refuse that.
-    """
-    found, factors = [torch.empty(0, dtype=torch.long)], _factors(WINDOW)
-    for ids in texts:
-        ids = ids.detach().cpu().long() + 1
-        if len(ids) < WINDOW:
-            found.append((ids * factors[: len(ids)]).sum().reshape(1))
-        else:
-            prints = (ids.unfold(0, WINDOW, 1) * factors).sum(1)
-            found += [prints[:1], prints[(prints >> 40) % KEPT == 0]]
-    return torch.cat(found).unique()
-
-
-def _documents(
+def _hashes(
     text: Int[Tensor, " token"], position: Int[Tensor, " token"], token: Int[Tensor, " token"]
-) -> tuple[Tensor, ...]:
-    """Real tokens, cut where another text begins and where a separator stood: packed documents come
-    apart."""
-    return token.tensor_split(((text.diff() != 0) | (position.diff() != 1)).nonzero().flatten() + 1)
+) -> set[int]:
+    """Hashes of runs of real tokens: what windows hold of each document, cut where a separator
+    stood; and, for documents that are packed otherwise, the same joined where a window goes on with
+    the document of the one before."""
+    window = text.diff() != 0
+    separator = (position.diff() != 1) & ~window
+    opened = window & (position[1:] > position.min())  # BOS, then a separator
+    hashes = set()
+    for cuts in (window | separator, opened | separator):
+        runs = token.int().cpu().tensor_split(cuts.nonzero().flatten().cpu() + 1)
+        hashes |= {hash(run.numpy().tobytes()) for run in runs}
+    return hashes
 
 
 class ModelSource(_Pooled):
@@ -216,8 +165,6 @@ class ModelSource(_Pooled):
     `compute` is as in `harvest` into a store: 'auto' means bfloat16 where this machine computes it
     fast.
     """
-
-    known_by = "tokens"
 
     def __init__(
         self,
@@ -230,21 +177,13 @@ class ModelSource(_Pooled):
         pool: int = POOL,
         seed: int = 0,
     ):
-        if not isinstance(batch, TokenBatch):
-            raise TypeError(
-                f"Needs a TokenBatch, got {type(batch).__name__}: `pack(model, texts)` makes one of texts."
-            )
-        hooks = (hooks,) if isinstance(hooks, str) else tuple(dict.fromkeys(hooks))
+        hooks = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
         check_hooks(model, hooks)
-        compute = str(compute_dtype()).removeprefix("torch.") if compute == "auto" else compute
-        self.model, self.batch, self.hooks, self.compute, self.batch_size = (
-            model,
-            batch,
-            hooks,
-            compute,
-            batch_size,
-        )
         super().__init__(batch.real.sum(1).tolist(), pool, seed)
+        self.model, self.batch, self.hooks = model, batch, hooks
+        if compute == "auto":
+            compute = str(compute_dtype()).removeprefix("torch.")
+        self.options = {"compute": compute, "batch_size": batch_size}
         self.widths = {hook: vector_width(model, hook) for hook in hooks}
         self.metadata = {
             "model_name": model_name(model),
@@ -252,128 +191,93 @@ class ModelSource(_Pooled):
             "context_size": int(batch.tokens.shape[1]),
             "distinct_training_vectors": batch.n_real,
         }
-        self.key = content_key(
-            model_key(model), batch.key, list(hooks), compute, batch_size, pool, seed
-        )
+        self.key = content_key(model_key(model), batch.key, hooks, self.options, pool, seed)
         self._whole: dict[str, Tensor] | None = None
 
-    def texts(self) -> Int[Tensor, " fingerprint"]:
+    def documents(self) -> set[int]:
         text, position = self.batch.real.nonzero(as_tuple=True)
-        return _windows(_documents(text, position, self.batch.tokens[self.batch.real]))
+        return _hashes(text, position, self.batch.tokens[self.batch.real])
 
     def _vectors(self, units: list[int]) -> dict[str, Tensor]:
-        part = self.batch[units]
-        options = dict(compute=self.compute, batch_size=self.batch_size, progress=False)
-        found = harvest(self.model, part, self.hooks, **options)
-        return {hook: value[part.real].flatten(1).float() for hook, value in found.items()}
+        batch = self.batch[units]
+        vectors = harvest(self.model, batch, self.hooks, progress=False, **self.options)
+        return {hook: value[batch.real].flatten(1).float() for hook, value in vectors.items()}
 
     def pool(self, epoch: int, number: int, enough: int | None = None) -> dict[str, Tensor]:
-        if len(self.groups(epoch)) > 1 or (enough is not None and epoch == 0):
+        sizes = self.sizes(epoch)
+        if len(sizes) > 1 or (epoch == 0 and enough is not None and enough < sizes[0]):
             return super().pool(epoch, number, enough)
         if self._whole is None:  # everything fits one pool: the model is run once
             self._whole = self._vectors(sorted(self.groups(epoch)[0]))
-        return _shuffled(self._whole, self.seed, epoch, number)
+        return self._shuffled(self._whole, epoch, number)
 
 
 class StoreSource(_Rows):
-    """Vectors that were harvested before; see `lenslab.store`. `model`: refuse a store of other
-    weights.
+    """Vectors that were harvested before; see `lenslab.store`. ValueError for a store that is not
+    complete, DamagedShard."""
 
-    Raises ValueError for an incomplete store or another model, DamagedShard.
-    """
-
-    known_by = "tokens"
-
-    def __init__(
-        self,
-        store: ActivationStore,
-        *,
-        model: TransformerBridge | None = None,
-        pool: int = POOL,
-        seed: int = 0,
-    ):
+    def __init__(self, store: ActivationStore, *, pool: int = POOL, seed: int = 0):
         if not store.complete:
-            raise ValueError(
-                "The store is not complete; harvest(model, batch, hooks, store=store) continues it."
-            )
-        if model is not None and store.manifest["model_key"] != model_key(model):
-            raise ValueError(
-                f"The store holds activations of {store.manifest['model']} with other weights than {model_name(model)}."
-            )
-        self.store = store
+            raise ValueError("The store is not complete: harvest(..., store=store) continues it.")
         super().__init__(len(store), pool, seed)
-        self.widths = dict(store.manifest["hooks"])
+        self.store = store
+        manifest = store.manifest
+        self.widths = dict(manifest["hooks"])
         self.metadata = {
-            "model_name": store.manifest["model"],
-            "model_key": store.manifest["model_key"],
-            "context_size": 1 + max(int(part.max()) for part in self._columns("position")),
+            "model_name": manifest["model"],
+            "model_key": manifest["model_key"],
+            "context_size": 1 + int(self._column("position").max()),
             "distinct_training_vectors": len(store),
         }
-        digests = [shard["sha256"] for shard in store.manifest["shards"]]
-        self.key = content_key(
-            *(store.manifest[k] for k in ("model_key", "texts_key", "dtype")), digests, pool, seed
-        )
+        digests = [shard["sha256"] for shard in manifest["shards"]]
+        identity = [manifest[key] for key in ("model_key", "texts_key", "dtype")]
+        self.key = content_key(identity, digests, pool, seed)
 
-    def texts(self) -> Int[Tensor, " fingerprint"]:
-        columns = zip(*(self._columns(name) for name in ("text", "position", "token")), strict=True)
-        return torch.cat([_windows(_documents(*part)) for part in columns]).unique()
+    def documents(self) -> set[int]:
+        return _hashes(*(self._column(name) for name in ("text", "position", "token")))
 
-    def _columns(self, name: str) -> Iterator[Int[Tensor, " row"]]:
-        """A column of the whole store, some rows at a time: memory does not grow with it."""
-        for start in range(0, len(self.store), ROWS):
-            yield self.store.rows(torch.arange(start, min(start + ROWS, len(self.store))), name)
+    def _column(self, name: str) -> Int[Tensor, " row"]:
+        return self.store.rows(torch.arange(len(self.store)), name)
 
     def _vectors(self, units: list[int]) -> dict[str, Tensor]:
         rows = self._rows(units)
         return {hook: self.store.rows(rows, hook).float() for hook in self.widths}
 
 
-def pool_of(source: VectorSource, epoch: int, pool: int, needed: int) -> dict[str, Tensor]:
-    """A pool, or what of it a training still needs: the model is not run for vectors that no step
-    would see."""
-    return source.pool(epoch, pool, needed if needed < source.sizes(epoch)[pool] else None)
-
-
 def batches(
     source: VectorSource,
     batch: int,
     steps: int,
-    place: tuple[int, ...],
-    opening: dict[str, Tensor] | None,
-) -> Iterator[tuple[tuple[int, int, int], dict[str, Tensor]]]:
+    start: tuple[int, ...],
+    opening: dict[str, Tensor] | None = None,
+) -> Iterator[tuple[tuple[int, int, int], dict[str, Float[Tensor, "batch d_in"]]]]:
     """(place of the next batch, vectors by hook) for so many steps, from a place: epoch, pool,
     batch within the pool.
 
-    `opening` is the very first pool, where it is at hand. TrainingFailed on NaN or Inf among the
-    vectors.
+    `opening` is the very first pool, where it is at hand; of the last one only what is needed is
+    made. TrainingFailed on NaN or Inf among the vectors.
     """
-    epoch, first_pool, first = place
-    while True:
-        for pool, size in enumerate(source.sizes(epoch)):
-            given, opening = (
-                opening,
-                None,
-            )  # a first pool that fills no batch is passed over like any other
-            if pool < first_pool or size // batch <= (begin := first if pool == first_pool else 0):
+    first = tuple(start[:2])
+    for epoch in itertools.count(first[0]):
+        for number, size in enumerate(source.sizes(epoch)):
+            place = (epoch, number)
+            begin = start[2] if place == first else 0
+            if place < first or size // batch <= begin:
                 continue
-            vectors = given or pool_of(source, epoch, pool, (begin + steps) * batch)
+            vectors = opening if place == (0, 0) else None
+            opening = None  # of no use to a later pool
+            if vectors is None:
+                vectors = source.pool(epoch, number, (begin + steps) * batch)
             for hook, value in vectors.items():
-                spoilt = not torch.isfinite(
-                    value.sum()
-                )  # or the sum is too large: looked at closely, a pool in parts
-                if spoilt and not all(torch.isfinite(part).all() for part in value.split(batch)):
+                if not torch.isfinite(value.sum(1)).all():
                     raise TrainingFailed(
-                        f"NaN or Inf among the vectors at {hook} (epoch {epoch}, pool {pool})."
+                        f"NaN or Inf among the vectors at {hook} (epoch {epoch}, pool {number})."
                     )
             end = min(size // batch, begin + steps)
+            for i in range(begin, end):
+                rows = slice(i * batch, (i + 1) * batch)
+                yield (*place, i + 1), {hook: value[rows] for hook, value in vectors.items()}
+            del vectors, value  # or two pools would be in memory while the next is made
             steps -= end - begin
-            for number in range(begin, end):
-                part = slice(number * batch, (number + 1) * batch)
-                yield (
-                    (epoch, pool, number + 1),
-                    {hook: value[part] for hook, value in vectors.items()},
-                )
-            del given, vectors, value  # or two pools would be in memory while the next is made
             if not steps:
                 return
-        epoch, first_pool, first = epoch + 1, 0, 0

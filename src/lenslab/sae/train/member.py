@@ -1,0 +1,221 @@
+"""One SAE in training: its optimizer, what a step does, which latents are dead, what is logged.
+
+1. Loss and gradients of a batch, one step of Adam. The rate warms up, then follows a cosine to a
+   floor; a penalty warms up too.
+2. A latent is dead when it has not fired in the last `dead_after` vectors. The topk family revives
+   dead latents by AuxK at every step; the others are given new directions, those of badly
+   reconstructed vectors, once per window.
+3. NaN, Inf and a loss that runs away, at once or slowly, stop the run with an error.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lenslab.runtime import derive_generator
+from lenslab.sae.train.architectures import FIRST_THRESHOLD, TOPK_FAMILY
+from lenslab.sae.train.base import SAEConfig, TrainableSAE, TrainingFailed
+
+FIRST = 1 << 15  # vectors that scale and centre are taken from
+DIVERGED = 100.0  # times the variance of the data, in one step
+SILENT = 0.01  # active latents of a vector, on average
+# an FVU, as a mean over logged steps, of a training that had been below: silence has 1
+LOST = 2.0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and how fast; what an SAE is stands in its own config."""
+
+    vectors: int  # to train on, counted with repetitions
+    batch: int = 4096  # vectors per step
+    # peak rate of Adam; None: 1e-3 at 4,096 latents, and by 1 / sqrt(d_sae) (Gao, appendix A)
+    lr: float | None = None
+    warm_up: float = 0.05  # share of the steps in which the rate rises
+    floor: float = 0.1  # what the cosine ends at, as a share of the peak
+    # share of the steps after which it ends; from there on the rate stays at the floor
+    decay: float = 1.0
+    sparsity_warm_up: float = 0.1  # share of the steps in which penalties rise
+    dead_after: int = 200_000  # vectors without firing after which a latent counts as dead
+    # of resampling; the order of the vectors is the source's, first weights the SAE's
+    seed: int = 0
+    log_every: int | None = None  # steps; None: 50, in short trainings down to 10
+    checkpoint_minutes: float = 5.0  # where a folder is given
+
+    def __post_init__(self) -> None:
+        shares = (self.warm_up, self.floor, self.decay, self.sparsity_warm_up)
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"warm_up, floor, decay, sparsity_warm_up are shares, got {shares}.")
+        if self.lr is not None and self.lr <= 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}.")
+
+    @property
+    def steps(self) -> int:
+        return int(self.vectors) // self.batch
+
+    @property
+    def row(self) -> int:
+        """Steps between two rows of the history."""
+        return self.log_every or min(50, max(10, self.steps // 20))
+
+    def rate(self, step: int) -> float:
+        """Share of the peak rate at a step."""
+        warm = max(1, round(self.warm_up * self.steps))
+        if step < warm:
+            return (step + 1) / warm
+        progress = min(1.0, (step - warm) / max(1, round(self.decay * self.steps) - warm))
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def warm(self, step: int) -> float:
+        """Share of the full penalty at a step."""
+        return min(1.0, (step + 1) / max(1, round(self.sparsity_warm_up * self.steps)))
+
+
+class Member:
+    """`described` is the SAE's configuration with all metadata that the saved one will say."""
+
+    def __init__(self, name: str, sae: TrainableSAE, config: TrainingConfig, described: SAEConfig):
+        self.name, self.sae, self.config, self.described = name, sae.train(), config, described
+        self.hook = described.metadata["hook_name"]
+        self.hook_out = described.metadata.get("hook_name_out") or self.hook
+        self.device = sae.W_enc.device
+        self.lr = config.lr or 1e-3 * math.sqrt(4096 / described.d_sae)
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=self.lr, fused=True)
+        self.silent: Int[Tensor, " d_sae"] = torch.zeros(described.d_sae, dtype=torch.long)
+        self.variance = 0.0
+        # since the last row of the history
+        self.sums = dict.fromkeys(("loss", "fvu", "mse", "sparsity", "auxiliary", "l0"), 0.0)
+        self.history: list[dict[str, float | int]] = []
+
+    @property
+    def dead(self) -> Bool[Tensor, " d_sae"]:
+        return self.silent >= self.config.dead_after
+
+    def fit(self, vectors: Mapping[str, Float[Tensor, "vector d_in"]]) -> None:
+        """Scale and centre from the first vectors."""
+        if self.sae.fitted:
+            raise ValueError(
+                f"{self.name} was trained before. Build a new one, or give the folder of its run."
+            )
+        x = vectors[self.hook][:FIRST].to(self.device)
+        target = vectors[self.hook_out][:FIRST].to(self.device)
+        self.sae.fit(x, target if self.hook_out != self.hook else None)
+        goal = self.scaled(x, target)[1]
+        self.variance = float((goal - goal.mean(0)).square().sum(1).mean())
+
+    def scaled(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.sae.scaled(x)
+        return z, z if self.hook_out == self.hook else self.sae.scaled_target(target)
+
+    def step(self, step: int, vectors: Mapping[str, Float[Tensor, "batch d_in"]]) -> None:
+        config, sae = self.config, self.sae
+        # 1. the loss, and whether it is one
+        x, target = vectors[self.hook].to(self.device), vectors[self.hook_out].to(self.device)
+        x, target = self.scaled(x, target)
+        with_auxk = sae.config.architecture in TOPK_FAMILY
+        dead = self.dead.to(self.device) if with_auxk else None
+        losses = sae.loss(x, target, dead, config.warm(step))
+        loss = float(losses.total.detach())
+        fvu = float(losses.reconstruction.detach()) / self.variance
+        if not math.isfinite(loss) or fvu > DIVERGED:
+            raise TrainingFailed(
+                f"{self.name}: loss {loss:.3g} (FVU {fvu:.3g}) at step {step}: diverged. Lower lr "
+                f"(now {self.lr:.2g}); a checkpoint, where a folder was given, is from before."
+            )
+        # 2. gradients and the step
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        sae.before_step()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * config.rate(step)
+        self.optimizer.step()
+        sae.after_step()
+        # 3. dead latents
+        self.silent += config.batch
+        self.silent[losses.fired.cpu()] = 0
+        window = -(-config.dead_after // config.batch)
+        last = config.steps - 2 * window  # a latent needs time to grow into its new direction
+        if not with_auxk and 0 < step < last and step % window == 0 and self.dead.any():
+            self.resample(step, x, losses.error)
+        # 4. what the next row of the history is a mean of
+        self.sums["loss"] += loss
+        self.sums["fvu"] += fvu
+        self.sums["mse"] += float(losses.reconstruction.detach()) / losses.error.shape[1]
+        self.sums["sparsity"] += float(losses.sparsity.detach())
+        self.sums["auxiliary"] += float(losses.auxiliary.detach())
+        self.sums["l0"] += float(losses.l0)
+
+    @torch.no_grad()
+    def resample(self, step: int, x: Tensor, error: Tensor) -> None:
+        """Dead latents start anew in the directions of inputs that are reconstructed badly (drawn
+        by the square of their loss), the encoder at a fifth of the usual length, everything else as
+        at the beginning (Bricken)."""
+        latents = self.dead.nonzero().flatten()
+        weight = error.square().sum(1).double().square().cpu()
+        generator = derive_generator(self.config.seed, f"resample {step}")
+        drawn = torch.multinomial(weight, len(latents), replacement=True, generator=generator)
+        direction = F.normalize(x[drawn] - self.sae.b_dec, dim=1)  # [dead, d_in]
+        alive = self.sae.W_enc[:, ~self.dead.to(x.device)]
+        length = alive.norm(dim=0).mean() if alive.numel() else 1.0
+        first = {
+            "W_enc": 0.2 * length * direction,
+            "W_dec": direction,
+            "threshold": FIRST_THRESHOLD,
+        }
+        for name, parameter in self.sae.named_parameters():
+            if name == "b_dec":  # all others have a row (W_enc a column) for each latent
+                continue
+            state = self.optimizer.state[parameter]
+            (parameter.data.T if name == "W_enc" else parameter.data)[latents] = first.get(name, 0)
+            for moment in (state["exp_avg"], state["exp_avg_sq"]):
+                (moment.T if name == "W_enc" else moment)[latents] = 0.0
+        self.silent[latents] = 0
+
+    def log(self, step: int, since: int) -> dict[str, float | int]:
+        """A row of the history: means over the last `since` steps."""
+        mean = {key: value / since for key, value in self.sums.items()}
+        best = min((row["fvu"] for row in self.history), default=math.inf)
+        if mean["fvu"] > LOST > best:
+            raise TrainingFailed(
+                f"{self.name}: FVU {mean['fvu']:.3g} around step {step}, after {best:.3g}: it "
+                f"diverges. Lower lr (now {self.lr:.2g})."
+            )
+        if mean["l0"] < SILENT:
+            warnings.warn(
+                f"{self.name}: hardly any latent is active. Lower sparsity (or lr).", stacklevel=3
+            )
+        row = {"step": step, "vectors": step * self.config.batch, **mean}
+        row |= {"dead": int(self.dead.sum()), "lr": self.lr * self.config.rate(step - 1)}
+        self.sums = dict.fromkeys(self.sums, 0.0)
+        self.history.append(row)
+        return row
+
+    def state(self) -> dict[str, Any]:
+        """All that a checkpoint holds; TrainingFailed where the last step has spoilt the weights:
+        the loss of the next would show it, but the checkpoint would be spoilt by then."""
+        if not all(torch.isfinite(value).all() for value in self.sae.parameters()):
+            raise TrainingFailed(f"{self.name}: weights are NaN or Inf. Lower lr.")
+        return {
+            "sae": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "silent": self.silent,
+            "variance": self.variance,
+            "sums": self.sums,
+            "history": self.history,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.sae.load_state_dict(state["sae"])
+        self.sae.fitted = True
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.silent, self.variance = state["silent"], state["variance"]
+        self.sums, self.history = state["sums"], state["history"]
