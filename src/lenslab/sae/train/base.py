@@ -5,7 +5,6 @@ must keep.
    scale.
 2. `loss` is each architecture's own (`lenslab.sae.train.architectures`), in terms of z.
 3. `before_step` and `after_step` stand around the optimizer's step: decoder rows of norm 1 stay so.
-4. `encode` and `decode` take and give what the model computes, in the units that saving keeps.
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ class SAEConfig:
 
 
 class TrainableSAE(nn.Module):
-    """Weights and a loss. `encode` and `decode` take and give what the model computes, as after
-    saving."""
+    """Weights and a loss; `lenslab.sae.train.convert` makes an SAE of it that encodes what the
+    model computes."""
 
     unit_decoder = False
     fitted = False  # scale and centre were taken from data, and weights perhaps trained on them
@@ -135,13 +134,11 @@ class TrainableSAE(nn.Module):
 
     def scaled(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """x as the weights see it."""
+        z = x - self.centre
         if self.config.scale == "unit":
-            return (x - self.centre) / self._lengths(x)
-        return (x - self.centre) * self.scale
-
-    def _lengths(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"]:
-        """Each vector's norm over sqrt(d_in); a vector of zeros stays one when divided by it."""
-        return (x - self.centre).norm(dim=-1, keepdim=True).clamp_min(1e-12) / x.shape[-1] ** 0.5
+            norm = z.norm(dim=-1, keepdim=True).clamp_min(1e-12)  # a vector of zeros stays one
+            return z * (x.shape[-1] ** 0.5 / norm)
+        return z * self.scale
 
     def scaled_target(self, target: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch d_out"]:
         return (target - self.centre_out) * self.scale_out
@@ -171,21 +168,6 @@ class TrainableSAE(nn.Module):
         """What one of training's units of activation is in the model's: length of a decoder row
         over the scale."""
         return self.norms / self.scale_out
-
-    @torch.no_grad()
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        return self.activate(self.pre(self.scaled(x))) * self.unit
-
-    @torch.no_grad()
-    def decode(self, features: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
-        z_hat = (features / self.unit) @ self.decoder
-        return z_hat / self.scale_out + self.b_dec / self.scale_out + self.centre_out
-
-    @torch.no_grad()
-    def reconstruct(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """decode(encode(x)), given back each vector's own norm where scale='unit' took it away."""
-        x_hat = self.decode(self.encode(x))
-        return x_hat * self._lengths(x) if self.config.scale == "unit" else x_hat
 
     def _reconstruct(self, z: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         return self.activate(self.pre(z)) @ self.decoder + self.b_dec

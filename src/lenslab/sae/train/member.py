@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lenslab.runtime import derive_generator
@@ -27,9 +26,9 @@ from lenslab.sae.train.base import SAEConfig, TrainableSAE, TrainingFailed
 
 FIRST = 1 << 15  # vectors that scale and centre are taken from
 DIVERGED = 100.0  # times the variance of the data, in one step
+LOST = 2.0  # the same, as a mean over logged steps, of a training that had been below
 SILENT = 0.01  # active latents of a vector, on average
-# an FVU, as a mean over logged steps, of a training that had been below: silence has 1
-LOST = 2.0
+KEPT = ("silent", "variance", "steps", "history")  # in a checkpoint, beside weights and optimizer
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,6 @@ class TrainingConfig:
         shares = (self.warm_up, self.floor, self.decay, self.sparsity_warm_up)
         if not all(0 <= share <= 1 for share in shares):
             raise ValueError(f"warm_up, floor, decay, sparsity_warm_up are shares, got {shares}.")
-        if self.lr is not None and self.lr <= 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}.")
 
     @property
     def steps(self) -> int:
@@ -87,72 +84,75 @@ class Member:
         self.name, self.sae, self.config, self.described = name, sae.train(), config, described
         self.hook = described.metadata["hook_name"]
         self.hook_out = described.metadata.get("hook_name_out") or self.hook
-        self.device = sae.W_enc.device
-        self.lr = config.lr or 1e-3 * math.sqrt(4096 / described.d_sae)
+        self.auxk = described.architecture in TOPK_FAMILY
+        self.lr = 1e-3 * math.sqrt(4096 / described.d_sae) if config.lr is None else config.lr
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=self.lr, fused=True)
-        self.silent: Int[Tensor, " d_sae"] = torch.zeros(described.d_sae, dtype=torch.long)
+        self.silent = torch.zeros(described.d_sae, dtype=torch.long)  # [d_sae], vectors
         self.variance = 0.0
-        # since the last row of the history
-        self.sums = dict.fromkeys(("loss", "fvu", "mse", "sparsity", "auxiliary", "l0"), 0.0)
+        self.steps: list[dict[str, float]] = []  # since the last row of the history
         self.history: list[dict[str, float | int]] = []
+        self.writer: Any = None  # TensorBoard's
 
     @property
     def dead(self) -> Bool[Tensor, " d_sae"]:
         return self.silent >= self.config.dead_after
 
+    def scaled(self, vectors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(what the SAE reads, what it is to write), as its weights see them."""
+        x = self.sae.scaled(vectors[self.hook].to(self.sae.W_enc.device))
+        if self.hook_out == self.hook:
+            return x, x
+        return x, self.sae.scaled_target(vectors[self.hook_out].to(x.device))
+
     def fit(self, vectors: Mapping[str, Float[Tensor, "vector d_in"]]) -> None:
         """Scale and centre from the first vectors."""
         if self.sae.fitted:
             raise ValueError(
-                f"{self.name} was trained before. Build a new one, or give the folder of its run."
+                f"{self.name} was trained before: build a new one, or give its folder."
             )
-        x = vectors[self.hook][:FIRST].to(self.device)
-        target = vectors[self.hook_out][:FIRST].to(self.device)
-        self.sae.fit(x, target if self.hook_out != self.hook else None)
-        goal = self.scaled(x, target)[1]
-        self.variance = float((goal - goal.mean(0)).square().sum(1).mean())
-
-    def scaled(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.sae.scaled(x)
-        return z, z if self.hook_out == self.hook else self.sae.scaled_target(target)
+        device = self.sae.W_enc.device
+        first = {hook: value[:FIRST].to(device) for hook, value in vectors.items()}
+        self.sae.fit(first[self.hook], first[self.hook_out] if self.hook_out != self.hook else None)
+        target = self.scaled(first)[1]
+        self.variance = float((target - target.mean(0)).square().sum(1).mean())
 
     def step(self, step: int, vectors: Mapping[str, Float[Tensor, "batch d_in"]]) -> None:
-        config, sae = self.config, self.sae
         # 1. the loss, and whether it is one
-        x, target = vectors[self.hook].to(self.device), vectors[self.hook_out].to(self.device)
-        x, target = self.scaled(x, target)
-        with_auxk = sae.config.architecture in TOPK_FAMILY
-        dead = self.dead.to(self.device) if with_auxk else None
-        losses = sae.loss(x, target, dead, config.warm(step))
-        loss = float(losses.total.detach())
-        fvu = float(losses.reconstruction.detach()) / self.variance
-        if not math.isfinite(loss) or fvu > DIVERGED:
-            raise TrainingFailed(
-                f"{self.name}: loss {loss:.3g} (FVU {fvu:.3g}) at step {step}: diverged. Lower lr "
-                f"(now {self.lr:.2g}); a checkpoint, where a folder was given, is from before."
-            )
+        x, target = self.scaled(vectors)
+        dead = self.dead.to(x.device) if self.auxk else None
+        losses = self.sae.loss(x, target, dead, self.config.warm(step))
+        reconstruction = float(losses.reconstruction.detach())
+        values = {
+            "loss": float(losses.total.detach()),
+            "fvu": reconstruction / self.variance,
+            "mse": reconstruction / target.shape[1],
+            "sparsity": float(losses.sparsity.detach()),
+            "auxiliary": float(losses.auxiliary.detach()),
+            "l0": float(losses.l0),
+        }
+        if not math.isfinite(values["loss"]) or values["fvu"] > DIVERGED:
+            raise self.failure(step, values["fvu"])
+        self.steps.append(values)
         # 2. gradients and the step
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
-        sae.before_step()
+        self.sae.before_step()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * config.rate(step)
+            group["lr"] = self.lr * self.config.rate(step)
         self.optimizer.step()
-        sae.after_step()
+        self.sae.after_step()
         # 3. dead latents
-        self.silent += config.batch
+        self.silent += self.config.batch
         self.silent[losses.fired.cpu()] = 0
-        window = -(-config.dead_after // config.batch)
-        last = config.steps - 2 * window  # a latent needs time to grow into its new direction
-        if not with_auxk and 0 < step < last and step % window == 0 and self.dead.any():
+        window = -(-self.config.dead_after // self.config.batch)
+        last = self.config.steps - 2 * window  # a latent needs time to grow into its direction
+        if not self.auxk and 0 < step < last and step % window == 0 and self.dead.any():
             self.resample(step, x, losses.error)
-        # 4. what the next row of the history is a mean of
-        self.sums["loss"] += loss
-        self.sums["fvu"] += fvu
-        self.sums["mse"] += float(losses.reconstruction.detach()) / losses.error.shape[1]
-        self.sums["sparsity"] += float(losses.sparsity.detach())
-        self.sums["auxiliary"] += float(losses.auxiliary.detach())
-        self.sums["l0"] += float(losses.l0)
+
+    def failure(self, step: int, fvu: float) -> TrainingFailed:
+        return TrainingFailed(
+            f"{self.name}: FVU {fvu:.3g} at step {step}: it diverges. Lower lr (now {self.lr:.2g})."
+        )
 
     @torch.no_grad()
     def resample(self, step: int, x: Tensor, error: Tensor) -> None:
@@ -163,39 +163,38 @@ class Member:
         weight = error.square().sum(1).double().square().cpu()
         generator = derive_generator(self.config.seed, f"resample {step}")
         drawn = torch.multinomial(weight, len(latents), replacement=True, generator=generator)
-        direction = F.normalize(x[drawn] - self.sae.b_dec, dim=1)  # [dead, d_in]
+        direction = torch.nn.functional.normalize(x[drawn] - self.sae.b_dec, dim=1)  # [dead, d_in]
         alive = self.sae.W_enc[:, ~self.dead.to(x.device)]
-        length = alive.norm(dim=0).mean() if alive.numel() else 1.0
-        first = {
-            "W_enc": 0.2 * length * direction,
-            "W_dec": direction,
-            "threshold": FIRST_THRESHOLD,
-        }
+        length = 0.2 * (alive.norm(dim=0).mean() if alive.numel() else 1.0)
+        first = {"W_enc": length * direction, "W_dec": direction, "threshold": FIRST_THRESHOLD}
         for name, parameter in self.sae.named_parameters():
             if name == "b_dec":  # all others have a row (W_enc a column) for each latent
                 continue
             state = self.optimizer.state[parameter]
-            (parameter.data.T if name == "W_enc" else parameter.data)[latents] = first.get(name, 0)
-            for moment in (state["exp_avg"], state["exp_avg_sq"]):
-                (moment.T if name == "W_enc" else moment)[latents] = 0.0
+            new = (
+                (parameter, first.get(name, 0.0)),
+                (state["exp_avg"], 0),
+                (state["exp_avg_sq"], 0),
+            )
+            for tensor, value in new:
+                (tensor.T if name == "W_enc" else tensor)[latents] = value
         self.silent[latents] = 0
 
-    def log(self, step: int, since: int) -> dict[str, float | int]:
-        """A row of the history: means over the last `since` steps."""
-        mean = {key: value / since for key, value in self.sums.items()}
-        best = min((row["fvu"] for row in self.history), default=math.inf)
-        if mean["fvu"] > LOST > best:
-            raise TrainingFailed(
-                f"{self.name}: FVU {mean['fvu']:.3g} around step {step}, after {best:.3g}: it "
-                f"diverges. Lower lr (now {self.lr:.2g})."
-            )
+    def log(self, step: int) -> dict[str, float | int]:
+        """A row of the history: means over the steps since the one before."""
+        n = len(self.steps)
+        mean = {key: sum(values[key] for values in self.steps) / n for key in self.steps[0]}
+        if mean["fvu"] > LOST > min((row["fvu"] for row in self.history), default=math.inf):
+            raise self.failure(step, mean["fvu"])
         if mean["l0"] < SILENT:
             warnings.warn(
-                f"{self.name}: hardly any latent is active. Lower sparsity (or lr).", stacklevel=3
+                f"{self.name}: hardly any latent is active; lower sparsity.", stacklevel=3
             )
         row = {"step": step, "vectors": step * self.config.batch, **mean}
         row |= {"dead": int(self.dead.sum()), "lr": self.lr * self.config.rate(step - 1)}
-        self.sums = dict.fromkeys(self.sums, 0.0)
+        for key, value in row.items() if self.writer else ():
+            self.writer.add_scalar(key, value, step)
+        self.steps = []
         self.history.append(row)
         return row
 
@@ -204,18 +203,11 @@ class Member:
         the loss of the next would show it, but the checkpoint would be spoilt by then."""
         if not all(torch.isfinite(value).all() for value in self.sae.parameters()):
             raise TrainingFailed(f"{self.name}: weights are NaN or Inf. Lower lr.")
-        return {
-            "sae": self.sae.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "silent": self.silent,
-            "variance": self.variance,
-            "sums": self.sums,
-            "history": self.history,
-        }
+        state = {"sae": self.sae.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return state | {key: getattr(self, key) for key in KEPT}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.sae.load_state_dict(state["sae"])
         self.sae.fitted = True
         self.optimizer.load_state_dict(state["optimizer"])
-        self.silent, self.variance = state["silent"], state["variance"]
-        self.sums, self.history = state["sums"], state["history"]
+        vars(self).update({key: state[key] for key in KEPT})

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -37,45 +37,32 @@ POOL = 1 << 17  # vectors; 134 MB a hook at width 256
 RUN = 256  # rows of a tensor or a store that stay together as pools are dealt out
 
 
-@runtime_checkable
-class VectorSource(Protocol):
-    """What `train` reads."""
+class VectorSource:
+    """What `train` reads: units (texts, runs of rows) with sizes, dealt out by epoch.
+
+    A subclass gives the vectors of some units, and hashes of its documents.
+    """
 
     key: str  # of the content: a run is only resumed on the same data
     widths: dict[str, int]  # by hook
-    # what the SAE will say that it was made for; with a `model_key`, vectors are known by tokens
+    # what the SAE will say that it was made for; with a `model_key`, documents are known by tokens
     metadata: dict[str, Any]
-
-    def sizes(self, epoch: int) -> list[int]: ...
-
-    def pool(
-        self, epoch: int, number: int, enough: int | None = None
-    ) -> dict[str, Float[Tensor, "vector d_in"]]: ...
-
-    def documents(self) -> set[int]: ...
-
-
-class _Pooled:
-    """Units with sizes, dealt out by epoch; subclasses give the vectors of some units."""
 
     def __init__(self, units: Sequence[int], pool: int, seed: int):
         self.units, self.pool_size, self.seed = list(units), pool, seed
-        self._dealt: tuple[int, list[list[int]]] | None = None
 
     def groups(self, epoch: int) -> list[list[int]]:
-        """Units (texts, runs of rows) in random order, cut where a pool is full."""
-        if self._dealt is None or self._dealt[0] != epoch:
-            generator = derive_generator(self.seed, f"epoch {epoch}")
-            groups: list[list[int]] = [[]]
-            filled = 0
-            for unit in torch.randperm(len(self.units), generator=generator).tolist():
-                if filled and filled + self.units[unit] > self.pool_size:
-                    groups.append([])
-                    filled = 0
-                groups[-1].append(unit)
-                filled += self.units[unit]
-            self._dealt = (epoch, groups)
-        return self._dealt[1]
+        """Units in random order, cut where a pool is full."""
+        generator = derive_generator(self.seed, f"epoch {epoch}")
+        groups: list[list[int]] = [[]]
+        filled = 0
+        for unit in torch.randperm(len(self.units), generator=generator).tolist():
+            if filled and filled + self.units[unit] > self.pool_size:
+                groups.append([])
+                filled = 0
+            groups[-1].append(unit)
+            filled += self.units[unit]
+        return groups
 
     def sizes(self, epoch: int) -> list[int]:
         return [sum(self.units[i] for i in group) for group in self.groups(epoch)]
@@ -99,36 +86,31 @@ class _Pooled:
     def _vectors(self, units: list[int]) -> dict[str, Tensor]:
         raise NotImplementedError
 
-
-class _Rows(_Pooled):
-    """Rows that can be read in any order, dealt out in runs of neighbours."""
-
-    def __init__(self, n: int, pool: int, seed: int):
-        super().__init__([min(RUN, n - start) for start in range(0, n, RUN)], pool, seed)
-
-    def _rows(self, units: list[int]) -> Int[Tensor, " row"]:
-        return torch.cat([torch.arange(u * RUN, u * RUN + self.units[u]) for u in sorted(units)])
+    def documents(self) -> set[int]:
+        raise NotImplementedError
 
 
-class TensorSource(_Rows):
+def _runs(n: int) -> list[int]:
+    """Sizes of runs of neighbours, of rows that can be read in any order."""
+    return [min(RUN, n - start) for start in range(0, n, RUN)]
+
+
+def _rows(runs: list[int], n: int) -> Int[Tensor, " row"]:
+    return torch.cat([torch.arange(i * RUN, min(n, (i + 1) * RUN)) for i in sorted(runs)])
+
+
+class TensorSource(VectorSource):
     """Vectors in memory: one tensor `[vector, d_in]`, or one per hook, of one length."""
 
-    def __init__(
-        self,
-        vectors: Tensor | Mapping[str, Tensor],
-        *,
-        hook: str = "vectors",
-        pool: int = POOL,
-        seed: int = 0,
-    ):
-        by_hook = {hook: vectors} if isinstance(vectors, Tensor) else dict(vectors)
+    def __init__(self, vectors: Tensor | Mapping[str, Tensor], *, pool: int = POOL, seed: int = 0):
+        by_hook = {"vectors": vectors} if isinstance(vectors, Tensor) else vectors
         self.vectors = {name: value.detach() for name, value in by_hook.items()}
-        lengths = {len(value) for value in self.vectors.values()}
-        if len(lengths) != 1:
-            raise ValueError(f"Vectors of all hooks need one length, got {sorted(lengths)}.")
-        super().__init__(lengths.pop(), pool, seed)
+        self.n = len(next(iter(self.vectors.values())))
+        if any(len(value) != self.n for value in self.vectors.values()):
+            raise ValueError("Vectors of all hooks need one length.")
+        super().__init__(_runs(self.n), pool, seed)
         self.widths = {name: value.shape[1] for name, value in self.vectors.items()}
-        self.metadata: dict[str, Any] = {}
+        self.metadata = {}
         parts = (part for value in self.vectors.values() for part in value.split(1 << 14))
         content = [content_key(part.cpu().float().numpy().tobytes()) for part in parts]
         self.key = content_key(self.widths, content, pool, seed)
@@ -139,7 +121,7 @@ class TensorSource(_Rows):
         return {hash(row.tobytes()) for row in rows}
 
     def _vectors(self, units: list[int]) -> dict[str, Tensor]:
-        rows = self._rows(units)
+        rows = _rows(units, self.n)
         return {hook: value[rows].float() for hook, value in self.vectors.items()}
 
 
@@ -159,12 +141,9 @@ def _hashes(
     return hashes
 
 
-class ModelSource(_Pooled):
-    """The model run as vectors are needed, over the real tokens of a batch (usually from `pack`).
-
-    `compute` is as in `harvest` into a store: 'auto' means bfloat16 where this machine computes it
-    fast.
-    """
+class ModelSource(VectorSource):
+    """The model run as vectors are needed, over the real tokens of a batch (usually from `pack`),
+    in bfloat16 where this machine computes it fast."""
 
     def __init__(
         self,
@@ -172,7 +151,6 @@ class ModelSource(_Pooled):
         batch: TokenBatch,
         hooks: str | Sequence[str],
         *,
-        compute: str = "auto",
         batch_size: int = 32,
         pool: int = POOL,
         seed: int = 0,
@@ -180,9 +158,8 @@ class ModelSource(_Pooled):
         hooks = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
         check_hooks(model, hooks)
         super().__init__(batch.real.sum(1).tolist(), pool, seed)
-        self.model, self.batch, self.hooks = model, batch, hooks
-        if compute == "auto":
-            compute = str(compute_dtype()).removeprefix("torch.")
+        self.model, self.batch = model, batch
+        compute = str(compute_dtype()).removeprefix("torch.")
         self.options = {"compute": compute, "batch_size": batch_size}
         self.widths = {hook: vector_width(model, hook) for hook in hooks}
         self.metadata = {
@@ -200,7 +177,7 @@ class ModelSource(_Pooled):
 
     def _vectors(self, units: list[int]) -> dict[str, Tensor]:
         batch = self.batch[units]
-        vectors = harvest(self.model, batch, self.hooks, progress=False, **self.options)
+        vectors = harvest(self.model, batch, list(self.widths), progress=False, **self.options)
         return {hook: value[batch.real].flatten(1).float() for hook, value in vectors.items()}
 
     def pool(self, epoch: int, number: int, enough: int | None = None) -> dict[str, Tensor]:
@@ -212,14 +189,14 @@ class ModelSource(_Pooled):
         return self._shuffled(self._whole, epoch, number)
 
 
-class StoreSource(_Rows):
+class StoreSource(VectorSource):
     """Vectors that were harvested before; see `lenslab.store`. ValueError for a store that is not
     complete, DamagedShard."""
 
     def __init__(self, store: ActivationStore, *, pool: int = POOL, seed: int = 0):
         if not store.complete:
             raise ValueError("The store is not complete: harvest(..., store=store) continues it.")
-        super().__init__(len(store), pool, seed)
+        super().__init__(_runs(len(store)), pool, seed)
         self.store = store
         manifest = store.manifest
         self.widths = dict(manifest["hooks"])
@@ -240,7 +217,7 @@ class StoreSource(_Rows):
         return self.store.rows(torch.arange(len(self.store)), name)
 
     def _vectors(self, units: list[int]) -> dict[str, Tensor]:
-        rows = self._rows(units)
+        rows = _rows(units, len(self.store))
         return {hook: self.store.rows(rows, hook).float() for hook in self.widths}
 
 
