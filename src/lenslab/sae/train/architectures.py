@@ -8,8 +8,8 @@ All of them compute, from a vector x that `fit` scaled and centred:
    written);
 4. where the rule itself does not fix how many are active, a penalty.
 
-`relu` penalises the sum of activations times decoder norms (L1); `topk` keeps the k largest of each
-vector, `batchtopk` the k largest a vector on average over the batch; `matryoshka` does the same and
+`relu` penalises the sum of activations times decoder norms (L1); `topk` keeps the k sparse.largest of each
+vector, `batchtopk` the k sparse.largest a vector on average over the batch; `matryoshka` does the same and
 also reconstructs from its first latents alone; `jumprelu` learns a threshold for each latent,
 `gated` a gate; `transcoder` is batchtopk from one hook to another. The topk family keeps decoder
 rows at norm 1 and works with sparse products (`lenslab.sae.train.sparse`).
@@ -34,19 +34,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lenslab.runtime import compute_dtype
+from lenslab.sae.train import sparse
 from lenslab.sae.train.base import Losses, SAEConfig, TrainableSAE
-from lenslab.sae.train.sparse import (
-    Code,
-    Decode,
-    Encode,
-    as_integers,
-    code_of_mask,
-    code_of_places,
-    code_of_topk,
-    largest,
-    positive_places,
-    widened,
-)
 
 FIRST_THRESHOLD = 0.01  # jumprelu, as SAELens
 AT_A_TIME = 512  # vectors whose dead latents are looked at together
@@ -57,16 +46,19 @@ class ReLU(TrainableSAE):
     def loss(self, x, target, dead=None, warm=1.0) -> Losses:
         norms = self.decoder.norm(dim=1)
         values = self.fast_pre(x).relu_()  # [batch, d_sae]
-        integers = as_integers(values.detach())
+        integers = sparse.as_integers(values.detach())
         active = integers.count_nonzero()
         fired = integers.amax(0) > 0
         # the lengths are one column more of the decoder: the product sums the penalty too
         if active < SPARSE_ENOUGH * values.numel():
-            code = code_of_mask(integers)
-            values = torch.relu(Encode.apply(x, self.shift, self.W_enc, self.b_enc, code))
-            both = Decode.apply(values, widened(self.decoder, norms, norms.dtype), code)
+            places = integers.flatten().nonzero().flatten()
+            code = sparse.code_of_places(places, *values.shape)
+            values = torch.relu(sparse.Encode.apply(x, self.shift, self.W_enc, self.b_enc, code))
+            both = sparse.Decode.apply(
+                values, sparse.widened(self.decoder, norms, norms.dtype), code
+            )
         else:
-            both = (values @ widened(self.decoder, norms, values.dtype)).float()
+            both = (values @ sparse.widened(self.decoder, norms, values.dtype)).float()
         d_in = x.shape[1]
         penalty = warm * self.config.sparsity * both[:, d_in].sum() / len(x)
         x_hat = both[:, :d_in] + self.b_dec
@@ -80,18 +72,20 @@ class TopK(TrainableSAE):
         top = pre.topk(self.config.k, dim=-1)
         return torch.zeros_like(pre).scatter(-1, top.indices, torch.relu(top.values))
 
-    def select(self, pre: Float[Tensor, "batch d_sae"]) -> Code:
-        return code_of_topk(largest(pre, self.config.k), self.config.d_sae)
+    def select(self, pre: Float[Tensor, "batch d_sae"]) -> sparse.Code:
+        return sparse.code_of_topk(sparse.largest(pre, self.config.k), self.config.d_sae)
 
     def loss(self, x, target, dead=None, warm=1.0) -> Losses:
         with torch.no_grad():
             pre = self.fast_pre(x)  # [batch, d_sae]
         code = self.select(pre)
-        values = torch.relu(Encode.apply(x, self.shift, self.W_enc, self.b_enc, code))  # [active]
+        values = torch.relu(
+            sparse.Encode.apply(x, self.shift, self.W_enc, self.b_enc, code)
+        )  # [active]
         self.watch(values.detach())
         x_hat, nested = self.reconstructions(values, code, target)
         auxiliary = self.auxiliary(x, (target - x_hat).detach(), pre, dead)
-        positive = values > 0  # of the k largest some may not be
+        positive = values > 0  # of the k sparse.largest some may not be
         fired = torch.zeros(self.config.d_sae, dtype=torch.bool, device=x.device)
         fired[code.latents[positive]] = True
         l0 = positive.sum() / len(x)
@@ -100,16 +94,12 @@ class TopK(TrainableSAE):
     def watch(self, values: Float[Tensor, " active"]) -> None:
         """BatchTopK estimates its threshold here."""
 
-    def reconstructions(
-        self, values: Tensor, code: Code, target: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def reconstructions(self, values, code, target) -> tuple[Tensor, Tensor | None]:
         """(reconstruction, what is added to the loss for partial ones)"""
-        return Decode.apply(values, self.W_dec, code) + self.b_dec, None
+        return sparse.Decode.apply(values, self.W_dec, code) + self.b_dec, None
 
-    def auxiliary(
-        self, x: Tensor, residual: Tensor, pre: Tensor, dead: Tensor | None
-    ) -> Tensor | None:
-        """AuxK: the dead latents with the largest pre-activations reconstruct what the others left
+    def auxiliary(self, x, residual, pre, dead) -> Tensor | None:
+        """AuxK: the dead latents with the sparse.largest pre-activations reconstruct what the others left
         (Gao, A.2)."""
         n_dead = 0 if dead is None else int(dead.sum())
         if not n_dead or not self.config.auxiliary:
@@ -121,9 +111,9 @@ class TopK(TrainableSAE):
         # fragment the memory
         chunks = (rows[:, latents] for rows in pre.split(AT_A_TIME))
         chosen = torch.cat([rows.topk(k, sorted=False).indices for rows in chunks])  # [batch, k]
-        code = code_of_topk(latents[chosen], self.config.d_sae)
-        values = Encode.apply(x, self.shift, self.W_enc, self.b_enc, code)
-        guess = Decode.apply(values, self.W_dec, code)
+        code = sparse.code_of_topk(latents[chosen], self.config.d_sae)
+        values = sparse.Encode.apply(x, self.shift, self.W_enc, self.b_enc, code)
+        guess = sparse.Decode.apply(values, self.W_dec, code)
         error = (guess - residual).square().sum(-1).mean()
         return self.config.auxiliary * min(n_dead / most, 1.0) * error
 
@@ -144,15 +134,15 @@ class BatchTopK(TopK):
 
     def select(self, pre):
         n = self.config.k * len(pre)
-        candidates = positive_places(pre, max(0.0, float(self.guess)))
+        candidates = sparse.positive_places(pre, max(0.0, float(self.guess)))
         if len(candidates) < n:  # the guess was too high, or fewer than that are positive
-            candidates = positive_places(pre)
+            candidates = sparse.positive_places(pre)
         values = pre.flatten()[candidates]
         if len(candidates) > n:
             top = values.topk(n, sorted=False)
             self.guess.copy_(0.8 * top.values.min())
             candidates = candidates[top.indices].sort().values
-        return code_of_places(candidates, *pre.shape)
+        return sparse.code_of_places(candidates, *pre.shape)
 
     def watch(self, values):
         kept = values[values > 0]
@@ -171,7 +161,7 @@ class Matryoshka(BatchTopK):
         begin = 0
         for end in widths:
             inside = (code.latents >= begin) & (code.latents < end)
-            partial = partial + Decode.apply(values[inside], self.W_dec, code.part(inside))
+            partial = partial + sparse.Decode.apply(values[inside], self.W_dec, code.part(inside))
             if end < widths[-1]:
                 loss = loss + (target - partial).square().sum(-1).mean()
             begin = end
@@ -282,8 +272,6 @@ def build_sae(architecture: str, d_in: int, d_sae: int, **options: Any) -> Train
             raise ValueError(f"{name} is for {', '.join(FOR[name])}, not for {architecture}.")
     if architecture in TOPK_FAMILY and not 0 < config.k <= d_sae:
         raise ValueError(f"k must lie between 1 and d_sae = {d_sae}, got {config.k}.")
-    if not (config.sparsity >= 0 and config.auxiliary >= 0):
-        raise ValueError(f"Penalties are not negative: {config.sparsity}, {config.auxiliary}.")
     if config.widths and [0, *config.widths] != sorted({0, *config.widths, d_sae}):
         raise ValueError(f"widths must rise to d_sae = {d_sae}, got {config.widths}.")
     if config.scale not in ("mean", "unit", "none"):

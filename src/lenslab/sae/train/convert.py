@@ -19,17 +19,10 @@ from lenslab.sae.load import SparseAutoencoder, finish
 from lenslab.sae.registry import NotAnSAE
 from lenslab.sae.train.base import TrainableSAE
 
-# ours -> SAELens's: batchtopk and its kin become JumpReLU SAEs, whose threshold was estimated in
-# training
-SAVED_AS = {
-    "relu": "standard",
-    "topk": "topk",
-    "batchtopk": "jumprelu",
-    "matryoshka": "jumprelu",
-    "jumprelu": "jumprelu",
-    "gated": "gated",
-    "transcoder": "jumprelu_transcoder",
-}
+# ours -> SAELens's; the others become jumprelu: batchtopk and its kin with the threshold that was
+# estimated in training
+SAVED_AS = {"relu": "standard", "topk": "topk", "gated": "gated"}
+SAVED_AS["transcoder"] = "jumprelu_transcoder"
 
 
 @torch.no_grad()
@@ -54,21 +47,10 @@ def to_saelens(sae: TrainableSAE) -> SparseAutoencoder:
         "b_enc": bias * unit,
         "b_dec": sae.b_dec / sae.scale_out + sae.centre_out,
     }
-    if SAVED_AS[config.architecture].startswith("jumprelu"):
-        state["threshold"] = (sae.threshold * unit).expand(config.d_sae)
-    if config.architecture == "gated":
-        state["b_gate"] = state.pop("b_enc")
-        state |= {"r_mag": sae.r_mag, "b_mag": sae.b_mag * unit}
-    loaded = SAE.from_dict(_config(sae))
-    loaded.load_state_dict({key: value.clone().contiguous() for key, value in state.items()})
-    return finish(loaded, config.architecture)
-
-
-def _config(sae: TrainableSAE) -> dict[str, Any]:
-    config = sae.config
+    architecture = SAVED_AS.get(config.architecture, "jumprelu")
     heads = str(config.metadata.get("hook_name", "")).endswith("hook_z")
-    written = {
-        "architecture": SAVED_AS[config.architecture],
+    written: dict[str, Any] = {
+        "architecture": architecture,
         "d_in": config.d_in,
         "d_sae": config.d_sae,
         "dtype": "float32",
@@ -78,8 +60,15 @@ def _config(sae: TrainableSAE) -> dict[str, Any]:
         "reshape_activations": "hook_z" if heads else "none",
         "metadata": {"prepend_bos": True} | config.metadata | {"trained_as": config.architecture},
     }
-    if config.architecture == "topk":
+    if architecture == "topk":
         written |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
-    if config.architecture == "transcoder":
-        written["d_out"] = config.d_out or config.d_in
-    return written
+    if architecture == "jumprelu_transcoder":
+        written["d_out"] = len(sae.b_dec)
+    if architecture.startswith("jumprelu"):
+        state["threshold"] = (sae.threshold * unit).expand(config.d_sae)
+    if architecture == "gated":
+        state["b_gate"] = state.pop("b_enc")
+        state |= {"r_mag": sae.r_mag, "b_mag": sae.b_mag * unit}
+    loaded = SAE.from_dict(written)
+    loaded.load_state_dict({key: value.clone().contiguous() for key, value in state.items()})
+    return finish(loaded, config.architecture)

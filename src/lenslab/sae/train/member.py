@@ -60,6 +60,11 @@ class TrainingConfig:
         return int(self.vectors) // self.batch
 
     @property
+    def total(self) -> int:
+        """Vectors in all steps."""
+        return self.steps * self.batch
+
+    @property
     def row(self) -> int:
         """Steps between two rows of the history."""
         return self.log_every or min(50, max(10, self.steps // 20))
@@ -192,11 +197,14 @@ class Member:
             )
         row = {"step": step, "vectors": step * self.config.batch, **mean}
         row |= {"dead": int(self.dead.sum()), "lr": self.lr * self.config.rate(step - 1)}
-        for key, value in row.items() if self.writer else ():
-            self.writer.add_scalar(key, value, step)
+        self.write(row, step)
         self.steps = []
         self.history.append(row)
         return row
+
+    def write(self, values: dict[str, float | int], step: int) -> None:
+        for key, value in values.items() if self.writer else ():
+            self.writer.add_scalar(key, value, step)
 
     def state(self) -> dict[str, Any]:
         """All that a checkpoint holds; TrainingFailed where the last step has spoilt the weights:

@@ -29,7 +29,6 @@ from lenslab.files import content_key
 from lenslab.hooks import check_hooks, vector_width
 from lenslab.models import model_key, model_name
 from lenslab.runtime import compute_dtype, derive_generator
-from lenslab.sae.train.base import TrainingFailed
 from lenslab.store import ActivationStore
 from lenslab.tokens import TokenBatch
 
@@ -40,7 +39,7 @@ RUN = 256  # rows of a tensor or a store that stay together as pools are dealt o
 class VectorSource:
     """What `train` reads: units (texts, runs of rows) with sizes, dealt out by epoch.
 
-    A subclass gives the vectors of some units, and hashes of its documents.
+    A subclass gives `_vectors(units)`, by hook, and `documents()`, a set of hashes.
     """
 
     key: str  # of the content: a run is only resumed on the same data
@@ -83,12 +82,6 @@ class VectorSource:
         order = torch.randperm(len(next(iter(vectors.values()))), generator=generator)
         return {hook: value[order] for hook, value in vectors.items()}
 
-    def _vectors(self, units: list[int]) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def documents(self) -> set[int]:
-        raise NotImplementedError
-
 
 def _runs(n: int) -> list[int]:
     """Sizes of runs of neighbours, of rows that can be read in any order."""
@@ -106,8 +99,9 @@ class TensorSource(VectorSource):
         by_hook = {"vectors": vectors} if isinstance(vectors, Tensor) else vectors
         self.vectors = {name: value.detach() for name, value in by_hook.items()}
         self.n = len(next(iter(self.vectors.values())))
-        if any(len(value) != self.n for value in self.vectors.values()):
-            raise ValueError("Vectors of all hooks need one length.")
+        for hook, value in self.vectors.items():
+            if len(value) != self.n or not torch.isfinite(value.sum(1)).all():
+                raise ValueError(f"NaN or Inf at {hook}, or fewer vectors than at other hooks.")
         super().__init__(_runs(self.n), pool, seed)
         self.widths = {name: value.shape[1] for name, value in self.vectors.items()}
         self.metadata = {}
@@ -222,17 +216,13 @@ class StoreSource(VectorSource):
 
 
 def batches(
-    source: VectorSource,
-    batch: int,
-    steps: int,
-    start: tuple[int, ...],
-    opening: dict[str, Tensor] | None = None,
+    source: VectorSource, batch: int, steps: int, start: tuple[int, ...], opening: dict | None
 ) -> Iterator[tuple[tuple[int, int, int], dict[str, Float[Tensor, "batch d_in"]]]]:
     """(place of the next batch, vectors by hook) for so many steps, from a place: epoch, pool,
     batch within the pool.
 
     `opening` is the very first pool, where it is at hand; of the last one only what is needed is
-    made. TrainingFailed on NaN or Inf among the vectors.
+    made.
     """
     first = tuple(start[:2])
     for epoch in itertools.count(first[0]):
@@ -245,16 +235,11 @@ def batches(
             opening = None  # of no use to a later pool
             if vectors is None:
                 vectors = source.pool(epoch, number, (begin + steps) * batch)
-            for hook, value in vectors.items():
-                if not torch.isfinite(value.sum(1)).all():
-                    raise TrainingFailed(
-                        f"NaN or Inf among the vectors at {hook} (epoch {epoch}, pool {number})."
-                    )
             end = min(size // batch, begin + steps)
             for i in range(begin, end):
                 rows = slice(i * batch, (i + 1) * batch)
                 yield (*place, i + 1), {hook: value[rows] for hook, value in vectors.items()}
-            del vectors, value  # or two pools would be in memory while the next is made
+            del vectors  # or two pools would be in memory while the next is made
             steps -= end - begin
             if not steps:
                 return

@@ -3,10 +3,10 @@
 A code is a compressed sparse row matrix `[batch, d_sae]`: `rows` says where each vector's active
 latents begin, `latents` which they are. Only three products are needed, and their gradients are of
 the same three kinds:
-1. `at_active(x, W, code)`: x . W[:, latent] at the active places only (forward of the encoder,
-   gradient of the code);
-2. `code @ W` (the decoder), and
-3. `code^T @ x` (gradients of both weights). The encoder's full product is still needed to know
+1. `at_active`: x . W[:, latent] at the active places only (forward of the encoder, gradient of the
+   code);
+2. `sum_rows`: code @ W (the decoder), and
+3. `sum_vectors`: code^T @ x (gradients of both weights). The encoder's full product is still needed to know
 which latents are active; it is done once, in bf16 where that is fast, without gradients; `largest`
 searches its result. Everything else here is float32. With 32 of 4,096 latents active the three
 products together cost as much as that one.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 GROUP = 8  # latents, far from each other, whose largest value stands for them at first
@@ -42,9 +42,7 @@ class Code:
     def matrix(self, values: Float[Tensor, " active"]) -> Tensor:
         """The sparse matrix `[batch, d_sae]` with these values."""
         shape = (len(self.rows) - 1, self.width)
-        return torch.sparse_csr_tensor(
-            self.rows, self.latents, values, shape, check_invariants=False
-        )
+        return torch.sparse_csr_tensor(self.rows, self.latents, values, shape)
 
     def part(self, keep: Bool[Tensor, " active"]) -> Code:
         """The code of some of its active latents."""
@@ -68,6 +66,28 @@ class Code:
         rows = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return Code(rows, self.owners[order], len(self.rows) - 1), order
 
+    def at_active(self, x: Float[Tensor, "batch d"], weight: Float[Tensor, "d d_sae"]) -> Tensor:
+        """x @ weight at the active places: [active]."""
+        if _plain(x):
+            chunks = zip(self.owners.split(CHUNK), self.latents.split(CHUNK), strict=True)
+            return torch.cat([(x[owner] * weight.T[latent]).sum(1) for owner, latent in chunks])
+        empty = self.matrix(x.new_zeros(len(self.latents)))
+        return torch.sparse.sampled_addmm(empty, x, weight, beta=0).values()
+
+    def sum_rows(
+        self, values: Float[Tensor, " active"], weight: Float[Tensor, "d_sae d"]
+    ) -> Tensor:
+        """code @ weight, with these values: [batch, d]."""
+        if _plain(weight):
+            bag = torch.nn.functional.embedding_bag
+            return bag(self.latents, weight, self.rows[:-1], mode="sum", per_sample_weights=values)
+        return self.matrix(values) @ weight
+
+    def sum_vectors(self, values: Float[Tensor, " active"], x: Float[Tensor, "batch d"]) -> Tensor:
+        """code^T @ x, with these values: [d_sae, d]."""
+        transposed, order = self.transposed
+        return transposed.sum_rows(values[order], x)
+
 
 def code_of_topk(latents: Int[Tensor, "batch k"], d_sae: int) -> Code:
     """The same number of latents for every vector."""
@@ -75,44 +95,10 @@ def code_of_topk(latents: Int[Tensor, "batch k"], d_sae: int) -> Code:
     return Code(torch.arange(0, n * k + 1, k, device=latents.device), latents.flatten(), d_sae)
 
 
-def code_of_mask(active: Shaped[Tensor, "batch d_sae"]) -> Code:
-    """The latents where `active` is not zero."""
-    return code_of_places(active.flatten().nonzero().flatten(), *active.shape)
-
-
 def code_of_places(places: Int[Tensor, " active"], n: int, d_sae: int) -> Code:
     """The places of a flattened `[n, d_sae]`, in rising order."""
     rows = torch.searchsorted(places, torch.arange(0, n * d_sae + 1, d_sae, device=places.device))
     return Code(rows, places % d_sae, d_sae)
-
-
-def at_active(
-    x: Float[Tensor, "batch d_in"], weight: Float[Tensor, "d_in d_sae"], code: Code
-) -> Float[Tensor, " active"]:
-    """x @ weight at the active places of the code."""
-    if _plain(x):
-        chunks = zip(code.owners.split(CHUNK), code.latents.split(CHUNK), strict=True)
-        return torch.cat([(x[owner] * weight.T[latent]).sum(1) for owner, latent in chunks])
-    empty = code.matrix(x.new_zeros(len(code.latents)))
-    return torch.sparse.sampled_addmm(empty, x, weight, beta=0).values()
-
-
-def sum_rows(
-    values: Float[Tensor, " active"], weight: Float[Tensor, "d_sae d"], code: Code
-) -> Float[Tensor, "batch d"]:
-    """code @ weight, with these values."""
-    if _plain(weight):
-        bag = torch.nn.functional.embedding_bag
-        return bag(code.latents, weight, code.rows[:-1], mode="sum", per_sample_weights=values)
-    return code.matrix(values) @ weight
-
-
-def sum_vectors(
-    values: Float[Tensor, " active"], x: Float[Tensor, "batch d"], code: Code
-) -> Float[Tensor, "d_sae d"]:
-    """code^T @ x, with these values."""
-    transposed, order = code.transposed
-    return sum_rows(values[order], x, transposed)
 
 
 def _plain(x: Tensor) -> bool:
@@ -174,7 +160,7 @@ class Encode(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.code = code
         ctx.shifted = shift is not None
-        return at_active(x, weight, code) + bias[code.latents]
+        return code.at_active(x, weight) + bias[code.latents]
 
     @staticmethod
     def backward(ctx, grad):
@@ -182,7 +168,7 @@ class Encode(torch.autograd.Function):
         bias = torch.zeros(ctx.code.width, dtype=grad.dtype, device=grad.device)
         bias.index_add_(0, ctx.code.latents, grad)
         shift = -(weight @ bias) if ctx.shifted else None
-        return None, shift, sum_vectors(grad, x, ctx.code).T, bias, None
+        return None, shift, ctx.code.sum_vectors(grad, x).T, bias, None
 
 
 class Decode(torch.autograd.Function):
@@ -192,10 +178,10 @@ class Decode(torch.autograd.Function):
     def forward(ctx, values, weight, code):
         ctx.save_for_backward(values, weight)
         ctx.code = code
-        return sum_rows(values, weight, code)
+        return code.sum_rows(values, weight)
 
     @staticmethod
     def backward(ctx, grad):
         values, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        return at_active(grad, weight.T, ctx.code), sum_vectors(values, grad, ctx.code), None
+        return ctx.code.at_active(grad, weight.T), ctx.code.sum_vectors(values, grad), None

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -78,20 +77,18 @@ def train(
     Raises ValueError (widths, hooks, data that fill no batch, held-out documents among those of the
     training, a folder of another run, an SAE that was trained before), TrainingFailed.
     """
-    members = [
-        Member(name, sae, config, _described(name, sae, source, config))
-        for name, sae in saes.items()
-    ]
+    described = {name: _described(name, sae, source, config.total) for name, sae in saes.items()}
+    members = [Member(name, sae, config, described[name]) for name, sae in saes.items()]
     _check(members, source, held_out)
-    run = _Run(members, source, config, None if folder is None else Path(folder))
+    run = _Run(members, source, None if folder is None else Path(folder))
     if log_dir is not None:
         from torch.utils.tensorboard import SummaryWriter
 
         for member in members:  # what a killed run logged after its checkpoint is struck out
             path = str(Path(log_dir) / member.name)
             member.writer = SummaryWriter(path, purge_step=run.step + 1)
-    total, done = config.steps * config.batch, run.step * config.batch
-    bar = progress_bar(total=total, initial=done, progress=progress, **BAR)
+    done = run.step * config.batch
+    bar = progress_bar(total=config.total, initial=done, progress=progress, **BAR)
     try:
         while run.step < config.steps:
             rows = run.advance()
@@ -114,9 +111,7 @@ def train(
 # 1. Prepare
 
 
-def _described(
-    name: str, sae: TrainableSAE, source: VectorSource, config: TrainingConfig
-) -> SAEConfig:
+def _described(name: str, sae: TrainableSAE, source: VectorSource, vectors: int) -> SAEConfig:
     """The SAE's configuration with everything in its metadata that the saved one should say. The
     SAE itself is left as it is: the training may yet be refused."""
     own, widths = sae.config, source.widths
@@ -136,7 +131,7 @@ def _described(
                 f"{name} needs vectors of width {width} at {key}; the data hold {widths}. Set "
                 "hook_name (and a transcoder's hook_name_out) in its metadata."
             )
-    metadata |= {"hook_name": hook, "training_vectors": config.steps * config.batch}
+    metadata |= {"hook_name": hook, "training_vectors": vectors}
     metadata |= {"seed": own.seed, "lenslab_version": __version__}
     return replace(own, metadata=metadata)
 
@@ -169,15 +164,9 @@ def _check(members: list[Member], source: VectorSource, held_out: VectorSource |
 class _Run:
     """Where a training is: members, step, position in the data, and its checkpoints."""
 
-    def __init__(
-        self,
-        members: list[Member],
-        source: VectorSource,
-        config: TrainingConfig,
-        folder: Path | None,
-    ):
-        self.members, self.config, self.folder = members, config, folder
-        self.identity = _identity(members, source, config)
+    def __init__(self, members: list[Member], source: VectorSource, folder: Path | None):
+        self.members, self.config, self.folder = members, members[0].config, folder
+        self.identity = _identity(members, source)
         self.step = 0
         self.place = (0, 0, 0)  # epoch, pool, batch within the pool
         self.saved = time.monotonic()
@@ -186,12 +175,13 @@ class _Run:
         if checkpoint is not None:
             self.restore(checkpoint["state"])
         else:
-            opening = source.pool(0, 0, config.steps * config.batch)
+            opening = source.pool(0, 0, self.config.total)
             for member in members:
                 member.fit(opening)
         for member in members:  # after all that can refuse one
             member.sae.config = member.described
-        self.stream = batches(source, config.batch, config.steps - self.step, self.place, opening)
+        steps = self.config.steps - self.step
+        self.stream = batches(source, self.config.batch, steps, self.place, opening)
         if checkpoint is None:
             self.save()  # what is interrupted before the next one begins from here again
 
@@ -231,11 +221,9 @@ class _Run:
         self.saved = time.monotonic()
 
 
-def _identity(
-    members: list[Member], source: VectorSource, config: TrainingConfig
-) -> dict[str, Any]:
+def _identity(members: list[Member], source: VectorSource) -> dict[str, Any]:
     """What a checkpoint is of, flat, so that what differs has a name."""
-    parts = {"config": asdict(replace(config, checkpoint_minutes=0.0))}
+    parts = {"config": asdict(replace(members[0].config, checkpoint_minutes=0.0))}
     for member in members:
         parts[member.name] = asdict(member.described)
         parts[member.name]["metadata"].pop("lenslab_version")  # it may go on after an update
@@ -247,20 +235,12 @@ def _identity(
 
 
 def _finished(member: Member, held_out: VectorSource | None) -> TrainingResult:
-    member.sae.eval()
-    scores = None
-    try:
-        scores = None if held_out is None else _measured(member, held_out)
-    except ValueError as error:  # hours of training are not thrown away for it
-        warnings.warn(f"{member.name} could not be measured: {error}", stacklevel=3)
-    return TrainingResult(member.sae, pd.DataFrame(member.history), scores)
-
-
-def _measured(member: Member, held_out: VectorSource) -> dict[str, float | int]:
-    """FVU over the whole held-out set, mean L0 and latents that never fired on it; TensorBoard also
-    gets how often each fired."""
+    """With FVU over the whole held-out set, mean L0 and latents that never fired on it."""
+    result = TrainingResult(member.sae.eval(), pd.DataFrame(member.history), None)
+    if held_out is None:
+        return result
     error, activity = ReconstructionError(), FeatureActivity()
-    sae = to_saelens(member.sae)
+    sae = result.sae
     for number in range(len(held_out.sizes(0))):
         vectors = held_out.pool(0, number)
         inputs, targets = vectors[member.hook], vectors[member.hook_out]
@@ -270,10 +250,5 @@ def _measured(member: Member, held_out: VectorSource) -> dict[str, float | int]:
             activity.update(latents)
     dead = int(never_fired(activity.counts, activity.tokens).sum())
     scores = {"fvu": error.fvu, "l0": activity.l0, "dead": dead, "vectors": activity.tokens}
-    if member.writer:
-        for key, value in scores.items():
-            member.writer.add_scalar(f"held_out/{key}", value, member.config.steps)
-        rates = activity.firing_rate[activity.firing_rate > 0].log10()
-        if len(rates):
-            member.writer.add_histogram("held_out/log10 firing rate", rates, member.config.steps)
-    return scores
+    member.write({f"held_out/{key}": value for key, value in scores.items()}, member.config.steps)
+    return replace(result, held_out=scores)
