@@ -8,8 +8,8 @@ All of them compute, from a vector x that `fit` scaled and centred:
    written);
 4. where the rule itself does not fix how many are active, a penalty.
 
-`relu` penalises the sum of activations times decoder norms (L1); `topk` keeps the k sparse.largest of each
-vector, `batchtopk` the k sparse.largest a vector on average over the batch; `matryoshka` does the same and
+`relu` penalises the sum of activations times decoder norms (L1); `topk` keeps the k largest of each
+vector, `batchtopk` the k largest a vector on average over the batch; `matryoshka` does the same and
 also reconstructs from its first latents alone; `jumprelu` learns a threshold for each latent,
 `gated` a gate; `transcoder` is batchtopk from one hook to another. The topk family keeps decoder
 rows at norm 1 and works with sparse products (`lenslab.sae.train.sparse`).
@@ -51,12 +51,9 @@ class ReLU(TrainableSAE):
         fired = integers.amax(0) > 0
         # the lengths are one column more of the decoder: the product sums the penalty too
         if active < SPARSE_ENOUGH * values.numel():
-            places = integers.flatten().nonzero().flatten()
-            code = sparse.code_of_places(places, *values.shape)
+            code = sparse.code_of_places(integers.flatten().nonzero().flatten(), *values.shape)
             values = torch.relu(sparse.Encode.apply(x, self.shift, self.W_enc, self.b_enc, code))
-            both = sparse.Decode.apply(
-                values, sparse.widened(self.decoder, norms, norms.dtype), code
-            )
+            both = sparse.Decode.apply(values, sparse.widened(self.decoder, norms, x.dtype), code)
         else:
             both = (values @ sparse.widened(self.decoder, norms, values.dtype)).float()
         d_in = x.shape[1]
@@ -79,13 +76,11 @@ class TopK(TrainableSAE):
         with torch.no_grad():
             pre = self.fast_pre(x)  # [batch, d_sae]
         code = self.select(pre)
-        values = torch.relu(
-            sparse.Encode.apply(x, self.shift, self.W_enc, self.b_enc, code)
-        )  # [active]
+        values = torch.relu(sparse.Encode.apply(x, self.shift, self.W_enc, self.b_enc, code))
         self.watch(values.detach())
         x_hat, nested = self.reconstructions(values, code, target)
         auxiliary = self.auxiliary(x, (target - x_hat).detach(), pre, dead)
-        positive = values > 0  # of the k sparse.largest some may not be
+        positive = values > 0  # of the k largest some may not be
         fired = torch.zeros(self.config.d_sae, dtype=torch.bool, device=x.device)
         fired[code.latents[positive]] = True
         l0 = positive.sum() / len(x)
@@ -99,7 +94,7 @@ class TopK(TrainableSAE):
         return sparse.Decode.apply(values, self.W_dec, code) + self.b_dec, None
 
     def auxiliary(self, x, residual, pre, dead) -> Tensor | None:
-        """AuxK: the dead latents with the sparse.largest pre-activations reconstruct what the others left
+        """AuxK: the dead latents with the largest pre-activations reconstruct what the others left
         (Gao, A.2)."""
         n_dead = 0 if dead is None else int(dead.sum())
         if not n_dead or not self.config.auxiliary:
@@ -239,25 +234,13 @@ def _usage(values: Float[Tensor, "batch d_sae"]) -> tuple[Tensor, Bool[Tensor, "
     return positive.sum() / len(values), positive.any(0)
 
 
-ARCHITECTURES: dict[str, type[TrainableSAE]] = {
-    "relu": ReLU,
-    "topk": TopK,
-    "batchtopk": BatchTopK,
-    "matryoshka": Matryoshka,
-    "jumprelu": JumpReLU,
-    "gated": Gated,
-    "transcoder": BatchTopK,
-}
-TOPK_FAMILY = ("topk", "batchtopk", "matryoshka", "transcoder")
-FOR = {  # options that only some architectures read
-    "k": TOPK_FAMILY,
-    "auxiliary": TOPK_FAMILY,
-    "sparsity": ("relu", "jumprelu", "gated"),
-    "tied": ("relu",),
-    "widths": ("matryoshka",),
-    "bandwidth": ("jumprelu",),
-    "d_out": ("transcoder",),
-}
+TOPK_FAMILY = {"topk": TopK, "batchtopk": BatchTopK, "matryoshka": Matryoshka}
+TOPK_FAMILY["transcoder"] = BatchTopK
+PENALISED = {"relu": ReLU, "jumprelu": JumpReLU, "gated": Gated}
+ARCHITECTURES: dict[str, type[TrainableSAE]] = TOPK_FAMILY | PENALISED
+# options that only some architectures read
+FOR = {"k": TOPK_FAMILY, "auxiliary": TOPK_FAMILY, "sparsity": PENALISED, "tied": ["relu"]}
+FOR |= {"widths": ["matryoshka"], "bandwidth": ["jumprelu"], "d_out": ["transcoder"]}
 
 
 def build_sae(architecture: str, d_in: int, d_sae: int, **options: Any) -> TrainableSAE:

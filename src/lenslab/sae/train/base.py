@@ -65,7 +65,12 @@ class SAEConfig:
 
 class TrainableSAE(nn.Module):
     """Weights and a loss; `lenslab.sae.train.convert` makes an SAE of it that encodes what the
-    model computes."""
+    model computes.
+
+    `loss(x, target, dead=None, warm=1.0)` of each architecture gives the `Losses` of a scaled
+    batch, x `[batch, d_in]` and target `[batch, d_out]`; `dead` latents `[d_sae]` are given AuxK,
+    `warm` in 0 .. 1 multiplies the penalty.
+    """
 
     unit_decoder = False
     fitted = False  # scale and centre were taken from data, and weights perhaps trained on them
@@ -95,12 +100,6 @@ class TrainableSAE(nn.Module):
     @property
     def decoder(self) -> Float[Tensor, "d_sae d_out"]:
         return self.W_enc.T if self.config.tied else self.W_dec
-
-    @property
-    def norms(self) -> Float[Tensor, " d_sae"]:
-        """Lengths of the decoder's rows; a row that a penalty has shrunk to nothing still has a
-        direction of zeros."""
-        return self.decoder.norm(dim=1).clamp_min(1e-12)
 
     @property
     def shift(self) -> Tensor | None:
@@ -163,25 +162,8 @@ class TrainableSAE(nn.Module):
         """The rule at inference."""
         return torch.relu(pre)
 
-    @property
-    def unit(self) -> Float[Tensor, " d_sae"]:
-        """What one of training's units of activation is in the model's: length of a decoder row
-        over the scale."""
-        return self.norms / self.scale_out
-
     def _reconstruct(self, z: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         return self.activate(self.pre(z)) @ self.decoder + self.b_dec
-
-    def loss(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        target: Float[Tensor, "batch d_out"],
-        dead: Bool[Tensor, " d_sae"] | None = None,
-        warm: float = 1.0,
-    ) -> Losses:
-        """Losses of a scaled batch. `dead` latents are given AuxK; `warm` in 0 .. 1 multiplies the
-        penalty."""
-        raise NotImplementedError
 
     def _losses(self, target, x_hat, l0, fired, *, sparsity=None, auxiliary=None) -> Losses:
         error = target - x_hat  # [batch, d_out]

@@ -35,7 +35,10 @@ def to_saelens(sae: TrainableSAE) -> SparseAutoencoder:
     """
     from sae_lens import SAE
 
-    config, unit = sae.config, sae.unit
+    config = sae.config
+    # a row that a penalty has shrunk to nothing still has a direction of zeros
+    norms = sae.decoder.norm(dim=1).clamp_min(1e-12)
+    unit = norms / sae.scale_out
     if config.architecture == "topk" and float(unit.max() / unit.min()) > 1 + 1e-4:
         raise NotAnSAE("A topk SAE with decoder rows of several lengths cannot be folded.")
     bias = sae.b_enc
@@ -43,7 +46,7 @@ def to_saelens(sae: TrainableSAE) -> SparseAutoencoder:
         bias = bias - (sae.centre * sae.scale) @ sae.W_enc
     state = {
         "W_enc": sae.W_enc * (unit * sae.scale),
-        "W_dec": sae.decoder / sae.norms[:, None],
+        "W_dec": sae.decoder / norms[:, None],
         "b_enc": bias * unit,
         "b_dec": sae.b_dec / sae.scale_out + sae.centre_out,
     }

@@ -51,9 +51,8 @@ class TrainingConfig:
     checkpoint_minutes: float = 5.0  # where a folder is given
 
     def __post_init__(self) -> None:
-        shares = (self.warm_up, self.floor, self.decay, self.sparsity_warm_up)
-        if not all(0 <= share <= 1 for share in shares):
-            raise ValueError(f"warm_up, floor, decay, sparsity_warm_up are shares, got {shares}.")
+        if not all(0 <= v <= 1 for v in (self.warm_up, self.decay, self.sparsity_warm_up)):
+            raise ValueError("warm_up, decay and sparsity_warm_up are shares of the steps.")
 
     @property
     def steps(self) -> int:
@@ -90,13 +89,12 @@ class Member:
         self.hook = described.metadata["hook_name"]
         self.hook_out = described.metadata.get("hook_name_out") or self.hook
         self.auxk = described.architecture in TOPK_FAMILY
-        self.lr = 1e-3 * math.sqrt(4096 / described.d_sae) if config.lr is None else config.lr
+        self.lr = config.lr or 1e-3 * math.sqrt(4096 / described.d_sae)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=self.lr, fused=True)
         self.silent = torch.zeros(described.d_sae, dtype=torch.long)  # [d_sae], vectors
         self.variance = 0.0
         self.steps: list[dict[str, float]] = []  # since the last row of the history
         self.history: list[dict[str, float | int]] = []
-        self.writer: Any = None  # TensorBoard's
 
     @property
     def dead(self) -> Bool[Tensor, " d_sae"]:
@@ -115,8 +113,7 @@ class Member:
             raise ValueError(
                 f"{self.name} was trained before: build a new one, or give its folder."
             )
-        device = self.sae.W_enc.device
-        first = {hook: value[:FIRST].to(device) for hook, value in vectors.items()}
+        first = {hook: value[:FIRST].to(self.sae.W_enc.device) for hook, value in vectors.items()}
         self.sae.fit(first[self.hook], first[self.hook_out] if self.hook_out != self.hook else None)
         target = self.scaled(first)[1]
         self.variance = float((target - target.mean(0)).square().sum(1).mean())
@@ -126,18 +123,12 @@ class Member:
         x, target = self.scaled(vectors)
         dead = self.dead.to(x.device) if self.auxk else None
         losses = self.sae.loss(x, target, dead, self.config.warm(step))
-        reconstruction = float(losses.reconstruction.detach())
-        values = {
-            "loss": float(losses.total.detach()),
-            "fvu": reconstruction / self.variance,
-            "mse": reconstruction / target.shape[1],
-            "sparsity": float(losses.sparsity.detach()),
-            "auxiliary": float(losses.auxiliary.detach()),
-            "l0": float(losses.l0),
-        }
-        if not math.isfinite(values["loss"]) or values["fvu"] > DIVERGED:
-            raise self.failure(step, values["fvu"])
+        names = ("total", "reconstruction", "sparsity", "auxiliary", "l0")
+        values = {name: float(getattr(losses, name).detach()) for name in names}
         self.steps.append(values)
+        fvu = values["reconstruction"] / self.variance
+        if not math.isfinite(values["total"]) or fvu > DIVERGED:
+            raise self.failure(step, fvu)
         # 2. gradients and the step
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
@@ -155,9 +146,8 @@ class Member:
             self.resample(step, x, losses.error)
 
     def failure(self, step: int, fvu: float) -> TrainingFailed:
-        return TrainingFailed(
-            f"{self.name}: FVU {fvu:.3g} at step {step}: it diverges. Lower lr (now {self.lr:.2g})."
-        )
+        message = f"{self.name}: FVU {fvu:.3g} at step {step}: it diverges"
+        return TrainingFailed(f"{message}. Lower lr (now {self.lr:.2g}).")
 
     @torch.no_grad()
     def resample(self, step: int, x: Tensor, error: Tensor) -> None:
@@ -175,13 +165,9 @@ class Member:
         for name, parameter in self.sae.named_parameters():
             if name == "b_dec":  # all others have a row (W_enc a column) for each latent
                 continue
-            state = self.optimizer.state[parameter]
-            new = (
-                (parameter, first.get(name, 0.0)),
-                (state["exp_avg"], 0),
-                (state["exp_avg_sq"], 0),
-            )
-            for tensor, value in new:
+            moments = self.optimizer.state[parameter]
+            for tensor in (parameter, moments["exp_avg"], moments["exp_avg_sq"]):
+                value = first.get(name, 0.0) if tensor is parameter else 0.0
                 (tensor.T if name == "W_enc" else tensor)[latents] = value
         self.silent[latents] = 0
 
@@ -189,22 +175,19 @@ class Member:
         """A row of the history: means over the steps since the one before."""
         n = len(self.steps)
         mean = {key: sum(values[key] for values in self.steps) / n for key in self.steps[0]}
-        if mean["fvu"] > LOST > min((row["fvu"] for row in self.history), default=math.inf):
-            raise self.failure(step, mean["fvu"])
+        self.steps = []
+        loss, reconstruction = mean.pop("total"), mean.pop("reconstruction")
+        fvu = reconstruction / self.variance
+        if fvu > LOST > min((row["fvu"] for row in self.history), default=math.inf):
+            raise self.failure(step, fvu)
         if mean["l0"] < SILENT:
             warnings.warn(
                 f"{self.name}: hardly any latent is active; lower sparsity.", stacklevel=3
             )
-        row = {"step": step, "vectors": step * self.config.batch, **mean}
-        row |= {"dead": int(self.dead.sum()), "lr": self.lr * self.config.rate(step - 1)}
-        self.write(row, step)
-        self.steps = []
-        self.history.append(row)
-        return row
-
-    def write(self, values: dict[str, float | int], step: int) -> None:
-        for key, value in values.items() if self.writer else ():
-            self.writer.add_scalar(key, value, step)
+        row = {"step": step, "vectors": step * self.config.batch, "loss": loss, "fvu": fvu}
+        row |= {"mse": reconstruction / len(self.sae.b_dec), **mean, "dead": int(self.dead.sum())}
+        self.history.append(row | {"lr": self.lr * self.config.rate(step - 1)})
+        return self.history[-1]
 
     def state(self) -> dict[str, Any]:
         """All that a checkpoint holds; TrainingFailed where the last step has spoilt the weights:

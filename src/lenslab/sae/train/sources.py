@@ -39,16 +39,15 @@ RUN = 256  # rows of a tensor or a store that stay together as pools are dealt o
 class VectorSource:
     """What `train` reads: units (texts, runs of rows) with sizes, dealt out by epoch.
 
-    A subclass gives `_vectors(units)`, by hook, and `documents()`, a set of hashes.
+    A subclass gives `_vectors(units)`, by hook, and `documents()`, a set of hashes. `widths` are by
+    hook; `metadata` is what the SAE will say that it was made for; `identity` is of the content: a
+    run is only resumed on the same data.
     """
 
-    key: str  # of the content: a run is only resumed on the same data
-    widths: dict[str, int]  # by hook
-    # what the SAE will say that it was made for; with a `model_key`, documents are known by tokens
-    metadata: dict[str, Any]
-
-    def __init__(self, units: Sequence[int], pool: int, seed: int):
-        self.units, self.pool_size, self.seed = list(units), pool, seed
+    def __init__(self, units: list[int], pool: int, seed: int, widths: dict[str, int], *identity):
+        self.units, self.pool_size, self.seed, self.widths = units, pool, seed, widths
+        self.metadata: dict[str, Any] = {}
+        self.key = content_key(widths, pool, seed, *identity)
 
     def groups(self, epoch: int) -> list[list[int]]:
         """Units in random order, cut where a pool is full."""
@@ -102,12 +101,10 @@ class TensorSource(VectorSource):
         for hook, value in self.vectors.items():
             if len(value) != self.n or not torch.isfinite(value.sum(1)).all():
                 raise ValueError(f"NaN or Inf at {hook}, or fewer vectors than at other hooks.")
-        super().__init__(_runs(self.n), pool, seed)
-        self.widths = {name: value.shape[1] for name, value in self.vectors.items()}
-        self.metadata = {}
+        widths = {name: value.shape[1] for name, value in self.vectors.items()}
         parts = (part for value in self.vectors.values() for part in value.split(1 << 14))
         content = [content_key(part.cpu().float().numpy().tobytes()) for part in parts]
-        self.key = content_key(self.widths, content, pool, seed)
+        super().__init__(_runs(self.n), pool, seed, widths, content)
 
     def documents(self) -> set[int]:
         """Hashes of the rows."""
@@ -151,18 +148,18 @@ class ModelSource(VectorSource):
     ):
         hooks = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
         check_hooks(model, hooks)
-        super().__init__(batch.real.sum(1).tolist(), pool, seed)
-        self.model, self.batch = model, batch
+        widths = {hook: vector_width(model, hook) for hook in hooks}
         compute = str(compute_dtype()).removeprefix("torch.")
-        self.options = {"compute": compute, "batch_size": batch_size}
-        self.widths = {hook: vector_width(model, hook) for hook in hooks}
+        options = {"compute": compute, "batch_size": batch_size}
+        identity = (model_key(model), batch.key, options)
+        super().__init__(batch.real.sum(1).tolist(), pool, seed, widths, *identity)
+        self.model, self.batch, self.options = model, batch, options
         self.metadata = {
             "model_name": model_name(model),
             "model_key": model_key(model),
             "context_size": int(batch.tokens.shape[1]),
             "distinct_training_vectors": batch.n_real,
         }
-        self.key = content_key(model_key(model), batch.key, hooks, self.options, pool, seed)
         self._whole: dict[str, Tensor] | None = None
 
     def documents(self) -> set[int]:
@@ -190,19 +187,17 @@ class StoreSource(VectorSource):
     def __init__(self, store: ActivationStore, *, pool: int = POOL, seed: int = 0):
         if not store.complete:
             raise ValueError("The store is not complete: harvest(..., store=store) continues it.")
-        super().__init__(_runs(len(store)), pool, seed)
-        self.store = store
         manifest = store.manifest
-        self.widths = dict(manifest["hooks"])
+        identity = [manifest[key] for key in ("model_key", "texts_key", "dtype")]
+        digests = [shard["sha256"] for shard in manifest["shards"]]
+        super().__init__(_runs(len(store)), pool, seed, manifest["hooks"], identity, digests)
+        self.store = store
         self.metadata = {
             "model_name": manifest["model"],
             "model_key": manifest["model_key"],
             "context_size": 1 + int(self._column("position").max()),
             "distinct_training_vectors": len(store),
         }
-        digests = [shard["sha256"] for shard in manifest["shards"]]
-        identity = [manifest[key] for key in ("model_key", "texts_key", "dtype")]
-        self.key = content_key(identity, digests, pool, seed)
 
     def documents(self) -> set[int]:
         return _hashes(*(self._column(name) for name in ("text", "position", "token")))
@@ -216,30 +211,26 @@ class StoreSource(VectorSource):
 
 
 def batches(
-    source: VectorSource, batch: int, steps: int, start: tuple[int, ...], opening: dict | None
-) -> Iterator[tuple[tuple[int, int, int], dict[str, Float[Tensor, "batch d_in"]]]]:
-    """(place of the next batch, vectors by hook) for so many steps, from a place: epoch, pool,
-    batch within the pool.
+    source: VectorSource, batch: int, step: int, steps: int, opening: dict[str, Tensor] | None
+) -> Iterator[dict[str, Float[Tensor, "batch d_in"]]]:
+    """Vectors by hook, a batch for each of the steps from `step` on.
 
     `opening` is the very first pool, where it is at hand; of the last one only what is needed is
     made.
     """
-    first = tuple(start[:2])
-    for epoch in itertools.count(first[0]):
+    done = 0  # steps that the pools before this one are for
+    for epoch in itertools.count():
         for number, size in enumerate(source.sizes(epoch)):
-            place = (epoch, number)
-            begin = start[2] if place == first else 0
-            if place < first or size // batch <= begin:
-                continue
-            vectors = opening if place == (0, 0) else None
-            opening = None  # of no use to a later pool
-            if vectors is None:
-                vectors = source.pool(epoch, number, (begin + steps) * batch)
-            end = min(size // batch, begin + steps)
-            for i in range(begin, end):
-                rows = slice(i * batch, (i + 1) * batch)
-                yield (*place, i + 1), {hook: value[rows] for hook, value in vectors.items()}
-            del vectors  # or two pools would be in memory while the next is made
-            steps -= end - begin
-            if not steps:
-                return
+            begin, end = max(0, step - done), min(size // batch, steps - done)
+            if begin < end:
+                vectors = opening if (epoch, number) == (0, 0) else None
+                opening = None  # of no use to a later pool
+                if vectors is None:
+                    vectors = source.pool(epoch, number, (steps - done) * batch)
+                for i in range(begin, end):
+                    rows = slice(i * batch, (i + 1) * batch)
+                    yield {hook: value[rows] for hook, value in vectors.items()}
+                del vectors  # or two pools would be in memory while the next is made
+            done += size // batch
+        if done >= steps:
+            return

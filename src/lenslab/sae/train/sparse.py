@@ -6,10 +6,10 @@ the same three kinds:
 1. `at_active`: x . W[:, latent] at the active places only (forward of the encoder, gradient of the
    code);
 2. `sum_rows`: code @ W (the decoder), and
-3. `sum_vectors`: code^T @ x (gradients of both weights). The encoder's full product is still needed to know
-which latents are active; it is done once, in bf16 where that is fast, without gradients; `largest`
-searches its result. Everything else here is float32. With 32 of 4,096 latents active the three
-products together cost as much as that one.
+3. `sum_vectors`: code^T @ x (gradients of both weights).
+The encoder's full product is still needed to know which latents are active; it is done once, in
+bf16 where that is fast, without gradients; `largest` searches its result. Everything else here is
+float32. With 32 of 4,096 latents active the three products together cost as much as that one.
 """
 
 from __future__ import annotations

@@ -81,31 +81,29 @@ def train(
     members = [Member(name, sae, config, described[name]) for name, sae in saes.items()]
     _check(members, source, held_out)
     run = _Run(members, source, None if folder is None else Path(folder))
-    if log_dir is not None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        for member in members:  # what a killed run logged after its checkpoint is struck out
-            path = str(Path(log_dir) / member.name)
-            member.writer = SummaryWriter(path, purge_step=run.step + 1)
+    writers = _writers(members, log_dir, run.step)
     done = run.step * config.batch
     bar = progress_bar(total=config.total, initial=done, progress=progress, **BAR)
     try:
         while run.step < config.steps:
             rows = run.advance()
             bar.update(config.batch)
+            for writer, row in zip(writers, rows, strict=False):
+                _write(writer, row, run.step)
             if rows:
                 bar.set_postfix({k: f"{rows[0][k]:.3g}" for k in ("loss", "fvu", "l0", "dead")})
-        return {member.name: _finished(member, held_out) for member in members}
+        results = {member.name: _finished(member, held_out) for member in members}
+        for writer, result in zip(writers, results.values(), strict=False):
+            _write(writer, result.held_out or {}, run.step, "held_out/")
+        return results
     except KeyboardInterrupt:
-        if folder is not None:
-            run.save()
-            print(f"stopped and saved at step {run.step:,}: the same call goes on", flush=True)
+        run.save()
+        print(f"stopped at step {run.step:,}: with a folder the same call goes on", flush=True)
         raise
     finally:
         bar.close()
-        for member in members:
-            if member.writer:
-                member.writer.close()
+        for writer in writers:
+            writer.close()
 
 
 # 1. Prepare
@@ -162,13 +160,12 @@ def _check(members: list[Member], source: VectorSource, held_out: VectorSource |
 
 
 class _Run:
-    """Where a training is: members, step, position in the data, and its checkpoints."""
+    """Where a training is: members, step, and its checkpoints."""
 
     def __init__(self, members: list[Member], source: VectorSource, folder: Path | None):
         self.members, self.config, self.folder = members, members[0].config, folder
         self.identity = _identity(members, source)
         self.step = 0
-        self.place = (0, 0, 0)  # epoch, pool, batch within the pool
         self.saved = time.monotonic()
         checkpoint = None if folder is None else latest_checkpoint(folder)
         opening = None
@@ -180,8 +177,8 @@ class _Run:
                 member.fit(opening)
         for member in members:  # after all that can refuse one
             member.sae.config = member.described
-        steps = self.config.steps - self.step
-        self.stream = batches(source, self.config.batch, steps, self.place, opening)
+        config = self.config
+        self.stream = batches(source, config.batch, self.step, config.steps, opening)
         if checkpoint is None:
             self.save()  # what is interrupted before the next one begins from here again
 
@@ -191,7 +188,7 @@ class _Run:
             there, here = saved.get(key), self.identity.get(key)
             if there != here:
                 raise ValueError(f"The folder is of another run: {key} {there} there, {here} here.")
-        self.step, self.place = state["step"], tuple(state["place"])
+        self.step = state["step"]
         for member in self.members:
             member.restore(state["members"][member.name])
         drop_later_checkpoints(self.folder, self.step)  # damaged: they would stay the newest
@@ -199,12 +196,12 @@ class _Run:
 
     def advance(self) -> list[dict[str, float | int]]:
         """One step of all members; their rows of the history where one is due."""
-        place, vectors = next(self.stream)
+        vectors = next(self.stream)
         rows = []
         with interrupts_wait():  # what a checkpoint would hold belongs together
             for member in self.members:
                 member.step(self.step, vectors)
-            self.step, self.place = self.step + 1, place
+            self.step += 1
             if self.step % self.config.row == 0 or self.step == self.config.steps:
                 rows = [member.log(self.step) for member in self.members]
         minutes = (time.monotonic() - self.saved) / 60
@@ -213,12 +210,11 @@ class _Run:
         return rows
 
     def save(self) -> None:
-        if self.folder is None:
-            return
-        members = {member.name: member.state() for member in self.members}
-        state = {"step": self.step, "place": list(self.place), "identity": self.identity}
-        save_checkpoint(self.folder, state | {"members": members})
-        self.saved = time.monotonic()
+        if self.folder is not None:
+            members = {member.name: member.state() for member in self.members}
+            state = {"step": self.step, "identity": self.identity, "members": members}
+            save_checkpoint(self.folder, state)
+            self.saved = time.monotonic()
 
 
 def _identity(members: list[Member], source: VectorSource) -> dict[str, Any]:
@@ -229,6 +225,20 @@ def _identity(members: list[Member], source: VectorSource) -> dict[str, Any]:
         parts[member.name]["metadata"].pop("lenslab_version")  # it may go on after an update
     flat = {f"{name}.{key}": str(part[key]) for name, part in parts.items() for key in part}
     return {"format": FORMAT, "data": source.key, **flat}
+
+
+def _writers(members: list[Member], log_dir: str | os.PathLike | None, step: int) -> list[Any]:
+    """TensorBoard's; what a killed run logged after its checkpoint is struck out."""
+    if log_dir is None:
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+
+    return [SummaryWriter(str(Path(log_dir) / m.name), purge_step=step + 1) for m in members]
+
+
+def _write(writer: Any, values: dict[str, float | int], step: int, prefix: str = "") -> None:
+    for key, value in values.items():
+        writer.add_scalar(prefix + key, value, step)
 
 
 # 5. Finish
@@ -250,5 +260,4 @@ def _finished(member: Member, held_out: VectorSource | None) -> TrainingResult:
             activity.update(latents)
     dead = int(never_fired(activity.counts, activity.tokens).sum())
     scores = {"fvu": error.fvu, "l0": activity.l0, "dead": dead, "vectors": activity.tokens}
-    member.write({f"held_out/{key}": value for key, value in scores.items()}, member.config.steps)
     return replace(result, held_out=scores)
