@@ -89,16 +89,16 @@ class TopK(TrainableSAE):
     def watch(self, values: Float[Tensor, " active"]) -> None:
         """BatchTopK estimates its threshold here."""
 
-    def reconstructions(self, values, code, target) -> tuple[Tensor, Tensor | None]:
+    def reconstructions(self, values, code, target) -> tuple[Tensor, Tensor]:
         """(reconstruction, what is added to the loss for partial ones)"""
-        return sparse.Decode.apply(values, self.W_dec, code) + self.b_dec, None
+        return sparse.Decode.apply(values, self.W_dec, code) + self.b_dec, target.new_zeros(())
 
-    def auxiliary(self, x, residual, pre, dead) -> Tensor | None:
+    def auxiliary(self, x, residual, pre, dead) -> Tensor:
         """AuxK: the dead latents with the largest pre-activations reconstruct what the others left
         (Gao, A.2)."""
         n_dead = 0 if dead is None else int(dead.sum())
         if not n_dead or not self.config.auxiliary:
-            return None
+            return residual.new_zeros(())
         most = max(1, x.shape[-1] // 2)
         k = min(most, n_dead)
         latents = dead.nonzero().flatten()
@@ -120,12 +120,6 @@ class BatchTopK(TopK):
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("seen", torch.zeros(()))
         self.register_buffer("guess", torch.zeros(()))  # where to begin looking for the largest
-
-    def activate(self, pre):
-        return pre * (pre > self.threshold)
-
-    def _reconstruct(self, z):  # before training there is no threshold yet
-        return TopK.activate(self, self.pre(z)) @ self.decoder + self.b_dec
 
     def select(self, pre):
         n = self.config.k * len(pre)

@@ -28,13 +28,17 @@ class TrainingFailed(RuntimeError):
 class Losses(NamedTuple):
     """What one batch costs: scalars with gradients, and what the trainer watches."""
 
-    total: Tensor
     reconstruction: Tensor  # squared distance, summed over dimensions, mean over the batch
-    sparsity: Tensor  # the penalty; of matryoshka, squared distances of partial reconstructions
-    auxiliary: Tensor
+    error: Float[Tensor, "batch d_out"]  # target minus reconstruction, detached
     l0: Tensor  # mean number of active latents
     fired: Bool[Tensor, " d_sae"]
-    error: Float[Tensor, "batch d_out"]  # target minus reconstruction, detached
+    # the penalty; of matryoshka, squared distances of partial reconstructions
+    sparsity: Tensor = torch.zeros(())
+    auxiliary: Tensor = torch.zeros(())
+
+    @property
+    def total(self) -> Tensor:
+        return self.reconstruction + self.sparsity + self.auxiliary
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class TrainableSAE(nn.Module):
         self._fit_side((x if target is None else target).float(), self.centre_out, self.scale_out)
         if target is None:
             z = self.scaled(x[:4096].float())
-            guess = self._reconstruct(z)
+            guess = self.activate(self.pre(z)) @ self.decoder + self.b_dec
             length = ((z * guess).sum() / guess.square().sum().clamp_min(1e-9)).clamp(1e-3, 1)
             # tied: it shortens both sides
             self.W_enc.mul_(length.sqrt() if self.config.tied else length)
@@ -139,9 +143,6 @@ class TrainableSAE(nn.Module):
             return z * (x.shape[-1] ** 0.5 / norm)
         return z * self.scale
 
-    def scaled_target(self, target: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch d_out"]:
-        return (target - self.centre_out) * self.scale_out
-
     def pre(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         return (x if self.shift is None else x - self.shift) @ self.W_enc + self.b_enc
 
@@ -159,20 +160,12 @@ class TrainableSAE(nn.Module):
         return widened(x, 1.0, dtype) @ widened(self.W_enc.T, bias, dtype).T
 
     def activate(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        """The rule at inference."""
+        """The rule, of one vector at a time."""
         return torch.relu(pre)
 
-    def _reconstruct(self, z: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
-        return self.activate(self.pre(z)) @ self.decoder + self.b_dec
-
-    def _losses(self, target, x_hat, l0, fired, *, sparsity=None, auxiliary=None) -> Losses:
+    def _losses(self, target, x_hat, l0, fired, **terms: Tensor) -> Losses:
         error = target - x_hat  # [batch, d_out]
-        reconstruction = error.square().sum(-1).mean()
-        zero = error.new_zeros(())
-        sparsity = zero if sparsity is None else sparsity
-        auxiliary = zero if auxiliary is None else auxiliary
-        total = reconstruction + sparsity + auxiliary
-        return Losses(total, reconstruction, sparsity, auxiliary, l0, fired, error.detach())
+        return Losses(error.square().sum(-1).mean(), error.detach(), l0, fired, **terms)
 
     @torch.no_grad()
     def before_step(self) -> None:

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,6 @@ from lenslab.sae.train.base import SAEConfig, TrainableSAE, TrainingFailed
 FIRST = 1 << 15  # vectors that scale and centre are taken from
 DIVERGED = 100.0  # times the variance of the data, in one step
 LOST = 2.0  # the same, as a mean over logged steps, of a training that had been below
-SILENT = 0.01  # active latents of a vector, on average
 KEPT = ("silent", "variance", "steps", "history")  # in a checkpoint, beside weights and optimizer
 
 
@@ -105,7 +103,8 @@ class Member:
         x = self.sae.scaled(vectors[self.hook].to(self.sae.W_enc.device))
         if self.hook_out == self.hook:
             return x, x
-        return x, self.sae.scaled_target(vectors[self.hook_out].to(x.device))
+        target = vectors[self.hook_out].to(x.device)
+        return x, (target - self.sae.centre_out) * self.sae.scale_out
 
     def fit(self, vectors: Mapping[str, Float[Tensor, "vector d_in"]]) -> None:
         """Scale and centre from the first vectors."""
@@ -180,10 +179,6 @@ class Member:
         fvu = reconstruction / self.variance
         if fvu > LOST > min((row["fvu"] for row in self.history), default=math.inf):
             raise self.failure(step, fvu)
-        if mean["l0"] < SILENT:
-            warnings.warn(
-                f"{self.name}: hardly any latent is active; lower sparsity.", stacklevel=3
-            )
         row = {"step": step, "vectors": step * self.config.batch, "loss": loss, "fvu": fvu}
         row |= {"mse": reconstruction / len(self.sae.b_dec), **mean, "dead": int(self.dead.sum())}
         self.history.append(row | {"lr": self.lr * self.config.rate(step - 1)})

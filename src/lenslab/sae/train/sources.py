@@ -116,12 +116,10 @@ class TensorSource(VectorSource):
         return {hook: value[rows].float() for hook, value in self.vectors.items()}
 
 
-def _hashes(
-    text: Int[Tensor, " token"], position: Int[Tensor, " token"], token: Int[Tensor, " token"]
-) -> set[int]:
-    """Hashes of runs of real tokens: what windows hold of each document, cut where a separator
-    stood; and, for documents that are packed otherwise, the same joined where a window goes on with
-    the document of the one before."""
+def _hashes(text: Tensor, position: Tensor, token: Tensor) -> set[int]:
+    """Hashes of runs of real tokens, `[token]` like where they stand: what windows hold of each
+    document, cut where a separator stood; and, for documents that are packed otherwise, the same
+    joined where a window goes on with the document of the one before."""
     window = text.diff() != 0
     separator = (position.diff() != 1) & ~window
     opened = window & (position[1:] > position.min())  # BOS, then a separator

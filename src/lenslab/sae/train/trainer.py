@@ -27,7 +27,6 @@ import pandas as pd
 from lenslab import __version__
 from lenslab.files import drop_later_checkpoints, latest_checkpoint, save_checkpoint
 from lenslab.metrics import FeatureActivity, ReconstructionError
-from lenslab.metrics import dead as never_fired
 from lenslab.runtime import interrupts_wait, progress_bar
 from lenslab.sae.load import SparseAutoencoder
 from lenslab.sae.train.base import SAEConfig, TrainableSAE
@@ -71,8 +70,7 @@ def train(
     Args: saes: by name; which hook each reads is `metadata["hook_name"]`, by default the only one
         of the source. folder: for checkpoints; call again with it to go on after an interruption,
         with the same SAEs or new ones of the same configuration. held_out: vectors of other texts,
-        measured at the end. log_dir: TensorBoard's, a run per SAE: what `history` holds, and the
-        held-out scores with a histogram of firing rates.
+        measured at the end. log_dir: TensorBoard's, a run per SAE: what `history` holds.
 
     Raises ValueError (widths, hooks, data that fill no batch, held-out documents among those of the
     training, a folder of another run, an SAE that was trained before), TrainingFailed.
@@ -81,7 +79,12 @@ def train(
     members = [Member(name, sae, config, described[name]) for name, sae in saes.items()]
     _check(members, source, held_out)
     run = _Run(members, source, None if folder is None else Path(folder))
-    writers = _writers(members, log_dir, run.step)
+    writers = []
+    if log_dir is not None:  # what a killed run logged after its checkpoint is struck out
+        from torch.utils.tensorboard import SummaryWriter
+
+        paths = [str(Path(log_dir) / name) for name in saes]
+        writers = [SummaryWriter(path, purge_step=run.step + 1) for path in paths]
     done = run.step * config.batch
     bar = progress_bar(total=config.total, initial=done, progress=progress, **BAR)
     try:
@@ -89,13 +92,11 @@ def train(
             rows = run.advance()
             bar.update(config.batch)
             for writer, row in zip(writers, rows, strict=False):
-                _write(writer, row, run.step)
+                for key, value in row.items():
+                    writer.add_scalar(key, value, run.step)
             if rows:
                 bar.set_postfix({k: f"{rows[0][k]:.3g}" for k in ("loss", "fvu", "l0", "dead")})
-        results = {member.name: _finished(member, held_out) for member in members}
-        for writer, result in zip(writers, results.values(), strict=False):
-            _write(writer, result.held_out or {}, run.step, "held_out/")
-        return results
+        return {member.name: _finished(member, held_out) for member in members}
     except KeyboardInterrupt:
         run.save()
         print(f"stopped at step {run.step:,}: with a folder the same call goes on", flush=True)
@@ -135,8 +136,6 @@ def _described(name: str, sae: TrainableSAE, source: VectorSource, vectors: int)
 
 
 def _check(members: list[Member], source: VectorSource, held_out: VectorSource | None) -> None:
-    if len({id(member.sae) for member in members}) < len(members):
-        raise ValueError("One SAE is given under two names: build one for each.")
     config, largest = members[0].config, max(source.sizes(0))
     if config.steps < 1 or largest < config.batch:
         raise ValueError(
@@ -145,11 +144,10 @@ def _check(members: list[Member], source: VectorSource, held_out: VectorSource |
         )
     if held_out is None:
         return
-    for hook in {hook for member in members for hook in (member.hook, member.hook_out)}:
-        if held_out.widths.get(hook) != source.widths[hook]:
-            raise ValueError(f"The held-out data hold no vectors like the training's at {hook}.")
-    if source.metadata.get("model_key") != held_out.metadata.get("model_key"):
-        raise ValueError("The held-out vectors are of another model_key, or one has no tokens.")
+    hooks = {hook for member in members for hook in (member.hook, member.hook_out)}
+    unlike = [hook for hook in hooks if held_out.widths.get(hook) != source.widths[hook]]
+    if unlike or source.metadata.get("model_key") != held_out.metadata.get("model_key"):
+        raise ValueError("Held-out vectors must be of the same hooks and model_key.")
     documents = held_out.documents()
     shared = len(documents & source.documents())
     if shared > SHARED * len(documents):
@@ -227,20 +225,6 @@ def _identity(members: list[Member], source: VectorSource) -> dict[str, Any]:
     return {"format": FORMAT, "data": source.key, **flat}
 
 
-def _writers(members: list[Member], log_dir: str | os.PathLike | None, step: int) -> list[Any]:
-    """TensorBoard's; what a killed run logged after its checkpoint is struck out."""
-    if log_dir is None:
-        return []
-    from torch.utils.tensorboard import SummaryWriter
-
-    return [SummaryWriter(str(Path(log_dir) / m.name), purge_step=step + 1) for m in members]
-
-
-def _write(writer: Any, values: dict[str, float | int], step: int, prefix: str = "") -> None:
-    for key, value in values.items():
-        writer.add_scalar(prefix + key, value, step)
-
-
 # 5. Finish
 
 
@@ -258,6 +242,6 @@ def _finished(member: Member, held_out: VectorSource | None) -> TrainingResult:
             latents = sae.encode(x.to(member.sae.W_enc.device))
             error.update(target, sae.decode(latents).to(target.device))
             activity.update(latents)
-    dead = int(never_fired(activity.counts, activity.tokens).sum())
+    dead = int((activity.counts == 0).sum())
     scores = {"fvu": error.fvu, "l0": activity.l0, "dead": dead, "vectors": activity.tokens}
     return replace(result, held_out=scores)
