@@ -244,8 +244,7 @@ def test_a_threshold_never_falls_below_zero():
     assert sae.threshold[:3].tolist() == pytest.approx([0, 0, 0.1])
 
 
-# ------------------------------------------------------------------------------------------- scale,
-# centre, saving
+# scale, centre, saving
 
 SCALES = [("mean", True), ("mean", False), ("none", True), ("none", False), ("unit", False)]
 
@@ -363,7 +362,6 @@ def test_fit_refuses_data_from_which_nothing_can_be_learned(what, scale, centre)
         built("topk", scale=scale, centre=centre).fit(x)
 
 
-# ------------------------------------------------------------------------------------------------------
 # batchtopk
 
 
@@ -421,7 +419,6 @@ def test_the_threshold_follows_where_a_short_training_goes():
     )
 
 
-# -------------------------------------------------------------------------------------------------------
 # build_sae
 
 

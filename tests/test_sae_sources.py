@@ -55,7 +55,6 @@ def ordered(vectors):
     return vectors[vectors.double().sum(1).argsort()]
 
 
-# ---------------------------------------------------------------------------------------------------------
 # pools
 
 
@@ -116,8 +115,7 @@ def test_the_key_is_of_values_pool_and_seed():
     assert len(set(keys)) == 4 and TensorSource(x.clone()).key == keys[0]
 
 
-# ---------------------------------------------------------------------------------------------- a
-# model and a store
+# a model and a store
 
 
 @pytest.mark.parametrize("pool", [300, 1 << 17])
@@ -213,7 +211,6 @@ def test_an_unfinished_and_a_damaged_store_are_refused(model, batch, store, tmp_
         StoreSource(ActivationStore(folder))
 
 
-# --------------------------------------------------------------------------------------------------
 # documents
 
 
