@@ -48,7 +48,6 @@ class ReLU(TrainableSAE):
         values = self.fast_pre(x).relu_()  # [batch, d_sae]
         integers = sparse.as_integers(values.detach())
         active = integers.count_nonzero()
-        fired = integers.amax(0) > 0
         # the lengths are one column more of the decoder: the product sums the penalty too
         if active < SPARSE_ENOUGH * values.numel():
             code = sparse.code_of_places(integers.flatten().nonzero().flatten(), *values.shape)
@@ -56,14 +55,13 @@ class ReLU(TrainableSAE):
             both = sparse.Decode.apply(values, sparse.widened(self.decoder, norms, x.dtype), code)
         else:
             both = (values @ sparse.widened(self.decoder, norms, values.dtype)).float()
-        d_in = x.shape[1]
-        penalty = warm * self.config.sparsity * both[:, d_in].sum() / len(x)
-        x_hat = both[:, :d_in] + self.b_dec
-        return self._losses(target, x_hat, active / len(x), fired, sparsity=penalty)
+        penalty = warm * self.config.sparsity * both[:, x.shape[1]].sum() / len(x)
+        x_hat = both[:, : x.shape[1]] + self.b_dec
+        return self._losses(target, x_hat, active / len(x), integers.amax(0) > 0, sparsity=penalty)
 
 
 class TopK(TrainableSAE):
-    unit_decoder = True
+    topk_family = True
 
     def activate(self, pre):
         top = pre.topk(self.config.k, dim=-1)
@@ -143,17 +141,14 @@ class BatchTopK(TopK):
 
 class Matryoshka(BatchTopK):
     def reconstructions(self, values, code, target):
-        d_sae = self.config.d_sae
-        widths = self.config.widths or sorted({max(1, d_sae // n) for n in (16, 4, 1)})
+        widths = self.config.widths or sorted({max(1, self.config.d_sae // n) for n in (16, 4, 1)})
         partial = self.b_dec.expand_as(target)
         loss = target.new_zeros(())
-        begin = 0
-        for end in widths:
+        for begin, end in zip((0, *widths), widths, strict=False):
             inside = (code.latents >= begin) & (code.latents < end)
             partial = partial + sparse.Decode.apply(values[inside], self.W_dec, code.part(inside))
             if end < widths[-1]:
                 loss = loss + (target - partial).square().sum(-1).mean()
-            begin = end
         return partial, loss
 
 
@@ -214,8 +209,7 @@ class Gated(TrainableSAE):
             via_gate = (torch.relu(gate) @ self.W_dec).float() + self.b_dec
         penalty = warm * self.config.sparsity * (torch.relu(gate) @ self.W_dec.norm(dim=1)).mean()
         via_error = (via_gate - target).square().sum(-1).mean()
-        usage = _usage(values)
-        return self._losses(target, x_hat, *usage, sparsity=penalty, auxiliary=via_error)
+        return self._losses(target, x_hat, *_usage(values), sparsity=penalty, auxiliary=via_error)
 
 
 def _autocast(x: Tensor) -> torch.autocast:

@@ -76,7 +76,7 @@ class TrainableSAE(nn.Module):
     `warm` in 0 .. 1 multiplies the penalty.
     """
 
-    unit_decoder = False
+    topk_family = False  # decoder rows of norm 1, dead latents revived by AuxK
     fitted = False  # scale and centre were taken from data, and weights perhaps trained on them
 
     def __init__(self, config: SAEConfig):
@@ -89,8 +89,9 @@ class TrainableSAE(nn.Module):
         # (`lenslab.sae.train.sparse`)
         encoder = decoder.T.clone()
         if config.architecture == "transcoder":
-            encoder = torch.randn(config.d_in, config.d_sae, generator=generator)
-            encoder = F.normalize(encoder, dim=0)
+            encoder = F.normalize(
+                torch.randn(config.d_in, config.d_sae, generator=generator), dim=0
+            )
         self.W_enc = nn.Parameter(encoder)
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
@@ -171,11 +172,11 @@ class TrainableSAE(nn.Module):
     def before_step(self) -> None:
         """Decoder rows of norm 1 are only turned: what lengthens them leaves the gradient, or Adam
         would count it."""
-        if self.unit_decoder:
+        if self.topk_family:
             along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
             self.W_dec.grad.sub_(along * self.W_dec)
 
     @torch.no_grad()
     def after_step(self) -> None:
-        if self.unit_decoder:
+        if self.topk_family:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8))

@@ -20,12 +20,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lenslab.runtime import derive_generator
-from lenslab.sae.train.architectures import FIRST_THRESHOLD, TOPK_FAMILY
+from lenslab.sae.train.architectures import FIRST_THRESHOLD
 from lenslab.sae.train.base import SAEConfig, TrainableSAE, TrainingFailed
 
 FIRST = 1 << 15  # vectors that scale and centre are taken from
 DIVERGED = 100.0  # times the variance of the data, in one step
-LOST = 2.0  # the same, as a mean over logged steps, of a training that had been below
+LOST = 2.0  # the same, as a mean over logged steps, of a training that was better before
 KEPT = ("silent", "variance", "steps", "history")  # in a checkpoint, beside weights and optimizer
 
 
@@ -57,11 +57,6 @@ class TrainingConfig:
         return int(self.vectors) // self.batch
 
     @property
-    def total(self) -> int:
-        """Vectors in all steps."""
-        return self.steps * self.batch
-
-    @property
     def row(self) -> int:
         """Steps between two rows of the history."""
         return self.log_every or min(50, max(10, self.steps // 20))
@@ -86,7 +81,6 @@ class Member:
         self.name, self.sae, self.config, self.described = name, sae.train(), config, described
         self.hook = described.metadata["hook_name"]
         self.hook_out = described.metadata.get("hook_name_out") or self.hook
-        self.auxk = described.architecture in TOPK_FAMILY
         self.lr = config.lr or 1e-3 * math.sqrt(4096 / described.d_sae)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=self.lr, fused=True)
         self.silent = torch.zeros(described.d_sae, dtype=torch.long)  # [d_sae], vectors
@@ -103,8 +97,7 @@ class Member:
         x = self.sae.scaled(vectors[self.hook].to(self.sae.W_enc.device))
         if self.hook_out == self.hook:
             return x, x
-        target = vectors[self.hook_out].to(x.device)
-        return x, (target - self.sae.centre_out) * self.sae.scale_out
+        return x, (vectors[self.hook_out].to(x.device) - self.sae.centre_out) * self.sae.scale_out
 
     def fit(self, vectors: Mapping[str, Float[Tensor, "vector d_in"]]) -> None:
         """Scale and centre from the first vectors."""
@@ -120,14 +113,12 @@ class Member:
     def step(self, step: int, vectors: Mapping[str, Float[Tensor, "batch d_in"]]) -> None:
         # 1. the loss, and whether it is one
         x, target = self.scaled(vectors)
-        dead = self.dead.to(x.device) if self.auxk else None
+        dead = self.dead.to(x.device) if self.sae.topk_family else None
         losses = self.sae.loss(x, target, dead, self.config.warm(step))
         names = ("total", "reconstruction", "sparsity", "auxiliary", "l0")
         values = {name: float(getattr(losses, name).detach()) for name in names}
         self.steps.append(values)
-        fvu = values["reconstruction"] / self.variance
-        if not math.isfinite(values["total"]) or fvu > DIVERGED:
-            raise self.failure(step, fvu)
+        self.check(step, values["reconstruction"] / self.variance, DIVERGED)
         # 2. gradients and the step
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
@@ -141,12 +132,13 @@ class Member:
         self.silent[losses.fired.cpu()] = 0
         window = -(-self.config.dead_after // self.config.batch)
         last = self.config.steps - 2 * window  # a latent needs time to grow into its direction
-        if not self.auxk and 0 < step < last and step % window == 0 and self.dead.any():
+        due = 0 < step < last and step % window == 0
+        if due and not self.sae.topk_family and self.dead.any():
             self.resample(step, x, losses.error)
 
-    def failure(self, step: int, fvu: float) -> TrainingFailed:
-        message = f"{self.name}: FVU {fvu:.3g} at step {step}: it diverges"
-        return TrainingFailed(f"{message}. Lower lr (now {self.lr:.2g}).")
+    def check(self, step: int, fvu: float, limit: float) -> None:
+        if not fvu <= limit:  # NaN is not
+            raise TrainingFailed(f"{self.name}: FVU {fvu:.3g} at step {step}: diverged. Lower lr.")
 
     @torch.no_grad()
     def resample(self, step: int, x: Tensor, error: Tensor) -> None:
@@ -177,8 +169,8 @@ class Member:
         self.steps = []
         loss, reconstruction = mean.pop("total"), mean.pop("reconstruction")
         fvu = reconstruction / self.variance
-        if fvu > LOST > min((row["fvu"] for row in self.history), default=math.inf):
-            raise self.failure(step, fvu)
+        best = min((row["fvu"] for row in self.history), default=DIVERGED)
+        self.check(step, fvu, max(LOST, best))
         row = {"step": step, "vectors": step * self.config.batch, "loss": loss, "fvu": fvu}
         row |= {"mse": reconstruction / len(self.sae.b_dec), **mean, "dead": int(self.dead.sum())}
         self.history.append(row | {"lr": self.lr * self.config.rate(step - 1)})

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,10 +74,7 @@ class VectorSource:
         if enough is not None:
             before = itertools.accumulate((self.units[i] for i in units), initial=0)
             units = [i for i, rows in zip(units, before, strict=False) if rows < enough]
-        return self._shuffled(self._vectors(units), epoch, number)
-
-    def _shuffled(self, vectors: dict[str, Tensor], epoch: int, number: int) -> dict[str, Tensor]:
-        """The same new order for all hooks."""
+        vectors = self._vectors(units)
         generator = derive_generator(self.seed, f"pool {epoch} {number}")
         order = torch.randperm(len(next(iter(vectors.values()))), generator=generator)
         return {hook: value[order] for hook, value in vectors.items()}
@@ -123,7 +121,7 @@ def _hashes(text: Tensor, position: Tensor, token: Tensor) -> set[int]:
     window = text.diff() != 0
     separator = (position.diff() != 1) & ~window
     opened = window & (position[1:] > position.min())  # BOS, then a separator
-    hashes = set()
+    hashes: set[int] = set()
     for cuts in (window | separator, opened | separator):
         runs = token.int().cpu().tensor_split(cuts.nonzero().flatten().cpu() + 1)
         hashes |= {hash(run.numpy().tobytes()) for run in runs}
@@ -147,8 +145,7 @@ class ModelSource(VectorSource):
         hooks = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
         check_hooks(model, hooks)
         widths = {hook: vector_width(model, hook) for hook in hooks}
-        compute = str(compute_dtype()).removeprefix("torch.")
-        options = {"compute": compute, "batch_size": batch_size}
+        options = {"compute": str(compute_dtype()).removeprefix("torch."), "batch_size": batch_size}
         identity = (model_key(model), batch.key, options)
         super().__init__(batch.real.sum(1).tolist(), pool, seed, widths, *identity)
         self.model, self.batch, self.options = model, batch, options
@@ -158,24 +155,23 @@ class ModelSource(VectorSource):
             "context_size": int(batch.tokens.shape[1]),
             "distinct_training_vectors": batch.n_real,
         }
-        self._whole: dict[str, Tensor] | None = None
 
     def documents(self) -> set[int]:
         text, position = self.batch.real.nonzero(as_tuple=True)
         return _hashes(text, position, self.batch.tokens[self.batch.real])
 
     def _vectors(self, units: list[int]) -> dict[str, Tensor]:
+        return self._computed(units) if len(units) < len(self.units) else self._whole
+
+    @cached_property
+    def _whole(self) -> dict[str, Tensor]:
+        """Where everything fits one pool, the model is run once."""
+        return self._computed(list(range(len(self.units))))
+
+    def _computed(self, units: list[int]) -> dict[str, Tensor]:
         batch = self.batch[units]
         vectors = harvest(self.model, batch, list(self.widths), progress=False, **self.options)
         return {hook: value[batch.real].flatten(1).float() for hook, value in vectors.items()}
-
-    def pool(self, epoch: int, number: int, enough: int | None = None) -> dict[str, Tensor]:
-        sizes = self.sizes(epoch)
-        if len(sizes) > 1 or (epoch == 0 and enough is not None and enough < sizes[0]):
-            return super().pool(epoch, number, enough)
-        if self._whole is None:  # everything fits one pool: the model is run once
-            self._whole = self._vectors(sorted(self.groups(epoch)[0]))
-        return self._shuffled(self._whole, epoch, number)
 
 
 class StoreSource(VectorSource):

@@ -27,8 +27,7 @@ CHUNK = 1 << 15  # active latents whose vectors are gathered at a time where the
 # without it torch has no sparse products on the CPU (ARM): see `_plain`
 HAS_MKL = torch.backends.mkl.is_available()
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
+warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
 
 
 @dataclass(frozen=True)

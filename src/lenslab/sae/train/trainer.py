@@ -75,7 +75,8 @@ def train(
     Raises ValueError (widths, hooks, data that fill no batch, held-out documents among those of the
     training, a folder of another run, an SAE that was trained before), TrainingFailed.
     """
-    described = {name: _described(name, sae, source, config.total) for name, sae in saes.items()}
+    total = config.steps * config.batch
+    described = {name: _described(name, sae, source, total) for name, sae in saes.items()}
     members = [Member(name, sae, config, described[name]) for name, sae in saes.items()]
     _check(members, source, held_out)
     run = _Run(members, source, None if folder is None else Path(folder))
@@ -83,10 +84,8 @@ def train(
     if log_dir is not None:  # what a killed run logged after its checkpoint is struck out
         from torch.utils.tensorboard import SummaryWriter
 
-        paths = [str(Path(log_dir) / name) for name in saes]
-        writers = [SummaryWriter(path, purge_step=run.step + 1) for path in paths]
-    done = run.step * config.batch
-    bar = progress_bar(total=config.total, initial=done, progress=progress, **BAR)
+        writers = [SummaryWriter(f"{log_dir}/{name}", purge_step=run.step + 1) for name in saes]
+    bar = progress_bar(total=total, initial=run.step * config.batch, progress=progress, **BAR)
     try:
         while run.step < config.steps:
             rows = run.advance()
@@ -119,17 +118,13 @@ def _described(name: str, sae: TrainableSAE, source: VectorSource, vectors: int)
         if metadata[key] != source.metadata[key]:
             raise ValueError(f"{name} is meant for {key} {metadata[key]}, not the data's.")
     hook = metadata.get("hook_name") or (next(iter(widths)) if len(widths) == 1 else None)
-    hook_out = metadata.get("hook_name_out")
-    if own.architecture != "transcoder":
-        if hook_out not in (None, hook):
-            raise ValueError(f"{name}: only a transcoder writes another hook than it reads.")
-        hook_out = hook
+    transcoder = own.architecture == "transcoder"
+    hook_out = metadata.get("hook_name_out") or (None if transcoder else hook)
+    if hook_out != hook and not transcoder:
+        raise ValueError(f"{name}: only a transcoder writes another hook than it reads.")
     for key, width in ((hook, own.d_in), (hook_out, own.d_out or own.d_in)):
         if widths.get(key) != width:
-            raise ValueError(
-                f"{name} needs vectors of width {width} at {key}; the data hold {widths}. Set "
-                "hook_name (and a transcoder's hook_name_out) in its metadata."
-            )
+            raise ValueError(f"{name}: no hook_name {key} of width {width} in the data: {widths}.")
     metadata |= {"hook_name": hook, "training_vectors": vectors}
     metadata |= {"seed": own.seed, "lenslab_version": __version__}
     return replace(own, metadata=metadata)
@@ -139,8 +134,7 @@ def _check(members: list[Member], source: VectorSource, held_out: VectorSource |
     config, largest = members[0].config, max(source.sizes(0))
     if config.steps < 1 or largest < config.batch:
         raise ValueError(
-            f"A step needs {config.batch:,} vectors of one pool: there are {config.vectors:,} to "
-            f"train on, pools of {largest:,}. Give more text or a smaller batch."
+            f"A step needs {config.batch} vectors: {config.vectors}, {largest} a pool."
         )
     if held_out is None:
         return
@@ -166,16 +160,14 @@ class _Run:
         self.step = 0
         self.saved = time.monotonic()
         checkpoint = None if folder is None else latest_checkpoint(folder)
-        opening = None
         if checkpoint is not None:
             self.restore(checkpoint["state"])
-        else:
-            opening = source.pool(0, 0, self.config.total)
-            for member in members:
-                member.fit(opening)
+        config = self.config
+        opening = None if checkpoint else source.pool(0, 0, config.steps * config.batch)
+        for member in members if opening else ():
+            member.fit(opening)
         for member in members:  # after all that can refuse one
             member.sae.config = member.described
-        config = self.config
         self.stream = batches(source, config.batch, self.step, config.steps, opening)
         if checkpoint is None:
             self.save()  # what is interrupted before the next one begins from here again
@@ -195,15 +187,14 @@ class _Run:
     def advance(self) -> list[dict[str, float | int]]:
         """One step of all members; their rows of the history where one is due."""
         vectors = next(self.stream)
-        rows = []
         with interrupts_wait():  # what a checkpoint would hold belongs together
             for member in self.members:
                 member.step(self.step, vectors)
             self.step += 1
-            if self.step % self.config.row == 0 or self.step == self.config.steps:
-                rows = [member.log(self.step) for member in self.members]
-        minutes = (time.monotonic() - self.saved) / 60
-        if self.step == self.config.steps or minutes >= self.config.checkpoint_minutes:
+            last = self.step == self.config.steps
+            due = last or self.step % self.config.row == 0
+            rows = [member.log(self.step) for member in self.members if due]
+        if last or time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes:
             self.save()
         return rows
 
