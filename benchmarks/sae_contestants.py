@@ -162,8 +162,6 @@ class InOrder:
     """A source of lenslab's (`lenslab.sae.train.sources.VectorSource`) that deals vectors out as
     they lie, as `batches`."""
 
-    known_by = "vectors"
-
     def __init__(self, vectors: Tensor):
         self.vectors, self.key, self.metadata = (
             vectors,
@@ -177,9 +175,6 @@ class InOrder:
 
     def pool(self, epoch: int, number: int, enough: int | None = None) -> dict[str, Tensor]:
         return {HOOK: self.vectors}
-
-    def texts(self) -> set[str]:
-        return set()
 
 
 class Synthetic(InOrder):

@@ -38,9 +38,7 @@ from lenslab.runtime import machine_summary
 from lenslab.sae.controls import evaluate_null
 from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.load import SparseAutoencoder, load_sae, save_sae
-from lenslab.sae.train.architectures import build_sae
-from lenslab.sae.train.sources import ModelSource
-from lenslab.sae.train.trainer import TrainingConfig, train
+from lenslab.sae.train import ModelSource, TrainingConfig, build_sae, train
 from lenslab.tokens import TokenBatch, pack
 
 

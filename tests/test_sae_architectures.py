@@ -164,7 +164,7 @@ def test_every_loss_and_gradient_equals_saelens(name, n_dead):
         ), key
 
 
-@pytest.mark.parametrize("name", TOPK_FAMILY)
+@pytest.mark.parametrize("name", list(TOPK_FAMILY))
 def test_one_of_the_largest_that_is_not_positive_is_not_active(name):
     sae, x = built(name, scale="none", centre=False), drawn(BATCH, WIDTH)
     with torch.no_grad():
@@ -197,27 +197,28 @@ def test_a_tied_sae_is_one_whose_decoder_is_the_encoder_transposed():
     assert torch.allclose(tied.W_enc.grad, free.W_enc.grad + free.W_dec.grad.T, atol=1e-4)
 
 
+@pytest.mark.parametrize("enough", [0.0, 1.1], ids=["dense", "sparse"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_relu_sae_costs_the_same_with_and_without_its_zeros(tied, monkeypatch):
+def test_a_relu_sae_costs_what_float64_autograd_says(tied, enough, monkeypatch):
+    """Biases and the penalty ride in the same products: none of them may leak into another."""
     sae, x = built("relu", tied=tied, scale="none", centre=False), drawn(BATCH, WIDTH)
-    found = []
-    for enough in (0.0, 1.1):
-        monkeypatch.setattr(architectures, "SPARSE_ENOUGH", enough)
-        sae.zero_grad()
-        losses = sae.loss(x, x, warm=0.5)
-        losses.total.backward()
-        found.append(
-            [
-                losses.total.detach(),
-                losses.l0,
-                losses.fired.float(),
-                *(p.grad for p in sae.parameters()),
-            ]
-        )
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True))
+    monkeypatch.setattr(architectures, "SPARSE_ENOUGH", enough)
+    losses = sae.loss(x, x, warm=0.5)
+    losses.total.backward()
+    exact = {name: p.detach().double().requires_grad_() for name, p in sae.named_parameters()}
+    W_dec = exact["W_enc"].T if tied else exact["W_dec"]
+    values = torch.relu((x.double() - exact["b_dec"]) @ exact["W_enc"] + exact["b_enc"])
+    distance = (x.double() - values @ W_dec - exact["b_dec"]).square().sum(1).mean()
+    wanted = distance + 0.5 * SPARSITY * (values @ W_dec.norm(dim=1)).mean()
+    wanted.backward()
+    assert float(losses.total) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(losses.l0) == pytest.approx(float((values > 0).sum(1).double().mean()))
+    assert torch.equal(losses.fired, (values > 0).any(0))
+    for name, parameter in sae.named_parameters():
+        assert torch.allclose(parameter.grad.double(), exact[name].grad, rtol=1e-4, atol=1e-5), name
 
 
-@pytest.mark.parametrize("name", TOPK_FAMILY)
+@pytest.mark.parametrize("name", list(TOPK_FAMILY))
 def test_decoder_rows_keep_length_one_and_are_only_turned(name):
     sae, x = built(name, scale="none", centre=False), drawn(BATCH, WIDTH)
     sae.loss(x, x).total.backward()
@@ -243,14 +244,28 @@ def test_a_threshold_never_falls_below_zero():
     assert sae.threshold[:3].tolist() == pytest.approx([0, 0, 0.1])
 
 
-# ------------------------------------------------------------------------------------------- scale,
-# centre, saving
+# scale, centre, saving
 
 SCALES = [("mean", True), ("mean", False), ("none", True), ("none", False), ("unit", False)]
 
 
 def data(n=300, d=WIDTH, label="data"):
     return 3 * drawn(n, d, label=label) + 4 * drawn(d, label=label)
+
+
+@torch.no_grad()
+def in_model_units(sae, x):
+    """(features, reconstructions) by the definitions: z is scaled, and what comes out is scaled
+    back."""
+    rule = sae.activate
+    if sae.config.architecture in ("batchtopk", "matryoshka", "transcoder"):
+        rule = lambda pre: pre * (pre > sae.threshold)  # noqa: E731
+    z = sae.scaled(x)
+    pre = (z if sae.config.architecture == "transcoder" else z - sae.b_dec) @ sae.W_enc + sae.b_enc
+    x_hat = (rule(pre) @ sae.decoder + sae.b_dec) / sae.scale_out + sae.centre_out
+    if sae.config.scale == "unit":
+        x_hat = x_hat * x.norm(dim=1, keepdim=True) / x.shape[1] ** 0.5
+    return rule(pre) * sae.decoder.norm(dim=1) / sae.scale_out, x_hat
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -273,17 +288,16 @@ def test_a_saved_and_loaded_sae_gives_the_same(name, scale, centre, stored, tmp_
         with torch.no_grad():
             sae.W_dec[3] = 0  # a penalty may shrink a row to nothing
     loaded = load_sae(save_sae(to_saelens(sae), tmp_path / "sae", dtype=stored), device="cpu")
-    features = loaded.encode(x)
-    x_hat, wanted = loaded.decode(features), sae.reconstruct(x)
-    assert 0 < float((features > 0).float().mean()) < 1 and x_hat.shape == wanted.shape
+    found = loaded.encode(x)
+    x_hat = loaded.decode(found)
+    features, wanted = in_model_units(sae, x)
+    assert 0 < float((found > 0).float().mean()) < 1 and x_hat.shape == wanted.shape
     if stored is torch.bfloat16:
         assert float((x_hat - wanted).norm()) < 0.1 * float((wanted - wanted.mean(0)).norm())
         return
     size = float(wanted.abs().max())
-    assert torch.allclose(features, sae.encode(x), rtol=1e-5, atol=1e-5 * size)
+    assert torch.allclose(found, features, rtol=1e-5, atol=1e-5 * size)
     assert torch.allclose(x_hat, wanted, rtol=1e-5, atol=1e-5 * size)
-    if scale != "unit":
-        assert torch.allclose(sae.decode(features), x_hat, rtol=1e-5, atol=1e-5 * size)
     rows = loaded.W_dec.norm(dim=1)
     assert torch.allclose(rows[rows > 0], torch.ones(int((rows > 0).sum())), atol=1e-5)
     assert loaded.cfg.metadata.trained_as == sae.config.architecture
@@ -305,7 +319,7 @@ def test_what_cannot_be_folded_is_refused():
     sae = built("topk")
     with torch.no_grad():
         sae.W_dec[0] *= 1.1
-    with pytest.raises(NotAnSAE, match="one length"):
+    with pytest.raises(NotAnSAE, match="lengths"):
         to_saelens(sae)
     with pytest.raises(NotAnSAE, match="hook"):
         to_saelens(build_sae("topk", WIDTH, LATENTS, k=K))
@@ -344,11 +358,10 @@ def test_fit_refuses_data_from_which_nothing_can_be_learned(what, scale, centre)
     if what == "nan":
         x = data()
         x[5, 2] = float("nan")
-    with pytest.raises(ValueError, match="constant, or NaN"):
+    with pytest.raises(ValueError, match="constant"):
         built("topk", scale=scale, centre=centre).fit(x)
 
 
-# ------------------------------------------------------------------------------------------------------
 # batchtopk
 
 
@@ -378,15 +391,17 @@ def test_where_fewer_are_positive_those_are_taken():
     assert float(losses.l0) == 0 and torch.isfinite(sae.W_enc.grad).all()
 
 
-@pytest.mark.parametrize("name", ["batchtopk", "matryoshka", "transcoder"])
+@pytest.mark.parametrize("name", ["batchtopk", "matryoshka"])
 def test_at_inference_about_k_are_active(name):
     sae = built(name, scale="none", centre=False)
     sae.threshold.zero_()
-    for step in range(300):
+    for step in range(120):
         x = drawn(100, WIDTH, label=step)
         sae.loss(x, x)
     unseen = drawn(2000, WIDTH, label="unseen")
-    assert float((sae.encode(unseen) > 0).sum(1).float().mean()) == pytest.approx(K, rel=0.1)
+    assert float((to_saelens(sae).encode(unseen) > 0).sum(1).float().mean()) == pytest.approx(
+        K, rel=0.1
+    )
 
 
 def test_the_threshold_follows_where_a_short_training_goes():
@@ -399,49 +414,39 @@ def test_the_threshold_follows_where_a_short_training_goes():
             sae.W_enc.copy_(first * (1 + min(step, 50) / 10))
         sae.loss(x := drawn(100, WIDTH, label=step), x)
     unseen = drawn(2000, WIDTH, label="unseen")
-    assert float((sae.encode(unseen) > 0).sum(1).float().mean()) == pytest.approx(K, rel=0.15)
+    assert float((to_saelens(sae).encode(unseen) > 0).sum(1).float().mean()) == pytest.approx(
+        K, rel=0.15
+    )
 
 
-# -------------------------------------------------------------------------------------------------------
 # build_sae
 
 
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("topk2", {}, "there are relu, topk"),
-        ("topk", dict(k=0), "k must lie between 1 and d_sae = 48"),
+        ("topk2", {}, "there are .*topk"),
+        ("topk", dict(k=0), "k must lie"),
         ("batchtopk", dict(k=49), "k must lie"),
-        ("topk", dict(tied=True), "tied is for relu, not for topk"),
-        ("relu", dict(k=K), "k is for topk, batchtopk, matryoshka, transcoder, not for relu"),
-        (
-            "batchtopk",
-            dict(sparsity=9.0, auxiliary=0.0),
-            "sparsity is for relu, jumprelu, gated, not for batchtopk",
-        ),
-        ("matryoshka", dict(widths=(6, 20)), "must rise to d_sae = 48, got"),
+        ("topk", dict(tied=True), "tied is for relu"),
+        ("relu", dict(k=K), "k is for topk"),
+        ("batchtopk", dict(sparsity=9.0), "sparsity is for relu"),
+        ("matryoshka", dict(widths=(6, 20)), "must rise"),
         ("matryoshka", dict(widths=(20, 6, 48)), "must rise"),
         ("matryoshka", dict(widths=(0, 48)), "must rise"),
         ("topk", dict(widths=(6, 48)), "widths is for matryoshka"),
-        ("topk", dict(scale="norm"), "not 'norm'"),
-        ("topk", dict(scale="unit"), "centre=False"),
-        ("transcoder", dict(scale="unit", centre=False), "cannot be undone"),
-        ("topk", dict(d_out=8), "d_out is for transcoder, not for topk"),
-        ("jumprelu", dict(bandwidth=0.0), "bandwidth"),
-        ("relu", dict(sparsity=-1.0), "penalties are finite and not below 0, got -1"),
-        ("relu", dict(sparsity=float("nan")), "penalties are finite and not below 0, got nan"),
+        ("topk", dict(scale="norm"), "norm"),
+        ("topk", dict(scale="unit"), "centre=True"),
+        ("transcoder", dict(scale="unit", centre=False), "transcoder"),
+        ("topk", dict(d_out=8), "d_out is for transcoder"),
     ],
 )
-def test_what_cannot_be_is_refused(name, options, message):
+def test_what_would_be_silently_wrong_is_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         build_sae(name, WIDTH, LATENTS, **({"k": K} if name in FOR["k"] else {}) | options)
 
 
-def test_sizes_and_unknown_options_are_refused_and_a_seed_gives_the_same_weights():
-    with pytest.raises(ValueError, match="at least 1"):
-        build_sae("relu", WIDTH, 0)
-    with pytest.raises(TypeError, match="No option l1; relu reads sparsity, "):
-        build_sae("relu", WIDTH, LATENTS, l1=3)
+def test_a_seed_gives_the_same_weights():
     first, again, other = (build_sae("relu", WIDTH, LATENTS, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first.W_enc, again.W_enc) and not torch.equal(first.W_enc, other.W_enc)
     assert torch.equal(first.W_enc, first.W_dec.T)
@@ -460,7 +465,7 @@ def test_a_vector_of_zeros_has_no_norm_and_does_no_harm():
     x = drawn(BATCH, WIDTH)
     x[3] = 0
     sae.fit(x)
-    losses = sae.loss(sae.scaled(x), sae.scaled_target(sae.scaled(x)))
+    losses = sae.loss(sae.scaled(x), sae.scaled(x))
     losses.total.backward()
     assert torch.isfinite(losses.total) and torch.isfinite(sae.W_enc.grad).all()
 

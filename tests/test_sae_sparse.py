@@ -9,15 +9,11 @@ from lenslab.sae.train import sparse
 from lenslab.sae.train.sparse import (
     Code,
     Decode,
-    Dense,
     Encode,
-    at_active,
-    code_of_mask,
+    code_of_places,
     code_of_topk,
-    count_positive,
     largest,
     positive_places,
-    widened,
 )
 
 BATCH, WIDTH, LATENTS = 7, 5, 11
@@ -25,6 +21,10 @@ BATCH, WIDTH, LATENTS = 7, 5, 11
 
 def drawn(*shape):
     return torch.randn(*shape, generator=derive_generator(3, f"sparse {shape}"))
+
+
+def code_of_mask(mask):
+    return code_of_places(mask.flatten().nonzero().flatten(), *mask.shape)
 
 
 def mask_with(kind):
@@ -91,44 +91,6 @@ def test_outputs_and_gradients_equal_those_of_dense_products(products, kind, tie
         assert all(float(leaf.grad.abs().max()) > 0.1 for leaf in leaves)
 
 
-@pytest.mark.parametrize("shifted", [True, False])
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_dense_pass_equals_autograd_with_the_penalty_and_every_gradient(tied, shifted):
-    """Values, lengths and both biases ride in the same products: none of them may leak into
-    another."""
-    x, target = drawn(BATCH, WIDTH).double(), drawn(BATCH, WIDTH).flip(0).double()
-    leaves, W_enc, W_dec, b_enc, b_dec = weights(tied, torch.float64)
-    shift = b_dec if shifted else None
-
-    def total(x_hat, sums):
-        return (x_hat + b_dec - target).square().sum() + 0.3 * (
-            sums * torch.arange(1.0, BATCH + 1)
-        ).sum()
-
-    values = torch.relu((x if shift is None else x - shift) @ W_enc + b_enc)
-    wanted = total(values @ W_dec, values @ W_dec.norm(dim=1))
-    wanted_grads = torch.autograd.grad(wanted, leaves)
-
-    inputs = widened((x if shift is None else x - shift).detach(), 1.0, torch.float64)
-    pre = inputs @ widened(W_enc.T.detach(), b_enc.detach(), torch.float64).T
-    found = total(*Dense.apply(inputs, W_enc, b_enc, shift, W_dec, W_dec.norm(dim=1), pre.relu()))
-    assert torch.allclose(found, wanted, rtol=1e-12)
-    for grad, expected in zip(torch.autograd.grad(found, leaves), wanted_grads, strict=True):
-        assert float(expected.abs().max()) > 0.1 and torch.allclose(grad, expected, rtol=1e-9)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_active_latents_are_counted_and_named_in_both_precisions(dtype):
-    values = torch.relu(drawn(BATCH, LATENTS)).to(dtype)
-    values[:, 4], values[2, 0] = 0.0, 1e-6
-    count, fired = count_positive(values)
-    assert (
-        int(count) == int((values > 0).sum())
-        and torch.equal(fired, (values > 0).any(0))
-        and not fired[4]
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("d_sae", "k"), [(256, 16), (256, 3), (256, 17), (250, 3), (24, 1), (5, 5)]
@@ -169,7 +131,7 @@ def test_a_code_of_a_topk_keeps_its_order_and_values(products):
     )
     x, weight = drawn(BATCH, WIDTH), drawn(WIDTH, LATENTS)
     assert torch.allclose(
-        at_active(x, weight, code), (x @ weight).gather(1, top.indices).flatten(), atol=1e-5
+        code.at_active(x, weight), (x @ weight).gather(1, top.indices).flatten(), atol=1e-5
     )
 
 
@@ -223,9 +185,9 @@ def test_the_sparse_products_are_those_that_run_where_there_is_mkl(monkeypatch):
     called = []
     kept = Code.matrix
     monkeypatch.setattr(Code, "matrix", lambda self, values: called.append(1) or kept(self, values))
-    at_active(drawn(BATCH, WIDTH), drawn(WIDTH, LATENTS), code_of_mask(mask_with("some")))
+    code_of_mask(mask_with("some")).at_active(drawn(BATCH, WIDTH), drawn(WIDTH, LATENTS))
     assert called
     monkeypatch.setattr(sparse, "HAS_MKL", False)
     called.clear()
-    at_active(drawn(BATCH, WIDTH), drawn(WIDTH, LATENTS), code_of_mask(mask_with("some")))
+    code_of_mask(mask_with("some")).at_active(drawn(BATCH, WIDTH), drawn(WIDTH, LATENTS))
     assert not called

@@ -30,9 +30,7 @@ from lenslab.sae.load import (
     sae_hook,
 )
 from lenslab.sae.registry import cached_ids, releases_of
-from lenslab.sae.train.architectures import build_sae
-from lenslab.sae.train.sources import ModelSource
-from lenslab.sae.train.trainer import TrainingConfig, train
+from lenslab.sae.train import ModelSource, TrainingConfig, build_sae, train
 from lenslab.texts import sampled_text
 from lenslab.tokens import TokenBatch, pack
 

@@ -27,166 +27,128 @@ SAELens has no topk transcoder to save it as. Saving is `lenslab.sae.train.conve
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import fields
-from numbers import Integral
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lenslab.runtime import compute_dtype
+from lenslab.sae.train import sparse
 from lenslab.sae.train.base import Losses, SAEConfig, TrainableSAE
-from lenslab.sae.train.sparse import (
-    Code,
-    Decode,
-    Dense,
-    Encode,
-    as_integers,
-    code_of_mask,
-    code_of_places,
-    code_of_topk,
-    count_positive,
-    largest,
-    positive_places,
-    usage,
-    widened,
-)
 
 FIRST_THRESHOLD = 0.01  # jumprelu, as SAELens
-
-
 AT_A_TIME = 512  # vectors whose dead latents are looked at together
-
-
 SPARSE_ENOUGH = 0.04  # share of active latents below which a ReLU SAE is cheaper without its zeros
 
 
 class ReLU(TrainableSAE):
     def loss(self, x, target, dead=None, warm=1.0) -> Losses:
-        norms, weight = self.decoder.norm(dim=1), warm * self.config.sparsity
-        inputs, pre = self.fast_pre(x)
-        values = pre.relu_()
-        active, fired = count_positive(values)
+        norms = self.decoder.norm(dim=1)
+        values = self.fast_pre(x).relu_()  # [batch, d_sae]
+        integers = sparse.as_integers(values.detach())
+        active = integers.count_nonzero()
+        # the lengths are one column more of the decoder: the product sums the penalty too
         if active < SPARSE_ENOUGH * values.numel():
-            code = code_of_mask(as_integers(values))
-            values = torch.relu(Encode.apply(x, self.shift, self.W_enc, self.b_enc, code))
-            both = Decode.apply(values, widened(self.decoder, norms, norms.dtype), code)
-            x_hat, sums = both[:, : x.shape[1]], both[:, x.shape[1]]
+            code = sparse.code_of_places(integers.flatten().nonzero().flatten(), *values.shape)
+            values = torch.relu(sparse.Encode.apply(x, self.shift, self.W_enc, self.b_enc, code))
+            both = sparse.Decode.apply(values, sparse.widened(self.decoder, norms, x.dtype), code)
         else:
-            x_hat, sums = Dense.apply(
-                inputs, self.W_enc, self.b_enc, self.shift, self.decoder, norms, values
-            )
-        penalty = weight * sums.sum() / len(x)
-        return self._losses(target, x_hat + self.b_dec, (fired, active / len(x)), penalty)
+            both = (values @ sparse.widened(self.decoder, norms, values.dtype)).float()
+        penalty = warm * self.config.sparsity * both[:, x.shape[1]].sum() / len(x)
+        x_hat = both[:, : x.shape[1]] + self.b_dec
+        return self._losses(target, x_hat, active / len(x), integers.amax(0) > 0, sparsity=penalty)
 
 
 class TopK(TrainableSAE):
-    unit_decoder = True
+    topk_family = True
 
     def activate(self, pre):
         top = pre.topk(self.config.k, dim=-1)
         return torch.zeros_like(pre).scatter(-1, top.indices, torch.relu(top.values))
 
-    def select(self, pre: Float[Tensor, "batch d_sae"]) -> Code:
-        return code_of_topk(largest(pre, self.config.k), self.config.d_sae)
+    def select(self, pre: Float[Tensor, "batch d_sae"]) -> sparse.Code:
+        return sparse.code_of_topk(sparse.largest(pre, self.config.k), self.config.d_sae)
 
     def loss(self, x, target, dead=None, warm=1.0) -> Losses:
-        pre = self.fast_pre(x)[1]
+        with torch.no_grad():
+            pre = self.fast_pre(x)  # [batch, d_sae]
         code = self.select(pre)
-        values = torch.relu(Encode.apply(x, self.shift, self.W_enc, self.b_enc, code))
+        values = torch.relu(sparse.Encode.apply(x, self.shift, self.W_enc, self.b_enc, code))
         self.watch(values.detach())
         x_hat, nested = self.reconstructions(values, code, target)
         auxiliary = self.auxiliary(x, (target - x_hat).detach(), pre, dead)
-        return self._losses(target, x_hat, usage(code, values), nested, auxiliary)
+        positive = values > 0  # of the k largest some may not be
+        fired = torch.zeros(self.config.d_sae, dtype=torch.bool, device=x.device)
+        fired[code.latents[positive]] = True
+        l0 = positive.sum() / len(x)
+        return self._losses(target, x_hat, l0, fired, sparsity=nested, auxiliary=auxiliary)
 
     def watch(self, values: Float[Tensor, " active"]) -> None:
         """BatchTopK estimates its threshold here."""
 
-    def reconstructions(
-        self, values: Tensor, code: Code, target: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def reconstructions(self, values, code, target) -> tuple[Tensor, Tensor]:
         """(reconstruction, what is added to the loss for partial ones)"""
-        return Decode.apply(values, self.W_dec, code) + self.b_dec, None
+        return sparse.Decode.apply(values, self.W_dec, code) + self.b_dec, target.new_zeros(())
 
-    def auxiliary(
-        self, x: Tensor, residual: Tensor, pre: Tensor, dead: Tensor | None
-    ) -> Tensor | None:
+    def auxiliary(self, x, residual, pre, dead) -> Tensor:
         """AuxK: the dead latents with the largest pre-activations reconstruct what the others left
         (Gao, A.2)."""
         n_dead = 0 if dead is None else int(dead.sum())
         if not n_dead or not self.config.auxiliary:
-            return None
+            return residual.new_zeros(())
         most = max(1, x.shape[-1] // 2)
+        k = min(most, n_dead)
         latents = dead.nonzero().flatten()
         # some rows at a time: a block of another size at every step, as large as `pre`, would
         # fragment the memory
-        rows = (
-            part[:, latents].topk(min(most, n_dead), sorted=False).indices
-            for part in pre.split(AT_A_TIME)
-        )
-        code = code_of_topk(latents[torch.cat(list(rows))], self.config.d_sae)
-        values = Encode.apply(x, self.shift, self.W_enc, self.b_enc, code)
-        guess = Decode.apply(values, self.W_dec, code)
-        return (
-            self.config.auxiliary
-            * min(n_dead / most, 1.0)
-            * (guess - residual).square().sum(-1).mean()
-        )
+        chunks = (rows[:, latents] for rows in pre.split(AT_A_TIME))
+        chosen = torch.cat([rows.topk(k, sorted=False).indices for rows in chunks])  # [batch, k]
+        code = sparse.code_of_topk(latents[chosen], self.config.d_sae)
+        values = sparse.Encode.apply(x, self.shift, self.W_enc, self.b_enc, code)
+        guess = sparse.Decode.apply(values, self.W_dec, code)
+        error = (guess - residual).square().sum(-1).mean()
+        return self.config.auxiliary * min(n_dead / most, 1.0) * error
 
 
 class BatchTopK(TopK):
     def __init__(self, config: SAEConfig):
         super().__init__(config)
-        self.register_buffer(
-            "threshold", torch.zeros(())
-        )  # running mean of the smallest value that was kept
-        self.register_buffer("seen", torch.zeros(()))  # batches that it is a mean of
-        self.register_buffer(
-            "guess", torch.zeros(())
-        )  # only where to begin looking for the largest
-
-    def activate(self, pre):
-        return pre * (pre > self.threshold)
-
-    def _reconstruct(self, z):  # before training there is no threshold yet
-        return TopK.activate(self, self.pre(z)) @ self.decoder + self.b_dec
+        # running mean of the smallest value that was kept, and the batches that it is a mean of
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("guess", torch.zeros(()))  # where to begin looking for the largest
 
     def select(self, pre):
         n = self.config.k * len(pre)
-        candidates = positive_places(pre, max(0.0, float(self.guess)))
+        candidates = sparse.positive_places(pre, max(0.0, float(self.guess)))
         if len(candidates) < n:  # the guess was too high, or fewer than that are positive
-            candidates = positive_places(pre)
+            candidates = sparse.positive_places(pre)
         values = pre.flatten()[candidates]
         if len(candidates) > n:
             top = values.topk(n, sorted=False)
             self.guess.copy_(0.8 * top.values.min())
             candidates = candidates[top.indices].sort().values
-        return code_of_places(candidates, *pre.shape)
+        return sparse.code_of_places(candidates, *pre.shape)
 
     def watch(self, values):
         kept = values[values > 0]
         if len(kept):
-            self.threshold.lerp_(
-                kept.min(), (1 / (1 + self.seen / 10)).clamp_min(0.01)
-            )  # at first the youngest tenth
+            share = (1 / (1 + self.seen / 10)).clamp_min(0.01)  # at first the youngest tenth
+            self.threshold.lerp_(kept.min(), share)
             self.seen += 1
 
 
 class Matryoshka(BatchTopK):
     def reconstructions(self, values, code, target):
-        widths = self.config.widths or tuple(
-            sorted({max(1, self.config.d_sae // n) for n in (16, 4, 1)})
-        )
-        partial, loss, begin = self.b_dec.expand_as(target), target.new_zeros(()), 0
-        for end in widths:
+        widths = self.config.widths or sorted({max(1, self.config.d_sae // n) for n in (16, 4, 1)})
+        partial = self.b_dec.expand_as(target)
+        loss = target.new_zeros(())
+        for begin, end in zip((0, *widths), widths, strict=False):
             inside = (code.latents >= begin) & (code.latents < end)
-            partial = partial + Decode.apply(values[inside], self.W_dec, code.part(inside))
+            partial = partial + sparse.Decode.apply(values[inside], self.W_dec, code.part(inside))
             if end < widths[-1]:
                 loss = loss + (target - partial).square().sum(-1).mean()
-            begin = end
         return partial, loss
 
 
@@ -217,16 +179,13 @@ class JumpReLU(TrainableSAE):
         return pre * (pre > self.threshold)
 
     def loss(self, x, target, dead=None, warm=1.0) -> Losses:
-        with torch.autocast(
-            x.device.type, torch.bfloat16, enabled=compute_dtype() is torch.bfloat16
-        ):
-            pre = ((x - self.b_dec) @ self.W_enc).float() + self.b_enc
+        with _autocast(x):
+            pre = ((x - self.b_dec) @ self.W_enc).float() + self.b_enc  # [batch, d_sae]
             values = _Rectangle.apply(pre, self.threshold, self.config.bandwidth, True)
             x_hat = (values @ self.W_dec).float() + self.b_dec
         active = _Rectangle.apply(pre, self.threshold, self.config.bandwidth, False).sum(-1).mean()
-        return self._losses(
-            target, x_hat, usage(None, values), warm * self.config.sparsity * active
-        )
+        penalty = warm * self.config.sparsity * active
+        return self._losses(target, x_hat, *_usage(values), sparsity=penalty)
 
     def after_step(self) -> None:
         self.threshold.data.clamp_(min=0)  # below zero the gate would let negative values through
@@ -235,52 +194,41 @@ class JumpReLU(TrainableSAE):
 class Gated(TrainableSAE):
     def __init__(self, config: SAEConfig):
         super().__init__(config)
-        self.b_mag, self.r_mag = (nn.Parameter(torch.zeros(config.d_sae)) for _ in range(2))
+        self.b_mag = nn.Parameter(torch.zeros(config.d_sae))
+        self.r_mag = nn.Parameter(torch.zeros(config.d_sae))
 
-    def pre(self, x):  # of the gate; b_enc is its bias
-        return (x - self.b_dec) @ self.W_enc + self.b_enc
-
-    def activate(self, pre):
+    def activate(self, pre):  # pre: of the gate, whose bias is b_enc
         return (pre > 0) * torch.relu((pre - self.b_enc) * self.r_mag.exp() + self.b_mag)
 
     def loss(self, x, target, dead=None, warm=1.0) -> Losses:
-        with torch.autocast(
-            x.device.type, torch.bfloat16, enabled=compute_dtype() is torch.bfloat16
-        ):
-            gate = ((x - self.b_dec) @ self.W_enc).float() + self.b_enc
+        with _autocast(x):
+            gate = ((x - self.b_dec) @ self.W_enc).float() + self.b_enc  # [batch, d_sae]
             values = self.activate(gate)
             x_hat = (values @ self.W_dec).float() + self.b_dec
             # what the gate alone would reconstruct; SAELens lets this term train the decoder too
             via_gate = (torch.relu(gate) @ self.W_dec).float() + self.b_dec
         penalty = warm * self.config.sparsity * (torch.relu(gate) @ self.W_dec.norm(dim=1)).mean()
-        return self._losses(
-            target, x_hat, usage(None, values), penalty, (via_gate - target).square().sum(-1).mean()
-        )
+        via_error = (via_gate - target).square().sum(-1).mean()
+        return self._losses(target, x_hat, *_usage(values), sparsity=penalty, auxiliary=via_error)
 
 
-ARCHITECTURES: dict[str, type[TrainableSAE]] = {
-    "relu": ReLU,
-    "topk": TopK,
-    "batchtopk": BatchTopK,
-    "matryoshka": Matryoshka,
-    "jumprelu": JumpReLU,
-    "gated": Gated,
-    "transcoder": BatchTopK,
-}
+def _autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=compute_dtype() is torch.bfloat16)
 
 
-TOPK_FAMILY = ("topk", "batchtopk", "matryoshka", "transcoder")
+def _usage(values: Float[Tensor, "batch d_sae"]) -> tuple[Tensor, Bool[Tensor, " d_sae"]]:
+    """(mean number of active latents, latents that fired for some vector)"""
+    positive = values > 0
+    return positive.sum() / len(values), positive.any(0)
 
 
-FOR = {  # options that only some architectures read
-    "k": TOPK_FAMILY,
-    "auxiliary": TOPK_FAMILY,
-    "sparsity": ("relu", "jumprelu", "gated"),
-    "tied": ("relu",),
-    "widths": ("matryoshka",),
-    "bandwidth": ("jumprelu",),
-    "d_out": ("transcoder",),
-}
+TOPK_FAMILY = {"topk": TopK, "batchtopk": BatchTopK, "matryoshka": Matryoshka}
+TOPK_FAMILY["transcoder"] = BatchTopK
+PENALISED = {"relu": ReLU, "jumprelu": JumpReLU, "gated": Gated}
+ARCHITECTURES: dict[str, type[TrainableSAE]] = TOPK_FAMILY | PENALISED
+# options that only some architectures read
+FOR = {"k": TOPK_FAMILY, "auxiliary": TOPK_FAMILY, "sparsity": PENALISED, "tied": ["relu"]}
+FOR |= {"widths": ["matryoshka"], "bandwidth": ["jumprelu"], "d_out": ["transcoder"]}
 
 
 def build_sae(architecture: str, d_in: int, d_sae: int, **options: Any) -> TrainableSAE:
@@ -289,42 +237,16 @@ def build_sae(architecture: str, d_in: int, d_sae: int, **options: Any) -> Train
     reads."""
     if architecture not in ARCHITECTURES:
         raise ValueError(f"No architecture {architecture!r}; there are {', '.join(ARCHITECTURES)}.")
-    known = [field.name for field in fields(SAEConfig)][3:]
-    if unknown := [name for name in options if name not in known]:
-        read = [name for name in known if architecture in FOR.get(name, ARCHITECTURES)]
-        raise TypeError(f"No option {', '.join(unknown)}; {architecture} reads {', '.join(read)}.")
     config = SAEConfig(architecture, d_in, d_sae, **options)
-    counts = {"d_in": d_in, "d_sae": d_sae, "k": config.k}
-    if fractions := {
-        name: value for name, value in counts.items() if not isinstance(value, Integral)
-    }:
-        raise TypeError(f"Whole numbers are needed, got {fractions}.")
-    unread = [name for name in options if architecture not in FOR.get(name, ARCHITECTURES)]
-    widths: Sequence[int] = config.widths or (max(1, d_sae),)
-    problems = {
-        "; ".join(
-            f"{name} is for {', '.join(FOR[name])}, not for {architecture}" for name in unread
-        ): bool(unread),
-        f"d_in and d_sae are at least 1, got {d_in} and {d_sae}": min(d_in, d_sae) < 1,
-        "the bandwidth of jumprelu must be above 0": config.bandwidth <= 0,
-        f"penalties are finite and not below 0, got {config.sparsity} and {config.auxiliary}": not all(
-            0 <= weight < math.inf for weight in (config.sparsity, config.auxiliary)
-        ),
-        f"k must lie between 1 and d_sae = {d_sae}, got {config.k}": not 0 < config.k <= d_sae
-        and architecture in TOPK_FAMILY,
-        f"widths must rise to d_sae = {d_sae}, got {tuple(widths)}": list(widths)
-        != sorted(set(widths))
-        or widths[-1] != d_sae
-        or widths[0] < 1,
-        f"scale is 'mean', 'unit' or 'none', not {config.scale!r}": config.scale
-        not in ("mean", "unit", "none"),
-        "vectors cannot be centred and brought to unit norm: it could not be folded into the weights. "
-        "Use centre=False with scale='unit'": config.scale == "unit" and config.centre,
-        "a transcoder reads one stream and writes another: scale='unit' cannot be undone": config.scale
-        == "unit"
-        and architecture == "transcoder",
-    }
-    for message, wrong in problems.items():
-        if wrong:
-            raise ValueError(f"{message}.")
+    for name in options:
+        if architecture not in FOR.get(name, ARCHITECTURES):
+            raise ValueError(f"{name} is for {', '.join(FOR[name])}, not for {architecture}.")
+    if architecture in TOPK_FAMILY and not 0 < config.k <= d_sae:
+        raise ValueError(f"k must lie between 1 and d_sae = {d_sae}, got {config.k}.")
+    if config.widths and [0, *config.widths] != sorted({0, *config.widths, d_sae}):
+        raise ValueError(f"widths must rise to d_sae = {d_sae}, got {config.widths}.")
+    if config.scale not in ("mean", "unit", "none"):
+        raise ValueError(f"scale is 'mean', 'unit' or 'none', not {config.scale!r}.")
+    if config.scale == "unit" and (config.centre or architecture == "transcoder"):
+        raise ValueError("scale='unit' cannot be undone with centre=True or of a transcoder.")
     return ARCHITECTURES[architecture](config)

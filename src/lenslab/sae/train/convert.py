@@ -19,17 +19,10 @@ from lenslab.sae.load import SparseAutoencoder, finish
 from lenslab.sae.registry import NotAnSAE
 from lenslab.sae.train.base import TrainableSAE
 
-# ours -> SAELens's: batchtopk and its kin become JumpReLU SAEs, whose threshold was estimated in
-# training
-SAVED_AS = {
-    "relu": "standard",
-    "topk": "topk",
-    "batchtopk": "jumprelu",
-    "matryoshka": "jumprelu",
-    "jumprelu": "jumprelu",
-    "gated": "gated",
-    "transcoder": "jumprelu_transcoder",
-}
+# ours -> SAELens's; the others become jumprelu: batchtopk and its kin with the threshold that was
+# estimated in training
+SAVED_AS = {"relu": "standard", "topk": "topk", "gated": "gated"}
+SAVED_AS["transcoder"] = "jumprelu_transcoder"
 
 
 @torch.no_grad()
@@ -42,49 +35,43 @@ def to_saelens(sae: TrainableSAE) -> SparseAutoencoder:
     """
     from sae_lens import SAE
 
-    config, unit, scale_in = sae.config, sae.unit, sae.scale
-    if config.architecture == "topk" and float(unit.max() / unit.min()) > 1 + 1e-4:
-        raise NotAnSAE(
-            "Decoder rows of a topk SAE must have one length, or folding it would change which are largest."
-        )
-    state = {"W_dec": sae.decoder / sae.norms[:, None]}
-    state["b_dec"] = sae.b_dec / sae.scale_out + sae.centre_out
-    if sae.shift is None:  # a transcoder: the centre of what it reads goes into the encoder's bias
-        state["W_enc"] = sae.W_enc * scale_in * unit
-        state["b_enc"] = (sae.b_enc - (sae.centre * scale_in) @ sae.W_enc) * unit
-    else:
-        state["W_enc"] = sae.W_enc * (unit * scale_in)
-        state["b_enc"] = sae.b_enc * unit
-    if SAVED_AS[config.architecture].startswith("jumprelu"):
-        state["threshold"] = (sae.threshold * unit).expand(config.d_sae)
-    if config.architecture == "gated":
-        gate = state.pop("b_enc")
-        state |= {"b_gate": gate, "r_mag": sae.r_mag, "b_mag": sae.b_mag * unit}
-    loaded = SAE.from_dict(_config(sae))
-    loaded.load_state_dict(
-        {key: value.detach().clone().contiguous() for key, value in state.items()}
-    )
-    return finish(loaded, config.architecture)
-
-
-def _config(sae: TrainableSAE) -> dict[str, Any]:
     config = sae.config
-    normalisation = {"mean": "none", "none": "none", "unit": "constant_norm_rescale"}[config.scale]
+    # a row that a penalty has shrunk to nothing still has a direction of zeros
+    norms = sae.decoder.norm(dim=1).clamp_min(1e-12)
+    unit = norms / sae.scale_out
+    if config.architecture == "topk" and float(unit.max() / unit.min()) > 1 + 1e-4:
+        raise NotAnSAE("A topk SAE with decoder rows of several lengths cannot be folded.")
+    bias = sae.b_enc
+    if sae.shift is None:  # a transcoder: the centre of what it reads goes into the encoder's bias
+        bias = bias - (sae.centre * sae.scale) @ sae.W_enc
+    state = {
+        "W_enc": sae.W_enc * (unit * sae.scale),
+        "W_dec": sae.decoder / norms[:, None],
+        "b_enc": bias * unit,
+        "b_dec": sae.b_dec / sae.scale_out + sae.centre_out,
+    }
+    architecture = SAVED_AS.get(config.architecture, "jumprelu")
+    heads = str(config.metadata.get("hook_name", "")).endswith("hook_z")
     written: dict[str, Any] = {
-        "architecture": SAVED_AS[config.architecture],
+        "architecture": architecture,
         "d_in": config.d_in,
         "d_sae": config.d_sae,
         "dtype": "float32",
         "device": str(sae.W_enc.device),
         "apply_b_dec_to_input": sae.shift is not None,
-        "normalize_activations": normalisation,
-        "reshape_activations": "hook_z"
-        if str(config.metadata.get("hook_name", "")).endswith("hook_z")
-        else "none",
+        "normalize_activations": "constant_norm_rescale" if config.scale == "unit" else "none",
+        "reshape_activations": "hook_z" if heads else "none",
         "metadata": {"prepend_bos": True} | config.metadata | {"trained_as": config.architecture},
     }
-    if config.architecture == "topk":
+    if architecture == "topk":
         written |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
-    if config.architecture == "transcoder":
-        written["d_out"] = config.d_out or config.d_in
-    return written
+    if architecture == "jumprelu_transcoder":
+        written["d_out"] = len(sae.b_dec)
+    if architecture.startswith("jumprelu"):
+        state["threshold"] = (sae.threshold * unit).expand(config.d_sae)
+    if architecture == "gated":
+        state["b_gate"] = state.pop("b_enc")
+        state |= {"r_mag": sae.r_mag, "b_mag": sae.b_mag * unit}
+    loaded = SAE.from_dict(written)
+    loaded.load_state_dict({key: value.clone().contiguous() for key, value in state.items()})
+    return finish(loaded, config.architecture)

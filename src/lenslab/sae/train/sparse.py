@@ -3,14 +3,13 @@
 A code is a compressed sparse row matrix `[batch, d_sae]`: `rows` says where each vector's active
 latents begin, `latents` which they are. Only three products are needed, and their gradients are of
 the same three kinds:
-1. `at_active(x, W, code)`: x . W[:, latent] at the active places only (forward of the encoder,
-   gradient of the code);
-2. `code @ W` (the decoder), and
-3. `code^T @ x` (gradients of both weights). The encoder's full product is still needed to know
-which latents are active; it is done once, in bf16 where that is fast, without gradients; `largest`
-searches its result. Everything else here is float32. With 32 of 4,096 latents active the three
-products together cost as much as that one. Where a large share is active, as in the first steps of
-ReLU, `Dense` does the same without a code.
+1. `at_active`: x . W[:, latent] at the active places only (forward of the encoder, gradient of the
+   code);
+2. `sum_rows`: code @ W (the decoder), and
+3. `sum_vectors`: code^T @ x (gradients of both weights).
+The encoder's full product is still needed to know which latents are active; it is done once, in
+bf16 where that is fast, without gradients; `largest` searches its result. Everything else here is
+float32. With 32 of 4,096 latents active the three products together cost as much as that one.
 """
 
 from __future__ import annotations
@@ -20,24 +19,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 GROUP = 8  # latents, far from each other, whose largest value stands for them at first
-
-
 CHUNK = 1 << 15  # active latents whose vectors are gathered at a time where there is no MKL
+# without it torch has no sparse products on the CPU (ARM): see `_plain`
+HAS_MKL = torch.backends.mkl.is_available()
 
-
-HAS_MKL = (
-    torch.backends.mkl.is_available()
-)  # without it torch has no sparse products on the CPU (ARM): see `_plain`
-
-
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-
-
-warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
+warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
 
 
 @dataclass(frozen=True)
@@ -51,9 +41,7 @@ class Code:
     def matrix(self, values: Float[Tensor, " active"]) -> Tensor:
         """The sparse matrix `[batch, d_sae]` with these values."""
         shape = (len(self.rows) - 1, self.width)
-        return torch.sparse_csr_tensor(
-            self.rows, self.latents, values, shape, check_invariants=False
-        )
+        return torch.sparse_csr_tensor(self.rows, self.latents, values, shape)
 
     def part(self, keep: Bool[Tensor, " active"]) -> Code:
         """The code of some of its active latents."""
@@ -63,9 +51,8 @@ class Code:
     @property
     def owners(self) -> Int[Tensor, " active"]:
         """The vector that each active latent belongs to."""
-        return torch.repeat_interleave(
-            torch.arange(len(self.rows) - 1, device=self.rows.device), self.rows.diff()
-        )
+        vectors = torch.arange(len(self.rows) - 1, device=self.rows.device)
+        return torch.repeat_interleave(vectors, self.rows.diff())
 
     @cached_property
     def transposed(self) -> tuple[Code, Int[Tensor, " active"]]:
@@ -78,16 +65,33 @@ class Code:
         rows = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return Code(rows, self.owners[order], len(self.rows) - 1), order
 
+    def at_active(self, x: Float[Tensor, "batch d"], weight: Float[Tensor, "d d_sae"]) -> Tensor:
+        """x @ weight at the active places: [active]."""
+        if _plain(x):
+            chunks = zip(self.owners.split(CHUNK), self.latents.split(CHUNK), strict=True)
+            return torch.cat([(x[owner] * weight.T[latent]).sum(1) for owner, latent in chunks])
+        empty = self.matrix(x.new_zeros(len(self.latents)))
+        return torch.sparse.sampled_addmm(empty, x, weight, beta=0).values()
+
+    def sum_rows(
+        self, values: Float[Tensor, " active"], weight: Float[Tensor, "d_sae d"]
+    ) -> Tensor:
+        """code @ weight, with these values: [batch, d]."""
+        if _plain(weight):
+            bag = torch.nn.functional.embedding_bag
+            return bag(self.latents, weight, self.rows[:-1], mode="sum", per_sample_weights=values)
+        return self.matrix(values) @ weight
+
+    def sum_vectors(self, values: Float[Tensor, " active"], x: Float[Tensor, "batch d"]) -> Tensor:
+        """code^T @ x, with these values: [d_sae, d]."""
+        transposed, order = self.transposed
+        return transposed.sum_rows(values[order], x)
+
 
 def code_of_topk(latents: Int[Tensor, "batch k"], d_sae: int) -> Code:
     """The same number of latents for every vector."""
     n, k = latents.shape
     return Code(torch.arange(0, n * k + 1, k, device=latents.device), latents.flatten(), d_sae)
-
-
-def code_of_mask(active: Shaped[Tensor, "batch d_sae"]) -> Code:
-    """The latents where `active` is not zero."""
-    return code_of_places(active.flatten().nonzero().flatten(), *active.shape)
 
 
 def code_of_places(places: Int[Tensor, " active"], n: int, d_sae: int) -> Code:
@@ -96,45 +100,8 @@ def code_of_places(places: Int[Tensor, " active"], n: int, d_sae: int) -> Code:
     return Code(rows, places % d_sae, d_sae)
 
 
-def at_active(
-    x: Float[Tensor, "batch d_in"], weight: Float[Tensor, "d_in d_sae"], code: Code
-) -> Float[Tensor, " active"]:
-    """x @ weight at the active places of the code."""
-    if _plain(x):
-        parts = zip(code.owners.split(CHUNK), code.latents.split(CHUNK), strict=True)
-        return torch.cat([(x[owner] * weight.T[latent]).sum(1) for owner, latent in parts])
-    empty = code.matrix(x.new_zeros(len(code.latents)))
-    return torch.sparse.sampled_addmm(empty, x, weight, beta=0).values()
-
-
-def sum_rows(
-    values: Tensor, weight: Float[Tensor, "d_sae d"], code: Code
-) -> Float[Tensor, "batch d"]:
-    """code @ weight, with these values."""
-    if _plain(weight):
-        bag = torch.nn.functional.embedding_bag
-        return bag(code.latents, weight, code.rows[:-1], mode="sum", per_sample_weights=values)
-    return code.matrix(values) @ weight
-
-
-def sum_vectors(
-    values: Tensor, x: Float[Tensor, "batch d"], code: Code
-) -> Float[Tensor, "d_sae d"]:
-    """code^T @ x, with these values."""
-    transposed, order = code.transposed
-    return sum_rows(values[order], x, transposed)
-
-
-@torch.no_grad()
-def usage(code: Code | None, values: Tensor) -> tuple[Bool[Tensor, " d_sae"], Float[Tensor, ""]]:
-    """(latents with a positive value for some vector, how many per vector); without a code, values
-    are `[batch, d_sae]`."""
-    positive = values > 0  # of the k largest some may not be
-    if code is None:
-        return positive.any(0), positive.count_nonzero() / len(values)
-    fired = torch.zeros(code.width, dtype=torch.bool, device=values.device)
-    fired[code.latents[positive]] = True
-    return fired, positive.sum() / (len(code.rows) - 1)
+def _plain(x: Tensor) -> bool:
+    return not HAS_MKL and x.device.type == "cpu"
 
 
 def largest(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]:
@@ -150,7 +117,7 @@ def largest(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]
         return integers.topk(k, dim=1, sorted=False).indices
     tops = integers.view(n, GROUP, d_sae // GROUP).amax(1).topk(k, dim=1, sorted=False).indices
     members = torch.arange(0, d_sae, d_sae // GROUP, device=pre.device)
-    candidates = (tops[:, None] + members[:, None]).flatten(1)
+    candidates = (tops[:, None] + members[:, None]).flatten(1)  # [batch, GROUP * k]
     return candidates.gather(1, integers.gather(1, candidates).topk(k, dim=1, sorted=False).indices)
 
 
@@ -158,14 +125,6 @@ def positive_places(pre: Float[Tensor, "batch d_sae"], above: float = 0.0) -> In
     """Places of the flattened matrix that hold more than `above`, which is not negative, in rising
     order."""
     return as_integers(torch.threshold(pre, above, 0.0)).flatten().nonzero().flatten()
-
-
-def count_positive(
-    values: Float[Tensor, "batch d_sae"],
-) -> tuple[Int[Tensor, ""], Bool[Tensor, " d_sae"]]:
-    """(how many are not zero, latents that are not zero for some vector), none being negative."""
-    integers = as_integers(values)
-    return integers.count_nonzero(), integers.amax(0) > 0
 
 
 def as_integers(values: Tensor) -> Tensor:
@@ -182,12 +141,9 @@ def widened(
     result."""
     n, d = matrix.shape
     wider = torch.zeros(n, d + 8, dtype=dtype, device=matrix.device)
-    wider[:, :d], wider[:, d] = matrix, column
+    wider[:, :d] = matrix
+    wider[:, d] = column
     return wider
-
-
-def _plain(x: Tensor) -> bool:
-    return not HAS_MKL and x.device.type == "cpu"
 
 
 class Encode(torch.autograd.Function):
@@ -201,8 +157,9 @@ class Encode(torch.autograd.Function):
     def forward(ctx, x, shift, weight, bias, code):  # shift: [d_in], subtracted from x; or None
         x = x if shift is None else x - shift
         ctx.save_for_backward(x, weight)
-        ctx.code, ctx.shifted = code, shift is not None
-        return at_active(x, weight, code) + bias[code.latents]
+        ctx.code = code
+        ctx.shifted = shift is not None
+        return code.at_active(x, weight) + bias[code.latents]
 
     @staticmethod
     def backward(ctx, grad):
@@ -210,40 +167,7 @@ class Encode(torch.autograd.Function):
         bias = torch.zeros(ctx.code.width, dtype=grad.dtype, device=grad.device)
         bias.index_add_(0, ctx.code.latents, grad)
         shift = -(weight @ bias) if ctx.shifted else None
-        return None, shift, sum_vectors(grad, x, ctx.code).T, bias, None
-
-
-class Dense(torch.autograd.Function):
-    """The reconstruction from `values` [batch, d_sae], in whose precision its products are, and
-    each vector's sum of values times `lengths`.
-
-    `values` are relu(inputs @ weight + bias), computed before from `inputs`, which `widened` gave a
-    column of ones; gradients are as in `Encode`, none for `inputs`. In one piece, because at this
-    size each pass over `values` costs
-    a tenth to a fifth of a product: the gradient of the values is made in one place, and biases,
-    lengths and their gradients are one column more of the five products.
-    """
-
-    @staticmethod
-    def forward(ctx, inputs, weight, bias, shift, decoder, lengths, values):
-        ctx.shifted, low = shift is not None, widened(decoder, lengths, values.dtype)
-        ctx.save_for_backward(inputs, weight, low, values)
-        both = values @ low
-        return both[:, : decoder.shape[1]].to(decoder.dtype), both[:, decoder.shape[1]].to(
-            decoder.dtype
-        )
-
-    @staticmethod
-    def backward(ctx, grad, grad_sums):
-        inputs, weight, decoder, values = ctx.saved_tensors
-        low, d_in, d_out = widened(grad, grad_sums, values.dtype), len(weight), grad.shape[1]
-        inner = low @ decoder.T
-        torch.ops.aten.threshold_backward.grad_input(inner, values, 0, grad_input=inner)  # in place
-        encoder = (inner.T @ inputs)[:, : d_in + 1].to(weight.dtype)
-        decoder = (values.T @ low)[:, : d_out + 1].to(weight.dtype)
-        bias = encoder[:, d_in]
-        shift = -(weight @ bias) if ctx.shifted else None
-        return None, encoder[:, :d_in].T, bias, shift, decoder[:, :d_out], decoder[:, d_out], None
+        return None, shift, ctx.code.sum_vectors(grad, x).T, bias, None
 
 
 class Decode(torch.autograd.Function):
@@ -253,10 +177,10 @@ class Decode(torch.autograd.Function):
     def forward(ctx, values, weight, code):
         ctx.save_for_backward(values, weight)
         ctx.code = code
-        return sum_rows(values, weight, code)
+        return code.sum_rows(values, weight)
 
     @staticmethod
     def backward(ctx, grad):
         values, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        return at_active(grad, weight.T, ctx.code), sum_vectors(values, grad, ctx.code), None
+        return ctx.code.at_active(grad, weight.T), ctx.code.sum_vectors(values, grad), None

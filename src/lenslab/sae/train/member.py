@@ -1,0 +1,191 @@
+"""One SAE in training: its optimizer, what a step does, which latents are dead, what is logged.
+
+1. Loss and gradients of a batch, one step of Adam. The rate warms up, then follows a cosine to a
+   floor; a penalty warms up too.
+2. A latent is dead when it has not fired in the last `dead_after` vectors. The topk family revives
+   dead latents by AuxK at every step; the others are given new directions, those of badly
+   reconstructed vectors, once per window.
+3. NaN, Inf and a loss that runs away, at once or slowly, stop the run with an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lenslab.runtime import derive_generator
+from lenslab.sae.train.architectures import FIRST_THRESHOLD
+from lenslab.sae.train.base import SAEConfig, TrainableSAE, TrainingFailed
+
+FIRST = 1 << 15  # vectors that scale and centre are taken from
+DIVERGED = 100.0  # times the variance of the data, in one step
+LOST = 2.0  # the same, as a mean over logged steps, of a training that was better before
+KEPT = ("silent", "variance", "steps", "history")  # in a checkpoint, beside weights and optimizer
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and how fast; what an SAE is stands in its own config."""
+
+    vectors: int  # to train on, counted with repetitions
+    batch: int = 4096  # vectors per step
+    # peak rate of Adam; None: 1e-3 at 4,096 latents, and by 1 / sqrt(d_sae) (Gao, appendix A)
+    lr: float | None = None
+    warm_up: float = 0.05  # share of the steps in which the rate rises
+    floor: float = 0.1  # what the cosine ends at, as a share of the peak
+    # share of the steps after which it ends; from there on the rate stays at the floor
+    decay: float = 1.0
+    sparsity_warm_up: float = 0.1  # share of the steps in which penalties rise
+    dead_after: int = 200_000  # vectors without firing after which a latent counts as dead
+    # of resampling; the order of the vectors is the source's, first weights the SAE's
+    seed: int = 0
+    log_every: int | None = None  # steps; None: 50, in short trainings down to 10
+    checkpoint_minutes: float = 5.0  # where a folder is given
+
+    def __post_init__(self) -> None:
+        if not all(0 <= v <= 1 for v in (self.warm_up, self.decay, self.sparsity_warm_up)):
+            raise ValueError("warm_up, decay and sparsity_warm_up are shares of the steps.")
+
+    @property
+    def steps(self) -> int:
+        return int(self.vectors) // self.batch
+
+    @property
+    def row(self) -> int:
+        """Steps between two rows of the history."""
+        return self.log_every or min(50, max(10, self.steps // 20))
+
+    def rate(self, step: int) -> float:
+        """Share of the peak rate at a step."""
+        warm = max(1, round(self.warm_up * self.steps))
+        if step < warm:
+            return (step + 1) / warm
+        progress = min(1.0, (step - warm) / max(1, round(self.decay * self.steps) - warm))
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def warm(self, step: int) -> float:
+        """Share of the full penalty at a step."""
+        return min(1.0, (step + 1) / max(1, round(self.sparsity_warm_up * self.steps)))
+
+
+class Member:
+    """`described` is the SAE's configuration with all metadata that the saved one will say."""
+
+    def __init__(self, name: str, sae: TrainableSAE, config: TrainingConfig, described: SAEConfig):
+        self.name, self.sae, self.config, self.described = name, sae.train(), config, described
+        self.hook = described.metadata["hook_name"]
+        self.hook_out = described.metadata.get("hook_name_out") or self.hook
+        self.lr = config.lr or 1e-3 * math.sqrt(4096 / described.d_sae)
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=self.lr, fused=True)
+        self.silent = torch.zeros(described.d_sae, dtype=torch.long)  # [d_sae], vectors
+        self.variance = 0.0
+        self.steps: list[dict[str, float]] = []  # since the last row of the history
+        self.history: list[dict[str, float | int]] = []
+
+    @property
+    def dead(self) -> Bool[Tensor, " d_sae"]:
+        return self.silent >= self.config.dead_after
+
+    def scaled(self, vectors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(what the SAE reads, what it is to write), as its weights see them."""
+        x = self.sae.scaled(vectors[self.hook].to(self.sae.W_enc.device))
+        if self.hook_out == self.hook:
+            return x, x
+        return x, (vectors[self.hook_out].to(x.device) - self.sae.centre_out) * self.sae.scale_out
+
+    def fit(self, vectors: Mapping[str, Float[Tensor, "vector d_in"]]) -> None:
+        """Scale and centre from the first vectors."""
+        if self.sae.fitted:
+            raise ValueError(
+                f"{self.name} was trained before: build a new one, or give its folder."
+            )
+        first = {hook: value[:FIRST].to(self.sae.W_enc.device) for hook, value in vectors.items()}
+        self.sae.fit(first[self.hook], first[self.hook_out] if self.hook_out != self.hook else None)
+        target = self.scaled(first)[1]
+        self.variance = float((target - target.mean(0)).square().sum(1).mean())
+
+    def step(self, step: int, vectors: Mapping[str, Float[Tensor, "batch d_in"]]) -> None:
+        # 1. the loss, and whether it is one
+        x, target = self.scaled(vectors)
+        dead = self.dead.to(x.device) if self.sae.topk_family else None
+        losses = self.sae.loss(x, target, dead, self.config.warm(step))
+        names = ("total", "reconstruction", "sparsity", "auxiliary", "l0")
+        values = {name: float(getattr(losses, name).detach()) for name in names}
+        self.steps.append(values)
+        self.check(step, values["reconstruction"] / self.variance, DIVERGED)
+        # 2. gradients and the step
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        self.sae.before_step()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * self.config.rate(step)
+        self.optimizer.step()
+        self.sae.after_step()
+        # 3. dead latents
+        self.silent += self.config.batch
+        self.silent[losses.fired.cpu()] = 0
+        window = -(-self.config.dead_after // self.config.batch)
+        last = self.config.steps - 2 * window  # a latent needs time to grow into its direction
+        due = 0 < step < last and step % window == 0
+        if due and not self.sae.topk_family and self.dead.any():
+            self.resample(step, x, losses.error)
+
+    def check(self, step: int, fvu: float, limit: float) -> None:
+        if not fvu <= limit:  # NaN is not
+            raise TrainingFailed(f"{self.name}: FVU {fvu:.3g} at step {step}: diverged. Lower lr.")
+
+    @torch.no_grad()
+    def resample(self, step: int, x: Tensor, error: Tensor) -> None:
+        """Dead latents start anew in the directions of inputs that are reconstructed badly (drawn
+        by the square of their loss), the encoder at a fifth of the usual length, everything else as
+        at the beginning (Bricken)."""
+        latents = self.dead.nonzero().flatten()
+        weight = error.square().sum(1).double().square().cpu()
+        generator = derive_generator(self.config.seed, f"resample {step}")
+        drawn = torch.multinomial(weight, len(latents), replacement=True, generator=generator)
+        direction = torch.nn.functional.normalize(x[drawn] - self.sae.b_dec, dim=1)  # [dead, d_in]
+        alive = self.sae.W_enc[:, ~self.dead.to(x.device)]
+        length = 0.2 * (alive.norm(dim=0).mean() if alive.numel() else 1.0)
+        first = {"W_enc": length * direction, "W_dec": direction, "threshold": FIRST_THRESHOLD}
+        for name, parameter in self.sae.named_parameters():
+            if name == "b_dec":  # all others have a row (W_enc a column) for each latent
+                continue
+            moments = self.optimizer.state[parameter]
+            for tensor in (parameter, moments["exp_avg"], moments["exp_avg_sq"]):
+                value = first.get(name, 0.0) if tensor is parameter else 0.0
+                (tensor.T if name == "W_enc" else tensor)[latents] = value
+        self.silent[latents] = 0
+
+    def log(self, step: int) -> dict[str, float | int]:
+        """A row of the history: means over the steps since the one before."""
+        n = len(self.steps)
+        mean = {key: sum(values[key] for values in self.steps) / n for key in self.steps[0]}
+        self.steps = []
+        loss, reconstruction = mean.pop("total"), mean.pop("reconstruction")
+        fvu = reconstruction / self.variance
+        best = min((row["fvu"] for row in self.history), default=DIVERGED)
+        self.check(step, fvu, max(LOST, best))
+        row = {"step": step, "vectors": step * self.config.batch, "loss": loss, "fvu": fvu}
+        row |= {"mse": reconstruction / len(self.sae.b_dec), **mean, "dead": int(self.dead.sum())}
+        self.history.append(row | {"lr": self.lr * self.config.rate(step - 1)})
+        return self.history[-1]
+
+    def state(self) -> dict[str, Any]:
+        """All that a checkpoint holds; TrainingFailed where the last step has spoilt the weights:
+        the loss of the next would show it, but the checkpoint would be spoilt by then."""
+        if not all(torch.isfinite(value).all() for value in self.sae.parameters()):
+            raise TrainingFailed(f"{self.name}: weights are NaN or Inf. Lower lr.")
+        state = {"sae": self.sae.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return state | {key: getattr(self, key) for key in KEPT}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.sae.load_state_dict(state["sae"])
+        self.sae.fitted = True
+        self.optimizer.load_state_dict(state["optimizer"])
+        vars(self).update({key: state[key] for key in KEPT})
