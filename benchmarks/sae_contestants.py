@@ -216,9 +216,10 @@ def lenslab_from_stream(job: Job) -> Trained:
 
 
 def _lenslab(job: Job, source: Any, d_in: int) -> Trained:
-    from lenslab.sae.train.architectures import build_sae
-    from lenslab.sae.train.trainer import TrainingConfig, train
+    from lenslab.sae.train import TrainingConfig, build_sae, train
+    from lenslab.sae.train.sources import VectorSource
 
+    VectorSource.register(type(source))  # which nothing here can inherit from
     metadata = {"hook_name": HOOK, "model_name": MODEL}
     options = {"sparsity": job.l1} if job.architecture == "relu" else {"k": job.k}
     sae = build_sae(job.architecture, d_in, job.d_sae, seed=job.seed, metadata=metadata, **options)

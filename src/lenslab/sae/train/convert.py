@@ -21,8 +21,7 @@ from lenslab.sae.train.base import TrainableSAE
 
 # ours -> SAELens's; the others become jumprelu: batchtopk and its kin with the threshold that was
 # estimated in training
-SAVED_AS = {"relu": "standard", "topk": "topk", "gated": "gated"}
-SAVED_AS["transcoder"] = "jumprelu_transcoder"
+KINDS = {"relu": "standard", "topk": "topk", "gated": "gated", "transcoder": "jumprelu_transcoder"}
 
 
 @torch.no_grad()
@@ -50,7 +49,7 @@ def to_saelens(sae: TrainableSAE) -> SparseAutoencoder:
         "b_enc": bias * unit,
         "b_dec": sae.b_dec / sae.scale_out + sae.centre_out,
     }
-    architecture = SAVED_AS.get(config.architecture, "jumprelu")
+    architecture = KINDS.get(config.architecture, "jumprelu")
     heads = str(config.metadata.get("hook_name", "")).endswith("hook_z")
     written: dict[str, Any] = {
         "architecture": architecture,

@@ -132,8 +132,7 @@ class Member:
         self.silent[losses.fired.cpu()] = 0
         window = -(-self.config.dead_after // self.config.batch)
         last = self.config.steps - 2 * window  # a latent needs time to grow into its direction
-        due = 0 < step < last and step % window == 0
-        if due and not self.sae.topk_family and self.dead.any():
+        if not self.sae.topk_family and 0 < step < last and step % window == 0 and self.dead.any():
             self.resample(step, x, losses.error)
 
     def check(self, step: int, fvu: float, limit: float) -> None:

@@ -10,12 +10,14 @@
 3. What does not fill a batch at a pool's end is left out in that epoch.
 
 `documents()` are hashes of what the vectors come from, document by document, so that held-out data
-can be checked to be other data; `lenslab.sae.train.trainer` compares them.
+can be checked to be other data; `lenslab.sae.train.trainer` compares them. They are Python's own,
+equal within one process only.
 """
 
 from __future__ import annotations
 
 import itertools
+from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -37,7 +39,7 @@ POOL = 1 << 17  # vectors; 134 MB a hook at width 256
 RUN = 256  # rows of a tensor or a store that stay together as pools are dealt out
 
 
-class VectorSource:
+class VectorSource(ABC):  # noqa: B024 (others that deal vectors out are registered)
     """What `train` reads: units (texts, runs of rows) with sizes, dealt out by epoch.
 
     A subclass gives `_vectors(units)`, by hook, and `documents()`, a set of hashes. `widths` are by
@@ -162,6 +164,10 @@ class ModelSource(VectorSource):
 
     def _vectors(self, units: list[int]) -> dict[str, Tensor]:
         return self._computed(units) if len(units) < len(self.units) else self._whole
+
+    def pool(self, epoch: int, number: int, enough: int | None = None) -> dict[str, Tensor]:
+        again = epoch > 0 and len(self.sizes(epoch)) == 1
+        return super().pool(epoch, number, None if again else enough)
 
     @cached_property
     def _whole(self) -> dict[str, Tensor]:

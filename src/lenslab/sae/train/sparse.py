@@ -51,8 +51,7 @@ class Code:
     @property
     def owners(self) -> Int[Tensor, " active"]:
         """The vector that each active latent belongs to."""
-        vectors = torch.arange(len(self.rows) - 1, device=self.rows.device)
-        return torch.repeat_interleave(vectors, self.rows.diff())
+        return torch.repeat_interleave(self.rows.diff())
 
     @cached_property
     def transposed(self) -> tuple[Code, Int[Tensor, " active"]]:

@@ -138,10 +138,9 @@ def _check(members: list[Member], source: VectorSource, held_out: VectorSource |
         )
     if held_out is None:
         return
-    hooks = {hook for member in members for hook in (member.hook, member.hook_out)}
-    unlike = [hook for hook in hooks if held_out.widths.get(hook) != source.widths[hook]]
-    if unlike or source.metadata.get("model_key") != held_out.metadata.get("model_key"):
-        raise ValueError("Held-out vectors must be of the same hooks and model_key.")
+    keys = {data.metadata.get("model_key") for data in (source, held_out)}
+    if held_out.widths != source.widths or len(keys) > 1:
+        raise ValueError("Held-out vectors must be of the training's hooks and of its model_key.")
     documents = held_out.documents()
     shared = len(documents & source.documents())
     if shared > SHARED * len(documents):
