@@ -67,10 +67,13 @@ def train(
 ) -> dict[str, TrainingResult]:
     """Train each SAE on the same batches, in the order that the source decides.
 
-    Args: saes: by name; which hook each reads is `metadata["hook_name"]`, by default the only one
-        of the source. folder: for checkpoints; call again with it to go on after an interruption,
-        with the same SAEs or new ones of the same configuration. held_out: vectors of other texts,
-        measured at the end. log_dir: TensorBoard's, a run per SAE: what `history` holds.
+    Args:
+        saes: by name; which hook each reads is `metadata["hook_name"]`, by default the only one of
+            the source.
+        folder: for checkpoints; call again with it to go on after an interruption, with the same
+            SAEs or new ones of the same configuration.
+        held_out: vectors of other texts, measured at the end.
+        log_dir: TensorBoard's, a run per SAE: what `history` holds.
 
     Raises ValueError (widths, hooks, data that fill no batch, held-out documents among those of the
     training, a folder of another run, an SAE that was trained before), TrainingFailed.
