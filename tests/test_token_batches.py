@@ -63,7 +63,7 @@ def test_a_tokenizer_from_which_bos_is_taken_gets_none(gpt2_folder):
         setattr(other.tokenizer, name, None)
         batch = tokenize(other, "Paris")
         assert batch.real.all() and "".join(batch.strings(0)) == "Paris"
-        assert pack(other, TEXTS, length=8).real[:, 0].all()
+        assert pack(other, TEXTS, length=8).real[0, 0]
         assert generate(other, "Paris", max_new_tokens=2).startswith("Paris")
 
 
@@ -133,7 +133,7 @@ def test_bos_is_the_tokenizers_own_or_none_and_generate_reads_what_tokenize_give
         assert row_of(tokenize(model, f"{BOS}A cat")) == [0, *cat]
     assert row_of(tokenize(random_twin(model), "A cat")) == start + cat
     assert repeated_tokens(model, n=1, length=5).shape[1] == len(start) + 10
-    assert pack(model, TEXTS, length=8).real[:, 0].all() == (not start)
+    assert pack(model, TEXTS, length=8).real[:, 0].any() == (not start)
 
 
 def test_bos_can_be_left_out_or_asked_for(policy):
@@ -141,7 +141,7 @@ def test_bos_can_be_left_out_or_asked_for(policy):
     cat = ids_of(model, "A cat")
     without = tokenize(model, "A cat", bos=False)
     assert [row_of(without)] == [cat] == read_by(model, "A cat", bos=False)
-    assert without.real.all() and pack(model, TEXTS, length=8, bos=False).real[:, 0].all()
+    assert without.real.all() and pack(model, TEXTS, length=8, bos=False).real[0, 0]
     assert row_of(tokenize(model, f"{BOS}A cat", bos=False)) == [0, *cat]  # it was spelt out
     for make in (tokenize, pack, read_by):
         if start:
@@ -399,12 +399,12 @@ def test_generation_refuses_what_does_not_fit(model):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("weight", ["lm_head", "mlp.c_proj"])
+@pytest.mark.parametrize("weight", ["lm_head", "wpe"])
 def test_broken_weights_continue_nothing(gpt2_folder, weight, value, temperature):
     broken = load_model(gpt2_folder)
     parameters = broken.original_model.named_parameters(remove_duplicate=False)
     chosen = next(p for name, p in parameters if weight in name and name.endswith("weight"))
     with torch.no_grad():
-        chosen[-1, 5] = value
+        chosen[0, 5] = value
     with pytest.raises(ValueError, match="NaN or Inf"):
         generate(broken, "A cat", temperature=temperature)

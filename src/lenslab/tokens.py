@@ -71,7 +71,7 @@ class TokenBatch:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def __getitem__(self, rows: slice | Sequence[int] | Shaped[Any, " rows"]) -> TokenBatch:
+    def __getitem__(self, rows: slice | Sequence | Shaped[Any, " rows"]) -> TokenBatch:
         """The batch of some texts, by slice, by indices, or by a mask with one bool per text;
         padding and `document` are kept."""
         index = np.arange(len(self))[rows].tolist()  # as NumPy reads lists, arrays and tensors
@@ -106,7 +106,7 @@ class TokenBatch:
 
 def tokenize(
     model: TransformerBridge,
-    texts: str | Iterable[str],
+    texts: str | Iterable,
     *,
     bos: bool | None = None,
     max_length: int | None = None,
@@ -151,7 +151,7 @@ def tokenize(
 
 def pack(
     model: TransformerBridge,
-    texts: str | Iterable[str],
+    texts: str | Iterable,
     *,
     bos: bool | None = None,
     length: int | None = None,
@@ -177,7 +177,7 @@ def pack(
 
 def generate(
     model: TransformerBridge,
-    prompt: str | Iterable[str],
+    prompt: str | Iterable,
     *,
     bos: bool | None = None,
     max_new_tokens: int = 40,
@@ -236,7 +236,7 @@ def _checked_length(model: TransformerBridge, length: int, least: int) -> int:
     return length
 
 
-def _texts(texts: str | Iterable[str]) -> tuple[str, ...]:
+def _texts(texts: str | Iterable) -> tuple[str, ...]:
     """One text or several, in order. Raises TypeError for what would be read as something else."""
     if isinstance(texts, Mapping | Set) or hasattr(texts, "columns"):
         raise TypeError(f"A {type(texts).__name__} is no list of texts: give its column of texts.")
