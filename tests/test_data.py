@@ -101,6 +101,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     write(tmp_path / "mine", "a.txt", b"one")
     for source in ("~/mine", "~/mine/a.txt", Path("~/mine/a.txt")):
         assert load_texts(source) == ["one"]
+    assert hub_texts("~/mine", progress=False) == ["one"]
     assert not (tmp_path / "~").exists()
 
 

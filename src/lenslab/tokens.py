@@ -260,11 +260,11 @@ def _encode(tokenizer: Any, texts: tuple[str, ...], start: list[int]) -> list[In
         raise ValueError(f"Text {broken[0]} is not valid Unicode (half a surrogate pair).")
     bos, rows = tokenizer.bos_token if start else "", []
     with progress_bar(total=len(texts), unit="text", desc="tokenize") as bar:
-        for start in range(0, len(texts), CHUNK):
-            chunk = [text.removeprefix(bos) for text in texts[start : start + CHUNK]]
+        for first in range(0, len(texts), CHUNK):
+            chunk = [text.removeprefix(bos) for text in texts[first : first + CHUNK]]
             # not verbose: `tokenize` says itself when a text is too long
             ids = tokenizer(chunk, add_special_tokens=False, verbose=False).input_ids
-            rows += [_from_text(i, row) for i, row in enumerate(ids, start)]
+            rows += [_from_text(i, row) for i, row in enumerate(ids, first)]
             bar.update(len(chunk))
     if empty := [i for i, row in enumerate(rows) if not len(row)]:
         raise NoRealToken(f"Text {empty[0]} has no token ({len(empty)} such): leave it out.")
