@@ -4,6 +4,7 @@ named."""
 import gzip
 import json
 import socket
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -45,20 +46,74 @@ def test_documents_of_a_txt_file_end_at_a_blank_line(tmp_path, pack):
     assert load_texts(write(tmp_path, name, pack(b""))) == []
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.fixture
+def no_network(monkeypatch):
+    """A machine that thinks it is online, where every attempt to reach a server fails the test."""
+
+    def refuse(*given, **options):
+        pytest.fail("a server was asked")
+
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.delenv("HF_DATASETS_OFFLINE")
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "txt"])
+@pytest.mark.parametrize("name", ["texts[1]", "texts*", "te?ts", "d[1]/a", "te{x,y}ts", "a::b"])
 def test_a_name_that_looks_like_a_pattern_is_a_name_and_no_server_is_asked(
-    tmp_path, monkeypatch, ending
+    tmp_path, no_network, name, ending
 ):
-    for name, text in (("texts[1]", "mine"), ("texts1", "not mine")):
+    meant = name
+    for pattern, other in (("[1]", "1"), ("*", "9"), ("?", "x"), ("{x,y}", "x")):
+        meant = meant.replace(pattern, other)
+    for stem, text in ((meant, "not mine"), (name, "mine")):
+        file = tmp_path / f"{stem}.{ending}"
+        file.parent.mkdir(exist_ok=True)
         frame = pd.DataFrame({"text": [text]})
         if ending == "parquet":
-            frame.to_parquet(tmp_path / f"{name}.parquet")
+            with file.open("wb") as out:
+                frame.to_parquet(out)
         else:
-            frame.to_json(tmp_path / f"{name}.jsonl", orient="records", lines=True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
-    asked = []
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **options: asked.append(given))
-    assert load_texts(tmp_path / f"texts[1].{ending}") == ["mine"] and not asked
+            file.write_text(text if ending == "txt" else json.dumps({"text": text}))
+    assert load_texts(file) == ["mine"]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gz"])
+def test_a_byte_order_mark_is_no_text(tmp_path, pack):
+    mark, end = b"\xef\xbb\xbf", ".gz" if pack is gzip.compress else ""
+    assert load_texts(write(tmp_path, f"a.txt{end}", pack(mark + b"one\r\n\r\ntwo"))) == [
+        "one",
+        "two",
+    ]
+    assert load_texts(write(tmp_path, f"a.jsonl{end}", pack(mark + rows().encode()))) == TEXTS
+    assert load_texts(write(tmp_path, f"b.txt{end}", pack(mark))) == []
+    inside = "one\ufefftwo"
+    assert load_texts(write(tmp_path, f"c.txt{end}", pack(inside.encode()))) == [inside]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "mine", "a.txt", b"one")
+    for source in ("~/mine", "~/mine/a.txt", Path("~/mine/a.txt")):
+        assert load_texts(source) == ["one"]
+    assert hub_texts("~/mine", progress=False) == ["one"]
+    assert not (tmp_path / "~").exists()
+
+
+def test_rows_without_text_are_left_out_on_request(tmp_path):
+    lines = '{"text": "a"}\n{"other": 1}\n{"text": null}\n{"text": 3}\n["x"]\n{"text": "b"}\n'
+    file = write(tmp_path, "a.jsonl", lines.encode())
+    assert load_texts(file, skip_empty=True) == ["a", "b"]
+    assert load_texts(file, skip_empty=True, limit=1) == ["a"]
+    with pytest.raises(ValueError, match="row 1"):
+        load_texts(file)
+    with pytest.raises(ValueError, match="txet"):  # a misspelt column leaves nothing out
+        load_texts(file, column="txet", skip_empty=True)
 
 
 def test_a_folder_is_read_in_order_of_path_and_other_files_in_it_are_left_alone(tmp_path):

@@ -16,7 +16,6 @@ from lenslab.files import BUNDLED, data_path
 from lenslab.hooks import UnknownHook, check_hooks, hook_names, hook_table, stream_hook
 from lenslab.models import (
     NotAModel,
-    generate,
     load_model,
     model_key,
     model_name,
@@ -24,6 +23,7 @@ from lenslab.models import (
     random_twin,
     summarize,
 )
+from lenslab.tokens import generate
 
 TEXTS = ["The river froze early that year.", "def add(a, b):\n    return a + b", "Yes."]
 
@@ -224,25 +224,6 @@ def test_streams_add_up(model):
             mid + mlp, post, atol=1e-5
         )
         assert not torch.allclose(pre, post, atol=1e-3)
-
-
-def test_generation_is_greedy_or_seeded(model):
-    assert generate(model, "A cat", max_new_tokens=6) == generate(
-        model, "A cat", max_new_tokens=6, seed=5
-    )
-    warm = [generate(model, "A cat", max_new_tokens=12, temperature=1.0, seed=s) for s in (0, 0, 1)]
-    assert warm[0] == warm[1] != warm[2]
-    state = torch.random.get_rng_state()
-    texts = generate(model, ["A cat", "2 + 2"], max_new_tokens=3, temperature=1.0)
-    assert [t.startswith(p) for t, p in zip(texts, ["A cat", "2 + 2"], strict=True)] == [True, True]
-    assert torch.equal(state, torch.random.get_rng_state())  # global randomness is left alone
-
-
-def test_generation_refuses_what_does_not_fit(model):
-    with pytest.raises(ValueError, match="context"):
-        generate(model, "A cat", max_new_tokens=100)
-    with pytest.raises(ValueError, match="empty prompt"):
-        generate(model, " ")
 
 
 def test_a_folder_that_is_no_model(tmp_path):

@@ -13,9 +13,9 @@ from lenslab.circuits.streams import (
     token_bits,
 )
 from lenslab.features.activations import top_tokens
-from lenslab.models import generate, load_model
+from lenslab.models import load_model
 from lenslab.texts import load_probes, load_texts
-from lenslab.tokens import tokenize
+from lenslab.tokens import generate, tokenize
 
 TEXTS = ["A cat sat on the mat.", "The mat is on the cat.", "2 + 2 = 4"]
 

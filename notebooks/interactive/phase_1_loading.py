@@ -392,7 +392,7 @@ attention_map(pattern.numpy(), sample.strings(0), title=f"Head {layer}.{head}")
 # with a seed.
 
 # %%
-from lenslab.models import generate
+from lenslab.tokens import generate
 
 for prompt in ("The capital of France is", "def mean(values):\n    return", "Once upon a time"):
     print(repr(generate(model, prompt, max_new_tokens=10)))

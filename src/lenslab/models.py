@@ -281,34 +281,3 @@ def summarize(model: TransformerBridge) -> ModelSummary:
         block_parameters=int(count[table["parameter"].str.contains(r"\.\d+\.")].sum()),
         dtype=str(cfg.dtype).removeprefix("torch."),
     )
-
-
-def generate(
-    model: TransformerBridge,
-    prompt: str | list[str],
-    *,
-    max_new_tokens: int = 40,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> str | list[str]:
-    """Continue a prompt; greedy at temperature 0, else sampled from a generator seeded by `seed`.
-
-    Returns prompt and continuation, one string per prompt. Raises ValueError when the prompt and
-    the new tokens do not fit the context, or the prompt is empty; for a model in train mode.
-    """
-    check_eval(model)
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not all(text.strip() for text in prompts):
-        raise ValueError("An empty prompt: give the model at least one word to continue.")
-    encoded = model.tokenizer(prompts, add_special_tokens=False).input_ids
-    longest, context = 1 + max(map(len, encoded)), model.cfg.n_ctx  # BOS included
-    if longest + max_new_tokens > context:
-        raise ValueError(f"{longest} tokens and {max_new_tokens} new exceed the context {context}.")
-    options = dict(max_new_tokens=max_new_tokens, verbose=False, return_type="str")
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        torch.manual_seed(derive_generator(seed, "generate").initial_seed())
-        texts = [
-            model.generate(t, do_sample=temperature > 0, temperature=temperature or 1.0, **options)
-            for t in prompts
-        ]
-    return texts[0] if isinstance(prompt, str) else texts

@@ -14,13 +14,13 @@ How probe texts are made ready to be searched for features (`label_texts`):
 
 from __future__ import annotations
 
-import glob
 import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -54,26 +54,28 @@ def load_probes(name: str = "first_look") -> pd.DataFrame:
     return pd.DataFrame(list(_rows(file)))
 
 
-def load_texts(source: str | Path, *, column: str = "text", limit: int | None = None) -> list[str]:
+def load_texts(
+    source: str | Path, *, column: str = "text", limit: int | None = None, skip_empty: bool = False
+) -> list[str]:
     """Documents from files on this machine: one file, or a folder with all below it in order of
     path.
 
     Read are `.txt` (documents end at a blank line) and `.jsonl` (one object a line), both also as
     `.gz`, and `.parquet`. Empty documents are left out; with `limit` nothing is read beyond what it
-    needs.
+    needs. `skip_empty` also leaves out rows without `column` and those with something else than
+    text in it, as long as some row of the file has the column.
 
     Raises FileNotFoundError for nothing there; ValueError, naming the file, for another kind of
-    file, a row without `column` or with something else than text in it, and a file that is cut off
-    or not UTF-8.
+    file, such a row, and a file that is cut off or not UTF-8.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     files = [path]
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.is_file() and _format(f) in FORMATS)
     if not files or not files[0].exists():
         raise FileNotFoundError(f"No {', '.join(FORMATS)} file at {source}.")
-    texts = (text for file in files for text in _documents(_rows(file, column), column, file.name))
-    return list(islice(texts, limit))
+    parts = (_documents(_rows(file, column), column, file.name, skip_empty) for file in files)
+    return list(islice(chain.from_iterable(parts), limit))
 
 
 def hub_texts(
@@ -83,6 +85,7 @@ def hub_texts(
     split: str = "train",
     column: str = "text",
     limit: int | None = None,
+    skip_empty: bool = False,
     progress: bool = True,
 ) -> list[str]:
     """Documents of a data set on the hub, streamed: only what `limit` needs is downloaded.
@@ -92,6 +95,7 @@ def hub_texts(
         config: which of its configurations, e.g. `wikitext-103-raw-v1` (one paragraph or heading a
             row).
         limit: number of documents; empty rows are left out and do not count.
+        skip_empty: as in `load_texts`.
 
     A gated data set takes its token from `HF_TOKEN` or from `hf auth login`. Raises TextsNotHere
     where the hub cannot be reached or refuses; ValueError for a configuration, split or column that
@@ -100,8 +104,8 @@ def hub_texts(
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        texts = islice(_documents(rows, column, name), limit)
+        rows = datasets.load_dataset(expanduser(name), config, split=split, streaming=True)
+        texts = islice(_documents(rows, column, name, skip_empty), limit)
         about = {"total": limit, "desc": f"texts of {name}", "unit": "text"}
         return list(progress_bar(texts, progress=progress, **about))
     except (OSError, datasets.exceptions.DatasetsError) as error:  # offline, unknown, gated
@@ -135,20 +139,22 @@ def _format(file: Path) -> str:
 def _rows(file: Path, column: str = "text") -> Iterator[Any]:
     """The rows of a file; of plain text each document is one, `{column: document}`.
 
-    By hand but for parquet: `datasets` would ask a server before it reads a local file, fails where
-    a file is empty, turns dates into objects and reads ten megabytes for the first line.
+    Not by `datasets`: it takes a name for a pattern or an address, would ask a server before it
+    reads a local file, fails where a file is empty, turns dates into objects and reads ten
+    megabytes for the first line.
     """
     if (kind := _format(file)) not in FORMATS:
         raise ValueError(f"{file.name} is none of {', '.join(FORMATS)}: save its text as one.")
     try:
         if kind == ".parquet":
-            from datasets import Dataset
+            from pyarrow.parquet import ParquetFile
 
-            # the path is taken for a pattern
-            yield from Dataset.from_parquet(glob.escape(str(file)), streaming=True)
+            with ParquetFile(file) as table:
+                for batch in table.iter_batches(batch_size=1000):
+                    yield from batch.to_pylist()
             return
         opener = gzip.open if file.suffix.lower() == ".gz" else open
-        with opener(file, "rt", encoding="utf-8") as lines:
+        with opener(file, "rt", encoding="utf-8-sig") as lines:
             if kind == ".jsonl":
                 yield from (json.loads(line) for line in lines if line.strip())
             else:
@@ -158,13 +164,23 @@ def _rows(file: Path, column: str = "text") -> Iterator[Any]:
         raise ValueError(f"{file.name} is cut off, damaged or not UTF-8 ({error}).") from error
 
 
-def _documents(rows: Iterable[Any], column: str, name: str) -> Iterator[str]:
+def _documents(
+    rows: Iterable[Any], column: str, name: str, skip_empty: bool = False
+) -> Iterator[str]:
     """The text of every row that has one."""
+    wrong, named = "", False
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get(column, 0), str | None):
-            raise ValueError(f"{name}, row {number}: no text under {column!r}: {str(row)[:80]}")
-        if (row[column] or "").strip():
-            yield row[column]
+        text = row.get(column, 0) if isinstance(row, dict) else 0
+        if isinstance(text, str | None):
+            named = True
+            if (text or "").strip():
+                yield text
+            continue
+        wrong = wrong or f"{name}, row {number}: no text under {column!r}: {str(row)[:80]}"
+        if not skip_empty:
+            raise ValueError(wrong)
+    if wrong and not named:  # no such column: its name may be misspelt
+        raise ValueError(wrong)
 
 
 @dataclass(frozen=True, eq=False)
