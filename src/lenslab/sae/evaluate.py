@@ -199,10 +199,8 @@ def texts_per_pass(
     texts = texts or max(1, min(16, CELLS // cells))
     need = 4 * 4 * texts * cells  # bytes: two sets of logits and what is computed from them
     if need > MEMORY_SHARE * free_memory():
-        asked = f"{texts} texts of {length} tokens take {need / 1e9:.1f} GB at a time"
-        raise TooLargeForMemory(
-            f"{asked}: pack(model, texts, length=...), or a smaller batch_size."
-        )
+        asked = f"{texts} texts of {length} tokens at a time take {need / 1e9:.1f} GB"
+        raise TooLargeForMemory(f"{asked}: shorter windows (pack), or a smaller batch_size.")
     return texts
 
 

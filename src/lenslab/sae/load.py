@@ -23,6 +23,7 @@ import math
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -142,7 +143,7 @@ def load_sae(
     label = folder.name if sae_id is None else f"{name} {sae_id}"
     options = {"device": device or default_device(), "dtype": "float32"}
     if sae_id is None:
-        folder = next(iter(_finished(folder)), folder)
+        folder = _standing(folder)
         _check_folder(name, folder)
     else:
         registry.repository_of(name, sae_id)  # refuses pickles before they are fetched
@@ -172,11 +173,9 @@ def load_sae(
 def _check_hashes(recorded: Any, folder: Path) -> None:
     written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if recorded.config_key not in (None, config_key(written)):
-        raise NotAnSAE(
-            f"{folder.name}: {CONFIG} has not the hash of what was saved: copy it again."
-        )
+        raise NotAnSAE(f"{folder.name}: {CONFIG} has not the hash of what was saved: copy it anew.")
     if recorded.weights_sha256 not in (None, sha256_file(folder / WEIGHTS)):
-        raise NotAnSAE(f"{folder.name}: {WEIGHTS} has not its hash of {CONFIG}: copy it again.")
+        raise NotAnSAE(f"{folder.name}: {WEIGHTS} has not its hash of {CONFIG}: copy it anew.")
 
 
 def _check_folder(name: str, folder: Path) -> None:
@@ -261,13 +260,13 @@ def _replace_folder(folder: Path) -> Iterator[Path]:
     name."""
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
         raise NotAnSAE(f"{folder} holds something that is no SAE: choose another folder.")
-    temporary = folder.with_name(f".{folder.name}-new-{os.getpid()}")
-    old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
+    now = time.time_ns()  # numbers of processes come again in containers
+    temporary, old = (folder.with_name(f".{folder.name}-{what}-{now}") for what in ("new", "old"))
     try:
         temporary.mkdir(parents=True)
         yield temporary
         if folder.exists():
-            os.replace(folder, old)  # a kill from here to the next line leaves `_finished` ones
+            os.replace(folder, old)  # killed before the next line: `_standing`
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{folder.name} was not saved, what was there stays: {error}") from error
@@ -275,19 +274,19 @@ def _replace_folder(folder: Path) -> Iterator[Path]:
         if old.exists() and not folder.exists():
             os.replace(old, folder)
         shutil.rmtree(temporary, ignore_errors=True)
-    for left in (*_left_over(folder, "new"), *_left_over(folder, "old")):
+    for left in _left_over(folder, "new|old"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def _left_over(folder: Path, what: str) -> list[Path]:
-    start = f".{folder.name}-{what}-"
-    return [p for p in folder.parent.glob(".*") if p.name.removeprefix(start).isdigit()]
+    name = re.compile(rf"\.{re.escape(folder.name)}-({what})-\d+")
+    return [path for path in folder.parent.glob(".*") if name.fullmatch(path.name)]
 
 
-def _finished(folder: Path) -> list[Path]:
-    """What stands in for a folder whose saving was killed before the last renaming."""
+def _standing(folder: Path) -> Path:
+    """The folder, or where saving was killed before its last renaming what was to become it."""
     left = [] if folder.exists() else _left_over(folder, "new")
-    return [place for place in left if (place / CONFIG).is_file()]
+    return max((path for path in left if (path / CONFIG).is_file()), default=folder)
 
 
 def check_sae(sae: SparseAutoencoder, model: TransformerBridge) -> None:
