@@ -8,10 +8,11 @@ import pytest
 import torch
 from test_sae_pretrained import HOOK, shaken_folder, tiny_sae  # noqa: F401  (a fixture)
 
-from lenslab.capture import harvest
+from lenslab.capture import TooLargeForMemory, harvest
 from lenslab.circuits.interventions import splice
 from lenslab.metrics import cross_entropy
 from lenslab.models import load_model, random_twin
+from lenslab.sae import evaluate
 from lenslab.sae.controls import evaluate_null, random_sae
 from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.find import train_small_sae
@@ -263,3 +264,55 @@ def test_a_trained_sae_beats_its_random_null_on_trained_weights(shared):
 def test_a_transcoder_is_not_measured_against_its_own_input(bold, batch):
     with pytest.raises(ValueError, match="transcoder"):
         evaluate_sae(bold, tiny_sae(bold, hook_name_out="blocks.1.hook_mlp_out"), batch)
+
+
+@pytest.mark.parametrize("k", [0, -3, 49, 2.5])
+def test_a_random_sae_uses_as_many_directions_as_there_are(bold, k):
+    with pytest.raises((ValueError, TypeError), match=r"from 1 to 48|int"):
+        random_sae(tiny_sae(bold), torch.randn(9, 32), k)
+
+
+@pytest.mark.parametrize("hook", [HOOK, "blocks.2.hook_resid_post"])
+def test_a_forgotten_hook_is_not_measured_as_the_saes(bold, batch, hook):
+    bold.add_hook(hook, lambda value, hook: value * 0)
+    try:
+        with pytest.raises(ValueError, match="reset_hooks"):
+            evaluate_sae(bold, tiny_sae(bold), batch)
+    finally:
+        bold.reset_hooks()
+    assert evaluate_sae(bold, tiny_sae(bold), batch).n_texts == 4
+
+
+@pytest.mark.parametrize("cells", [1, 900, 20_000])
+def test_logits_reduced_in_pieces_give_the_same_metrics(bold, batch, cells, monkeypatch):
+    sae = tiny_sae(bold, architecture="topk")
+    whole = evaluate_sae(bold, sae, batch, batch_size=4)
+    monkeypatch.setattr(evaluate, "CELLS", cells)
+    pieces = evaluate_sae(bold, sae, batch)
+    assert without_tensors(pieces) == pytest.approx(without_tensors(whole), rel=1e-4, abs=1e-5)
+
+
+def test_a_pass_takes_fewer_texts_of_more_positions_words_or_features(bold, batch, monkeypatch):
+    cells = batch.tokens.shape[1] * bold.cfg.d_vocab
+    for texts in (1, 3, 40):
+        monkeypatch.setattr(evaluate, "CELLS", texts * cells)
+        assert evaluate.texts_per_pass(bold, batch, 48) == min(texts, 16)
+    assert evaluate.texts_per_pass(bold, batch, 20 * bold.cfg.d_vocab) == 2
+
+
+def test_what_does_not_fit_is_refused_before_the_run(bold, batch, monkeypatch):
+    monkeypatch.setattr(evaluate, "free_memory", lambda: 1000)
+    monkeypatch.setattr(evaluate, "forward", lambda *given: 1 / 0)
+    with pytest.raises(TooLargeForMemory, match="batch_size"):
+        evaluate_sae(bold, tiny_sae(bold), batch)
+
+
+def test_a_text_of_one_token_counts_among_others_and_alone_is_refused(bold, batch):
+    """Without BOS it predicts nothing: whichever texts share its pass."""
+    rows = (batch.tokens[:, 1:].clone(), batch.real[:, 1:].clone(), batch.attention[:, 1:].clone())
+    rows[1][0, 1:] = rows[2][0, 1:] = False
+    short = TokenBatch(*rows, batch.texts)
+    whole, single = (evaluate_sae(bold, tiny_sae(bold), short, batch_size=n) for n in (4, 1))
+    assert without_tensors(single) == pytest.approx(without_tensors(whole), rel=1e-4, abs=1e-5)
+    with pytest.raises(ValueError, match="nothing to predict"):
+        evaluate_sae(bold, tiny_sae(bold), short[:1])

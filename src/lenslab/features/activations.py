@@ -200,7 +200,7 @@ def encode_features(
 
     Raises as `check_sae` and `harvest`; ValueError where the SAE gives NaN or Inf.
     """
-    transform, hook = input_transform(sae, model), sae_hook(sae)
+    transform, hook = input_transform(sae, model, batch), sae_hook(sae)
     key = content_key(model_key(model), sae_key(sae), hook, batch.key)
     file = None if folder is None else Path(folder) / f"{key}.npz"
     if file is not None and file.is_file():

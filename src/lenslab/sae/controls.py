@@ -30,7 +30,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lenslab.capture import harvest
 from lenslab.hooks import hook_names
 from lenslab.runtime import derive_generator, progress_bar
-from lenslab.sae.evaluate import SAEMetrics, evaluate_sae, forward
+from lenslab.sae.evaluate import SAEMetrics, evaluate_sae, forward, texts_per_pass
 from lenslab.sae.load import SparseAutoencoder, input_transform, sae_hook
 from lenslab.tokens import TokenBatch
 
@@ -154,6 +154,10 @@ class RandomSAE:
     k: int
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.k not in range(1, len(self.directions) + 1):
+            raise ValueError(f"k is a whole number from 1 to {len(self.directions)}, not {self.k}.")
+
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         strength = torch.relu((x - self.mean) @ self.directions.T)
         top = strength.topk(self.k, dim=-1)
@@ -193,7 +197,8 @@ def evaluate_null(
     `options` go to `evaluate_sae`.
     """
     transform, hook = input_transform(sae, model), sae_hook(sae)
-    first = batch[: max(1, 4096 // batch.tokens.shape[1])]
+    fit = max(1, 4096 // batch.tokens.shape[1])
+    first = batch[: min(fit, texts_per_pass(model, batch, sae.cfg.d_sae))]
     with torch.inference_mode():
         _, value = forward(model, hook, first)
         x = transform(value)[first.real.to(value.device)]

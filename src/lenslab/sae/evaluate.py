@@ -3,7 +3,7 @@
 1. One clean and one spliced forward pass per batch: the value at the hook, its reconstruction, both
    sets of logits.
 2. Reconstruction and sparsity are accumulated over real tokens in float64 (`lenslab.metrics`), so
-   that the size of the batches changes nothing.
+   that the size of the batches changes nothing; it is chosen by what they make of a text.
 3. The value is also replaced by zero and, once it is known, by its mean over the evaluation set.
 4. Cross-entropy counts positions whose *target* is a real token; only values at real tokens are
    replaced.
@@ -14,7 +14,7 @@ A number alone says little: 2,048 random directions with the same L0 explain var
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,11 +26,14 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab import metrics
+from lenslab.capture import MEMORY_SHARE, TooLargeForMemory, free_memory
 from lenslab.files import Result
 from lenslab.models import model_name
 from lenslab.runtime import progress_bar
 from lenslab.sae.load import SparseAutoencoder, input_transform, refuse_transcoder, sae_hook
 from lenslab.tokens import TokenBatch
+
+CELLS = 2**26  # logits (or features, or attention weights of a layer) at a time: 256 MB
 
 
 @dataclass(frozen=True)
@@ -83,42 +86,51 @@ def evaluate_sae(
     batch: TokenBatch,
     *,
     name: str | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> SAEMetrics:
     """Every metric of an SAE on texts that it was not trained on. Four forward passes over `batch`.
 
     Args:
         name: what to call it in tables; default its class and hook.
+        batch_size: texts per forward pass; default and limit as `texts_per_pass` says.
 
-    Raises as `check_sae`; ValueError when no real token follows another, on NaN or Inf, and for a
-    transcoder.
+    Raises as `input_transform` and `texts_per_pass`; ValueError when no real token follows another,
+    on NaN or Inf, for a transcoder, and for a model that holds hooks.
     """
-    transform, hook = input_transform(sae, model), sae_hook(sae)
+    transform, hook = input_transform(sae, model, batch), sae_hook(sae)
     refuse_transcoder(sae)
+    check_unhooked(model)
+    batch_size = texts_per_pass(model, batch, sae.cfg.d_sae, batch_size)
+    n_predicted = int(batch.real[:, 1:].sum())
+    if not n_predicted:
+        raise ValueError("No real token follows another: there is nothing to predict.")
     error, activity = metrics.ReconstructionError(), metrics.FeatureActivity()
     squared = product = 0.0
     totals = dict.fromkeys(("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl"), 0.0)
     parts = [batch[start : start + batch_size] for start in range(0, len(batch), batch_size)]
     for part in progress_bar(parts, desc="evaluate SAE", progress=progress):
-        # 1. Clean and spliced
+        # 1. and 4. Clean and spliced
         clean, value = forward(model, hook, part)
         x = transform(value)  # [text, pos, d_in]
         features = sae.encode(x)  # [text, pos, d_sae]
         x_hat = sae.decode(features)
         spliced, _ = forward(model, hook, part, partial(transform.inverse, x_hat))
+        totals["ce_clean"] += _nats(clean, part)
+        totals["ce_spliced"] += _nats(spliced, part)
+        for span in _spans(part, clean.shape[-1]):
+            there = part.real[:, span]
+            kl = metrics.kl_divergence(clean[:, span], spliced[:, span], there.to(clean.device))
+            totals["kl"] += kl * int(there[:, 1:].sum())
+        del clean, spliced
         # 2. Reconstruction and sparsity
         real = part.real.to(x.device)
         error.update(x, x_hat, real)
         activity.update(features, real)
         squared += float(x_hat[real].double().square().sum())
         product += float((x[real].double() * x_hat[real].double()).sum())
-        # 3. and 4. Losses
-        zero, _ = forward(model, hook, part, torch.zeros_like)
-        totals["ce_clean"] += _nats(clean, part)
-        totals["ce_spliced"] += _nats(spliced, part)
-        totals["ce_zero"] += _nats(zero, part)
-        totals["kl"] += metrics.kl_divergence(clean, spliced, real) * int(real[:, 1:].sum())
+        # 3. Ablated
+        totals["ce_zero"] += _nats(forward(model, hook, part, torch.zeros_like)[0], part)
     mean = error.moments.mean.float()  # [d_in]
 
     def to_mean(value: Tensor) -> Tensor:
@@ -126,7 +138,6 @@ def evaluate_sae(
 
     for part in progress_bar(parts, desc="mean ablation", progress=progress):
         totals["ce_mean"] += _nats(forward(model, hook, part, to_mean)[0], part)
-    n_predicted = int(batch.real[:, 1:].sum())
     losses = {name: total / n_predicted for name, total in totals.items()}
     return SAEMetrics(
         sae=name or f"{type(sae).__name__} {hook}",
@@ -172,10 +183,43 @@ def forward(
     return logits, values[0]
 
 
+def check_unhooked(model: TransformerBridge) -> None:
+    """Raise ValueError for a model with hooks: what they do would be measured as the SAE's."""
+    if hooked := [name for name, point in model.hook_dict.items() if point.fwd_hooks]:
+        raise ValueError(f"{hooked[0]} has a hook: model.reset_hooks() drops what was forgotten.")
+
+
+def texts_per_pass(
+    model: TransformerBridge, batch: TokenBatch, d_sae: int, texts: int | None = None
+) -> int:
+    """At most 16 texts, so many that logits, features and attention stay small; or `texts`.
+    TooLargeForMemory where they take more than may be filled of what is free."""
+    length = batch.tokens.shape[1]
+    cells = length * max(model.cfg.d_vocab, d_sae, model.cfg.n_heads * length)  # of one text
+    texts = texts or max(1, min(16, CELLS // cells))
+    need = 4 * 4 * texts * cells  # bytes: two sets of logits and what is computed from them
+    if need > MEMORY_SHARE * free_memory():
+        asked = f"{texts} texts of {length} tokens at a time take {need / 1e9:.1f} GB"
+        raise TooLargeForMemory(f"{asked}: shorter windows (pack), or a smaller batch_size.")
+    return texts
+
+
+def _spans(batch: TokenBatch, vocabulary: int) -> Iterator[slice]:
+    """Positions in pieces that predict a real token, each from the last of the piece before on."""
+    step = max(1, CELLS // vocabulary)
+    for start in range(0, batch.tokens.shape[1] - 1, step):
+        if bool(batch.real[:, start + 1 : start + step + 1].any()):
+            yield slice(start, start + step + 1)
+
+
 def _nats(logits: Tensor, batch: TokenBatch) -> float:
     """Summed loss over the positions that predict a real token."""
     tokens, real = batch.tokens.to(logits.device), batch.real.to(logits.device)
-    return float(metrics.next_token_nats(logits, tokens, real).double().sum())
+    total = 0.0
+    for span in _spans(batch, logits.shape[-1]):
+        nats = metrics.next_token_nats(logits[:, span], tokens[:, span], real[:, span])
+        total += float(nats.double().sum())
+    return total
 
 
 def _recovered(losses: dict[str, float], ablation: str) -> float | None:

@@ -36,6 +36,8 @@ from lenslab.tokens import TokenBatch, pack
 
 TRAIN_BATCH = 2048  # vectors per step
 
+WINDOW = 1024  # tokens, at most: attention and logits of a longer one fill the memory
+
 LR = 6e-3  # at a few hundred steps 3e-3 leaves a tenth more variance unexplained (tinystories-656k)
 
 SHOWN = ("l0", "variance_explained", "ce_difference", "ce_recovered_zero", "dead", "dense")
@@ -74,7 +76,7 @@ def find_sae(
             check_sae(found.sae, model)
             if sae_hook(found.sae) in hooks:
                 return found
-    batch = pack(model, sampled_text(documents))
+    batch = pack(model, sampled_text(documents), length=min(WINDOW, model.cfg.n_ctx))
     sae = train_small_sae(model, hooks[0], batch, steps=steps)
     origin = f"none at hand: a small one trained just now, {steps} steps on {batch.n_real:,} tokens"
     return FoundSAE(sae, f"small SAE of {model_name(model)}", origin)

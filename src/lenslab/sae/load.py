@@ -5,7 +5,7 @@ An SAE says where it reads (`hook_name`), which model it was made for (`model_na
 model was processed (`model_from_pretrained_kwargs`). Encoding the activations of another hook gives
 numbers that look like features and mean nothing, so nothing here guesses:
 1. `load_sae` opens a bundled SAE, a local folder or a release of the hub, and refuses one without a
-   hook;
+   hook or with a field that would be ignored (`lenslab.sae.fields`);
 2. `check_sae` compares hook, width and model with the model at hand, and names both sides of a
    mismatch;
 3. `input_transform` gives what the SAE was trained on from what the unprocessed model computes, and
@@ -23,6 +23,7 @@ import math
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,19 +44,25 @@ from lenslab.hooks import check_hooks, hook_names
 from lenslab.models import check_eval, model_key, model_name
 from lenslab.runtime import default_device
 from lenslab.sae import registry
+from lenslab.sae.fields import check_scaling, checked_reader, config_key, remember_norms
 from lenslab.sae.registry import COMMAND, NotAnSAE, SAENotHere, plain_name
+from lenslab.tokens import TokenBatch
 
 WEIGHTS, CONFIG, CARD = "sae_weights.safetensors", "cfg.json", "card.json"
 
 # What SAELens raises for weights that are cut off, or that do not fit their config
 UNREADABLE = (SafetensorError, BadZipFile, EOFError, KeyError, RuntimeError, TypeError, ValueError)
 
-RESIDUAL = re.compile(r"(hook_resid_(pre|mid|post)|hook_attn_out|hook_mlp_out|hook_(pos_)?embed)$")
+# The stream and what is written to it, under TransformerLens's older and newer names
+RESIDUAL = r"hook_(resid_(pre|mid|post)|attn_out|mlp_out|(pos_)?embed)$"
+RESIDUAL = re.compile(RESIDUAL + r"|blocks\.\d+\.(hook_in|((attn|mlp)\.)?hook_out)$")
 
 # Processing that changes no value at the hooks of SAEs (weights of norms, a constant in the logits)
 # and arguments that only say how to load
 UNCHANGED = {"fold_ln", "center_unembed"}
-LOADING = {"dtype", "torch_dtype", "device", "device_map", "n_devices", "cache_dir"}
+LOADING = {"dtype", "torch_dtype", "device", "device_map", "n_devices", "move_to_device", "n_ctx"}
+LOADING |= {"cache_dir", "local_files_only", "token", "trust_remote_code", "attn_implementation"}
+LOADING |= {"low_cpu_mem_usage", "use_safetensors", "default_padding_side"}
 
 # Processing that changes q, k, v and z, not what is written to the residual stream
 VALUE_BIASES = {"fold_value_biases", "refactor_factored_attn_matrices"}
@@ -88,14 +95,17 @@ def sae_hook(sae: SparseAutoencoder) -> str:
 def refuse_transcoder(sae: SparseAutoencoder) -> None:
     """Raise ValueError for an SAE whose output has no place at the hook that it reads."""
     written = getattr(sae.cfg.metadata, "hook_name_out", None)
-    if written not in (None, sae_hook(sae)):
+    if written not in (None, sae_hook(sae)) or hasattr(sae.cfg, "d_out"):
         raise ValueError(f"A transcoder ({sae_hook(sae)} -> {written}) has no place to splice.")
 
 
 def neuronpedia_link(sae: SparseAutoencoder, index: int) -> str | None:
-    """The page of one latent, or None where the SAE has none."""
+    """The page of one latent, or None where the SAE has none. ValueError for a latent that it has
+    not."""
+    if index not in range(sae.cfg.d_sae):
+        raise ValueError(f"Latent {index} is not one of 0 to {sae.cfg.d_sae - 1}.")
     page = sae.cfg.metadata.neuronpedia_id
-    return f"https://www.neuronpedia.org/{page}/{index}" if page else None
+    return f"https://www.neuronpedia.org/{page}/{int(index)}" if page else None
 
 
 def bundled_saes(model: TransformerBridge | None = None) -> list[str]:
@@ -118,9 +128,13 @@ def load_sae(
             `sae_id`, a release of the hub (`list_releases()`) or a hub repository `user/name`.
         sae_id: which SAE of the release, usually its hook.
 
+    Warns where the decoder's rows are of several lengths: activations of two features then compare
+    only after `sae.fold_W_dec_norm()`, which puts the lengths into the activations.
+
     Raises SAENotHere where there is nothing of that name here and the hub cannot be reached, with
-    the command to run; NotAnSAE for a pickle, a cut-off file, weights that do not fit the config,
-    hold NaN or do not match their recorded hash, and metadata without a hook.
+    the command to run; NotAnSAE for a pickle, a cut-off file, weights that do not fit the config or
+    hold NaN, files that are not what was saved (by their hashes), metadata without a hook, and
+    fields of the config that would be ignored.
     """
     from sae_lens import SAE
 
@@ -129,26 +143,39 @@ def load_sae(
     label = folder.name if sae_id is None else f"{name} {sae_id}"
     options = {"device": device or default_device(), "dtype": "float32"}
     if sae_id is None:
+        folder = _standing(folder)
         _check_folder(name, folder)
     else:
         registry.repository_of(name, sae_id)  # refuses pickles before they are fetched
     try:
         with warnings.catch_warnings():  # the processing it warns of is applied by input_transform
             warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretr")
+            options["converter"] = checked_reader(None if sae_id is None else name)
             if sae_id is None:
                 sae = SAE.load_from_disk(folder, **options)
             else:
                 sae = SAE.from_pretrained(name, sae_id, **options)
     except UNREADABLE as error:
-        why = f"weights are cut off, or do not fit {CONFIG} ({type(error).__name__}: {error})"
-        raise NotAnSAE(f"{label}: {why}") from error
+        why = f"is cut off, or does not fit its {CONFIG} ({type(error).__name__}: {error})"
+        raise NotAnSAE(f"{label} {why}") from error
     except OSError as error:  # as all errors of the hub are
         command = f"HF_HUB_OFFLINE=0 {COMMAND} download {label}"
         raise SAENotHere(f"{label} is not in the cache. Online, run: {command}\n{error}") from error
-    recorded = sae.cfg.metadata.weights_sha256
-    if sae_id is None and recorded and recorded != sha256_file(folder / WEIGHTS):
-        raise NotAnSAE(f"{label}: {WEIGHTS} has not the hash that {CONFIG} records: copy it again.")
+    if sae_id is None:
+        _check_hashes(sae.cfg.metadata, folder)
+    norms = sae.W_dec.norm(dim=1)
+    if float(norms.max()) > 1.05 * float(norms.min()):
+        several = f"Decoder rows of {label} are {norms.min():.2g} to {norms.max():.2g} long"
+        warnings.warn(f"{several}: to compare features, sae.fold_W_dec_norm().", stacklevel=2)
     return finish(sae, label)
+
+
+def _check_hashes(recorded: Any, folder: Path) -> None:
+    written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if recorded.config_key not in (None, config_key(written)):
+        raise NotAnSAE(f"{folder.name}: {CONFIG} has not the hash of what was saved: copy it anew.")
+    if recorded.weights_sha256 not in (None, sha256_file(folder / WEIGHTS)):
+        raise NotAnSAE(f"{folder.name}: {WEIGHTS} has not its hash of {CONFIG}: copy it anew.")
 
 
 def _check_folder(name: str, folder: Path) -> None:
@@ -163,16 +190,22 @@ def _check_folder(name: str, folder: Path) -> None:
 
 
 def finish(sae: Any, label: str) -> SparseAutoencoder:
-    """What every loaded SAE goes through: refused without a hook or with NaN; eval mode, no
-    gradients."""
+    """What every loaded SAE goes through: refused without a hook, with NaN, or as by
+    `check_scaling`; eval mode, no gradients."""
     sae_hook(sae)
-    for name, value in sae.state_dict().items():
+    check_scaling(sae.cfg)
+    _check_finite(sae.state_dict(), label)
+    for name in ("weights_sha256", "config_key"):  # of that file, not of what is made of this
+        vars(sae.cfg.metadata).pop(name, None)
+    sae.turn_off_forward_pass_hook_z_reshaping()  # input_transform joins the heads
+    remember_norms(sae)
+    return sae.eval().requires_grad_(False)
+
+
+def _check_finite(weights: dict[str, Tensor], label: str) -> None:
+    for name, value in weights.items():
         if not torch.isfinite(value).all():
             raise NotAnSAE(f"{label}: {name} holds NaN or Inf: damaged, or its training diverged.")
-    # True of that file, not of what is made from this object
-    vars(sae.cfg.metadata).pop("weights_sha256", None)
-    sae.turn_off_forward_pass_hook_z_reshaping()  # input_transform joins the heads
-    return sae.eval().requires_grad_(False)
 
 
 def save_sae(
@@ -190,7 +223,9 @@ def save_sae(
         card: saved beside as card.json: what was measured, on what.
 
     Raises NotAnSAE for an SAE without hook or model name: whoever loads it could not know what to
-    feed it. TypeError for what is still in training form.
+    feed it; for weights that are NaN, or become so in `dtype`. TypeError for what is still in
+    training form and for a dtype of integers. OSError on a full disk. After any of these, and after
+    a kill at any moment, what was there or what is new loads from `folder`.
     """
     from sae_lens import SAE, TrainingSAE, __version__
 
@@ -198,20 +233,24 @@ def save_sae(
         raise TypeError(f"A {type(sae).__name__}: give the `.sae` of what `train` returns.")
     if not (sae_hook(sae) and sae.cfg.metadata.model_name):
         raise NotAnSAE("This SAE does not say which model it reads: set cfg.metadata.model_name.")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"{dtype} would cut the weights to integers: take torch.bfloat16.")
     weights = dict(sae.state_dict())
     sae.process_state_dict_for_saving(weights)
     for name, value in weights.items():
         weights[name] = value.detach().to("cpu", dtype or value.dtype).contiguous()
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
+    _check_finite(weights, folder.name)
     with _replace_folder(folder) as temporary:
+        if card is not None:
+            write_json(temporary / CARD, card)
         save_file(weights, temporary / WEIGHTS)
         digest = sha256_file(temporary / WEIGHTS)
         config = sae.cfg.to_dict() | {"device": "cpu"}
         # Without a version of 6 or later SAELens drops the metadata on loading
         config["metadata"] |= {"sae_lens_version": __version__, "weights_sha256": digest}
-        write_json(temporary / CONFIG, config)
-        if card is not None:
-            write_json(temporary / CARD, card)
+        config["metadata"]["config_key"] = config_key(config)
+        write_json(temporary / CONFIG, config)  # the last: a folder that has it is whole
     return folder
 
 
@@ -221,17 +260,33 @@ def _replace_folder(folder: Path) -> Iterator[Path]:
     name."""
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
         raise NotAnSAE(f"{folder} holds something that is no SAE: choose another folder.")
-    temporary = folder.with_name(f".{os.getpid()}-new-{folder.name}")
-    old = folder.with_name(f".{os.getpid()}-old-{folder.name}")
-    temporary.mkdir(parents=True)
+    now = time.time_ns()  # numbers of processes come again in containers
+    temporary, old = (folder.with_name(f".{folder.name}-{what}-{now}") for what in ("new", "old"))
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         if folder.exists():
-            os.replace(folder, old)
+            os.replace(folder, old)  # killed before the next line: `_standing`
         os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder.name} was not saved, what was there stays: {error}") from error
     finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    for left in _left_over(folder, "new|old"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _left_over(folder: Path, what: str) -> list[Path]:
+    name = re.compile(rf"\.{re.escape(folder.name)}-({what})-\d+")
+    return [path for path in folder.parent.glob(".*") if name.fullmatch(path.name)]
+
+
+def _standing(folder: Path) -> Path:
+    """The folder, or where saving was killed before its last renaming what was to become it."""
+    left = [] if folder.exists() else _left_over(folder, "new")
+    return max((path for path in left if (path / CONFIG).is_file()), default=folder)
 
 
 def check_sae(sae: SparseAutoencoder, model: TransformerBridge) -> None:
@@ -239,22 +294,31 @@ def check_sae(sae: SparseAutoencoder, model: TransformerBridge) -> None:
 
     SAEMismatch for another model (by name, or by weights where the SAE recorded them), another
     width, and processing that cannot be expressed; UnknownHook for a hook the model has not;
-    ValueError for a model in train mode.
+    ValueError for a model in train mode and as `check_scaling`. The message for another model says
+    how to use the SAE on it all the same, as on a fine-tune of its own. Warns where the model is in
+    another dtype than the one that the SAE was trained on, for then weights are not compared.
     """
     hook, given = sae_hook(sae), model_name(model)
-    made_for = sae.cfg.metadata.model_name
-    if made_for and plain_name(made_for) != plain_name(given):
-        raise SAEMismatch(f"The SAE was made for {made_for}, the model is {given}: load that one.")
+    check_scaling(sae.cfg)
+    about = sae.cfg.metadata
+    if about.model_name and plain_name(about.model_name) != plain_name(given):
+        raise SAEMismatch(
+            f"The SAE was made for {about.model_name}, the model is {given}: load it; for its "
+            f"fine-tune or copy, say so: sae.cfg.metadata.model_name = {given!r}."
+        )
     check_hooks(model, [hook])
     shape = hook_names(model)[hook]  # of one text of two tokens
     if shape[:2] != (1, 2) or math.prod(shape[2:]) != sae.cfg.d_in:
         raise SAEMismatch(f"The SAE has width {sae.cfg.d_in}, {hook} of {given} gives {shape[2:]}.")
     # The twin that stands in for whole notebooks must be read by the model's SAE: that is what it
     # is the control of
-    recorded = None if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else sae.cfg.metadata.model_key
-    if recorded and model.cfg.dtype == torch.float32 and recorded != model_key(model):
-        weights = f"weights {recorded}, this {given} has {model_key(model)}, other or processed"
-        raise SAEMismatch(f"The SAE was trained on {weights}: load the model that was meant.")
+    recorded = None if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else about.model_key
+    if recorded and recorded != model_key(model):
+        trained = f"The SAE was trained on weights {recorded}, this {given} has {model_key(model)}"
+        if model.cfg.dtype == torch.float32:
+            meant = "load the model that was meant; for its fine-tune, sae.cfg.metadata.model_key"
+            raise SAEMismatch(f"{trained}, other or processed: {meant} = None.")
+        warnings.warn(f"{trained} in {model.cfg.dtype}: not compared.", stacklevel=3)
     check_eval(model)
     _centred(sae, model)
 
@@ -290,7 +354,10 @@ class InputTransform:
     width: tuple[int, ...]
 
     def __call__(self, value: Float[Tensor, "*axes"]) -> Float[Tensor, "... d_in"]:
-        """`[.., *width]` -> `[.., d_in]`."""
+        """`[.., *width]` -> `[.., d_in]`. SAEMismatch for other axes, ValueError for integers."""
+        if value.shape[-len(self.width) :] != self.width:
+            raise SAEMismatch(f"{tuple(value.shape)} does not end in {self.width}, as at the hook.")
+        _check_vectors(value)
         x = value.flatten(-len(self.width))
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
@@ -304,17 +371,27 @@ class InputTransform:
         return x.reshape(value.shape).to(value.dtype)
 
 
-def input_transform(sae: SparseAutoencoder, model: TransformerBridge) -> InputTransform:
-    """What the SAE was trained on from what this model computes. Raises as `check_sae`."""
+def input_transform(
+    sae: SparseAutoencoder, model: TransformerBridge, batch: TokenBatch | None = None
+) -> InputTransform:
+    """What the SAE was trained on from what this model computes. Raises as `check_sae`; SAEMismatch
+    for an SAE that was trained without BOS, where the texts of `batch` begin with one."""
     check_sae(sae, model)
+    if batch is not None and sae.cfg.metadata.prepend_bos is False:
+        first = batch.attention.int().argmax(1, keepdim=True)  # of each text
+        if not bool(batch.real.gather(1, first).any()):
+            raise SAEMismatch("The SAE was trained without BOS: tokenize(model, texts, bos=False).")
     return InputTransform(centred=_centred(sae, model), width=hook_names(model)[sae_hook(sae)][2:])
 
 
 def sae_key(sae: SparseAutoencoder) -> str:
-    """Content key of an SAE: every tensor that it holds, and numbers such as the k of a TopK."""
+    """Content key of what an SAE computes: every tensor that it holds, every field of its config,
+    and the processing of its input. Where it reads is the hook's name, a key of its own."""
     held = sae.state_dict() if isinstance(sae, torch.nn.Module) else vars(sae)
     settings = {**vars(sae.cfg), **held, "device": None}
     settings = {k: v for k, v in settings.items() if isinstance(v, int | float | str | bool)}
+    if processing := sae.cfg.metadata.model_from_pretrained_kwargs:
+        settings["processing"] = processing
     tensors = []
     for name, value in sorted(held.items()):
         if isinstance(value, Tensor):
@@ -323,10 +400,16 @@ def sae_key(sae: SparseAutoencoder) -> str:
     return content_key(type(sae).__name__, settings, *tensors)
 
 
+def _check_vectors(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"An SAE reads activations, not {x.dtype}: are these tokens or a mask?")
+
+
 @torch.inference_mode()
 def encode(sae: SparseAutoencoder, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_sae"]:
     """`sae.encode` on the SAE's device and dtype, back on the CPU in float32. ValueError on NaN and
-    Inf."""
+    Inf, and on integers."""
+    _check_vectors(x)
     own = next(iter(sae.parameters()), None) if isinstance(sae, torch.nn.Module) else None
     features = sae.encode(x if own is None else x.to(own.device, own.dtype)).float().cpu()
     if not bool(features.isfinite().all()):
