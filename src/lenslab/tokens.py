@@ -27,6 +27,7 @@ from lenslab.files import content_key
 from lenslab.runtime import progress_bar
 
 CHUNK = 1000  # texts tokenised at a time
+WINDOW = 1024  # of `pack` at most: attention costs the square of it, and contexts grow to a million
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, often of a string that was cut
 
 
@@ -146,12 +147,14 @@ def pack(
     """Documents joined by EOS and cut into windows that start with BOS: text for training and
     evaluation.
 
-    `length` is that of a window, BOS included (default the context). A document may go on in the
-    next window; `document` of the result says of every token which one it is from. Nothing is
-    dropped: the last window may be shorter, padded on the right. Documents that give no token are
-    refused, as in `tokenize`. Raises as `tokenize`.
+    `length` is that of a window, BOS included (default the context, 1,024 at most). A document may
+    go on in the next window; `document` of the result says of every token which one it is from.
+    Nothing is dropped: the last window may be shorter, padded on the right. Documents that give no
+    token are refused, as in `tokenize`. Raises as `tokenize`.
     """
     tokenizer, eos = model.tokenizer, model.tokenizer.eos_token_id
+    if length is None:
+        length = min(WINDOW, model.cfg.n_ctx)
     room = _checked_length(model, length) - len(bos_ids(tokenizer))
     end = bos_ids(tokenizer) if eos is None else [eos]
     texts = (texts,) if isinstance(texts, str) else tuple(texts)
