@@ -1,14 +1,22 @@
 """TokenBatch and harvest: what counts as a token, and that what is harvested is what the model
 computed."""
 
+import inspect
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
+from conftest import make_tokenizer
 
 from lenslab import capture
-from lenslab.capture import BadActivations, TooLargeForMemory, harvest
-from lenslab.hooks import UnknownHook, hook_names, stream_hook
+from lenslab.capture import BadActivations, TooLargeForMemory, harvest, texts_per_pass
+from lenslab.hooks import UnknownHook, check_unhooked, hook_names, stream_hook
 from lenslab.models import load_model
-from lenslab.tokens import tokenize
+from lenslab.store import ActivationStore
+from lenslab.tokens import TokenBatch, pack, tokenize
 
 TEXTS = ["A cat sat on the mat.", "def add(a, b):", "Paris", "2 + 2 = 4, they say, and so it is."]
 
@@ -148,7 +156,7 @@ def test_edits_in_force_are_seen(model):
     hook = stream_hook(model, 1)
     batch = tokenize(model, TEXTS)
     with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda t, hook: t * 0)]):
-        edited = harvest(model, batch, hook, compute="float32")[hook]
+        edited = harvest(model, batch, hook, compute="float32", edited=True)[hook]
     assert not torch.allclose(
         edited, harvest(model, batch, hook, compute="float32")[hook], atol=1e-3
     )
@@ -206,7 +214,7 @@ def test_the_run_stops_after_the_last_block_needed(model):
     for hook, seen in expected.items():
         ran.clear()
         with model.hooks(fwd_hooks=watch):
-            harvest(model, batch, hook)
+            harvest(model, batch, hook, edited=True)
         assert ran == seen, hook
 
 
@@ -273,7 +281,7 @@ def test_nan_and_inf_are_refused_by_hook_and_text(model, value):
         BadActivations, match=rf"blocks\.0\.hook_resid_post of text {longest}\."
     )
     with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", spoil)]), refused:
-        harvest(model, batch, stream_hook(model, 0))
+        harvest(model, batch, stream_hook(model, 0), edited=True)
     assert not any(point.has_hooks() for point in model.hook_dict.values())
 
 
@@ -281,18 +289,89 @@ def test_values_too_large_for_float16_are_refused(model):
     batch = tokenize(model, TEXTS)
     with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda t, hook: t * 0 + 1e5)]):
         with pytest.raises(BadActivations, match="float16"):
-            harvest(model, batch, stream_hook(model, 0), dtype=torch.float16)
-        assert harvest(model, batch, stream_hook(model, 0))[stream_hook(model, 0)].max() > 65_504
+            harvest(model, batch, stream_hook(model, 0), dtype=torch.float16, edited=True)
+        large = harvest(model, batch, stream_hook(model, 0), edited=True)
+        assert large[stream_hook(model, 0)].max() > 65_504
+
+
+# Harvest: memory
+
+
+def long_model(tmp_path, *, positions=8192, vocabulary=300):
+    """A model of a long context or a large vocabulary, with few weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    make_tokenizer(tmp_path)
+    sizes = dict(n_positions=positions, vocab_size=vocabulary, n_embd=8, n_layer=1, n_head=2)
+    GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=1, **sizes)).save_pretrained(tmp_path)
+    return load_model(str(tmp_path), device="cpu")
+
+
+def never(*args, **kwargs):
+    pytest.fail("the model was run")
 
 
 def test_more_than_the_memory_is_refused_before_the_run(model, monkeypatch):
-    batch = tokenize(model, TEXTS)
-    need = batch.tokens.numel() * 32 * 4
-    monkeypatch.setattr(capture, "free_memory", lambda: 2 * need - 2)
+    batch, hook = tokenize(model, TEXTS), stream_hook(model, 0)
+    held = batch.tokens.numel() * 32 * 4
+    monkeypatch.setattr(capture, "free_memory", lambda *device: 2 * held - 2)
     with pytest.raises(TooLargeForMemory, match=r"store=ActivationStore\.open"):
-        harvest(model, batch, stream_hook(model, 0))
-    monkeypatch.setattr(capture, "free_memory", lambda: 2 * need + 2)
-    harvest(model, batch, stream_hook(model, 0))
+        harvest(model, batch, hook)
+    with pytest.raises(TooLargeForMemory, match="shorter windows"):  # a pass needs something, too
+        monkeypatch.setattr(capture, "free_memory", lambda *device: 2 * held + 2)
+        harvest(model, batch, hook)
+    monkeypatch.setattr(capture, "free_memory", lambda *device: 20 * held)
+    harvest(model, batch, hook)
+
+
+def test_a_shard_too_large_for_the_memory_is_refused_before_the_run(model, monkeypatch, tmp_path):
+    batch, hook = tokenize(model, TEXTS), stream_hook(model, 0)
+    store = ActivationStore.open(model, batch, hook, folder=tmp_path, texts_per_shard=4)
+    monkeypatch.setattr(capture, "free_memory", lambda *device: batch.tokens.numel() * 32 * 2)
+    with pytest.raises(TooLargeForMemory, match="texts_per_shard"):
+        harvest(model, batch, hook, store=store)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_attention_of_one_long_text_is_refused_before_the_run(tmp_path, monkeypatch, stored):
+    """W: 61,067 tokens in one window; the process was killed."""
+    long = long_model(tmp_path / "model")
+    batch = pack(long, "ab" * 3000, length=6001)
+    hook = stream_hook(long, 0)
+    store = ActivationStore.open(long, batch, hook, folder=tmp_path / "s") if stored else None
+    monkeypatch.setattr(capture, "free_memory", lambda *device: 1 << 30)
+    monkeypatch.setattr(capture, "_run", never)
+    with pytest.raises(TooLargeForMemory, match="shorter windows"):
+        harvest(long, batch, hook, store=store)
+
+
+def test_passes_are_smaller_where_attention_or_logits_are_large(tmp_path, monkeypatch):
+    long, wide = (
+        long_model(tmp_path / "long"),
+        long_model(tmp_path / "wide", positions=64, vocabulary=200_000),
+    )
+    hook = "blocks.0.hook_resid_post"
+    batch = pack(long, "ab" * 4000, length=400)
+    few = batch[: len(batch)]
+    monkeypatch.setattr(capture, "free_memory", lambda *device: 1 << 40)
+    scores = 4 * 4 * 2 * 400**2  # copies, bytes, heads, positions squared
+    monkeypatch.setattr(capture, "PASS_BYTES", 3.5 * scores)
+    assert texts_per_pass(long, few, [hook]) == texts_per_pass(long, few, limit=3) == 3
+    ran = []
+    with long.hooks(fwd_hooks=[("hook_embed", lambda t, hook: ran.append(len(t)))]):
+        harvest(long, few, hook, edited=True)
+    assert max(ran) == 3 and sum(ran) == len(few)
+    sixty = tokenize(wide, ["ab" * 25] * 4)
+    monkeypatch.setattr(capture, "PASS_BYTES", 2.5 * 4 * 4 * 200_000 * sixty.tokens.shape[1])
+    assert texts_per_pass(wide, sixty) == 2, "logits"
+    assert texts_per_pass(wide, sixty, [hook]) == 16, "the run stops before the logits"
+    assert texts_per_pass(wide, sixty, ["ln_final.hook_out"]) < 3
+
+
+def test_windows_are_of_1024_tokens_where_the_context_is_longer(tmp_path):
+    long = long_model(tmp_path)
+    assert pack(long, "ab" * 3000).tokens.shape[1] == 1024
+    assert pack(long, "ab" * 3000, length=2000).tokens.shape[1] == 2000
 
 
 def test_free_memory_is_read_from_this_machine():
@@ -305,3 +384,153 @@ def test_wrong_settings_are_refused(model):
         harvest(model, batch, stream_hook(model, 0), compute="float16")
     with pytest.raises(ValueError, match="left"):
         tokenize(model, TEXTS, pad_side="both")
+
+
+# Harvest: hooks of others
+
+
+def forget_hook(model):
+    model.add_hook("blocks.0.hook_mlp_out", lambda value, hook: value * 0)
+
+
+def forget_permanent_hook(model):
+    model.add_hook("blocks.0.hook_mlp_out", lambda value, hook: value * 0, is_permanent=True)
+
+
+def forget_watching_hook(model):
+    model.add_hook("blocks.0.mlp.hook_out", partial(lambda seen, value, hook: None, []))
+
+
+def forget_torch_hook(model):
+    return model.blocks[0].mlp.register_forward_hook(lambda module, inputs, output: output * 0)
+
+
+def forget_torch_hook_inside(model):
+    inside = model.original_model.get_submodule("transformer.h.0.mlp.c_fc")
+    return inside.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0,))
+
+
+@pytest.mark.parametrize(
+    "forget",
+    [
+        forget_hook,
+        forget_permanent_hook,
+        forget_watching_hook,
+        forget_torch_hook,
+        forget_torch_hook_inside,
+    ],
+)
+def test_a_forgotten_hook_is_named_unless_the_caller_says_so(model, forget, tmp_path):
+    batch, hook = tokenize(model, TEXTS), stream_hook(model, 1)
+    harvest(model, batch, hook)  # the libraries' own hooks are there from the first run on
+    store = ActivationStore.open(model, batch, hook, folder=tmp_path)
+    handle = forget(model)
+    try:
+        for options in ({}, {"store": store}, {"store": store, "edited": True}):
+            with pytest.raises(ValueError, match=r"blocks\.0\.(hook_)?mlp.* has a hook"):
+                harvest(model, batch, hook, **options)
+        harvest(model, batch, hook, edited=True)
+    finally:
+        model.reset_hooks(including_permanent=True)
+        if handle:
+            handle.remove()
+    harvest(model, batch, hook)
+
+
+def test_hooks_of_the_libraries_and_backward_hooks_are_none(any_model):
+    batch = tokenize(any_model, TEXTS)
+    with torch.inference_mode():
+        any_model(batch.tokens)
+    check_unhooked(any_model)
+    handle = any_model.blocks[0].register_full_backward_hook(lambda *_: None)
+    check_unhooked(any_model)
+    handle.remove()
+
+
+def test_hooks_are_gone_after_an_error_inside(model):
+    with (
+        pytest.raises(ZeroDivisionError),
+        model.hooks(fwd_hooks=[("hook_embed", lambda t, hook: 1 / 0)]),
+    ):
+        harvest(model, tokenize(model, TEXTS), stream_hook(model, 0), edited=True)
+    check_unhooked(model)
+
+
+# Harvest: batches that are not of this model, and quiet misuse
+
+
+def test_a_batch_of_another_tokenizer_is_refused_before_the_run(model, llama_folder, tmp_path):
+    hook, batch = stream_hook(model, 0), tokenize(model, TEXTS)
+    beyond, negative = batch.tokens.clone(), batch.tokens.clone()
+    beyond[1, 2], negative[1, 2] = model.cfg.d_vocab, -1
+    for tokens in (beyond, negative):
+        with pytest.raises(ValueError, match="Ids"):
+            harvest(model, replace(batch, tokens=tokens), hook)
+    shutil.copytree(llama_folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
+    other = tokenize(load_model(str(tmp_path), device="cpu"), TEXTS)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        harvest(model, other, hook)
+    same = tokenize(load_model(str(llama_folder), device="cpu"), TEXTS)
+    assert same.tokenizer is not model.tokenizer
+    harvest(model, same, hook)
+    harvest(model, replace(batch, tokenizer=None), hook)
+
+
+def test_texts_beyond_the_context_are_refused(llama):
+    """Rotary positions would go on in silence."""
+    tokens = torch.full((1, 65), 5)
+    real = torch.ones(1, 65, dtype=torch.bool)
+    batch = TokenBatch(tokens=tokens, real=real, attention=real, texts=("a",))
+    with pytest.raises(ValueError, match="context 64"):
+        harvest(llama, batch, stream_hook(llama, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_dtypes_that_cut_values_off_are_refused(model, dtype, tmp_path):
+    batch, hook = tokenize(model, TEXTS), stream_hook(model, 0)
+    with pytest.raises(ValueError, match="floating-point"):
+        harvest(model, batch, hook, dtype=dtype)
+    with pytest.raises(ValueError, match="floating-point"):
+        ActivationStore.open(model, batch, hook, dtype=dtype, folder=tmp_path)
+
+
+@pytest.mark.parametrize("hooks", [[], (), {}])
+def test_no_hook_at_all_is_refused(model, hooks, tmp_path):
+    batch = tokenize(model, TEXTS)
+    with pytest.raises(ValueError, match="hook"):
+        harvest(model, batch, tuple(hooks))
+    with pytest.raises(ValueError, match="hook"):
+        ActivationStore.open(model, batch, tuple(hooks), folder=tmp_path)
+
+
+def test_swapped_arguments_say_what_comes_where(model):
+    batch, unchecked = tokenize(model, TEXTS), inspect.unwrap(harvest)  # without the tests' types
+    hook = stream_hook(model, 0)
+    for arguments in ((batch, model, hook), (model, TEXTS, hook), (model, hook, batch)):
+        with pytest.raises(TypeError, match="TokenBatch"):
+            unchecked(*arguments)
+
+
+# Harvest: padding and NaN of attention
+
+
+@pytest.mark.parametrize("pad_side", ["left", "right"])
+@pytest.mark.parametrize("hook", ["hook_pattern", "hook_attn_scores"])
+def test_attention_at_padding_is_zero(any_model, hook, pad_side):
+    hook, batch = f"blocks.1.attn.{hook}", tokenize(any_model, TEXTS, pad_side=pad_side)
+    value = harvest(any_model, batch, hook)[hook]
+    assert not value.transpose(1, 2)[~batch.attention].any()
+
+
+@pytest.mark.parametrize("hook", ["hook_pattern", "hook_attn_scores"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_in_attention_is_refused(model, hook, value):
+    hook, batch = f"blocks.1.attn.{hook}", tokenize(model, TEXTS[:1])
+    spoil = [(hook, lambda t, hook: t.index_fill(2, torch.tensor([2]), value))]
+    with model.hooks(fwd_hooks=spoil), pytest.raises(BadActivations, match="attn"):
+        harvest(model, batch, hook, edited=True)

@@ -1,6 +1,7 @@
 """Records: what is saved comes back to the last bit, pickles stay closed, comparisons are what they
 say."""
 
+import errno
 import gzip
 import json
 import pickle
@@ -8,10 +9,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import save_random
 
 from lenslab.capture import harvest
 from lenslab.hooks import UnknownHook
-from lenslab.models import model_key
+from lenslab.models import load_model, model_key
 from lenslab.records import (
     ActivationRecord,
     NotARecord,
@@ -230,3 +232,99 @@ def test_statistics_of_heads_are_of_their_components_and_patterns_have_none(reco
     )
     with pytest.raises(ValueError, match="no vector"):
         record_statistics(record, "blocks.0.attn.hook_pattern")
+
+
+# What is on disk is not trusted
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_no_changed_byte_gives_other_values(tmp_path, records, suffix):
+    small = [
+        ActivationRecord(
+            r.prompt, r.tokens, r.token_ids, r.real, {HOOK: r.activations[HOOK][:, :2]}
+        )
+        for r in records[:2]
+    ]
+    path = save_record(small, tmp_path / f"record.{suffix}")
+    whole, generator = path.read_bytes(), np.random.default_rng(0)
+    for place in generator.integers(len(whole), size=150):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << int(generator.integers(8))
+        path.write_bytes(bytes(changed))
+        try:
+            back = load_record(path)
+        except NotARecord:
+            continue
+        assert back == small, place  # a byte that says nothing: padding, a time
+
+
+EDITS = {
+    "prompt": lambda header: header["records"][0].update(prompt="another"),
+    "token": lambda header: header["records"][0]["tokens"].__setitem__(1, "x"),
+    "id": lambda header: header["records"][0]["token_ids"].__setitem__(1, 7),
+    "real": lambda header: header["records"][0]["real"].__setitem__(0, True),
+    "model": lambda header: header["records"][0]["metadata"].update(model_key="0"),
+    "dtype": lambda header: header["records"][0]["dtypes"].update({HOOK: "float64"}),
+    "a hook less": lambda header: header["records"][0]["dtypes"].pop(HOOK),
+    "order": lambda header: header["records"].reverse(),
+    "a record less": lambda header: header["records"].pop(),
+    "no key": lambda header: header.pop("key"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_an_edited_header_is_refused(tmp_path, records, edit):
+    path = save_record(records, tmp_path / "record.json")
+    content = json.loads(path.read_text())
+    edit(content["header"])
+    path.write_text(json.dumps(content))
+    with pytest.raises(NotARecord, match="changed"):
+        load_record(path)
+
+
+def test_hooks_cannot_change_places(tmp_path, record):
+    path = save_record(record, tmp_path / "record.json")
+    content = json.loads(path.read_text())
+    other = "blocks.2.hook_resid_post"
+    content[f"0/{other}"] = content.pop(f"0/{HOOK}")
+    dtypes = content["header"]["records"][0]["dtypes"]
+    dtypes[other] = dtypes.pop(HOOK)
+    path.write_text(json.dumps(content))
+    with pytest.raises(NotARecord, match="changed"):
+        load_record(path)
+
+
+# Paths and disks
+
+
+@pytest.mark.parametrize("name", ["record.json", "./new/record.npz", "~/record.pt", "RECORD.JSON"])
+def test_paths_are_strings_too(tmp_path, monkeypatch, record, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    path = save_record(record, name)
+    assert path.is_file() and load_record(name) == record and load_record(str(path)) == record
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_full_disk_keeps_the_old_file_and_leaves_nothing(tmp_path, record, monkeypatch):
+    path = save_record(record, tmp_path / "record.safetensors")
+
+    def full(tensors, temporary, **_):
+        temporary.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lenslab.records.save_file", full)
+    with pytest.raises(OSError, match="space"):
+        save_record(record, path)
+    monkeypatch.undo()
+    assert load_record(path) == record and [f.name for f in tmp_path.iterdir()] == [path.name]
+
+
+def test_heads_with_a_norm_of_their_own_are_cut_along_positions(tmp_path):
+    """Queries after their norm are `[head, pos, d_head]`: longer than d_head, or shorter."""
+    model = load_model(str(save_random(tmp_path, "Qwen3", head_dim=8)), device="cpu")
+    hook, texts = "blocks.0.attn.hook_q_normed", ["a", "a cat sat on the mat, they say"]
+    for text, record in zip(texts, extract_batch(model, texts, hook), strict=True):
+        alone = harvest(model, tokenize(model, text), hook)[hook][0]
+        torch.testing.assert_close(record.activations[hook], alone, atol=1e-5, rtol=0)

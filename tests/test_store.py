@@ -1,6 +1,7 @@
 """ActivationStore: what is on disk is what was computed, whatever happened on the way there."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -10,12 +11,13 @@ import sys
 import pytest
 import torch
 
+from lenslab import capture
 from lenslab import store as store_module
 from lenslab.capture import BadActivations, harvest
-from lenslab.files import REPOSITORY
+from lenslab.files import REPOSITORY, content_key
 from lenslab.hooks import UnknownHook, stream_hook
 from lenslab.models import random_twin
-from lenslab.store import ActivationStore, DamagedShard, StoreMismatch
+from lenslab.store import ActivationStore, DamagedShard, StoreInUse, StoreMismatch
 from lenslab.tokens import tokenize
 
 HOOK = "blocks.1.hook_resid_post"
@@ -39,6 +41,11 @@ def fill(model, batch, tmp_path):
         return harvest(model, batch, hooks, store=store, batch_size=2, progress=False)
 
     return run
+
+
+def last_matrix(mlp):
+    """Where a fault can be put that is in the weights' place: hooks are refused."""
+    return [module for module in mlp.modules() if type(module).__name__ == "Conv1D"][-1]
 
 
 def contents(folder):
@@ -187,7 +194,8 @@ harvest(model, batch, {HOOK!r}, store=opened, batch_size=2, progress=False)
     before = contents(left.folder)
     continued, whole = fill("killed"), fill("whole")
     after = contents(continued.folder)
-    assert after.keys() == contents(whole.folder).keys(), "the half shard is cleared away"
+    visible = {name for name in after if not name.startswith(".")}
+    assert visible == contents(whole.folder).keys(), "the half shard never counts"
     assert all(
         after[f"shard-0000{i}.safetensors"] == before[f"shard-0000{i}.safetensors"] for i in (0, 1)
     )
@@ -232,11 +240,10 @@ def test_lost_statistics_are_made_anew(fill):
     assert contents(store.folder) == before
 
 
-def test_a_complete_store_is_not_computed_again(fill, model):
+def test_a_complete_store_is_not_computed_again(fill, monkeypatch):
     fill()
-    handle = model.blocks[0].register_forward_hook(lambda *_: pytest.fail("the model was run"))
+    monkeypatch.setattr(capture, "_run", lambda *_, **__: pytest.fail("the model was run"))
     assert fill().complete
-    handle.remove()
 
 
 def test_a_full_disk_leaves_what_was_written(fill, monkeypatch):
@@ -258,10 +265,14 @@ def test_a_full_disk_leaves_what_was_written(fill, monkeypatch):
     assert contents(folder) == whole
 
 
-def test_nan_is_refused_by_the_number_of_its_text_and_earlier_shards_stay(fill, model, batch):
-    runs = []
+def test_nan_is_refused_by_the_number_of_its_text_and_earlier_shards_stay(
+    fill, model, batch, monkeypatch
+):
+    runs, inside = [], last_matrix(model.blocks[0].mlp)
+    forward = inside.forward
 
-    def spoil(module, inputs, output):
+    def spoil(*inputs, **options):
+        output = forward(*inputs, **options)
         runs.append(len(output))
         if sum(runs) > 6:  # the third shard begins at text 6
             output = output.clone()
@@ -269,36 +280,34 @@ def test_nan_is_refused_by_the_number_of_its_text_and_earlier_shards_stay(fill, 
         return output
 
     longest = 6 + int(batch.attention[6:9].sum(1).argmax())
-    handle = model.blocks[0].mlp.register_forward_hook(spoil)
+    monkeypatch.setattr(inside, "forward", spoil)
     with pytest.raises(BadActivations, match=rf"text {longest}\."):
         fill("nan")
-    handle.remove()
+    monkeypatch.undo()
     assert contents(fill("nan").folder) == contents(fill("whole").folder)
 
 
-def test_a_huge_bos_does_not_keep_the_real_tokens_out_of_float16(fill, model, batch):
+def test_a_huge_bos_does_not_keep_the_real_tokens_out_of_float16(fill, model, batch, monkeypatch):
     """The first position reaches hundreds of times the rest (S0.26); it is not stored, so it need
     not fit."""
 
-    def enlarge(module, inputs, output):
-        output = output.clone()
+    def enlarge(*inputs, **options):
+        output = forward(*inputs, **options).clone()
         output[torch.arange(len(output)), (output.shape[1] - lengths[: len(output)])] = 1e5
         return output
 
-    lengths = batch[:1].attention.sum(1)
-    handle = model.blocks[1].register_forward_hook(lambda m, i, o: enlarge(m, i, o))
-    try:
-        with pytest.raises(BadActivations, match="float16"):
-            harvest(model, batch[:1], "blocks.2.hook_resid_pre", dtype=torch.float16)
-        assert fill(hooks="blocks.2.hook_resid_pre", dtype=torch.float16, batch=batch[:1]).complete
-    finally:
-        handle.remove()
+    lengths, inside = batch[:1].attention.sum(1), last_matrix(model.blocks[1].mlp)
+    forward = inside.forward
+    monkeypatch.setattr(inside, "forward", enlarge)
+    with pytest.raises(BadActivations, match="float16"):
+        harvest(model, batch[:1], "blocks.2.hook_resid_pre", dtype=torch.float16)
+    assert fill(hooks="blocks.2.hook_resid_pre", dtype=torch.float16, batch=batch[:1]).complete
 
 
 def test_a_model_with_hooks_does_not_fill_a_store_named_by_its_weights(fill, model):
     with (
         model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda t, hook: t * 0)]),
-        pytest.raises(ValueError, match=r"hook_(mlp_)?out has a hook"),
+        pytest.raises(ValueError, match=r"mlp.*has a hook"),
     ):
         fill()
 
@@ -360,3 +369,142 @@ def test_a_folder_that_is_no_store_or_of_an_earlier_layout_says_so(tmp_path, fil
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
     with pytest.raises(ValueError, match="earlier layout"):
         ActivationStore(folder)
+
+
+# What is on disk is not trusted
+
+FORGERIES = {
+    "rows off by one": lambda m: m["rows"].__setitem__(slice(0, 2), [m["rows"][0] + 1, 0]),
+    "negative rows": lambda m: m["rows"].__setitem__(1, -5),
+    "huge rows": lambda m: m["rows"].__setitem__(0, 1 << 62),
+    "rows as text": lambda m: m.update(rows="12"),
+    "a shard less": lambda m: m["rows"].pop(),
+    "another width": lambda m: m["hooks"].update({HOOK: 16}),
+    "a hook like a path": lambda m: m.update(hooks={"../../x": 32}),
+    "another hook": lambda m: m.update(hooks={"blocks.0.hook_resid_post": 32}),
+    "other texts in a shard": lambda m: m.update(texts_per_shard=2),
+    "no texts in a shard": lambda m: m.update(texts_per_shard=0),
+    "another dtype": lambda m: m.update(dtype="float16"),
+    "no dtype": lambda m: m.update(dtype="load"),
+    "another precision": lambda m: m.update(compute="bfloat16"),
+    "another model": lambda m: m.update(model_key="0" * 16),
+    "files": lambda m: m.update(shards=[{"file": "../x", "sha256": None}]),
+    "no rows": lambda m: m.pop("rows"),
+    "no hooks": lambda m: m.pop("hooks"),
+    "no key": lambda m: m.pop("key"),
+}
+
+
+@pytest.mark.parametrize("forge", FORGERIES.values(), ids=FORGERIES)
+def test_a_changed_manifest_is_refused_and_nothing_is_written(fill, forge, tmp_path):
+    folder = fill().folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    forge(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match="manifest"):
+        ActivationStore(folder)
+    with pytest.raises(ValueError, match="manifest"):
+        fill()
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("name", ["rows off by one", "negative rows", "a shard less", "huge rows"])
+def test_not_even_a_forged_key_makes_wrong_rows(fill, name):
+    folder = fill().folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    FORGERIES[name](manifest)
+    del manifest["key"]
+    manifest["key"] = content_key(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"harvest|manifest"):
+        ActivationStore(folder).read(0)
+    for file in folder.glob("shard-*.json"):  # those beside the shards, too
+        entry = json.loads(file.read_text()) | {"store": manifest["key"]}
+        entry["rows"] = manifest["rows"][min(int(file.stem[-5:]), len(manifest["rows"]) - 1)]
+        file.write_text(json.dumps(entry))
+    with pytest.raises(StoreMismatch, match="rows"):
+        fill()
+    if name != "a shard less":
+        with pytest.raises(DamagedShard):
+            ActivationStore(folder).rows([0, 1], HOOK)
+            ActivationStore(folder).read(1)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "[1]", "null", "7", '{"format": 3}', '{"form', "\udcff"]
+)
+def test_what_is_no_manifest_is_refused_in_a_sentence(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"manifest|earlier layout"):
+        ActivationStore(tmp_path)
+
+
+def test_shards_of_equal_size_cannot_change_places_nor_come_from_another_store(fill, model):
+    equal = tokenize(model, ["xyz", "yzx", "zxy"], pad_side="left")
+    twin = random_twin(model, seed=5)
+    store = fill("one", batch=equal, texts_per_shard=1)
+    other = fill("two", batch=equal, texts_per_shard=1, model=twin)
+    assert len(set(store.manifest["rows"])) == 1
+    whole = contents(store.folder)
+    for suffix in (".safetensors", ".json"):
+        (store.folder / f"shard-00000{suffix}").write_bytes(whole[f"shard-00001{suffix}"])
+        foreign = (other.folder / f"shard-00001{suffix}").read_bytes()
+        (store.folder / f"shard-00001{suffix}").write_bytes(foreign)
+    for shard in (0, 1):
+        with pytest.raises(DamagedShard, match=f"shard-0000{shard}"):
+            ActivationStore(store.folder).read(shard)
+    with pytest.warns(UserWarning, match="redone"):
+        assert contents(fill("one", batch=equal, texts_per_shard=1).folder) == whole
+
+
+@pytest.mark.parametrize("content", ["[]", "7", "null", "{}", '{"rows": 1}'])
+def test_a_changed_file_beside_a_shard_makes_the_shard_be_redone(fill, content):
+    store = fill()
+    before = contents(store.folder)
+    (store.folder / "shard-00001.json").write_text(content)
+    with pytest.raises(DamagedShard):
+        ActivationStore(store.folder).read(1)
+    assert contents(fill().folder) == before
+
+
+# Two at once
+
+
+def test_a_store_that_another_process_fills_is_refused_and_free_when_it_is_killed(fill, tmp_path):
+    folder = fill().folder
+    script = f"""
+import fcntl, time
+held = open({str(folder / "manifest.json")!r})
+fcntl.flock(held, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(StoreInUse, match="Another process"):
+            fill()
+        assert ActivationStore(folder).read(0), "reading goes on"
+        assert ActivationStore(folder).missing() == []
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    assert fill().complete
+    with ActivationStore(folder).only_writer(), pytest.raises(StoreInUse):
+        fill()
+
+
+def test_disks_without_locks_go_without(fill, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert fill().complete
+
+
+def test_the_home_folder_is_known_by_its_sign(fill, monkeypatch, tmp_path, model, batch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    store = ActivationStore.open(model, batch, HOOK, folder="~/kept")
+    assert store.folder == tmp_path / "kept" and ActivationStore("~/kept").manifest

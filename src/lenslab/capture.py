@@ -1,9 +1,10 @@
 """From tokens to activations: run the model as far as needed and keep what was asked for.
 
 How `harvest` works:
-1. refuse what would give wrong numbers silently: a model in train mode, a hook that does not exist;
-2. run the texts batch by batch, the longest first, cut to the longest of each batch, and stop at
-   the block boundary after which no hook lies;
+1. refuse what would give wrong numbers silently: a model in train mode, one with hooks left on it,
+   a hook that does not exist, tokens of another tokenizer;
+2. run the texts batch by batch, as many as fit the memory, the longest first, cut to the longest
+   of each batch, and stop at the block boundary after which no hook lies;
 3. put every value where its text belongs, zero at padding; NaN and Inf are refused by hook and
    text;
 4. return everything in memory, or write the real tokens to an `ActivationStore`, shard by shard.
@@ -25,12 +26,14 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from lenslab import runtime
-from lenslab.hooks import by_token, check_hooks, hook_names
-from lenslab.models import check_eval
+from lenslab.hooks import by_pair, by_token, check_hooks, check_unhooked, hook_names
+from lenslab.models import check_eval, model_name
 from lenslab.store import ActivationStore
 from lenslab.tokens import TokenBatch
 
-MEMORY_SHARE = 0.5  # of the memory that is free: what `harvest` may fill without a store
+MEMORY_SHARE = 0.5  # of the memory that is free: what `harvest` may fill
+PASS_BYTES = 2 << 30  # of one forward pass of several texts; more would not be faster
+COPIES = 4  # of a pass's largest value are alive at once (measured: attention scores, with a mask)
 
 
 class BadActivations(ValueError):
@@ -38,7 +41,7 @@ class BadActivations(ValueError):
 
 
 class TooLargeForMemory(ValueError):
-    """What was asked for would fill the memory; an `ActivationStore` takes it."""
+    """What was asked for would fill the memory; the message says what would not."""
 
 
 def harvest(
@@ -51,6 +54,7 @@ def harvest(
     compute: str = "auto",
     store: ActivationStore | None = None,
     progress: bool = True,
+    edited: bool = False,
 ) -> dict[str, Float[Tensor, "text ..."]] | ActivationStore:
     """Activations of a batch at some hooks, `{hook: [text, pos, ...]}` on the CPU; zero at padding.
 
@@ -58,44 +62,56 @@ def harvest(
     all tokens in one row (routers of mixtures of experts) come back as `[text, pos, ...]`.
 
     Args:
-        batch_size: texts per forward pass.
+        batch_size: texts per forward pass; fewer where their attention or logits would fill memory.
         dtype: of what is returned. A store has its own.
         compute: 'float32', 'bfloat16' (autocast; it changes residual streams by about 1 %) or
             'auto': float32 into memory, where results are compared by digits; into a store, what
             the store was opened with.
         store: write the real tokens there instead, resuming where an earlier run stopped; returns
             the store.
+        edited: take the model as it is with the hooks that are on it (inside `model.hooks(...)` or
+            `splice`); never into a store, which holds what the weights alone give.
 
-    Raises UnknownHook, BadActivations, TooLargeForMemory, StoreMismatch, ValueError (train mode, a
-    hook whose values have no text axis, an edited model that would fill a store).
+    Raises UnknownHook, BadActivations, TooLargeForMemory, StoreMismatch, StoreInUse, TypeError and
+    ValueError (as `check_batch`; train mode; hooks left on the model; no hook asked for, or one
+    whose values have no text axis; integers as `dtype`).
     """
+    check_batch(model, batch)
     hooks = (hooks,) if isinstance(hooks, str) else tuple(dict.fromkeys(hooks))
+    if not hooks:
+        raise ValueError("No hook is asked for; hook_table(model) lists them.")
+    if not dtype.is_floating_point:
+        raise ValueError(f"{dtype} would cut the values off: give a floating-point dtype.")
     check_eval(model)
+    if store is not None or not edited:
+        check_unhooked(model)
     check_hooks(model, hooks)
     if compute == "auto":
         compute = "float32" if store is None else store.manifest["compute"]
     if compute not in ("float32", "bfloat16"):
         raise ValueError(f"compute is 'auto', 'float32' or 'bfloat16', not {compute!r}.")
+    held = batch
+    if store is not None:
+        opening = dict(folder=store.folder, dtype=store.dtype, compute=compute)
+        ActivationStore.open(model, batch, hooks, **opening)  # refuses what the store is not for
+        dtype = store.dtype
+        held = batch[: store.manifest["texts_per_shard"]]
+    batch_size = texts_per_pass(model, held, hooks, dtype=dtype, limit=batch_size)
     options = dict(batch_size=batch_size, compute=compute, dtype=dtype)
     total = batch.n_real
     with runtime.progress_bar(total=total, unit="tok", desc="harvest", progress=progress) as bar:
         if store is None:
-            _check_memory(model, batch, hooks, dtype)
             return _run(model, batch, hooks, batch.attention, bar=bar, **options)
-        if edited := [name for name, point in model.hook_dict.items() if point.fwd_hooks]:
-            raise ValueError(f"{edited[0]} has a hook; a store holds what the weights alone give.")
-        opening = dict(folder=store.folder, dtype=store.dtype, compute=compute)
-        ActivationStore.open(model, batch, hooks, **opening)  # refuses what the store is not for
-        missing = store.missing()
-        bar.update(total - sum(store.manifest["rows"][shard] for shard in missing))
-        for shard in missing:
-            first = shard * store.manifest["texts_per_shard"]
-            part = batch[first : first + store.manifest["texts_per_shard"]]
-            options |= dict(dtype=store.dtype, first=first)
-            values = _run(model, part, hooks, part.real, bar=bar, **options)
-            vectors = {hook: value[part.real].flatten(1) for hook, value in values.items()}
-            store.write(shard, part, vectors)
-        store.summarize()
+        with store.only_writer():
+            missing = store.missing()
+            bar.update(total - sum(store.manifest["rows"][shard] for shard in missing))
+            for shard in missing:
+                first = shard * store.manifest["texts_per_shard"]
+                part = batch[first : first + store.manifest["texts_per_shard"]]
+                values = _run(model, part, hooks, part.real, bar=bar, first=first, **options)
+                vectors = {hook: value[part.real].flatten(1) for hook, value in values.items()}
+                store.write(shard, part, vectors)
+            store.summarize()
     return store
 
 
@@ -187,14 +203,16 @@ def _by_text(model: TransformerBridge, hook: str, value: Tensor, keep: Tensor) -
         raise ValueError(f"{hook} cannot be told apart by text ({tuple(value.shape)}): give one.")
     value = value.cpu()
     # by name, not by shape: a pattern [text, head, ...] of as many heads as positions looks alike
-    if by_token(model, hook) and not bool(keep.all()):
-        value = value.masked_fill(~keep.view(texts, length, *[1] * (value.ndim - 2)), 0)
+    axes = (texts, length) if by_token(model, hook) else (texts, 1, length)  # [text, head, pos, _]
+    if not bool(keep.all()) and value.shape[len(axes) - 1] == length:
+        value = value.masked_fill(~keep.view(*axes, *[1] * (value.ndim - len(axes))), 0)
     return value
 
 
 def _check_finite(hook: str, value: Tensor, texts: Tensor) -> None:
-    bad = ~value.isfinite().flatten(1).all(1)  # [text]
-    if not bool(bad.any()) or hook.endswith("attn_scores"):  # masked scores are -Inf
+    fine = value < torch.inf if hook.endswith("attn_scores") else value.isfinite()  # masked: -Inf
+    bad = ~fine.flatten(1).all(1)  # [text]
+    if not bool(bad.any()):
         return
     advice = "Check the weights, or run with compute='float32'."
     if value.dtype == torch.float16:
@@ -202,23 +220,68 @@ def _check_finite(hook: str, value: Tensor, texts: Tensor) -> None:
     raise BadActivations(f"NaN or Inf at {hook} of text {int(texts[bad][0])}. {advice}")
 
 
-def _check_memory(
-    model: TransformerBridge, batch: TokenBatch, hooks: tuple[str, ...], dtype: torch.dtype
-) -> None:
+def check_batch(model: TransformerBridge, batch: TokenBatch) -> None:
+    """Raise unless a batch can be what this model reads: TypeError for what is no TokenBatch,
+    ValueError for ids outside the vocabulary, another tokenizer's, and texts beyond the context."""
+    if not isinstance(batch, TokenBatch):
+        kind = type(batch).__name__
+        raise TypeError(f"After the model comes a TokenBatch, not {kind}: tokenize(model, texts).")
+    name, ids = model_name(model), batch.tokens.unique().tolist()
+    if ids[0] < 0 or ids[-1] >= model.cfg.d_vocab:
+        raise ValueError(f"Ids {ids[0]} to {ids[-1]} are not all of {name}'s {model.cfg.d_vocab}.")
+    tokenizers = {id(each): each for each in (batch.tokenizer, model.tokenizer) if each is not None}
+    if len({tuple(each.convert_ids_to_tokens(ids)) for each in tokenizers.values()}) > 1:
+        raise ValueError(f"The batch was made with another tokenizer than {name}'s: tokenize.")
+    longest = int(batch.attention.sum(1).max())
+    if longest > model.cfg.n_ctx:
+        raise ValueError(f"A text of {longest} tokens exceeds {name}'s context {model.cfg.n_ctx}.")
+
+
+def texts_per_pass(
+    model: TransformerBridge,
+    batch: TokenBatch,
+    hooks: Sequence[str] = (),
+    *,
+    dtype: torch.dtype = torch.float32,
+    limit: int = 16,
+) -> int:
+    """How many texts of a batch one forward pass takes: `limit`, or fewer where memory is short.
+
+    Counted are what is kept of the whole batch at `hooks` as `dtype`, and, of each text, its values
+    at `hooks` and the largest on the way (attention scores grow with the square of the positions,
+    logits with the vocabulary). Without hooks, the run goes to its end. Raises TooLargeForMemory
+    where not even one text fits.
+    """
     texts, length = batch.tokens.shape
-    need = 0
-    for hook in hooks:
-        size = torch.Size(hook_names(model)[hook]).numel()  # of one text of two tokens
-        per_text = size * length // 2 if by_token(model, hook) else size * length**2 // 4
-        need += texts * per_text * dtype.itemsize
-    free = free_memory()
-    if need > MEMORY_SHARE * free:
-        message = f"{need / 1e9:.1f} GB asked for, {free / 1e9:.1f} GB free: take fewer texts, or "
-        raise TooLargeForMemory(message + "store=ActivationStore.open(model, batch, hooks).")
+    numbers = {}  # at each hook, of one text
+    for hook, shape in hook_names(model).items():  # shapes are of two tokens
+        power = 2 if by_pair(hook) else 1
+        numbers[hook] = torch.Size(shape).numel() * length**power // 2**power
+    kept = sum(numbers[hook] for hook in hooks)
+    held, free = texts * kept * dtype.itemsize, free_memory()
+    if held > MEMORY_SHARE * free:
+        message = f"{held / 1e9:.1f} GB asked for, {free / 1e9:.1f} GB free: take fewer texts, or "
+        advice = "store=ActivationStore.open(model, batch, hooks, texts_per_shard=...)."
+        raise TooLargeForMemory(message + advice)
+    stops = hooks and _last_point(model, tuple(hooks))
+    passed = [n for hook, n in numbers.items() if not (stops and "unembed" in hook)]
+    need = (COPIES * max(passed) + 2 * kept) * torch.float32.itemsize
+    room = MEMORY_SHARE * free - held
+    if str(model.cfg.device).startswith("cuda"):
+        room = free = free_memory(model.cfg.device)
+    if need > room:
+        raise TooLargeForMemory(
+            f"One text of {length:,} tokens takes {need / 1e9:.1f} GB in the model, "
+            f"{free / 1e9:.1f} GB free: cut texts into shorter windows (pack(..., length=1024))."
+        )
+    return min(limit, max(1, int(min(room, PASS_BYTES) // need)))
 
 
-def free_memory() -> int:
+def free_memory(gpu: torch.device | str | None = None) -> int:
     """Bytes that may still be taken, within the container's limit; no end where unknown."""
+    if gpu is not None:  # what PyTorch holds back for itself is free, too
+        reserved = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+        return torch.cuda.mem_get_info(gpu)[0] + reserved
     free = [1 << 62]
     with suppress(OSError):
         available = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())

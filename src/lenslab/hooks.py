@@ -27,6 +27,9 @@ STREAMS = {  # stream -> hook below `blocks.LAYER.`
 }
 
 
+OWN_HOOKS = ("torch.", "transformers.", "transformer_lens.model_bridge.")  # where they come from
+
+
 class UnknownHook(ValueError):
     """A hook name that this model does not have."""
 
@@ -82,12 +85,30 @@ def hook_table(model: TransformerBridge, layer: int | None = None) -> pd.DataFra
     return pd.DataFrame(rows, columns=["hook", "shape"])
 
 
+def check_unhooked(model: TransformerBridge) -> None:
+    """Raise ValueError, naming the first, where forward hooks are left on a model: what it gives is
+    then not what its weights give. Its own, which the libraries put there, do not count."""
+    for name, module in model.named_modules():
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if not all(str(getattr(hook, "__module__", "")).startswith(OWN_HOOKS) for hook in hooks):
+            raise ValueError(
+                f"{name.replace('._original_component', '')} has a hook: the model is not what its "
+                "weights say. Take it off: model.reset_hooks(including_permanent=True) or "
+                "remove() of a PyTorch handle."
+            )
+
+
+def by_pair(hook: str) -> bool:
+    """Whether a hook's values are `[text, head, query, key]`."""
+    return "attn_scores" in hook or "pattern" in hook
+
+
 def by_token(model: TransformerBridge, hook: str) -> bool:
     """Whether a hook's values are `[text, pos, ...]` or `[text * pos, ...]`, with one axis of
     positions only."""
     shape = hook_names(model)[hook]  # of one text of two tokens
-    square = "attn_scores" in hook or "pattern" in hook  # [text, head, query, key]: of two heads?
-    return not square and (shape[0] == 2 or shape[:2] == (1, 2))
+    # by name first: scores of two heads have the same shape
+    return not by_pair(hook) and (shape[0] == 2 or shape[:2] == (1, 2))
 
 
 def vector_width(model: TransformerBridge, hook: str) -> int:

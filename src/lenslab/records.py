@@ -8,7 +8,8 @@ and compared.
 | `.json`, `.json.gz` | written out in digits, exact | anything, a text editor  | reading, the web |
 | `.pt`               | as they are                  | PyTorch                  | PyTorch code     |
 
-Every format holds the same two things, a header (JSON) and named tensors, and none can run code.
+Every format holds the same two things, a header (JSON; in it the key of all that the file holds)
+and named tensors, and none can run code.
 Pickles can (`.pkl`, `.pickle`, or one that calls itself `.pt`) and are refused.
 """
 
@@ -27,13 +28,13 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab.capture import harvest
-from lenslab.files import atomic_write
-from lenslab.hooks import by_token
+from lenslab.files import atomic_write, content_key
+from lenslab.hooks import by_pair, by_token
 from lenslab.models import model_key, model_name
 from lenslab.tokens import tokenize
 
@@ -100,8 +101,8 @@ def extract_batch(
     for row, n in enumerate(batch.attention.sum(1).tolist()):
         activations = {}
         for hook, value in values.items():  # padding off: along pos, or along query and key
-            cut = value[row, :n] if by_token(model, hook) else value[row, ..., :n, :n]
-            activations[hook] = cut.clone()
+            cut = value[row, :n] if by_token(model, hook) else value[row, :, :n]
+            activations[hook] = (cut[..., :n] if by_pair(hook) else cut).clone()
         record = ActivationRecord(
             prompt=batch.texts[row],
             tokens=tuple(batch.strings(row)[:n]),
@@ -115,16 +116,17 @@ def extract_batch(
 
 
 def save_record(records: ActivationRecord | Sequence[ActivationRecord], path: str | Path) -> Path:
-    """Write one record or several; the format comes from the suffix. Returns the path.
+    """Write one record or several; the format comes from the suffix. Returns the path, in which `~`
+    is the home folder.
 
     Raises NotARecord for a pickle or an unknown suffix, ValueError for NaN or Inf in `.json`, which
     has no such numbers. A file that is there is replaced only once the new one is whole.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     suffix = _suffix(path)
     one = isinstance(records, ActivationRecord)
     listed = [records] if one else records
-    header = {"one": one, "records": [record._header() for record in listed]}
+    header = {"one": one, "records": [record._header() for record in listed], "key": _key(listed)}
     tensors = {}
     for i, record in enumerate(listed):
         for hook, value in record.activations.items():
@@ -151,10 +153,10 @@ def save_record(records: ActivationRecord | Sequence[ActivationRecord], path: st
 def load_record(path: str | Path) -> ActivationRecord | list[ActivationRecord]:
     """What `save_record` wrote: one record, or the list of several.
 
-    Raises NotARecord for a pickle (whatever it calls itself), a cut-off or foreign file;
+    Raises NotARecord for a pickle (whatever it calls itself), a cut-off, changed or foreign file;
     FileNotFoundError.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     suffix = _suffix(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path.name}.")
@@ -169,16 +171,31 @@ def load_record(path: str | Path) -> ActivationRecord | list[ActivationRecord]:
                 activations[hook] = torch.as_tensor(value, dtype=getattr(torch, dtype))
             entry |= {name: tuple(entry[name]) for name in ("tokens", "token_ids", "real")}
             records.append(ActivationRecord(activations=activations, **entry))
+        if header["key"] != _key(records) or header["one"] not in (True, False):
+            raise ValueError("not what was written")
         return records[0] if header["one"] else records
     except Exception as error:  # four libraries, each with its own errors for a broken file
-        raise NotARecord(f"{path.name} holds no activation record, or is cut off.") from error
+        message = f"{path.name} holds no activation record, or is cut off or changed."
+        raise NotARecord(message) from error
+
+
+def _key(records: Sequence[ActivationRecord]) -> str:
+    """Of all that some records hold, to the last bit."""
+    parts: list[Any] = []
+    for record in records:
+        shapes = {hook: list(value.shape) for hook, value in record.activations.items()}
+        parts += [record._header(), shapes]
+        for value in record.activations.values():
+            parts.append(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return content_key(*parts)
 
 
 def _read(path: Path, suffix: str) -> dict[str, Any]:
     """The header and the values, as tensors, arrays or lists."""
     if suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            return file.metadata() | load_file(path)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return file.metadata() | tensors
     if suffix == ".pt":
         return torch.load(path, weights_only=True, map_location="cpu")
     if suffix == ".npz":

@@ -3,18 +3,18 @@ run can be continued from.
 
 How a store is filled:
 1. what it is for (weights, hooks, tokens, dtype, precision) names the folder and stands in
-   `manifest.json`, which is written once;
+   `manifest.json`, which is written once, with a key of all that it says;
 2. texts are cut into runs of `texts_per_shard`; how many rows each shard has is therefore known
    beforehand;
-3. shard after shard is computed, written beside and renamed; then its number of rows and its
-   SHA-256 go into a small file beside it. No shard shares a file with another: several processes
-   may each write some;
+3. shard after shard is computed, written beside and renamed; then its name, number of rows and
+   SHA-256 and the manifest's key go into a small file beside it. No shard shares a file with
+   another: several processes may each write some;
 4. a later run keeps every shard whose hash is right and computes the others, so what comes out is
    the same bytes as from a run that was never broken off;
 5. at the end, mean, variance and mean norm are summed over the shards in order, in float64.
 
 `shard-00003.safetensors` holds one `[row, d]` tensor per hook, and `text`, `position` and `token`
-`[row]`; `shard-00003.json` its rows and hash; `statistics.safetensors` and `.json` likewise.
+`[row]`; `shard-00003.json` its rows, hash and key; `statistics.safetensors` and `.json` likewise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from __future__ import annotations
 import errno
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from lenslab.metrics import Moments
 from lenslab.models import model_key, model_name
 from lenslab.tokens import TokenBatch
 
-FORMAT = 2  # of a store's folder; 1 kept the shards' hashes in the manifest
+FORMAT = 3  # of a store's folder; 2 had no key in the manifest
 SHARD_BYTES = 64 << 20  # little is lost when a run breaks off, and it still reads fast
 
 
@@ -52,22 +53,32 @@ class DamagedShard(ValueError):
     """A shard whose bytes are not those that were written; harvesting again redoes it."""
 
 
+class StoreInUse(RuntimeError):
+    """A store that another process is harvesting into."""
+
+
 class ActivationStore:
     """The vectors of real tokens at one or more hooks, in one folder.
 
     `ActivationStore.open(model, batch, hooks)` begins or continues one, `harvest(..., store=store)`
     fills it, `ActivationStore(folder)` reads it, without any model. Rows are ordered by text, then
     position. `manifest` says what it is for: 'model' and 'model_key', 'hooks' (with their widths),
-    'texts_key', 'dtype', 'compute', 'texts_per_shard' and 'rows' (by shard).
+    'texts_key', 'dtype', 'compute', 'texts_per_shard', 'rows' (by shard) and 'key' (of all that).
     """
 
     def __init__(self, folder: str | Path) -> None:
         """Open what is in a folder. Raises FileNotFoundError without a manifest, ValueError for one
-        of an earlier layout."""
-        self.folder = Path(folder)
-        self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
+        of an earlier layout or that was changed."""
+        self.folder = Path(folder).expanduser()
+        file = self.folder / "manifest.json"
+        try:
+            self.manifest: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):  # what follows says so
+            self.manifest = {"format": FORMAT}
         if self.manifest.get("format") != FORMAT:
             raise ValueError(f"{self.folder.name} is a store of an earlier layout: delete it.")
+        if self.manifest != _with_key(self.manifest):
+            raise ValueError(f"The manifest of {self.folder.name} was changed: delete the store.")
         self.dtype: torch.dtype = getattr(torch, self.manifest["dtype"])
         rows = self.manifest["rows"]
         self.shards = [f"shard-{number:05d}" for number in range(len(rows))]
@@ -91,7 +102,7 @@ class ActivationStore:
 
         Args:
             folder: default one below the cache, named by what is asked for.
-            dtype: float16 (refuses values above 65,504), bfloat16 or float32.
+            dtype: float16 (refuses values above 65,504), bfloat16, float32 or float64.
             compute: 'float32', 'bfloat16' or 'auto': bfloat16 where this machine computes it fast.
             texts_per_shard: where one begins; default as many as fill about 64 MB with padding.
 
@@ -100,6 +111,8 @@ class ActivationStore:
         """
         hooks = (hooks,) if isinstance(hooks, str) else tuple(dict.fromkeys(hooks))
         check_hooks(model, hooks)
+        if not hooks or not dtype.is_floating_point:
+            raise ValueError(f"A store needs a hook and a floating-point dtype: {hooks}, {dtype}.")
         if compute == "auto":
             compute = str(runtime.compute_dtype()).removeprefix("torch.")
         identity = {
@@ -109,24 +122,40 @@ class ActivationStore:
             "dtype": str(dtype).removeprefix("torch."),
             "compute": compute,
         }
-        folder = Path(folder or cache_path("activations", content_key(identity)))
-        if (folder / "manifest.json").is_file():
-            store = cls(folder)
+        folder = Path(folder or cache_path("activations", content_key(identity))).expanduser()
+        store = cls(folder) if (folder / "manifest.json").is_file() else None
+        per_text = batch.tokens.shape[1] * sum(identity["hooks"].values()) * dtype.itemsize
+        step = texts_per_shard or max(1, SHARD_BYTES // per_text)
+        step = store.manifest["texts_per_shard"] if store else step
+        identity["rows"] = [int(real.sum()) for real in batch.real.split(step)]
+        if store:
             if other := [name for name in identity if store.manifest[name] != identity[name]]:
                 pair = f"{store.manifest[other[0]]}, not {identity[other[0]]}"
                 raise StoreMismatch(f"{folder.name} was made for another {other[0]} ({pair}).")
             return store
-        per_text = batch.tokens.shape[1] * sum(identity["hooks"].values()) * dtype.itemsize
-        step = texts_per_shard or max(1, SHARD_BYTES // per_text)
-        manifest = {
-            "format": FORMAT,
-            "model": model_name(model),
-            **identity,
-            "texts_per_shard": step,
-            "rows": [int(real.sum()) for real in batch.real.split(step)],
-        }
-        write_json(folder / "manifest.json", manifest)
+        manifest = {"format": FORMAT, "model": model_name(model), "texts_per_shard": step}
+        write_json(folder / "manifest.json", _with_key(manifest | identity))
         return cls(folder)
+
+    @contextmanager
+    def only_writer(self) -> Iterator[None]:
+        """Hold the store; the system lets go of it when the process ends, however it ends.
+
+        Raises StoreInUse. Systems and disks without locks go without.
+        """
+        with open(self.folder / "manifest.json", "rb") as held:
+            try:
+                import fcntl
+
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = (
+                    f"Another process is harvesting into {self.folder.name}: wait for its end."
+                )
+                raise StoreInUse(message) from None
+            except (ImportError, OSError):
+                pass
+            yield
 
     def __len__(self) -> int:
         """Rows (real tokens), those of shards yet to be written included."""
@@ -196,7 +225,7 @@ class ActivationStore:
         self._write(self.shards[shard], vectors | origin)
 
     def summarize(self) -> None:
-        """Step 5, unless it was done; then leftovers of runs that were killed go."""
+        """Step 5, unless it was done."""
         if self._whole("statistics"):
             return
         statistics = {}
@@ -211,15 +240,13 @@ class ActivationStore:
             statistics[f"{hook}/variance"] = moments.variance
             statistics[f"{hook}/mean_norm"] = norms.mean[0]
         self._write("statistics", statistics)
-        for leftover in self.folder.glob(".*-shard-*"):
-            leftover.unlink(missing_ok=True)
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
         try:
             with atomic_write(self.folder / f"{name}.safetensors") as temporary:
                 save_file(tensors, temporary)
                 digest = sha256_file(temporary)
-            write_json(self.folder / f"{name}.json", {"rows": self._rows[name], "sha256": digest})
+            write_json(self.folder / f"{name}.json", self._expected(name, digest))
         except (OSError, SafetensorError) as error:  # safetensors says it in a way of its own
             if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
                 raise
@@ -227,18 +254,25 @@ class ActivationStore:
             raise OSError(errno.ENOSPC, message) from error
         self._verified.add(name)
 
+    def _expected(self, name: str, digest: str) -> dict[str, Any]:
+        """What stands beside a whole file of this store."""
+        whose = {"store": self.manifest["key"], "file": name}
+        return whose | {"rows": self._rows[name], "sha256": digest}
+
     def _entry(self, name: str) -> dict[str, Any]:
         """What was written beside a file; nothing before."""
         try:
-            return json.loads((self.folder / f"{name}.json").read_text())
-        except (OSError, ValueError):
+            return dict(json.loads((self.folder / f"{name}.json").read_text()))
+        except (OSError, ValueError, TypeError):
             return {}
 
     def _whole(self, name: str) -> bool:
         """Whether a file's bytes and rows are those that were written."""
         path = self.folder / f"{name}.safetensors"
-        entry = self._entry(name)
-        return path.is_file() and entry == {"rows": self._rows[name], "sha256": sha256_file(path)}
+        if not path.is_file() or self._entry(name) != self._expected(name, sha256_file(path)):
+            return False
+        with safe_open(path, framework="pt") as file:
+            return name == "statistics" or file.get_slice("text").get_shape() == [self._rows[name]]
 
     def _column(self, shard: int, name: str) -> Tensor:
         """One tensor of a shard, memory-mapped: only the rows that are looked at are read."""
@@ -252,3 +286,8 @@ class ActivationStore:
             raise DamagedShard(f"{name} is {state}: harvest(..., store=store) makes it anew.")
         self._verified.add(name)
         return self.folder / f"{name}.safetensors"
+
+
+def _with_key(manifest: dict[str, Any]) -> dict[str, Any]:
+    content = {name: value for name, value in manifest.items() if name != "key"}
+    return content | {"key": content_key(content)}
