@@ -85,6 +85,7 @@ def test_to_dict_is_json_with_every_value(record):
 def test_what_is_saved_comes_back_to_the_last_bit(tmp_path, record, suffix, dtype):
     values = {hook: value.to(dtype) for hook, value in record.activations.items()}
     limits = torch.finfo(dtype)
+    values["scalar"] = torch.tensor(1 / 3, dtype=dtype)
     values["extremes"] = torch.tensor([[0.0, -0.0, limits.tiny, limits.max, 1 / 3]], dtype=dtype)
     whole = ActivationRecord(
         record.prompt, record.tokens, record.token_ids, record.real, values, record.metadata
@@ -268,6 +269,7 @@ EDITS = {
     "a hook less": lambda header: header["records"][0]["dtypes"].pop(HOOK),
     "order": lambda header: header["records"].reverse(),
     "a record less": lambda header: header["records"].pop(),
+    "one": lambda header: header.update(one=True),
     "no key": lambda header: header.pop("key"),
 }
 

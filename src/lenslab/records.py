@@ -126,7 +126,11 @@ def save_record(records: ActivationRecord | Sequence[ActivationRecord], path: st
     suffix = _suffix(path)
     one = isinstance(records, ActivationRecord)
     listed = [records] if one else records
-    header = {"one": one, "records": [record._header() for record in listed], "key": _key(listed)}
+    header = {
+        "one": one,
+        "records": [record._header() for record in listed],
+        "key": _key(one, listed),
+    }
     tensors = {}
     for i, record in enumerate(listed):
         for hook, value in record.activations.items():
@@ -171,7 +175,7 @@ def load_record(path: str | Path) -> ActivationRecord | list[ActivationRecord]:
                 activations[hook] = torch.as_tensor(value, dtype=getattr(torch, dtype))
             entry |= {name: tuple(entry[name]) for name in ("tokens", "token_ids", "real")}
             records.append(ActivationRecord(activations=activations, **entry))
-        if header["key"] != _key(records) or header["one"] not in (True, False):
+        if header["key"] != _key(header["one"], records):
             raise ValueError("not what was written")
         return records[0] if header["one"] else records
     except Exception as error:  # four libraries, each with its own errors for a broken file
@@ -179,14 +183,14 @@ def load_record(path: str | Path) -> ActivationRecord | list[ActivationRecord]:
         raise NotARecord(message) from error
 
 
-def _key(records: Sequence[ActivationRecord]) -> str:
-    """Of all that some records hold, to the last bit."""
-    parts: list[Any] = []
+def _key(one: bool, records: Sequence[ActivationRecord]) -> str:
+    """Of all that a file holds, to the last bit."""
+    parts: list[Any] = [one]
     for record in records:
         shapes = {hook: list(value.shape) for hook, value in record.activations.items()}
         parts += [record._header(), shapes]
         for value in record.activations.values():
-            parts.append(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            parts.append(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return content_key(*parts)
 
 
