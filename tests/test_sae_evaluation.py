@@ -292,18 +292,10 @@ def test_logits_reduced_in_pieces_give_the_same_metrics(bold, batch, cells, monk
     assert without_tensors(pieces) == pytest.approx(without_tensors(whole), rel=1e-4, abs=1e-5)
 
 
-def test_a_pass_takes_fewer_texts_of_more_positions_words_or_features(bold, batch, monkeypatch):
-    cells = batch.tokens.shape[1] * bold.cfg.d_vocab
-    for texts in (1, 3, 40):
-        monkeypatch.setattr(evaluate, "CELLS", texts * cells)
-        assert evaluate.texts_per_pass(bold, batch, 48) == min(texts, 16)
-    assert evaluate.texts_per_pass(bold, batch, 20 * bold.cfg.d_vocab) == 2
-
-
 def test_what_does_not_fit_is_refused_before_the_run(bold, batch, monkeypatch):
-    monkeypatch.setattr(evaluate, "free_memory", lambda: 1000)
+    monkeypatch.setattr("lenslab.capture.free_memory", lambda: 1000)
     monkeypatch.setattr(evaluate, "forward", lambda *given: 1 / 0)
-    with pytest.raises(TooLargeForMemory, match="batch_size"):
+    with pytest.raises(TooLargeForMemory, match="free"):
         evaluate_sae(bold, tiny_sae(bold), batch)
 
 

@@ -27,10 +27,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.capture import harvest
+from lenslab.capture import harvest, texts_per_pass
 from lenslab.hooks import hook_names
 from lenslab.runtime import derive_generator, progress_bar
-from lenslab.sae.evaluate import SAEMetrics, evaluate_sae, forward, texts_per_pass
+from lenslab.sae.evaluate import SAEMetrics, evaluate_sae, forward
 from lenslab.sae.load import SparseAutoencoder, input_transform, sae_hook
 from lenslab.tokens import TokenBatch
 
@@ -198,7 +198,7 @@ def evaluate_null(
     """
     transform, hook = input_transform(sae, model), sae_hook(sae)
     fit = max(1, 4096 // batch.tokens.shape[1])
-    first = batch[: min(fit, texts_per_pass(model, batch, sae.cfg.d_sae))]
+    first = batch[: texts_per_pass(model, batch, limit=fit)]
     with torch.inference_mode():
         _, value = forward(model, hook, first)
         x = transform(value)[first.real.to(value.device)]

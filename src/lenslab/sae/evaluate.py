@@ -26,14 +26,15 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab import metrics
-from lenslab.capture import MEMORY_SHARE, TooLargeForMemory, free_memory
+from lenslab.capture import texts_per_pass
 from lenslab.files import Result
+from lenslab.hooks import check_unhooked
 from lenslab.models import model_name
 from lenslab.runtime import progress_bar
 from lenslab.sae.load import SparseAutoencoder, input_transform, refuse_transcoder, sae_hook
 from lenslab.tokens import TokenBatch
 
-CELLS = 2**26  # logits (or features, or attention weights of a layer) at a time: 256 MB
+CELLS = 2**26  # logits or features at a time: 256 MB
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,14 @@ def evaluate_sae(
     batch: TokenBatch,
     *,
     name: str | None = None,
-    batch_size: int | None = None,
+    batch_size: int = 16,
     progress: bool = True,
 ) -> SAEMetrics:
     """Every metric of an SAE on texts that it was not trained on. Four forward passes over `batch`.
 
     Args:
         name: what to call it in tables; default its class and hook.
-        batch_size: texts per forward pass; default and limit as `texts_per_pass` says.
+        batch_size: texts per forward pass; fewer where logits or features would be large.
 
     Raises as `input_transform` and `texts_per_pass`; ValueError when no real token follows another,
     on NaN or Inf, for a transcoder, and for a model that holds hooks.
@@ -101,7 +102,8 @@ def evaluate_sae(
     transform, hook = input_transform(sae, model, batch), sae_hook(sae)
     refuse_transcoder(sae)
     check_unhooked(model)
-    batch_size = texts_per_pass(model, batch, sae.cfg.d_sae, batch_size)
+    few = max(1, CELLS // (batch.tokens.shape[1] * sae.cfg.d_sae))
+    batch_size = texts_per_pass(model, batch, limit=min(batch_size, few))
     n_predicted = int(batch.real[:, 1:].sum())
     if not n_predicted:
         raise ValueError("No real token follows another: there is nothing to predict.")
@@ -181,27 +183,6 @@ def forward(
     with model.hooks(fwd_hooks=[(hook, at_hook)]):
         logits = model(batch.tokens.to(device), attention_mask=batch.attention.long().to(device))
     return logits, values[0]
-
-
-def check_unhooked(model: TransformerBridge) -> None:
-    """Raise ValueError for a model with hooks: what they do would be measured as the SAE's."""
-    if hooked := [name for name, point in model.hook_dict.items() if point.fwd_hooks]:
-        raise ValueError(f"{hooked[0]} has a hook: model.reset_hooks() drops what was forgotten.")
-
-
-def texts_per_pass(
-    model: TransformerBridge, batch: TokenBatch, d_sae: int, texts: int | None = None
-) -> int:
-    """At most 16 texts, so many that logits, features and attention stay small; or `texts`.
-    TooLargeForMemory where they take more than may be filled of what is free."""
-    length = batch.tokens.shape[1]
-    cells = length * max(model.cfg.d_vocab, d_sae, model.cfg.n_heads * length)  # of one text
-    texts = texts or max(1, min(16, CELLS // cells))
-    need = 4 * 4 * texts * cells  # bytes: two sets of logits and what is computed from them
-    if need > MEMORY_SHARE * free_memory():
-        asked = f"{texts} texts of {length} tokens at a time take {need / 1e9:.1f} GB"
-        raise TooLargeForMemory(f"{asked}: shorter windows (pack), or a smaller batch_size.")
-    return texts
 
 
 def _spans(batch: TokenBatch, vocabulary: int) -> Iterator[slice]:
