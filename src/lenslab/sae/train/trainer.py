@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,15 @@ from typing import Any
 import pandas as pd
 
 from lenslab import __version__
-from lenslab.files import drop_later_checkpoints, latest_checkpoint, save_checkpoint
+from lenslab.files import (
+    drop_later_checkpoints,
+    latest_checkpoint,
+    only_writer,
+    save_checkpoint,
+    versions,
+)
 from lenslab.metrics import FeatureActivity, ReconstructionError
-from lenslab.runtime import interrupts_wait, progress_bar
+from lenslab.runtime import compute_dtype, interrupts_wait, machine_summary, progress_bar
 from lenslab.sae.load import SparseAutoencoder
 from lenslab.sae.train.base import SAEConfig, TrainableSAE
 from lenslab.sae.train.convert import to_saelens
@@ -70,40 +77,59 @@ def train(
     Args: saes: by name; which hook each reads is `metadata["hook_name"]`, by default the only one
         of the source. folder: for checkpoints; call again with it to go on after an interruption,
         with the same SAEs or new ones of the same configuration. held_out: vectors of other texts,
-        measured at the end. log_dir: TensorBoard's, a run per SAE: what `history` holds.
+        measured at the end. log_dir: TensorBoard's, a run per SAE: it shows `history`, and nothing
+        that another run left there.
 
     Raises ValueError (widths, hooks, data that fill no batch, held-out documents among those of the
-    training, a folder of another run, an SAE that was trained before), TrainingFailed.
+    training, a folder of another run, an SAE that was trained before), TrainingFailed, FolderInUse
+    while another training writes into the folder, NotWritten where nobody can.
     """
     total = config.steps * config.batch
     described = {name: _described(name, sae, source, total) for name, sae in saes.items()}
     members = [Member(name, sae, config, described[name]) for name, sae in saes.items()]
     _check(members, source, held_out)
-    run = _Run(members, source, None if folder is None else Path(folder))
-    writers = []
-    if log_dir is not None:  # what a killed run logged after its checkpoint is struck out
-        from torch.utils.tensorboard import SummaryWriter
+    with ExitStack() as stack:
+        if folder is not None:
+            folder = Path(folder).expanduser()
+            stack.enter_context(only_writer(folder))
+        run = _Run(members, source, folder)
+        writers = [] if log_dir is None else _writers(members, log_dir, stack)
+        done = run.step * config.batch
+        bar = progress_bar(total=total, initial=done, progress=progress, **BAR)
+        stack.callback(bar.close)
+        try:
+            while run.step < config.steps:
+                rows = run.advance()
+                bar.update(config.batch)
+                for writer, row in zip(writers, rows, strict=False):
+                    _write(writer, row)
+                if rows:
+                    bar.set_postfix({k: f"{rows[0][k]:.3g}" for k in ("loss", "fvu", "l0", "dead")})
+            return {member.name: _finished(member, held_out) for member in members}
+        except KeyboardInterrupt:
+            run.save()
+            print(f"stopped at step {run.step:,}: with a folder the same call goes on", flush=True)
+            raise
 
-        writers = [SummaryWriter(f"{log_dir}/{name}", purge_step=run.step + 1) for name in saes]
-    bar = progress_bar(total=total, initial=run.step * config.batch, progress=progress, **BAR)
-    try:
-        while run.step < config.steps:
-            rows = run.advance()
-            bar.update(config.batch)
-            for writer, row in zip(writers, rows, strict=False):
-                for key, value in row.items():
-                    writer.add_scalar(key, value, run.step)
-            if rows:
-                bar.set_postfix({k: f"{rows[0][k]:.3g}" for k in ("loss", "fvu", "l0", "dead")})
-        return {member.name: _finished(member, held_out) for member in members}
-    except KeyboardInterrupt:
-        run.save()
-        print(f"stopped at step {run.step:,}: with a folder the same call goes on", flush=True)
-        raise
-    finally:
-        bar.close()
-        for writer in writers:
-            writer.close()
+
+def _writers(members: list[Member], log_dir: str | os.PathLike, stack: ExitStack) -> list[Any]:
+    """TensorBoard's: what other runs and a killed one logged is struck out, the history so far is
+    written anew."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writers = []
+    for member in members:
+        writer = SummaryWriter(str(Path(log_dir).expanduser() / member.name), purge_step=1)
+        stack.callback(writer.close)
+        for row in member.history:
+            _write(writer, row)
+        writers.append(writer)
+    return writers
+
+
+def _write(writer: Any, row: dict[str, float | int]) -> None:
+    for key, value in row.items():
+        writer.add_scalar(key, value, row["step"])
 
 
 # 1. Prepare
@@ -139,8 +165,8 @@ def _check(members: list[Member], source: VectorSource, held_out: VectorSource |
     if held_out is None:
         return
     keys = {data.metadata.get("model_key") for data in (source, held_out)}
-    if held_out.widths != source.widths or len(keys) > 1:
-        raise ValueError("Held-out vectors must be of the training's hooks and of its model_key.")
+    if held_out.widths != source.widths or len(keys) > 1 or sum(held_out.sizes(0)) < 2:
+        raise ValueError("Held-out: two vectors or more, of the training's hooks and model_key.")
     documents = held_out.documents()
     shared = len(documents & source.documents())
     if shared > SHARED * len(documents):
@@ -182,6 +208,10 @@ class _Run:
             member.restore(state["members"][member.name])
         drop_later_checkpoints(self.folder, self.step)  # damaged: they would stay the newest
         print(f"goes on at step {self.step:,} of {self.config.steps:,}", flush=True)
+        here, there = _circumstances(), state.get("circumstances", {})
+        changed = [f"{key} {there[key]} -> {here[key]}" for key in there if here[key] != there[key]]
+        if changed:
+            print(f"  not to the bit, for since then: {', '.join(changed)}", flush=True)
 
     def advance(self) -> list[dict[str, float | int]]:
         """One step of all members; their rows of the history where one is due."""
@@ -201,8 +231,13 @@ class _Run:
         if self.folder is not None:
             members = {member.name: member.state() for member in self.members}
             state = {"step": self.step, "identity": self.identity, "members": members}
-            save_checkpoint(self.folder, state)
+            save_checkpoint(self.folder, state | {"circumstances": _circumstances()})
             self.saved = time.monotonic()
+
+
+def _circumstances() -> dict[str, Any]:
+    """What may change the last bits of a step, and does not forbid to go on."""
+    return versions() | machine_summary() | {"compute": str(compute_dtype())}
 
 
 def _identity(members: list[Member], source: VectorSource) -> dict[str, Any]:
