@@ -381,7 +381,7 @@ def folders(recipe: Recipe, arguments: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def train(recipe: Recipe, arguments: argparse.Namespace) -> dict:
-    """Train, save, measure; returns the card. Raises FolderInUse."""
+    """Train, save, measure; returns the card. Raises NotWritten."""
     with only_writer(folders(recipe, arguments)[1]):
         return _train(Run(recipe, arguments), arguments)
 

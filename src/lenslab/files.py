@@ -16,7 +16,7 @@ import mmap
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,11 +25,6 @@ from uuid import uuid4
 
 import pandas as pd
 from safetensors import SafetensorError
-
-try:
-    import fcntl
-except ImportError:  # not a Unix: no locks, and what a killed process left is not looked for
-    fcntl = None
 
 REPOSITORY = Path(__file__).resolve().parents[2]  # the package is installed editable
 
@@ -97,27 +92,17 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f"{own}-{path.name[-40:]}")  # writers append to other suffixes
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{machine}-*"):
-            if not _runs(int(left.name.split("-")[1])):
-                left.unlink(missing_ok=True)
+        for left in path.parent.glob(f".{machine}-*") if os.name == "posix" else ():
+            with suppress(PermissionError):  # another user's process, which runs
+                try:
+                    os.kill(int(left.name.split("-")[1]), 0)
+                except ProcessLookupError:
+                    left.unlink(missing_ok=True)
         try:
             yield temporary
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def _runs(process: int) -> bool:
-    """Whether a process of this machine may still run."""
-    if fcntl is None:  # elsewhere, asking would end it
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
 
 
 def sha256_file(path: str | os.PathLike) -> str:
@@ -136,24 +121,18 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def content_key(*parts: Any) -> str:
     """16 hexadecimal digits that change when any part does: bytes as they are, the rest as
-    canonical JSON. TypeError for what only an address tells apart."""
+    canonical JSON, arrays with all their values."""
     digest = hashlib.sha256()
     for part in parts:
         if not isinstance(part, bytes):
-            part = json.dumps(part, sort_keys=True, default=_canonical).encode()
+            part = json.dumps(part, sort_keys=True, default=_in_full).encode()
         digest.update(len(part).to_bytes(8, "big") + part)  # ("ab", "c") is not ("a", "bc")
     return digest.hexdigest()[:16]
 
 
-def _canonical(value: Any) -> Any:
-    """Arrays and sets whole and in order: their own text is cut in the middle, or in any order."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    if " at 0x" in str(value):
-        raise TypeError(f"{value} has no key: it would be another one in the next process.")
-    return str(value)
+def _in_full(value: Any) -> Any:
+    """Of an array its values: its text leaves out those in the middle."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def signed(content: dict[str, Any]) -> dict[str, Any]:
@@ -179,38 +158,32 @@ def versions() -> dict[str, str]:
 # Checkpoints: FOLDER/step-00000100.pt, whose last bytes are the SHA-256 of those before
 
 
-class FolderInUse(RuntimeError):
-    """Another training writes its checkpoints into this folder."""
-
-
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold a folder of checkpoints; the system lets go of it when the process ends, however it
     ends. Disks and systems without locks go without.
 
-    Raises FolderInUse, NotWritten. Where nothing can be written, what is there can be read.
+    Raises NotWritten while another process or thread holds it. Where nothing can be written, what
+    is there can be read.
     """
+    file = folder / ".lock"
     with ExitStack() as stack:
         try:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(open(folder / ".lock", "ab+", buffering=0))
+                lock = stack.enter_context(open(file, "ab", buffering=0))
+            import fcntl  # of Unix alone
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}".encode())
         except NotWritten:
-            if not folder.is_dir() or not any(folder.glob("*.pt")):
+            if not any(folder.glob("*.pt")):
                 raise
-            lock = None
-        try:
-            if lock is not None and fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                lock.truncate(0)
-                lock.write(f"{os.getpid()} on {platform.node()}".encode())
         except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().decode()
-            raise FolderInUse(
-                f"{folder} is in use by process {holder}: wait for its end, or give another folder."
-            ) from None
-        except OSError:  # a disk without locks, or a full one
+            message = f"{folder} is in use by {file.read_text()}: wait, or give another folder"
+            raise NotWritten(errno.EBUSY, message) from None
+        except (OSError, ImportError):  # a disk or a system without locks, or a full disk
             pass
         yield
 
@@ -238,14 +211,12 @@ def save_checkpoint(folder: Path, state: dict, name: str | None = None) -> Path:
 
 
 def load_checkpoint(file: Path) -> dict:
-    """A checkpoint whose hash matches. Raises ValueError where the file is missing or damaged."""
+    """A checkpoint whose hash matches. Raises ValueError where the file is damaged."""
     import torch
 
-    if not file.exists() or file.stat().st_size <= DIGEST:
-        raise ValueError(f"checkpoint {file.name} is missing or damaged (it holds nothing)")
     with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as raw:
         if hashlib.sha256(memoryview(raw)[:-DIGEST]).digest() != raw[-DIGEST:]:
-            raise ValueError(f"checkpoint {file.name} is damaged (its hash does not match)")
+            raise ValueError(f"checkpoint {file.name} is damaged: its hash does not match")
         return torch.load(handle, weights_only=True, map_location="cpu")
 
 
@@ -260,7 +231,7 @@ def latest_checkpoint(folder: Path) -> dict | None:
         try:
             return {"file": file, "state": load_checkpoint(file)}
         except ValueError as error:
-            print(f"{error}: trying the one before it", flush=True)
+            print(f"{file.name} is passed over: {error}", flush=True)
     if files:
         raise ValueError(f"All {len(files)} checkpoints in {folder.name} are damaged: move them.")
     return None

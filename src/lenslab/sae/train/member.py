@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,11 +55,9 @@ class TrainingConfig:
         counts = (self.batch, self.dead_after, 1 if self.log_every is None else self.log_every)
         if not all(count >= 1 and count % 1 == 0 for count in counts):
             raise ValueError("batch, dead_after and log_every are whole numbers from 1 on.")
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise ValueError(f"lr is positive, or None for the default, not {self.lr}.")
-        if not self.checkpoint_minutes >= 0:  # NaN: there would never be one
-            raise ValueError(f"checkpoint_minutes is 0 or more, not {self.checkpoint_minutes}.")
-        operator.index(self.seed)  # TypeError
+        if not (self.lr is None or 0 < self.lr < math.inf) or not self.checkpoint_minutes >= 0:
+            raise ValueError("lr is above 0 (or None), checkpoint_minutes 0 or more; none is NaN.")
+        derive_generator(self.seed, "resample")  # TypeError now, not when it is needed
 
     @property
     def steps(self) -> int:

@@ -100,15 +100,15 @@ class TensorSource(VectorSource):
         self.n = len(next(iter(self.vectors.values())))
         content = []
         for hook, value in self.vectors.items():
-            if value.ndim != 2 or not value.is_floating_point():
+            if value.ndim != 2 or not value.is_floating_point() or len(value) != self.n:
                 shape = f"{value.dtype} {list(value.shape)}"
-                raise ValueError(f"{hook} holds no vectors [vector, d_in] of floats but {shape}.")
-            if len(value) != self.n:
-                raise ValueError(f"{hook} has {len(value)} vectors, another hook {self.n}.")
+                raise ValueError(
+                    f"{shape} at {hook}, not {self.n} vectors [vector, d_in] of floats"
+                )
             for part in value.split(1 << 14):
                 part = part.cpu().float()  # [vector, d_in]
                 if not torch.isfinite(part).all():
-                    raise ValueError(f"NaN or Inf (as float32) at {hook}.")
+                    raise ValueError(f"NaN or Inf at {hook}, or numbers too large for float32.")
                 content.append(content_key(part.numpy().tobytes()))
         widths = {name: value.shape[1] for name, value in self.vectors.items()}
         super().__init__(_runs(self.n), pool, seed, widths, content)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from lenslab.files import (
     versions,
 )
 from lenslab.metrics import FeatureActivity, ReconstructionError
-from lenslab.runtime import compute_dtype, interrupts_wait, machine_summary, progress_bar
+from lenslab.runtime import interrupts_wait, machine_summary, progress_bar
 from lenslab.sae.load import SparseAutoencoder
 from lenslab.sae.train.base import SAEConfig, TrainableSAE
 from lenslab.sae.train.convert import to_saelens
@@ -77,59 +77,50 @@ def train(
     Args: saes: by name; which hook each reads is `metadata["hook_name"]`, by default the only one
         of the source. folder: for checkpoints; call again with it to go on after an interruption,
         with the same SAEs or new ones of the same configuration. held_out: vectors of other texts,
-        measured at the end. log_dir: TensorBoard's, a run per SAE: it shows `history`, and nothing
-        that another run left there.
+        measured at the end. log_dir: TensorBoard's, a run per SAE: what `history` holds.
 
     Raises ValueError (widths, hooks, data that fill no batch, held-out documents among those of the
-    training, a folder of another run, an SAE that was trained before), TrainingFailed, FolderInUse
-    while another training writes into the folder, NotWritten where nobody can.
+    training, a folder of another run, an SAE that was trained before), TrainingFailed, NotWritten
+    while another training writes into the folder, or where nobody can.
     """
     total = config.steps * config.batch
     described = {name: _described(name, sae, source, total) for name, sae in saes.items()}
     members = [Member(name, sae, config, described[name]) for name, sae in saes.items()]
     _check(members, source, held_out)
-    with ExitStack() as stack:
-        if folder is not None:
-            folder = Path(folder).expanduser()
-            stack.enter_context(only_writer(folder))
+    folder = None if folder is None else Path(folder).expanduser()
+    with nullcontext() if folder is None else only_writer(folder):
         run = _Run(members, source, folder)
-        writers = [] if log_dir is None else _writers(members, log_dir, stack)
-        done = run.step * config.batch
-        bar = progress_bar(total=total, initial=done, progress=progress, **BAR)
-        stack.callback(bar.close)
-        try:
-            while run.step < config.steps:
-                rows = run.advance()
-                bar.update(config.batch)
-                for writer, row in zip(writers, rows, strict=False):
-                    _write(writer, row)
-                if rows:
-                    bar.set_postfix({k: f"{rows[0][k]:.3g}" for k in ("loss", "fvu", "l0", "dead")})
-            return {member.name: _finished(member, held_out) for member in members}
-        except KeyboardInterrupt:
-            run.save()
-            print(f"stopped at step {run.step:,}: with a folder the same call goes on", flush=True)
-            raise
+        _train(run, progress, log_dir)
+    return {member.name: _finished(member, held_out) for member in members}
 
 
-def _writers(members: list[Member], log_dir: str | os.PathLike, stack: ExitStack) -> list[Any]:
-    """TensorBoard's: what other runs and a killed one logged is struck out, the history so far is
-    written anew."""
-    from torch.utils.tensorboard import SummaryWriter
+def _train(run: _Run, progress: bool, log_dir: str | os.PathLike | None) -> None:
+    """The steps that are left, with bar and TensorBoard."""
+    batch, writers = run.config.batch, []
+    if log_dir is not None:  # what a killed run logged after its checkpoint is struck out
+        from torch.utils.tensorboard import SummaryWriter
 
-    writers = []
-    for member in members:
-        writer = SummaryWriter(str(Path(log_dir).expanduser() / member.name), purge_step=1)
-        stack.callback(writer.close)
-        for row in member.history:
-            _write(writer, row)
-        writers.append(writer)
-    return writers
-
-
-def _write(writer: Any, row: dict[str, float | int]) -> None:
-    for key, value in row.items():
-        writer.add_scalar(key, value, row["step"])
+        folders = [str(Path(log_dir).expanduser() / member.name) for member in run.members]
+        writers = [SummaryWriter(folder, purge_step=run.step + 1) for folder in folders]
+    total, done = run.config.steps * batch, run.step * batch
+    bar = progress_bar(total=total, initial=done, progress=progress, **BAR)
+    try:
+        while run.step < run.config.steps:
+            rows = run.advance()
+            bar.update(batch)
+            for writer, row in zip(writers, rows, strict=False):
+                for key, value in row.items():
+                    writer.add_scalar(key, value, run.step)
+            if rows:
+                bar.set_postfix({k: f"{rows[0][k]:.3g}" for k in ("loss", "fvu", "l0", "dead")})
+    except KeyboardInterrupt:
+        run.save()
+        print(f"stopped at step {run.step:,}: with a folder the same call goes on", flush=True)
+        raise
+    finally:
+        bar.close()
+        for writer in writers:
+            writer.close()
 
 
 # 1. Prepare
@@ -182,6 +173,7 @@ class _Run:
     def __init__(self, members: list[Member], source: VectorSource, folder: Path | None):
         self.members, self.config, self.folder = members, members[0].config, folder
         self.identity = _identity(members, source)
+        self.made_with = versions() | machine_summary()
         self.step = 0
         self.saved = time.monotonic()
         checkpoint = None if folder is None else latest_checkpoint(folder)
@@ -208,10 +200,9 @@ class _Run:
             member.restore(state["members"][member.name])
         drop_later_checkpoints(self.folder, self.step)  # damaged: they would stay the newest
         print(f"goes on at step {self.step:,} of {self.config.steps:,}", flush=True)
-        here, there = _circumstances(), state.get("circumstances", {})
-        changed = [f"{key} {there[key]} -> {here[key]}" for key in there if here[key] != there[key]]
-        if changed:
-            print(f"  not to the bit, for since then: {', '.join(changed)}", flush=True)
+        for key, there in state.get("made_with", {}).items():
+            if there != (here := self.made_with.get(key)):
+                print(f"perhaps not to the bit: {key} was {there}, is {here}", flush=True)
 
     def advance(self) -> list[dict[str, float | int]]:
         """One step of all members; their rows of the history where one is due."""
@@ -231,13 +222,8 @@ class _Run:
         if self.folder is not None:
             members = {member.name: member.state() for member in self.members}
             state = {"step": self.step, "identity": self.identity, "members": members}
-            save_checkpoint(self.folder, state | {"circumstances": _circumstances()})
+            save_checkpoint(self.folder, state | {"made_with": self.made_with})
             self.saved = time.monotonic()
-
-
-def _circumstances() -> dict[str, Any]:
-    """What may change the last bits of a step, and does not forbid to go on."""
-    return versions() | machine_summary() | {"compute": str(compute_dtype())}
 
 
 def _identity(members: list[Member], source: VectorSource) -> dict[str, Any]:
