@@ -30,6 +30,7 @@ from lenslab.files import (
     drop_later_checkpoints,
     latest_checkpoint,
     load_checkpoint,
+    only_writer,
     save_checkpoint,
     write_json,
 )
@@ -380,8 +381,12 @@ def folders(recipe: Recipe, arguments: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def train(recipe: Recipe, arguments: argparse.Namespace) -> dict:
-    """Train, save, measure; returns the card."""
-    run = Run(recipe, arguments)
+    """Train, save, measure; returns the card. Raises NotWritten."""
+    with only_writer(folders(recipe, arguments)[1]):
+        return _train(Run(recipe, arguments), arguments)
+
+
+def _train(run: Run, arguments: argparse.Namespace) -> dict:
     state, resumed = run.starting_state()
     run.take_up(state, resumed)
     if arguments.export:

@@ -5,22 +5,39 @@ import hashlib
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import lenslab
 from lenslab import files, runtime
+from lenslab.files import NotWritten
 from lenslab.runtime import derive_generator
 
 
 def draw(seed, label):
     return torch.rand(8, generator=derive_generator(seed, label))
+
+
+def in_a_child(act):
+    """Run it in a child of this process; how that ended (minus the signal that killed it)."""
+    child = os.fork()
+    if not child:
+        try:
+            act()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 # Seeds
@@ -77,6 +94,13 @@ def test_the_ground_floor_does_not_wait_for_transformer_lens():
     modules = in_another_process(code).split()
     assert "lenslab.files" in modules
     assert not {"transformer_lens", "sae_lens", "transformers"} & set(modules)
+
+
+@pytest.mark.parametrize("seed", [1.0, 1.5, float("nan"), "1", None])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(TypeError):
+        draw(seed, "a")
+    assert torch.equal(draw(True, "a"), draw(1, "a"))
 
 
 # Machine
@@ -215,11 +239,12 @@ def test_an_atomic_write_replaces_the_file_and_leaves_nothing_beside_it(tmp_path
     assert list(target.parent.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [RuntimeError, OSError, SafetensorError, KeyboardInterrupt])
 def test_a_failed_write_keeps_the_old_file_and_raises(tmp_path, error):
     target = tmp_path / "weights.bin"
     target.write_bytes(b"old")
-    with pytest.raises(error), files.atomic_write(target) as temporary:
+    raised = KeyboardInterrupt if error is KeyboardInterrupt else NotWritten
+    with pytest.raises(raised), files.atomic_write(target) as temporary:
         temporary.write_bytes(b"half of the n")
         raise error("no space left")
     assert target.read_bytes() == b"old"
@@ -229,9 +254,99 @@ def test_a_failed_write_keeps_the_old_file_and_raises(tmp_path, error):
 def test_a_write_that_wrote_nothing_is_an_error_not_an_empty_file(tmp_path):
     target = tmp_path / "weights.bin"
     target.write_bytes(b"old")
-    with pytest.raises(FileNotFoundError), files.atomic_write(target):
+    with pytest.raises(NotWritten, match="No such file"), files.atomic_write(target):
         pass
     assert target.read_bytes() == b"old"
+
+
+def text(path):
+    path.write_text("x" * 100_000)
+
+
+def zipped(path):
+    torch.save(torch.zeros(100_000), path)
+
+
+def tensors(path):
+    save_file({"x": torch.zeros(100_000)}, path)
+
+
+def array(path):
+    np.save(path, np.zeros(100_000))
+
+
+@pytest.mark.parametrize("write", [text, zipped, tensors, array])
+def test_what_each_library_says_of_a_full_disk_is_one_sentence(tmp_path, write):
+    """A limit on the size of files stands in for the disk: errors are the libraries' own."""
+    target = tmp_path / "values.npy"
+    target.write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        said = pytest.raises(NotWritten, match=r"values\.npy was not written .*free some space")
+        with said, files.atomic_write(target) as temporary:
+            write(temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_is_a_file_is_said_in_the_same_words(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotWritten, match="was not written"):
+        files.write_json(tmp_path / "file" / "x.json", {})
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write_and_what_another_writes_stays(
+    tmp_path,
+):
+
+    def killed_within():
+        with files.atomic_write(tmp_path / "a.json") as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_a_child(killed_within) == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 1
+    with files.atomic_write(tmp_path / "b.json") as ours:  # of another name
+        ours.write_text("b")
+        assert list(tmp_path.iterdir()) == [ours]
+        files.write_json(tmp_path / "a.json", {})
+        assert ours.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json"}
+
+
+def test_threads_and_machines_may_write_one_file(tmp_path, monkeypatch):
+    target, failed = tmp_path / "t.json", []
+
+    def write(i):
+        try:
+            for _ in range(40):
+                files.write_json(target, [i] * 500)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(4)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert not failed and len(set(json.loads(target.read_text()))) == 1
+    with files.atomic_write(target) as one:
+        monkeypatch.setattr(files.platform, "node", lambda: "another")
+        with files.atomic_write(target) as two:
+            assert one != two
+            two.write_text("[2]")
+        one.write_text("[1]")
+    assert target.read_text() == "[1]"
+
+
+def test_long_names_and_the_home_folder_can_be_written(tmp_path, monkeypatch):
+    files.write_json(tmp_path / f"{'ü' * 120}.json", {})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LENSLAB_CACHE", "~/cache")
+    monkeypatch.setenv("LENSLAB_OUTPUTS", "~/out")
+    monkeypatch.chdir(tmp_path)
+    assert files.cache_path("x") == tmp_path / "cache" / "x"
+    assert files.outputs_path("x") == tmp_path / "out" / "x"
+    files.write_json("~/home.json", {})
+    assert (tmp_path / "home.json").exists() and not (tmp_path / "~").exists()
 
 
 def test_json_refuses_nan_and_keeps_the_old_file(tmp_path):
@@ -270,3 +385,25 @@ def test_a_content_key_changes_with_every_part_and_with_nothing_else():
     assert len({key, *others}) == 6
     assert files.content_key("ab", "c") != files.content_key("a", "bc")
     assert files.content_key(b"ab", b"c") != files.content_key(b"a", b"bc")
+
+
+def test_a_content_key_is_of_all_values():
+    long = torch.zeros(5000)
+    other = long.clone()
+    other[2500] = 1  # their text is the same
+    for a, b in ((long, other), (long.numpy(), other.numpy())):
+        assert str(a) == str(b) and files.content_key({"x": a}) != files.content_key({"x": b})
+    assert files.content_key(np.int64(3)) == files.content_key(3)
+
+
+def test_what_is_signed_is_known_again_and_any_change_is_not(tmp_path):
+    content = {"a": 0.1, "b": (1, 2), "c": {"d": None, 10: "ä", 9: ""}, "e": 1e300}
+    files.write_json(tmp_path / "x.json", files.signed(content))
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    read = files.verified(json.loads(text))
+    assert read == {"a": 0.1, "b": [1, 2], "c": {"d": None, "10": "ä", "9": ""}, "e": 1e300}
+    for old, new in (("0.1", "0.2"), ("null", "0"), ("ä", "a"), ('"a"', '"A"'), ("content_", "")):
+        with pytest.raises(ValueError, match="changed"):
+            files.verified(json.loads(text.replace(old, new, 1)))
+    with pytest.raises(ValueError, match="JSON"):
+        files.signed({"a": float("nan")})

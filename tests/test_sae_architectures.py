@@ -28,6 +28,7 @@ from lenslab.sae.train.convert import to_saelens
 
 WIDTH, LATENTS, K, BATCH, SPARSITY, WIDTHS = 16, 48, 4, 40, 0.7, (6, 20, 48)
 NAMES = tuple(ARCHITECTURES)
+NAN = float("nan")
 METADATA = {"hook_name": "blocks.0.hook_resid_post", "model_name": "some-model"}
 THEIRS = {
     "relu": (StandardTrainingSAE, StandardTrainingSAEConfig, dict(l1_coefficient=SPARSITY)),
@@ -439,14 +440,37 @@ def test_the_threshold_follows_where_a_short_training_goes():
         ("topk", dict(scale="unit"), "centre=True"),
         ("transcoder", dict(scale="unit", centre=False), "transcoder"),
         ("topk", dict(d_out=8), "d_out is for transcoder"),
+        ("topk", dict(k=2.5), r"\bk\b"),
+        ("batchtopk", dict(k=NAN), r"\bk\b"),
+        ("matryoshka", dict(widths=(4.5, 48)), "widths"),
+        ("matryoshka", dict(widths=(4, 4, 48)), "must rise"),
+        ("matryoshka", dict(widths=(-4, 48)), "must rise"),
+        ("transcoder", dict(d_out=0), "d_out"),
+        ("transcoder", dict(d_out=2.5), "d_out"),
+        ("topk", dict(auxiliary=NAN), "auxiliary"),
+        ("topk", dict(auxiliary=-1.0), "auxiliary"),
+        ("relu", dict(sparsity=NAN), "sparsity"),
+        ("gated", dict(sparsity=-1.0), "sparsity"),
+        ("jumprelu", dict(bandwidth=0.0), "bandwidth"),
+        ("jumprelu", dict(bandwidth=-0.1), "bandwidth"),
+        ("jumprelu", dict(bandwidth=NAN), "bandwidth"),
     ],
 )
 def test_what_would_be_silently_wrong_is_refused(name, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         build_sae(name, WIDTH, LATENTS, **({"k": K} if name in FOR["k"] else {}) | options)
 
 
+@pytest.mark.parametrize("d_in, d_sae", [(0, 8), (8, 0), (8, -1), (8.5, 8), (8, NAN)])
+def test_widths_are_whole_numbers(d_in, d_sae):
+    with pytest.raises((ValueError, TypeError), match=r"d_in|d_sae"):
+        build_sae("relu", d_in, d_sae)
+
+
 def test_a_seed_gives_the_same_weights():
+    for seed in (1.5, NAN):
+        with pytest.raises(TypeError):
+            build_sae("relu", WIDTH, LATENTS, seed=seed)
     first, again, other = (build_sae("relu", WIDTH, LATENTS, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first.W_enc, again.W_enc) and not torch.equal(first.W_enc, other.W_enc)
     assert torch.equal(first.W_enc, first.W_dec.T)

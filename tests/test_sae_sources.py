@@ -124,6 +124,48 @@ def test_the_key_is_of_values_pool_and_seed():
 # a model and a store
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.arange(40).view(20, 2),  # token ids
+        torch.arange(40).view(20, 2) > 3,  # a mask
+        torch.zeros(20),
+        torch.zeros(5, 4, 2),  # [text, pos, d_in]
+        torch.full((20, 2), 1e5).half(),  # Inf
+        torch.full((20, 2), 1e300, dtype=torch.float64),  # Inf in float32
+        torch.full((20, 2), float("nan"), dtype=torch.bfloat16),
+    ],
+)
+def test_what_holds_no_vectors_of_numbers_is_refused(values):
+    with pytest.raises(ValueError, match="at vectors"):
+        TensorSource(values)
+
+
+def test_half_precision_gives_its_values_in_float32():
+    """A row's sum may be too large for float16 where no number is."""
+    values = torch.full((20, 40), 6e4).half()
+    pool = TensorSource(values).pool(0, 0)["vectors"]
+    assert pool.dtype == torch.float32 and torch.equal(pool, values.float())
+
+
+def test_a_model_that_was_changed_since_is_refused(model, batch):
+    """The SAE would say that it was trained on the weights of before."""
+    source = ModelSource(model, batch, HOOK)
+    weights = model.original_model.get_parameter(
+        next(name for name, _ in model.original_model.named_parameters())
+    )
+    before = weights.detach().clone()
+    try:
+        with torch.no_grad():
+            weights.add_(1.0)
+        with pytest.raises(ValueError, match="changed"):
+            source.pool(0, 0)
+    finally:
+        with torch.no_grad():
+            weights.copy_(before)
+    source.pool(0, 0)
+
+
 @pytest.mark.parametrize("pool", [300, 1 << 17])
 def test_the_model_gives_the_vectors_of_real_tokens_once_an_epoch(model, batch, pool):
     source = ModelSource(model, batch, HOOK, pool=pool)

@@ -17,7 +17,7 @@ from conftest import TEXTS
 
 from lenslab import __version__
 from lenslab.capture import harvest
-from lenslab.files import latest_checkpoint, save_checkpoint
+from lenslab.files import NotWritten, latest_checkpoint, save_checkpoint
 from lenslab.models import model_key, model_name, random_twin
 from lenslab.runtime import derive_generator, progress_bar
 from lenslab.sae.load import load_sae, save_sae
@@ -347,6 +347,10 @@ def test_a_run_that_goes_on_strikes_out_what_was_logged_after_its_checkpoint(vec
     events.Reload()
     steps = [event.step for event in events.Scalars("loss")]
     assert steps == list(range(1, 21)) == result.history.step.tolist()
+    shorter = replace(config, vectors=256 * 7)  # another run in the same place
+    run(new(), vectors, shorter, log_dir=tmp_path / "log")
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 8))
     assert sorted(int(file.stem[5:]) for file in (tmp_path / "run").glob("step-*.pt")) == [19, 20]
 
 
@@ -380,6 +384,92 @@ def test_a_model_and_a_store_are_gone_on_with_to_the_bit(kind, model, tmp_path):
             train(saes, source, config, folder=tmp_path / "run", progress=False)
     resumed = train(members(), source, config, folder=tmp_path / "run", progress=False)
     assert all(equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_second_training_in_one_folder_is_refused_and_the_first_is_as_if_alone(vectors, tmp_path):
+    refused = []
+
+    def second():
+        with pytest.raises(NotWritten, match="in use"):
+            run(new(), vectors, ALWAYS, folder=tmp_path)
+        refused.append(1)
+
+    first = run(at_loss(new(), 9, second), vectors, ALWAYS, folder=tmp_path)
+    assert refused and equal(first, run(new(), vectors, ALWAYS))
+    run(new(), vectors, ALWAYS, folder=tmp_path)  # the folder is free again
+    with pytest.raises(ValueError, match="another run"):
+        run(new(seed=3), vectors, ALWAYS, folder=tmp_path)
+    run(new(), vectors, ALWAYS, folder=tmp_path)
+
+
+def test_another_version_or_machine_is_said_when_a_run_goes_on(
+    vectors, tmp_path, capsys, monkeypatch
+):
+    interrupted(new(), 9, vectors, ALWAYS, folder=tmp_path)
+    with monkeypatch.context() as patched:
+        there = trainer.versions() | {"torch": "99.1"}
+        patched.setattr(trainer, "versions", lambda: there)
+        interrupted(new(), 9, vectors, ALWAYS, folder=tmp_path)
+    assert "perhaps not to the bit: torch was" in capsys.readouterr().out
+    monkeypatch.setenv("LENSLAB_COMPUTE", "bfloat16")
+    other = "float32" if trainer.machine_summary()["fast_bf16"] else "bfloat16"
+    monkeypatch.setenv("LENSLAB_COMPUTE", other)
+    run(new(), vectors, ALWAYS, folder=tmp_path)
+    said = capsys.readouterr().out
+    assert "torch was 99.1" in said and "fast_bf16" in said and "scipy" not in said
+
+
+EVERY_RENAME = """
+import os, sys
+from pathlib import Path
+import torch
+from lenslab.sae.train import TensorSource, TrainingConfig, build_sae, train
+
+torch.set_num_threads(1)
+vectors = torch.randn(1500, 16, generator=torch.Generator().manual_seed(0))
+config = TrainingConfig(64 * 3, batch=64, checkpoint_minutes=0.0)
+replace, unlink = os.replace, Path.unlink
+
+def training(folder=None):
+    saes = {"topk": build_sae("topk", 16, 64, k=3)}
+    results = train(saes, TensorSource(vectors), config, folder=folder, progress=False)
+    return [value for r in results.values() for value in r.trained.state_dict().values()]
+
+def deadly(act, at, calls=[]):
+    def one(*given, **options):
+        calls.append(1)
+        if len(calls) == at[0] and not at[1]:
+            os._exit(9)
+        act(*given, **options)
+        if len(calls) == at[0] and at[1]:
+            os._exit(9)
+    return one
+
+whole = training()
+for name, number, moments in (("replace", 4, (False, True)), ("unlink", 6, (False,))):
+    for at in [(n, after) for n in range(1, number + 1) for after in moments]:
+        folder = Path(sys.argv[1], f"{name}-{at[0]}-{at[1]}")
+        child = os.fork()
+        if not child:
+            if name == "replace":
+                os.replace = deadly(replace, at)
+            else:
+                Path.unlink = deadly(unlink, at)
+            training(folder)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9, (name, at)
+        resumed = training(folder)
+        assert all(torch.equal(a, b) for a, b in zip(whole, resumed)), (name, at)
+        left = sorted(file.name for file in folder.iterdir())
+        assert left[0] == ".lock" and left[-1] == "step-00000003.pt", (name, at, left)
+        assert len(left) <= 4 and all(n.startswith("step-") for n in left[1:]), (name, at, left)
+"""
+
+
+def test_killed_before_or_after_any_rename_or_removal_it_goes_on_to_the_bit(tmp_path):
+    command = [sys.executable, "-c", EVERY_RENAME, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 KILLED = """
@@ -506,8 +596,7 @@ def test_a_damaged_checkpoint_does_not_stay_the_newest(vectors, tmp_path):
 
     with pytest.raises(OSError, match="gone"):  # before it has saved anything
         run(at_loss(new(), 1, gone), vectors, ALWAYS, folder=tmp_path)
-    names = [file.name for file in sorted(tmp_path.glob("step-*"))]
-    assert names == ["step-00000011.pt", "step-00000011.sha256"]
+    assert [file.name for file in tmp_path.glob("step-*")] == ["step-00000011.pt"]
 
 
 def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(
@@ -528,6 +617,25 @@ def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(
     assert latest_checkpoint(tmp_path)["state"]["step"] == 30
     monkeypatch.setattr(torch, "save", save)
     assert equal(run(new(), vectors, ALWAYS, folder=tmp_path), result)
+
+
+def test_a_disk_that_is_full_from_the_start_says_so_and_claims_nothing(
+    vectors, tmp_path, capsys, monkeypatch
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+        result = run(new(), vectors, ALWAYS, folder=tmp_path)
+    said = capsys.readouterr().out
+    assert "No space" in said and "none before" in said and "kept" not in said
+    assert equal(result, run(new(), vectors, ALWAYS, folder=tmp_path))
+
+
+def test_a_folder_that_is_a_file_is_said_before_the_first_step(vectors, tmp_path):
+    (tmp_path / "file").write_text("")
+    sae = new()
+    sae.loss = None
+    with pytest.raises(NotWritten, match="file"):
+        run(sae, vectors, folder=tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -561,6 +669,38 @@ def test_other_data_and_checkpoints_of_something_else_are_refused(vectors, tmp_p
 # What it refuses
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("batch", (0, -256, 2.5, NAN)),
+        ("dead_after", (0, -1, NAN)),
+        ("log_every", (0, -3, 2.5, NAN)),
+        ("floor", (-1.0, 5.0, NAN)),
+        ("decay", (-0.1, NAN)),
+        ("warm_up", (NAN,)),
+        ("lr", (0.0, -1e-3, NAN, float("inf"))),
+        ("checkpoint_minutes", (-1.0, NAN)),
+        ("seed", (1.5, NAN, "1")),
+        ("vectors", (NAN, -5)),
+    ],
+)
+def test_settings_that_would_train_wrongly_in_silence_are_refused(field, values, vectors):
+    for value in values:
+        with pytest.raises((ValueError, TypeError), match=field):
+            run(new(), vectors, replace(CONFIG, **{field: value}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_dtype_are_refused(dtype, vectors):
+    sae = new().to(dtype)
+    with pytest.raises(ValueError, match="float32"):
+        run(sae, vectors)
+    run(sae.float(), vectors, replace(CONFIG, vectors=512))
+
+
 def test_an_sae_that_was_trained_before_is_refused_and_left_as_it_was(vectors, tmp_path):
     sae, config = new(), replace(CONFIG, vectors=256 * 4)
     run(sae, vectors, config, folder=tmp_path / "a")
@@ -590,6 +730,9 @@ def test_widths_hooks_and_models_must_fit(model, vectors, tmp_path):
         run(new("transcoder", metadata={"hook_name_out": None}), source)
     with pytest.raises(ValueError, match="Held-out"):
         run(new(), vectors, held_out=TensorSource(planted(300, "h")[:, :8]))
+    for few in (0, 1):  # said before the training, not after it
+        with pytest.raises(ValueError, match="two vectors"):
+            run(new(), vectors, held_out=TensorSource(planted(few, "h")))
     store = StoreSource(stored(model, packed(model, 30), tmp_path / "store"))
     metadata = {"hook_name": HOOKS[0], "model_key": "0123456789abcdef"}
     with pytest.raises(ValueError, match="model_key 0123456789abcdef"):

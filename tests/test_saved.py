@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import dataclass
+from random import Random
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -62,8 +64,11 @@ def test_a_result_that_ships_for_other_inputs_does_not_hide_the_cache(data):
 def test_the_result_that_ships_with_the_project_is_readable(monkeypatch):
     name = "phase_2_error_rate_and_power"
     content = json.loads(files.data_path("results", f"{name}.json").read_text())
-    monkeypatch.setattr(files, "content_key", lambda inputs: content["config"]["key"])
-    table = saved_result(name, "what it was made from")
+    inputs, key = ["what it was made from"], files.content_key
+    monkeypatch.setattr(
+        files, "content_key", lambda x: content["config"]["key"] if x is inputs else key(x)
+    )
+    table = saved_result(name, inputs)
     assert table.attrs["origin"] == SHIPPED and table["holds"].all()
     assert table["estimate"].tolist() == [
         content["values"][measure]["estimate"] for measure in table["measure"]
@@ -77,3 +82,41 @@ def test_a_damaged_file_counts_as_none(data, content):
     assert saved_value("x") is None
     save_result("number", Number(1.0), "x", ships=False)
     assert saved_value("x") == (1.0, CACHED)
+
+
+def changed(text, random):
+    """One character of the file, other than it was."""
+    place = random.randrange(len(text))
+    return text[:place] + random.choice("0123456789abcdefgh-.,: ") + text[place + 1 :]
+
+
+def test_no_changed_file_is_read_with_other_values(data):
+    """At random, and where it matters: value, name of a column, digits of a key."""
+    path = save_result("number", Number(1234.5678), "x", ships=True)
+    text, random = path.read_text(), Random(0)
+    mutants = [changed(text, random) for _ in range(300)]
+    for old, new in (("1234.5678", "1234.5679"), ('"value"', '"valve"'), ('"a"', '"b"')):
+        mutants.append(text.replace(old, new))
+    unsigned = json.loads(text)
+    del unsigned["content_key"]
+    mutants.append(json.dumps(unsigned))
+    refused = 0
+    for mutant in mutants:
+        path.write_text(mutant)
+        value = saved_value("x")
+        assert value in (None, (1234.5678, SHIPPED))  # blanks and the like change nothing
+        refused += value is None
+    assert refused > 250 and value is None
+
+
+def test_a_result_under_another_name_is_none_of_that_name(data):
+    path = save_result("number", Number(1.0), "x", ships=False)
+    path.rename(path.with_name(path.name.replace("number", "other")))
+    assert saved_result("other", "x") is None
+
+
+def test_a_saved_result_says_by_itself_whether_it_was_changed(tmp_path):
+    Number(float("inf")).save(tmp_path / "result.json", seed=np.int64(3), sizes=(1, 2))
+    content = files.verified(json.loads((tmp_path / "result.json").read_text()))
+    assert content["values"] == {"value": None}
+    assert content["config"] == {"seed": 3, "sizes": [1, 2]}

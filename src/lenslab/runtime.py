@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import operator
 import os
 import platform
 import signal
@@ -46,7 +47,9 @@ def derive_generator(seed: int, label: str) -> torch.Generator:
     """A generator that depends on the seed and on what it is for, and on nothing drawn before.
 
     Adding one random draw somewhere must not change every later one, hence no global state.
+    Raises TypeError for a seed that is no integer.
     """
+    seed = operator.index(seed)  # 1 and 1.0 would be two seeds, 1.5 one that no log shows
     digest = hashlib.sha256(f"{seed}:{label}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 

@@ -241,9 +241,15 @@ def build_sae(architecture: str, d_in: int, d_sae: int, **options: Any) -> Train
     for name in options:
         if architecture not in FOR.get(name, ARCHITECTURES):
             raise ValueError(f"{name} is for {', '.join(FOR[name])}, not for {architecture}.")
-    if architecture in TOPK_FAMILY and not 0 < config.k <= d_sae:
+    counts = (d_in, d_sae, d_in if config.d_out is None else config.d_out)
+    if not all(count >= 1 and count % 1 == 0 for count in counts):
+        raise ValueError(f"d_in, d_sae and d_out are whole numbers from 1 on, got {counts}.")
+    if not (config.sparsity >= 0 and config.auxiliary >= 0 and config.bandwidth > 0):
+        raise ValueError("sparsity and auxiliary are weights from 0 on, bandwidth is above 0.")
+    if architecture in TOPK_FAMILY and (not 0 < config.k <= d_sae or config.k % 1):
         raise ValueError(f"k must lie between 1 and d_sae = {d_sae}, got {config.k}.")
-    if config.widths and [0, *config.widths] != sorted({0, *config.widths, d_sae}):
+    widths = [0, *config.widths]
+    if config.widths and (widths != sorted({*widths, d_sae}) or any(w % 1 for w in widths)):
         raise ValueError(f"widths must rise to d_sae = {d_sae}, got {config.widths}.")
     if config.scale not in ("mean", "unit", "none"):
         raise ValueError(f"scale is 'mean', 'unit' or 'none', not {config.scale!r}.")

@@ -49,8 +49,15 @@ class TrainingConfig:
     checkpoint_minutes: float = 5.0  # where a folder is given
 
     def __post_init__(self) -> None:
-        if not all(0 <= v <= 1 for v in (self.warm_up, self.decay, self.sparsity_warm_up)):
-            raise ValueError("warm_up, decay and sparsity_warm_up are shares of the steps.")
+        shares = (self.warm_up, self.floor, self.decay, self.sparsity_warm_up)
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError("warm_up, floor, decay and sparsity_warm_up are shares: 0 to 1.")
+        counts = (self.batch, self.dead_after, 1 if self.log_every is None else self.log_every)
+        if not all(count >= 1 and count % 1 == 0 for count in counts):
+            raise ValueError("batch, dead_after and log_every are whole numbers from 1 on.")
+        if not (self.lr is None or 0 < self.lr < math.inf) or not self.checkpoint_minutes >= 0:
+            raise ValueError("lr is above 0 (or None), checkpoint_minutes 0 or more; none is NaN.")
+        derive_generator(self.seed, "resample")  # TypeError now, not when it is needed
 
     @property
     def steps(self) -> int:
@@ -78,6 +85,8 @@ class Member:
     """`described` is the SAE's configuration with all metadata that the saved one will say."""
 
     def __init__(self, name: str, sae: TrainableSAE, config: TrainingConfig, described: SAEConfig):
+        if any(weights.dtype != torch.float32 for weights in sae.parameters()):
+            raise ValueError(f"{name}: weights are trained in float32: call its .float() before.")
         self.name, self.sae, self.config, self.described = name, sae.train(), config, described
         self.hook = described.metadata["hook_name"]
         self.hook_out = described.metadata.get("hook_name_out") or self.hook

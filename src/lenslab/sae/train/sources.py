@@ -98,12 +98,19 @@ class TensorSource(VectorSource):
         by_hook = {"vectors": vectors} if isinstance(vectors, Tensor) else vectors
         self.vectors = {name: value.detach() for name, value in by_hook.items()}
         self.n = len(next(iter(self.vectors.values())))
+        content = []
         for hook, value in self.vectors.items():
-            if len(value) != self.n or not torch.isfinite(value.sum(1)).all():
-                raise ValueError(f"NaN or Inf at {hook}, or fewer vectors than at other hooks.")
+            if value.ndim != 2 or not value.is_floating_point() or len(value) != self.n:
+                shape = f"{value.dtype} {list(value.shape)}"
+                raise ValueError(
+                    f"{shape} at {hook}, not {self.n} vectors [vector, d_in] of floats"
+                )
+            for part in value.split(1 << 14):
+                part = part.cpu().float()  # [vector, d_in]
+                if not torch.isfinite(part).all():
+                    raise ValueError(f"NaN or Inf at {hook}, or numbers too large for float32.")
+                content.append(content_key(part.numpy().tobytes()))
         widths = {name: value.shape[1] for name, value in self.vectors.items()}
-        parts = (part for value in self.vectors.values() for part in value.split(1 << 14))
-        content = [content_key(part.cpu().float().numpy().tobytes()) for part in parts]
         super().__init__(_runs(self.n), pool, seed, widths, content)
 
     def documents(self) -> set[int]:
@@ -175,6 +182,8 @@ class ModelSource(VectorSource):
         return self._computed(list(range(len(self.units))))
 
     def _computed(self, units: list[int]) -> dict[str, Tensor]:
+        if model_key(self.model) != self.metadata["model_key"]:
+            raise ValueError("The model was changed after this source was made: make a new one.")
         batch = self.batch[units]
         vectors = harvest(self.model, batch, list(self.widths), progress=False, **self.options)
         return {hook: value[batch.real].flatten(1).float() for hook, value in vectors.items()}

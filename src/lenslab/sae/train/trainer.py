@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,15 @@ from typing import Any
 import pandas as pd
 
 from lenslab import __version__
-from lenslab.files import drop_later_checkpoints, latest_checkpoint, save_checkpoint
+from lenslab.files import (
+    drop_later_checkpoints,
+    latest_checkpoint,
+    only_writer,
+    save_checkpoint,
+    versions,
+)
 from lenslab.metrics import FeatureActivity, ReconstructionError
-from lenslab.runtime import interrupts_wait, progress_bar
+from lenslab.runtime import interrupts_wait, machine_summary, progress_bar
 from lenslab.sae.load import SparseAutoencoder
 from lenslab.sae.train.base import SAEConfig, TrainableSAE
 from lenslab.sae.train.convert import to_saelens
@@ -76,29 +83,39 @@ def train(
         log_dir: TensorBoard's, a run per SAE: what `history` holds.
 
     Raises ValueError (widths, hooks, data that fill no batch, held-out documents among those of the
-    training, a folder of another run, an SAE that was trained before), TrainingFailed.
+    training, a folder of another run, an SAE that was trained before), TrainingFailed, NotWritten
+    while another training writes into the folder, or where nobody can.
     """
     total = config.steps * config.batch
     described = {name: _described(name, sae, source, total) for name, sae in saes.items()}
     members = [Member(name, sae, config, described[name]) for name, sae in saes.items()]
     _check(members, source, held_out)
-    run = _Run(members, source, None if folder is None else Path(folder))
-    writers = []
+    folder = None if folder is None else Path(folder).expanduser()
+    with nullcontext() if folder is None else only_writer(folder):
+        run = _Run(members, source, folder)
+        _train(run, progress, log_dir)
+    return {member.name: _finished(member, held_out) for member in members}
+
+
+def _train(run: _Run, progress: bool, log_dir: str | os.PathLike | None) -> None:
+    """The steps that are left, with bar and TensorBoard."""
+    batch, writers = run.config.batch, []
     if log_dir is not None:  # what a killed run logged after its checkpoint is struck out
         from torch.utils.tensorboard import SummaryWriter
 
-        writers = [SummaryWriter(f"{log_dir}/{name}", purge_step=run.step + 1) for name in saes]
-    bar = progress_bar(total=total, initial=run.step * config.batch, progress=progress, **BAR)
+        folders = [str(Path(log_dir).expanduser() / member.name) for member in run.members]
+        writers = [SummaryWriter(folder, purge_step=run.step + 1) for folder in folders]
+    total, done = run.config.steps * batch, run.step * batch
+    bar = progress_bar(total=total, initial=done, progress=progress, **BAR)
     try:
-        while run.step < config.steps:
+        while run.step < run.config.steps:
             rows = run.advance()
-            bar.update(config.batch)
+            bar.update(batch)
             for writer, row in zip(writers, rows, strict=False):
                 for key, value in row.items():
                     writer.add_scalar(key, value, run.step)
             if rows:
                 bar.set_postfix({k: f"{rows[0][k]:.3g}" for k in ("loss", "fvu", "l0", "dead")})
-        return {member.name: _finished(member, held_out) for member in members}
     except KeyboardInterrupt:
         run.save()
         print(f"stopped at step {run.step:,}: with a folder the same call goes on", flush=True)
@@ -142,8 +159,8 @@ def _check(members: list[Member], source: VectorSource, held_out: VectorSource |
     if held_out is None:
         return
     keys = {data.metadata.get("model_key") for data in (source, held_out)}
-    if held_out.widths != source.widths or len(keys) > 1:
-        raise ValueError("Held-out vectors must be of the training's hooks and of its model_key.")
+    if held_out.widths != source.widths or len(keys) > 1 or sum(held_out.sizes(0)) < 2:
+        raise ValueError("Held-out: two vectors or more, of the training's hooks and model_key.")
     documents = held_out.documents()
     shared = len(documents & source.documents())
     if shared > SHARED * len(documents):
@@ -159,6 +176,7 @@ class _Run:
     def __init__(self, members: list[Member], source: VectorSource, folder: Path | None):
         self.members, self.config, self.folder = members, members[0].config, folder
         self.identity = _identity(members, source)
+        self.made_with = versions() | machine_summary()
         self.step = 0
         self.saved = time.monotonic()
         checkpoint = None if folder is None else latest_checkpoint(folder)
@@ -185,6 +203,9 @@ class _Run:
             member.restore(state["members"][member.name])
         drop_later_checkpoints(self.folder, self.step)  # damaged: they would stay the newest
         print(f"goes on at step {self.step:,} of {self.config.steps:,}", flush=True)
+        for key, there in state.get("made_with", {}).items():
+            if there != (here := self.made_with.get(key)):
+                print(f"perhaps not to the bit: {key} was {there}, is {here}", flush=True)
 
     def advance(self) -> list[dict[str, float | int]]:
         """One step of all members; their rows of the history where one is due."""
@@ -204,7 +225,7 @@ class _Run:
         if self.folder is not None:
             members = {member.name: member.state() for member in self.members}
             state = {"step": self.step, "identity": self.identity, "members": members}
-            save_checkpoint(self.folder, state)
+            save_checkpoint(self.folder, state | {"made_with": self.made_with})
             self.saved = time.monotonic()
 
 
