@@ -25,7 +25,7 @@ import torch
 from IPython.display import display
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.features.activations import FeatureActivations, encode_features
+from lenslab.features.activations import FeatureActivations, check_features, encode_features
 from lenslab.features.ranking import category_profile
 from lenslab.sae.load import SparseAutoencoder
 from lenslab.show.feature_plots import DENSE
@@ -61,7 +61,6 @@ def explore_feature(
     Raises ValueError for a feature that is not there and for categories of another number than
     texts.
     """
-    feature = int(feature)
     values = fa.of(feature)  # [text, pos]
     real = fa.batch.real
     pooled = values.masked_fill(~real, -torch.inf).amax(1).numpy()  # [text]
@@ -144,6 +143,7 @@ class FeatureExplorer:
         Raises as `encode_features`, `tokenize` and `explore_feature` for what it begins with; later
         faults are said in the widget.
         """
+        check_features([] if feature is None else [feature], sae.cfg.d_sae)
         if fa.n_features != sae.cfg.d_sae:
             raise ValueError(f"Texts with {fa.n_features} features, this SAE has {sae.cfg.d_sae}.")
         self.model, self.sae, self.fa = model, sae, fa
