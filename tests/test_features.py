@@ -1,10 +1,8 @@
 """Feature activations and what stands out in them: every number counted by hand on a matrix of a
 few texts."""
 
-import copy
 import json
 import warnings
-from dataclasses import replace
 
 import jaxtyping
 import numpy as np
@@ -12,7 +10,7 @@ import pytest
 import scipy.sparse
 import scipy.stats
 import torch
-from conftest import TEXTS, make_tokenizer
+from conftest import TEXTS
 from test_sae_pretrained import tiny_sae
 
 from lenslab.capture import harvest
@@ -476,7 +474,7 @@ def _full(*args, **kwargs):
 
 
 @pytest.mark.parametrize("feature", [2.9, 3.0, True, float("nan"), -1, 48])
-def test_what_is_no_feature_is_refused_wherever_one_is_asked_for(model, found, feature):
+def test_what_is_no_feature_is_refused_wherever_one_is_asked_for(model, found, feature, unchecked):
     matrix = found.pool()
     labels = ["a", "a", "b", "b"]
     for ask in (
@@ -543,19 +541,3 @@ def test_negative_activations_and_silent_ones_are_refused(found):
         concept_features(0 * MATRIX[:2], 0 * MATRIX[2:])
     with pytest.raises(ValueError, match=r"\[text, feature\]"):
         ranking.count_specialists(MATRIX[:, 0], KINDS)
-
-
-def test_a_batch_of_another_tokenizer_is_refused(model, tmp_path):
-    from transformers import AutoTokenizer
-
-    make_tokenizer(tmp_path, bos_is_eos=True)  # as many tokens, other words
-    batch, sae = tokenize(model, TEXTS), tiny_sae(model)
-    other = replace(batch, tokenizer=AutoTokenizer.from_pretrained(tmp_path))
-    beyond = replace(batch, tokens=batch.tokens + model.cfg.d_vocab, tokenizer=None)
-    for strange, word in ((other, "another tokenizer"), (beyond, "not among")):
-        with pytest.raises(ValueError, match=word):
-            encode_features(model, sae, strange, progress=False)
-        with pytest.raises(ValueError, match=word):
-            find_contexts(model, sae, strange, progress=False)
-    again = replace(batch, tokenizer=copy.deepcopy(batch.tokenizer))  # loaded twice
-    assert encode_features(model, sae, again, progress=False).n_texts == len(TEXTS)

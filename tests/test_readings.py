@@ -3,9 +3,19 @@
 import numpy as np
 import pytest
 import scipy.sparse
+from conftest import TEXTS, save_random
 
+from lenslab.capture import harvest
 from lenslab.features.activations import FeatureActivations
-from lenslab.features.readings import CLASSES, form_and_concept, token_class, token_classes
+from lenslab.features.readings import (
+    CLASSES,
+    direct_logits,
+    final_norm,
+    form_and_concept,
+    token_class,
+    token_classes,
+)
+from lenslab.models import load_model
 from lenslab.tokens import tokenize
 
 FORMS, CONCEPTS = 4, 12
@@ -123,7 +133,7 @@ def test_a_constant_feature_is_no_evidence_for_form_or_content():
     form, concept = np.repeat(["a", "b"], 6), np.tile(np.arange(6), 2)
     table = form_and_concept(np.ones((12, 1)), form, concept, n=20)
     assert table["form"].isna().all() and (table[["form_p", "concept_p"]] == 1).all(axis=None)
-    with pytest.raises(ValueError, match="two or more"):
+    with pytest.raises(ValueError, match="two of each"):
         form_and_concept(np.ones((12, 1)), ["a"] * 12, np.arange(12))
 
 

@@ -521,9 +521,7 @@ def test_labels_as_integers_give_what_booleans_give():
     boolean, pair = LABELS.astype(bool), np.stack([LABELS, 1 - LABELS], axis=1)
     for use in (
         lambda y: stats.auroc_permutations(SCORES, y, generator(), 50),
-        lambda y: stats.matched_auroc_permutations(
-            SCORES, pair.astype(y.dtype), generator(), 50
-        ),
+        lambda y: stats.matched_auroc_permutations(SCORES, pair.astype(y.dtype), generator(), 50),
     ):
         ours, theirs = use(LABELS), use(boolean)
         assert np.array_equal(ours.observed, theirs.observed) and np.array_equal(ours.p, theirs.p)
@@ -568,7 +566,7 @@ def test_a_label_that_cannot_move_within_its_strata_has_p_one():
         (LABELS, np.arange(5)),
     ],
 )
-def test_labels_that_cannot_be_shuffled_are_refused(labels, strata):
+def test_labels_that_cannot_be_shuffled_are_refused(labels, strata, unchecked):
     with pytest.raises(ValueError):
         stats.auroc_permutations(SCORES[: len(labels)], labels, generator(), 20, strata)
 

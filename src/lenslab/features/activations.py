@@ -48,7 +48,7 @@ Matrix = np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix  # [text, fea
 Index = int | np.integer  # a feature, as Python or NumPy gives it
 
 
-Indices = Sequence[int] | np.ndarray
+Indices = Sequence[Index] | np.ndarray | Tensor
 
 
 Labels = Sequence | np.ndarray | pd.Series  # one a text
@@ -93,15 +93,6 @@ def check_features(features: Indices, n_features: int) -> None:
         raise ValueError(f"Features are whole numbers, not {numbers.flat[0]}.")
     if beyond := numbers[(numbers < 0) | (numbers >= n_features)].tolist():
         raise ValueError(f"Feature {beyond[0]} is not one of 0 to {n_features - 1}.")
-
-
-def check_vocabulary(model: TransformerBridge, batch: TokenBatch) -> None:
-    """Raise ValueError for a batch of another tokenizer: its ids are other tokens in this model."""
-    ours, theirs = model.tokenizer, batch.tokenizer
-    if theirs not in (None, ours) and theirs.get_vocab() != ours.get_vocab():
-        raise ValueError("This batch is of another tokenizer: tokenize its texts with this model.")
-    if int(batch.tokens.max()) >= model.cfg.d_vocab:
-        raise ValueError(f"This batch has ids that are not among the {model.cfg.d_vocab} here.")
 
 
 def blocks(matrix: np.ndarray | scipy.sparse.csc_array) -> Iterator[tuple[slice, np.ndarray]]:
@@ -215,11 +206,10 @@ def encode_features(
         name: what to call the SAE in tables; default its class and hook.
         folder: keep the matrix there, named by its content, and read it back the next time.
 
-    Raises as `check_sae` and `harvest`; ValueError where the SAE gives NaN or Inf, and for a batch
-    of another tokenizer. A file in `folder` that is damaged, of something else, or that cannot be
-    written is warned about: the result is the same.
+    Raises as `check_sae` and `harvest`; ValueError where the SAE gives NaN or Inf. A file in
+    `folder` that is damaged, of something else, or that cannot be written is warned about: the
+    result is the same.
     """
-    check_vocabulary(model, batch)
     transform, hook = input_transform(sae, model), sae_hook(sae)
     key = content_key(model_key(model), sae_key(sae), hook, batch.key)
     file = None if folder is None else Path(folder).expanduser() / f"{key}.npz"

@@ -25,13 +25,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab.capture import harvest
-from lenslab.features.activations import (
-    Index,
-    Indices,
-    check_features,
-    check_vocabulary,
-    marked_context,
-)
+from lenslab.features.activations import Index, Indices, check_features, marked_context
 from lenslab.runtime import derive_generator, progress_bar
 from lenslab.sae.load import SparseAutoencoder, encode, input_transform, sae_hook
 from lenslab.tokens import TokenBatch, token_string
@@ -119,8 +113,7 @@ def find_contexts(
         sample: firings kept per feature.
         context: tokens shown on either side.
 
-    Raises as `check_sae` and `harvest`; ValueError for features that the SAE has not and batches of
-    another tokenizer.
+    Raises as `check_sae` and `harvest`; ValueError for features that the SAE has not.
     """
     d_sae = sae.cfg.d_sae
     features = np.arange(d_sae) if features is None else np.unique(features)
@@ -132,7 +125,6 @@ def find_contexts(
     first = tokens = 0  # windows and tokens before these
     bar = progress_bar(unit="tok", desc="contexts", progress=progress)
     for batch in [batches] if isinstance(batches, TokenBatch) else batches:
-        check_vocabulary(model, batch)
         step = max(1, CELLS // (batch.tokens.shape[1] * d_sae))
         for start in range(0, len(batch), step):
             # 1. Encode

@@ -117,7 +117,9 @@ def form_and_concept(
     matrix = check_matrix(matrix, form)
     cells = pd.crosstab(np.asarray(form), np.asarray(concept))
     if (cells != 1).any(axis=None) or min(cells.shape) < 2:
-        raise ValueError("Form and content, two or more of each: every concept once in every form.")
+        raise ValueError(
+            "Form and content need every concept exactly once in every form, and two of each."
+        )
     features = np.flatnonzero(np.asarray((matrix > 0).sum(axis=0)).ravel() >= 10)
     order = np.lexsort([concept, form])
     values = columns_of(matrix, features).astype(np.float64)[order]

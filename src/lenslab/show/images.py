@@ -102,18 +102,14 @@ class Browser:
         """What the work gives. TimeoutError where it takes too long."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(SECONDS)
 
-    def kill(self) -> None:
-        """End the browser and all that it started, whatever state they are in."""
+    def close(self) -> None:
+        """End the browser and all that it started, whatever state they are in, then tidy up."""
         atexit.unregister(self.close)
         if process := getattr(self.kaleido, "subprocess", None):  # it leads a group of its own
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
-
-    def close(self) -> None:
-        """As at the end of the kernel: let the browser tidy up, then make sure that it is gone."""
         with suppress(Exception):
             self.run(self.kaleido.close())
-        self.kill()
 
 
 def render_png(figure: go.Figure | dict[str, Any]) -> bytes | None:
@@ -131,7 +127,7 @@ def render_png(figure: go.Figure | dict[str, Any]) -> bytes | None:
         return _browser.run(_browser.kaleido.calc_fig(figure, {"format": "png", "scale": 1}))
     except Exception as problem:  # whatever kaleido or the browser raise
         if _browser is not None:
-            _browser.kill()
+            _browser.close()
         _png_failed, _browser = True, None
         reason = problem.args[0] if problem.args else f"no answer from the browser in {SECONDS} s"
         print(f"No PNG beside the figures ({type(problem).__name__}: {reason}).", file=sys.stderr)

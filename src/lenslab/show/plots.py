@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from torch import Tensor
 
 from lenslab.metrics import as_mask
 
 Values = Any  # numbers in a list, an array, a sparse matrix or a tensor
-Labels = Sequence | np.ndarray | pd.Series  # names or numbers
-Number = int | float | np.number
+Labels = Sequence | np.ndarray | pd.Series | Tensor  # names or numbers
+Number = int | float | np.number | Tensor
 
 ACCENT, CONTROL, INK = "#c8502d", "#9aa0a6", "#3c4043"
 PALETTE = [ACCENT, "#2f6690", "#5b8e55", "#8d6a9f", "#c49a2c", "#4aa3a2", "#6d6875"]
@@ -103,8 +104,9 @@ def points(
     ValueError where `x` does not number the values: plotly would leave out what is over.
     """
     if x is not None:
-        x = numbers(x).tolist() if hasattr(x, "detach") else list(x)
-        if any(isinstance(place, str) for place in x):
+        named = any(isinstance(place, str) for place in x)
+        x = list(x) if named else numbers(x).tolist()
+        if named:
             figure.update_xaxes(ticks(x))
             x = list(range(len(x)))
     drawn = {}
