@@ -2,6 +2,7 @@
 few texts."""
 
 import json
+import warnings
 
 import jaxtyping
 import numpy as np
@@ -13,12 +14,15 @@ from conftest import TEXTS
 from test_sae_pretrained import tiny_sae
 
 from lenslab.capture import harvest
-from lenslab.features import ranking
+from lenslab.features import activations, ranking
 from lenslab.features.activations import FeatureActivations, columns_of, encode_features
+from lenslab.features.contexts import find_contexts
 from lenslab.features.ranking import category_profile, summarize_features
+from lenslab.features.readings import token_classes, vocabulary_effects
 from lenslab.features.together import coactivation, concept_features
 from lenslab.runtime import derive_generator
 from lenslab.sae.load import SAEMismatch, sae_hook
+from lenslab.show.explore import explore_feature
 from lenslab.stats import permutation_test
 from lenslab.tokens import tokenize
 
@@ -118,13 +122,14 @@ def test_a_link_only_where_there_are_pages(model, found):
     assert linked.link(17) == "https://www.neuronpedia.org/gpt2-small/1-res-jb/17"
 
 
-def test_the_matrix_is_kept_by_content_and_read_back(model, found, tmp_path):
+def test_the_matrix_is_kept_by_content_and_read_back(model, found, tmp_path, monkeypatch):
     batch, sae = tokenize(model, TEXTS), tiny_sae(model)
     first = encode_features(model, sae, batch, folder=tmp_path, progress=False)
     assert [f.name for f in tmp_path.iterdir()] == [f"{first.key}.npz"]
-    scipy.sparse.save_npz(tmp_path / f"{first.key}.npz", 2 * first.matrix)  # it is this file
+    monkeypatch.setattr(activations, "harvest", None)  # not needed a second time
     again = encode_features(model, sae, batch, folder=tmp_path, progress=False)
-    assert (again.matrix != 2 * first.matrix).nnz == 0 and again.key == first.key == found.key
+    assert (again.matrix != first.matrix).nnz == 0 and again.key == first.key == found.key
+    monkeypatch.undo()
     other = encode_features(model, tiny_sae(model, seed=1), batch, folder=tmp_path, progress=False)
     assert other.key != first.key and len(list(tmp_path.iterdir())) == 2
 
@@ -389,3 +394,150 @@ def test_features_per_category_by_hand():
 def test_labels_of_another_length_are_refused(use):
     with pytest.raises(ValueError, match=r"5 labels"):
         use(KINDS[:5])
+
+
+# What would be wrong in silence
+
+
+def _byte_changed(file, share):
+    raw = bytearray(file.read_bytes())
+    raw[int(len(raw) * share)] ^= 1
+    file.write_bytes(raw)
+
+
+def _values_changed(file, share):
+    with np.load(file) as parts:
+        np.savez(file, **{**parts, "data": parts["data"] * 2})
+
+
+def _of_an_older_version(file, share):
+    with np.load(file) as parts:
+        parts = dict(parts)
+    del parts["seal"]
+    np.savez(file, **parts)
+
+
+@pytest.mark.parametrize(
+    ("damage", "share"),
+    [(_byte_changed, share) for share in (0.001, 0.02, 0.3, 0.5, 0.7, 0.9, 0.999)]
+    + [
+        (_values_changed, 0),
+        (_of_an_older_version, 0),
+        (lambda file, share: file.write_bytes(b""), 0),
+        (lambda file, share: file.write_text("text"), 0),
+        (lambda file, share: file.write_bytes(file.read_bytes()[:-40]), 0),
+    ],
+)
+def test_a_kept_matrix_that_is_damaged_is_encoded_again(model, found, tmp_path, damage, share):
+    batch, sae = tokenize(model, TEXTS), tiny_sae(model)
+    encode_features(model, sae, batch, folder=tmp_path, progress=False)
+    file = tmp_path / f"{found.key}.npz"
+    whole = file.read_bytes()
+    damage(file, share)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        again = encode_features(model, sae, batch, folder=tmp_path, progress=False)
+    assert (again.matrix != found.matrix).nnz == 0
+    # a byte that means nothing (a date in the archive) may differ without a word
+    assert said or damage is _byte_changed
+    assert not said or file.read_bytes()[: len(whole) // 2] == whole[: len(whole) // 2]
+
+
+def test_a_kept_matrix_of_another_sae_is_not_taken_for_this_one(model, found, tmp_path):
+    batch, other = tokenize(model, TEXTS), tiny_sae(model, seed=1)
+    elsewhere = encode_features(model, other, batch, folder=tmp_path, progress=False)
+    (tmp_path / f"{elsewhere.key}.npz").rename(tmp_path / f"{found.key}.npz")
+    with pytest.warns(UserWarning, match="something else"):
+        ours = encode_features(model, tiny_sae(model), batch, folder=tmp_path, progress=False)
+    assert (ours.matrix != found.matrix).nnz == 0
+
+
+@pytest.mark.parametrize("blocked", ["the folder is a file", "a folder has the name", "full disk"])
+def test_a_matrix_that_cannot_be_kept_is_not_lost(model, found, tmp_path, blocked, monkeypatch):
+    folder = tmp_path / "cache"
+    if blocked == "the folder is a file":
+        folder.write_text("")
+    elif blocked == "a folder has the name":
+        (folder / f"{found.key}.npz").mkdir(parents=True)
+    else:
+        monkeypatch.setattr(np, "savez", _full)
+    with pytest.warns(UserWarning, match="not kept"):
+        fa = encode_features(
+            model, tiny_sae(model), tokenize(model, TEXTS), folder=folder, progress=False
+        )
+    assert (fa.matrix != found.matrix).nnz == 0
+    assert not list(tmp_path.rglob("*.npz.*")) and not list(tmp_path.rglob(".*-*"))
+
+
+def _full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("feature", [2.9, 3.0, True, float("nan"), -1, 48])
+def test_what_is_no_feature_is_refused_wherever_one_is_asked_for(model, found, feature, unchecked):
+    matrix = found.pool()
+    labels = ["a", "a", "b", "b"]
+    for ask in (
+        lambda: columns_of(matrix, [feature]),
+        lambda: found.of(feature),
+        lambda: found.top_texts(feature),
+        lambda: category_profile(matrix, labels, [feature]),
+        lambda: coactivation(matrix, [feature]),
+        lambda: explore_feature(found, feature),
+        lambda: token_classes(found, [feature]),
+        lambda: vocabulary_effects(model, tiny_sae(model), [feature]),
+        lambda: find_contexts(model, tiny_sae(model), found.batch, features=[feature]),
+    ):
+        with pytest.raises(ValueError, match="Feature"):
+            ask()
+    assert columns_of(matrix, [np.int32(3)]).shape == columns_of(matrix, torch.tensor([3])).shape
+
+
+def test_a_feature_named_twice_counts_once_or_is_refused():
+    twice, once = (category_profile(MATRIX, KINDS, f) for f in ([1, 1], [1]))
+    assert twice.equals(once)
+    with pytest.raises(ValueError, match="twice"):
+        coactivation(MATRIX, [1, 1])
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda labels: summarize_features(MATRIX, labels),
+        lambda labels: ranking.features_per_category(MATRIX, labels),
+        lambda labels: category_profile(MATRIX, labels, [0]),
+        lambda labels: ranking.count_specialists(MATRIX, labels),
+        lambda labels: coactivation(MATRIX, [0, 1], labels),
+    ],
+)
+def test_missing_labels_and_labels_of_another_number_are_refused(use, missing):
+    with pytest.raises(ValueError, match="None or NaN"):
+        use([*KINDS[:5], missing])
+    with pytest.raises(ValueError, match="one each"):
+        use(KINDS[:5])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64, np.float16, bool])
+def test_matrices_of_small_numbers_give_what_floats_give(dtype):
+    """Minus one is 255 in a byte: the features that never fire came first."""
+    small, floats = MATRIX.astype(dtype), MATRIX.astype(dtype).astype(np.float32)
+    for use in (
+        lambda m: ranking.count_specialists(m, KINDS, "half", top=1),
+        lambda m: summarize_features(m, KINDS).to_frame(),
+        lambda m: concept_features(m[:2], m[2:], n=20),
+        lambda m: coactivation(m, [0, 1, 2]).to_frame(),
+        lambda m: category_profile(m, KINDS, [0, 3]),
+    ):
+        assert use(small).equals(use(floats))
+
+
+def test_negative_activations_and_silent_ones_are_refused(found):
+    with pytest.raises(ValueError, match="Negative"):
+        summarize_features(-MATRIX)
+    with pytest.raises(ValueError, match="Negative"):
+        token_classes(FeatureActivations(-found.matrix, found.batch, "n", "m", "h", "k"), [0])
+    with pytest.raises(ValueError, match="No feature"):
+        concept_features(0 * MATRIX[:2], 0 * MATRIX[2:])
+    with pytest.raises(ValueError, match=r"\[text, feature\]"):
+        ranking.count_specialists(MATRIX[:, 0], KINDS)

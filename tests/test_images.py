@@ -1,6 +1,10 @@
 """What a figure leaves in a notebook and on disk, with and without Chromium."""
 
 import base64
+import os
+import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
@@ -13,6 +17,7 @@ from lenslab.show import images
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(images, "_png_failed", False)
+    monkeypatch.setattr(images, "_browser", None)
     monkeypatch.setenv("LENSLAB_OUTPUTS", str(tmp_path))
     monkeypatch.delenv("LENSLAB_PNG", raising=False)
 
@@ -92,3 +97,57 @@ def test_a_saved_figure_is_a_page_that_loads_only_the_library_beside_it(tmp_path
 def test_a_result_cannot_be_written_elsewhere(name):
     with pytest.raises(ValueError, match="cannot name"):
         images.save_figure(go.Figure(), name)
+
+
+BROWSERS = {
+    "dies at once": "exit 1",
+    "dies and leaves a child": "sleep 600 &\nexit 1",
+    "hangs": "exec sleep 600",
+    "hangs with a child and will not be ended": "trap '' TERM INT HUP\nsleep 600 &\nsleep 600",
+}
+
+
+@pytest.mark.parametrize("kind", BROWSERS)
+def test_a_browser_that_dies_or_hangs_costs_a_picture_and_no_more(
+    kind, monkeypatch, tmp_path, capfd
+):
+    script = tmp_path / "chromium"
+    script.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/group\n{BROWSERS[kind]}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("BROWSER_PATH", str(script))
+    monkeypatch.setattr(images, "SECONDS", 2)
+    started = time.monotonic()
+    assert images.render_png(go.Figure()) is None and images.render_png(go.Figure()) is None
+    assert time.monotonic() - started < 10
+    assert capfd.readouterr().err.count("No PNG") == 1
+    group = int((tmp_path / "group").read_text())
+    for _ in range(50):
+        if not _members(group):
+            break
+        time.sleep(0.1)
+    assert not _members(group)  # nobody is left behind
+
+
+def _members(group: int) -> list[str]:
+    """Processes of a group that still run."""
+    stats = [_stat(file) for file in Path("/proc").glob("[0-9]*/stat")]
+    return [stat for stat in stats if stat and int(stat[2]) == group and stat[0] != "Z"]
+
+
+def _stat(file: Path) -> list[str]:
+    """(state, parent, group, ...) of a process."""
+    try:
+        return file.read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return []
+
+
+def test_a_browser_stopped_after_a_picture_is_given_up(monkeypatch):
+    if images.find_browser() is None:
+        pytest.skip("no Chromium: install it (apt install chromium) to run the browser tests")
+    assert images.render_png(go.Figure(go.Bar(y=[1, 2]))).startswith(b"\x89PNG")
+    process = images._browser.kaleido.subprocess
+    os.killpg(process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(images, "SECONDS", 2)
+    assert images.render_png(go.Figure(go.Bar(y=[1, 2]))) is None
+    assert process.wait(timeout=10) is not None and images._browser is None

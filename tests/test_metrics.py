@@ -599,3 +599,60 @@ def test_losses_refuse_no_target_and_nan():
     with pytest.raises(ValueError, match="NaN"):
         metrics.cross_entropy(logits, tokens, real)
     assert math.isnan(metrics.kl_divergence(logits, logits, real))
+
+
+# Marks given otherwise than as booleans
+
+MARKS = [torch.long, torch.uint8, torch.float32, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", MARKS)
+def test_marks_of_any_kind_mask_and_never_select_rows(dtype):
+    x, logits = normal(4, 5, 12).relu(), normal(4, 5, 9, label="logits")
+    tokens = torch.arange(20).reshape(4, 5) % 9
+    real = torch.ones(4, 5, dtype=torch.bool)
+    real[:, 0], real[0, 3:] = False, False
+    for use in (
+        lambda r: l0(x, r),
+        lambda r: metrics.fvu(x, x / 2, r),
+        lambda r: Moments().update(x, r).total_variance,
+        lambda r: metrics.cross_entropy(logits, tokens, r),
+        lambda r: metrics.kl_divergence(logits, 2 * logits, r),
+        lambda r: metrics.auroc(x[..., 0].flatten().numpy(), r.flatten()).item(),
+    ):
+        assert use(real.to(dtype)) == use(real)
+    assert l0(x, real.numpy()) == l0(x, real)
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        [-1, 1, 1, -1],
+        [0, 2, 2, 0],
+        [0, 1, 1, math.nan],
+        [False, True, None, True],
+        ["True", "False", "True", "False"],
+    ],
+)
+def test_marks_that_are_neither_true_nor_false_are_refused(marks):
+    with pytest.raises(ValueError, match="mask"):
+        metrics.auroc(np.arange(4.0), np.array(marks))
+
+
+def test_a_mask_of_another_shape_is_refused(unchecked):
+    x = normal(4, 5, 12)
+    for real in (torch.ones(5, 4), torch.ones(4), torch.ones(20)):
+        with pytest.raises(ValueError, match="A mask"):
+            l0(x, real.bool())
+
+
+def test_values_without_a_meaning_are_refused():
+    for values in ([1.0], [1.0, math.inf], [1.0, math.nan]):
+        with pytest.raises(ValueError, match="Gini"):
+            metrics.gini(np.array(values))
+    for values in ([-1.0, 2.0], [math.nan, 1.0]):
+        with pytest.raises(ValueError, match="negative"):
+            metrics.jensen_shannon(np.array(values), np.ones(2))
+    for rates in (torch.tensor([0, 1]), torch.tensor([0.5, math.nan])):
+        with pytest.raises((ValueError, jaxtyping.TypeCheckError)):
+            metrics.dense(rates)

@@ -210,3 +210,69 @@ def test_hundreds_of_columns_are_not_all_named():
     few, many = (heatmap(np.zeros((2, n)), list(range(n)), ["a", "b"]) for n in (80, 256))
     assert len(few.layout.xaxis.ticktext) == 80 and len(many.layout.xaxis.ticktext) == 16
     assert many.layout.xaxis.ticktext[1] == "16" and list(many.layout.xaxis.tickvals)[1] == 16
+
+
+# What plotly would leave out or put together in silence
+
+KINDS = {
+    "bfloat16": lambda v: torch.tensor(v, dtype=torch.bfloat16),
+    "gradient": lambda v: torch.tensor(v, requires_grad=True),
+    "list of gradients": lambda v: list(torch.tensor(v, requires_grad=True)),
+    "list of bfloat16": lambda v: [torch.tensor(x, dtype=torch.bfloat16) for x in v],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_every_kind_can_be_drawn(kind):
+    row, table = KINDS[kind]([1.0, 0.0, 2.0]), KINDS[kind]([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
+    for draw in (lines, bars):
+        trace = draw({"a": row}, row).data[0]
+        assert tuple(trace.x) == tuple(trace.y) == (1, 0, 2)
+    assert np.array_equal(heatmap(table, "abc", "xy").data[0].z, [[1, 0, 2], [0, 1, 1]])
+    assert tuple(scatter(row, row).data[0].x) == (1, 0, 2)
+    assert len(scatter([1, 2, 3], row, marked=KINDS[kind]([1.0, 0.0, 1.0])).data[1].x) == 2
+    figure = intervals({"a": (row, row, row)}, "xyz", reference=row[0])
+    assert tuple(figure.data[0].error_x.array) == (0, 0, 0)
+    assert figure.layout.shapes[0].x0 == 1
+    assert null_histogram(row, {"a": row[0]}).data[1].x == (1, 1)
+
+
+@pytest.mark.parametrize("draw", [lines, bars])
+@pytest.mark.parametrize("names", [["the", "the", "a"], ["10", "2", "3"], ["<s>", "$x$", "<b>"]])
+def test_names_keep_a_place_each_and_are_shown_as_they_are(draw, names):
+    figure = draw({"a": [1, 2, 3]}, names)
+    assert tuple(figure.data[0].x) == tuple(figure.layout.xaxis.tickvals) == (0, 1, 2)
+    assert list(figure.layout.xaxis.ticktext) == [label(name) for name in names]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: lines({"a": [1, 2, 3]}, ["x", "y"]),
+        lambda: lines({"a": [1, 2]}, [1, 2, 3]),
+        lambda: bars({"a": [1, 2, 3], "b": [1, 2]}, [5, 6, 7]),
+        lambda: bars({"a": [[1, 2, 3]]}),
+        lambda: heatmap(VALUES, ["x"], ["a", "b", "c"]),
+        lambda: heatmap(VALUES, ["x", "y"], ["a", "b", "c", "d"]),
+        lambda: scatter([1, 2, 3], [1, 2, 3], names=["a", "b"]),
+        lambda: scatter([1, 2, 3], [1, 2, 3], names=["a", "b", "c", "d"]),
+        lambda: scatter([1, 2, 3], [1, 2, 3], marked=[0, 2, 2]),  # positions are no marks
+        lambda: intervals({"a": ([1, 2, 3], [0, 1], [2, 3])}, ["x", "y", "z"]),
+        lambda: intervals({"a": ([1, 2, 3], [0], [4])}, ["x", "y", "z"]),
+        lambda: intervals({"a": ([1, 2, 3], [0, 1, 2], None)}, ["x", "y", "z"]),
+        lambda: text_feature_heatmap(VALUES, [7], ["a"] * 3),
+        lambda: text_feature_heatmap(VALUES, [7, 9], ["a", None, "b"]),
+        lambda: text_feature_heatmap(VALUES, [7, 9], ["a"] * 3, ["one", "two"]),
+        lambda: text_feature_heatmap(VALUES, [7, 9], ["a"] * 3, ["one", "two", "three", "four"]),
+        lambda: category_feature_heatmap(VALUES, ["a", "b", "c"], [7, 9, 11]),
+        lambda: category_feature_heatmap(VALUES, ["a", "b"], [7, 9]),
+    ],
+)
+def test_labels_of_another_number_are_refused(draw):
+    with pytest.raises(ValueError, match=r"one each|rows and|ends|mask"):
+        draw()
+
+
+def test_gaps_stay_gaps():
+    assert np.isnan(lines({"a": [1, np.nan, 3]}).data[0].y[1])
+    assert np.isnan(heatmap([[1, np.nan]], "ab", "x").data[0].z[0, 1])

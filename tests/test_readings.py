@@ -3,9 +3,19 @@
 import numpy as np
 import pytest
 import scipy.sparse
+from conftest import TEXTS, save_random
 
+from lenslab.capture import harvest
 from lenslab.features.activations import FeatureActivations
-from lenslab.features.readings import CLASSES, form_and_concept, token_class, token_classes
+from lenslab.features.readings import (
+    CLASSES,
+    direct_logits,
+    final_norm,
+    form_and_concept,
+    token_class,
+    token_classes,
+)
+from lenslab.models import load_model
 from lenslab.tokens import tokenize
 
 FORMS, CONCEPTS = 4, 12
@@ -116,3 +126,37 @@ def test_a_constant_feature_has_no_shares():
     form, concept = grid()
     found = form_and_concept(np.ones((len(form), 1)), form, concept, n=5)
     assert np.isnan(found.form[0]) and np.isnan(found.concept[0])
+
+
+def test_a_constant_feature_is_no_evidence_for_form_or_content():
+    """NaN is never at or above NaN: its p was the smallest there is."""
+    form, concept = np.repeat(["a", "b"], 6), np.tile(np.arange(6), 2)
+    table = form_and_concept(np.ones((12, 1)), form, concept, n=20)
+    assert table["form"].isna().all() and (table[["form_p", "concept_p"]] == 1).all(axis=None)
+    with pytest.raises(ValueError, match="two of each"):
+        form_and_concept(np.ones((12, 1)), ["a"] * 12, np.arange(12))
+
+
+FAMILIES = {
+    "Llama": {},
+    "Cohere": {"logit_scale": 0.0625},
+    "Granite": {"logits_scaling": 8.0},
+    "Gemma2": {"head_dim": 8, "sliding_window": 16, "final_logit_softcapping": 2.0},
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_direct_logits_are_the_models_own_before_a_cap(tmp_path, kind):
+    """The last residual stream through the direct path, over the norm's scale."""
+    model = load_model(save_random(tmp_path / f"tiny-{kind.lower()}", kind, **FAMILIES[kind]))
+    batch = tokenize(model, TEXTS[:2])
+    hook = "blocks.1.hook_resid_post"
+    x = harvest(model, batch, hook)[hook][batch.real]  # [token, d_model]
+    logits = model(batch.tokens, attention_mask=batch.attention.long())[batch.real].detach()
+    if cap := FAMILIES[kind].get("final_logit_softcapping"):
+        logits = cap * (logits / cap).atanh()
+    if final_norm(model)[1]:
+        x = x - x.mean(-1, keepdim=True)
+    direct = direct_logits(model, x) / (x.square().mean(-1, keepdim=True) + model.cfg.eps).sqrt()
+    expected = logits - logits.mean(-1, keepdim=True)
+    assert float((direct - expected).norm() / expected.norm()) < 1e-3

@@ -6,6 +6,7 @@ import math
 
 import jaxtyping
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
@@ -508,3 +509,86 @@ def test_results_cannot_be_edited():
     interval = stats.clopper_pearson(1, 2)
     with pytest.raises(AttributeError):
         interval.low = 0.0
+
+
+# At the edges
+
+LABELS = np.array([0, 0, 0, 1, 1, 1])
+SCORES = np.array([[0.1, 9], [0.2, 8], [0.3, 7], [0.9, 3], [0.8, 2], [0.7, 1]])
+
+
+def test_labels_as_integers_give_what_booleans_give():
+    boolean, pair = LABELS.astype(bool), np.stack([LABELS, 1 - LABELS], axis=1)
+    for use in (
+        lambda y: stats.auroc_permutations(SCORES, y, generator(), 50),
+        lambda y: stats.matched_auroc_permutations(SCORES, pair.astype(y.dtype), generator(), 50),
+    ):
+        ours, theirs = use(LABELS), use(boolean)
+        assert np.array_equal(ours.observed, theirs.observed) and np.array_equal(ours.p, theirs.p)
+    first, second = SCORES[:, :1], SCORES[:, 1:]
+    ours, theirs = (
+        stats.auroc_difference(first, second, y[:, None], (y == 0).astype(y.dtype), generator(), 50)
+        for y in (LABELS, boolean)
+    )
+    assert ours == theirs and ours.estimate == 1
+
+
+@pytest.mark.parametrize("missing", [np.nan, 2.0, -1.0])
+def test_labels_that_are_no_marks_get_no_p(missing):
+    labels = np.array([0, 0, 0, 1, 1, missing])
+    with pytest.raises(ValueError, match="mask"):
+        stats.auroc_permutations(SCORES, labels, generator(), 20)
+    with pytest.raises(ValueError, match="mask"):
+        stats.matched_auroc_permutations(SCORES, np.stack([labels] * 2, 1), generator(), 20)
+
+
+def test_ties_everywhere_are_no_evidence():
+    result = stats.auroc_permutations(0 * SCORES, LABELS, generator(), 50)
+    assert np.array_equal(result.observed, [0.5, 0.5]) and np.array_equal(result.p, [1, 1])
+
+
+def test_a_label_that_cannot_move_within_its_strata_has_p_one():
+    moving = np.array([1, 0, 0, 1, 0, 0])
+    labels = np.stack([LABELS, moving], axis=1)
+    result = stats.matched_auroc_permutations(SCORES, labels, generator(), 50, LABELS)
+    assert result.p[0] == 1 and result.p[1] < 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "strata"),
+    [
+        (LABELS, LABELS),  # nothing can move
+        (LABELS, np.arange(6)),
+        (0 * LABELS, None),  # one class absent
+        (LABELS[:0], None),  # no text
+        (LABELS, np.array([0, 0, np.nan, np.nan, 1, 1])),
+        (LABELS, np.array(["a", "a", None, None, "b", "b"])),
+        (LABELS, np.arange(5)),
+    ],
+)
+def test_labels_that_cannot_be_shuffled_are_refused(labels, strata, unchecked):
+    with pytest.raises(ValueError):
+        stats.auroc_permutations(SCORES[: len(labels)], labels, generator(), 20, strata)
+
+
+def test_nan_in_a_column_is_refused():
+    with pytest.raises(ValueError, match="nan"):
+        stats.auroc_permutations(SCORES * np.array([1, np.nan]), LABELS, generator(), 20)
+
+
+def test_small_integers_do_not_wrap_in_a_difference():
+    small = (10 * SCORES).astype(np.uint8)
+    inside, outside = LABELS[:, None].astype(bool), LABELS == 0
+    result = stats.auroc_difference(small[:, :1], small[:, 1:], inside, outside, generator(), 50)
+    assert result.estimate == 1
+
+
+def test_documents_go_by_their_place_and_none_may_be_missing(unchecked):
+    values, documents = np.arange(12.0), np.repeat(np.arange(4), 3)
+    expected = stats.bootstrap_by_document(values, documents, generator(), n=50)
+    shuffled = pd.Series(documents, index=numpy_rng("index").permutation(12))
+    assert stats.bootstrap_by_document(values, shuffled, generator(), n=50) == expected
+    for missing in (np.nan, None):
+        broken = np.where(documents == 3, missing, documents)
+        with pytest.raises(ValueError, match="None or NaN"):
+            stats.bootstrap_by_document(values, broken, generator(), n=50)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lenslab.capture import harvest
+from lenslab.circuits import streams
 from lenslab.circuits.streams import (
     context_similarity,
     head_scores,
@@ -41,31 +42,35 @@ def test_first_position_is_read_where_the_text_starts(model):
     assert not np.isclose(one.first_position[0], one.residual[0], rtol=1e-4)
 
 
-def test_two_largest_share_of_a_planted_vector(gpt2_folder):
+def test_two_largest_share_of_a_planted_vector(model, monkeypatch):
     """A huge value planted in two dimensions of every BOS must show as a share near one there,
     nowhere else."""
-    model = load_model(gpt2_folder)
 
-    def plant(value, hook):
-        value[:, 0, :2] = 1e4
-        return value
+    def planted(*args, **options):
+        values = harvest(*args, **options)
+        if "blocks.2.hook_resid_post" in values:
+            values["blocks.2.hook_resid_post"][:, 0, :2] = 1e4
+        return values
 
-    model.blocks[2].hook_out.add_hook(plant)
+    monkeypatch.setattr(streams, "harvest", planted)
     profile = stream_profile(model, tokenize(model, TEXTS))
     assert profile.two_largest_first[2] > 0.99 and profile.two_largest_rest[2] < 0.9
     assert profile.two_largest_first[1] < 0.9
 
 
-def test_context_similarity_is_one_where_context_is_ignored(gpt2_folder):
-    model = load_model(gpt2_folder)
+def test_context_similarity_is_one_where_context_is_ignored(model, monkeypatch):
     batch = tokenize(model, TEXTS)
     plain = context_similarity(model, batch, 1)
-    seen = []
-    model.hook_dict["embed.hook_in"].add_hook(lambda value, hook: seen.append(value))
     constant = torch.randn(
         model.cfg.d_vocab, model.cfg.d_model, generator=torch.Generator().manual_seed(0)
     )
-    model.blocks[1].mlp.hook_out.add_hook(lambda value, hook: constant[seen[-1]])
+
+    def ignoring(model, batch, hooks, **options):
+        return harvest(model, batch, hooks, **options) | {
+            "blocks.1.hook_mlp_out": constant[batch.tokens]
+        }
+
+    monkeypatch.setattr(streams, "harvest", ignoring)
     planted = context_similarity(model, batch, 1)
     assert planted.loc["mlp", "same token"] == pytest.approx(1, abs=1e-5)
     assert abs(planted.loc["mlp", "other token"]) < 0.5

@@ -14,30 +14,44 @@ How variance explained is computed, on data of any size:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import scipy.stats
 import torch
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num, Shaped
 from torch import Tensor
 from torch.nn import functional
 
 ROWS = 8192  # tokens turned to float64 at a time: 16 MB at d_model 256
 
+Array = np.ndarray | Tensor  # on the CPU
 Tokens = Num[Tensor, "*token d"]
 Latents = Num[Tensor, "*token latent"]
-Mask = Bool[Tensor, "*token"] | None
+Mask = Shaped[Array, "*token"] | None  # booleans, or 0 and 1
 Logits = Float[Tensor, "text pos vocab"]
 Ids = Int[Tensor, "text pos"]
-Real = Bool[Tensor, "text pos"]
-Array = np.ndarray | Tensor  # on the CPU
+Real = Shaped[Array, "text pos"]
 Numbers = np.ndarray | np.number
 
 
-def _real_rows(x: Tensor, real: Tensor | None) -> Float[Tensor, "token d"]:
-    """The real tokens of `x [..., d]`. ValueError where none is left, and on NaN and Inf."""
+def as_mask(marks: Array | Sequence) -> Bool[Array, "..."]:
+    """Marks as booleans, of which 0 and 1 are a kind: as integers they would select rows 0 and 1,
+    and None and NaN would count as true. ValueError for anything else."""
+    marks = marks if isinstance(marks, Tensor) else np.asarray(marks)
+    if not ((marks == 0) | (marks == 1)).all():
+        raise ValueError("A mask holds True and False (or 1 and 0) and nothing else.")
+    return marks == 1
+
+
+def _real_rows(x: Tensor, real: Array | None) -> Float[Tensor, "token d"]:
+    """The real tokens of `x [..., d]`. ValueError where none is left, on NaN and Inf, and for a
+    mask of another shape."""
     rows = x.flatten(0, -2)
     if real is not None:
-        rows = rows[real.flatten()]
+        if real.shape != x.shape[:-1]:
+            raise ValueError(f"A mask {list(real.shape)} of values {list(x.shape)}: one a token.")
+        rows = rows[as_mask(real).flatten()]
     if not len(rows):
         raise ValueError("no real token: nothing to measure (BOS and padding are not real)")
     if not torch.isfinite(rows).all():
@@ -212,7 +226,7 @@ def dead(fired: Num[Tensor, " latent"], tokens: int) -> Bool[Tensor, " latent"]:
 
 def dense(rate: Float[Tensor, " latent"], threshold: float = 0.1) -> Bool[Tensor, " latent"]:
     """Latents active on more than `threshold` of the tokens. ValueError for counts."""
-    if bool((rate > 1).any()):
+    if not (rate.is_floating_point() and bool((rate <= 1).all())):
         raise ValueError("firing rates lie in [0, 1]: divide counts by the number of tokens")
     return rate > threshold
 
@@ -227,6 +241,7 @@ def next_token_nats(logits: Logits, tokens: Ids, real: Real) -> Float[Tensor, " 
     The *target* must be real: BOS predicts the first token and counts, nothing is scored for
     predicting padding. ValueError when no target is real and when a loss is not finite.
     """
+    real = as_mask(real)
     texts = zip(logits[:, :-1], tokens[:, 1:], real[:, 1:], strict=True)  # one by one: large
     nats = torch.cat(
         [
@@ -248,8 +263,8 @@ def cross_entropy(logits: Logits, tokens: Ids, real: Real) -> float:
 
 def kl_divergence(clean_logits: Logits, other_logits: Logits, real: Real) -> float:
     """Mean KL(clean || other) in nats over the positions that predict a real token, as
-    `cross_entropy`."""
-    total = 0.0
+    `cross_entropy`; NaN where a logit is."""
+    total, real = 0.0, as_mask(real)
     texts = zip(clean_logits[:, :-1], other_logits[:, :-1], real[:, 1:], strict=True)
     for clean, other, scored in texts:
         log_p = clean[scored].float().log_softmax(-1)  # [target, vocab]
@@ -279,12 +294,12 @@ def gini(x: Num[Array, " n"]) -> float:
     everything.
 
     Without the correction five values cannot exceed 0.8 (Deltas 2003). ValueError on a negative
-    value, NaN, or a sum of zero.
+    value, NaN, Inf, a sum of zero, or a single value.
     """
     ascending = np.sort(np.asarray(x, dtype=np.float64))
-    if not (ascending >= 0).all() or not ascending.sum() > 0:
-        raise ValueError("the Gini coefficient needs non-negative values, not all zero")
     n = len(ascending)
+    if not (ascending >= 0).all() or not 0 < ascending.sum() < np.inf or n < 2:
+        raise ValueError("the Gini coefficient needs non-negative values, two or more, not all 0")
     rank = np.arange(1, n + 1)
     return float((2 * (rank * ascending).sum() / ascending.sum() - (n + 1)) / (n - 1))
 
@@ -296,20 +311,22 @@ def jensen_shannon(
 
     SciPy's `jensenshannon` is its square root, and NaN for two that are nearly equal. Leave p's
     samples out of q when q is a pool, and compare with a permutation null: shares of few counts
-    differ by chance.
+    differ by chance. NaN where there are no counts; ValueError on a negative one and on NaN.
     """
     p, q = (np.asarray(counts, dtype=np.float64) for counts in (p, q))
+    if not ((p >= 0).all() and (q >= 0).all()):
+        raise ValueError("shares and counts are not negative, and not NaN")
     shares = [p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)]
     to_middle = [scipy.stats.entropy(share, sum(shares) / 2, axis=-1) for share in shares]
     return np.asarray(np.maximum(sum(to_middle) / 2, 0))
 
 
 def auroc(
-    scores: Num[Array, "sample *feature"], labels: Bool[Array, " sample"]
+    scores: Num[Array, "sample *feature"], labels: Shaped[Array, " sample"]
 ) -> Float[np.ndarray, "*feature"]:
     """P(a positive scores above a negative), ties counting half, for every feature (mid-rank
-    Mann-Whitney). ValueError on NaN and when one class is absent."""
-    labels = np.asarray(labels, dtype=bool)
+    Mann-Whitney). ValueError on NaN, when one class is absent, and as `as_mask`."""
+    labels = as_mask(np.asarray(labels))
     rank_sums = mid_ranks(scores)[labels].sum(0)
     return auroc_of_rank_sums(rank_sums, labels.sum(), len(labels))
 

@@ -26,16 +26,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import scipy.stats
-from jaxtyping import Bool, Float, Num, Shaped
+from jaxtyping import Float, Num, Shaped
 from torch import Generator, randint
 
-from lenslab.metrics import auroc_of_rank_sums, mid_ranks
+from lenslab.metrics import as_mask, auroc_of_rank_sums, mid_ranks
 
 FEATURES = 2048  # features per matrix product: with 1,000 shuffles 16 MB
 LEVEL = 0.95  # of intervals
 
 Scores = Num[np.ndarray, "text feature"]
-Mask = Bool[np.ndarray, "text ..."]  # [text], or [text, feature]: one a column of scores
+# booleans, or 0 and 1: [text], or [text, feature], one a column of scores
+Mask = Shaped[np.ndarray, "text ..."]
 Codes = Shaped[np.ndarray, " text"]
 Strata = Codes | None
 Values = Num[np.ndarray, "text ..."]
@@ -138,7 +139,7 @@ def _rank_test(
     orders = np.stack(list(orders))  # [shuffle, text]
     results = []
     for scores, labels in tests:
-        ranks = mid_ranks(scores)
+        ranks, labels = mid_ranks(scores), as_mask(labels)
         observed = auroc_of_rank_sums(labels @ ranks, labels.sum(), len(labels))
         shuffles = labels[orders].astype(np.float64) @ ranks  # [shuffle, feature]
         null = auroc_of_rank_sums(shuffles, labels.sum(), len(labels))
@@ -156,11 +157,14 @@ def shuffled_orders(
     """`n` orders `[text]` that move labels only within their stratum: `labels[order]` is one
     shuffle.
 
-    ValueError on lengths that differ, and where each stratum holds a single label.
+    ValueError on lengths that differ, a stratum that is None or NaN, and where each stratum holds a
+    single label.
     """
-    strata = np.zeros(len(labels)) if strata is None else strata
+    strata = np.zeros(len(labels)) if strata is None else np.asarray(strata)
+    if pd.isna(strata).any():
+        raise ValueError("A stratum is None or NaN: leave such texts out, or name it.")
     codes = np.unique(strata, return_inverse=True)[1]
-    if len(set(zip(codes.tolist(), labels.tolist(), strict=True))) == codes.max() + 1:
+    if len(set(zip(codes.tolist(), labels.tolist(), strict=True))) == len(set(codes.tolist())):
         raise ValueError("every stratum holds a single label: shuffling them changes nothing")
     rng = _numpy_generator(generator)
     grouped = np.argsort(codes, kind="stable")
@@ -177,6 +181,7 @@ def benjamini_hochberg(p: Float[np.ndarray, "*test"]) -> Float[np.ndarray, "*tes
     Give every p that was looked at, in one array: categories and SAEs together. ValueError outside
     [0, 1].
     """
+    p = np.asarray(p, dtype=np.float64)
     return scipy.stats.false_discovery_control(p, axis=None, method="bh").reshape(p.shape)
 
 
@@ -193,6 +198,8 @@ def auroc_difference(
     `outside`, and the differences are averaged. Every text must be a document of its own.
     NaN makes the interval NaN; ZeroDivisionError where a class is absent.
     """
+    ours, theirs = np.float64(ours), np.float64(theirs)  # unsigned integers have no difference
+    inside, outside = as_mask(inside), as_mask(outside)
     rng, groups = _numpy_generator(generator), ours.shape[1]
     k = int(outside.sum())
     drawn_outside = rng.multinomial(k, np.full(k, 1 / k), size=n) / k  # [resample, outside]
@@ -221,9 +228,12 @@ def bootstrap_by_document(
     """95 % percentile interval of `statistic(values)`, whole documents drawn with replacement.
 
     Tokens of one document resemble each other: an interval that draws tokens is far too narrow.
-    Below about 20 documents this one is too narrow as well. ValueError on lengths that differ and
-    fewer than 2 documents.
+    Below about 20 documents this one is too narrow as well. ValueError on lengths that differ,
+    fewer than 2 documents and one that is None or NaN.
     """
+    values, documents = np.asarray(values), np.asarray(documents)  # a Series goes by its index
+    if pd.isna(documents).any():
+        raise ValueError("A document is None or NaN: its rows would be in no resample.")
     rows = list(pd.Series(range(len(values))).groupby(documents).indices.values())
     drawn = scipy.stats.bootstrap(
         (np.arange(len(rows)),),

@@ -104,7 +104,8 @@ def repeated_tokens(
     length]`; as long as the context allows."""
     length = min(length, (model.cfg.n_ctx - 1) // 2)
     special = set(model.tokenizer.all_special_ids)
-    allowed = torch.tensor([i for i in range(model.cfg.d_vocab) if i not in special])
+    named = min(model.cfg.d_vocab, len(model.tokenizer))  # an embedding may be padded
+    allowed = torch.tensor([i for i in range(named) if i not in special])
     generator = derive_generator(seed, "repeated tokens")
     once = allowed[torch.randint(len(allowed), (n, length), generator=generator)]
     bos = torch.tensor(bos_ids(model.tokenizer), dtype=torch.long).expand(n, -1)

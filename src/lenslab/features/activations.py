@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -47,7 +48,7 @@ Matrix = np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix  # [text, fea
 Index = int | np.integer  # a feature, as Python or NumPy gives it
 
 
-Indices = Sequence[int] | np.ndarray
+Indices = Sequence[Index] | np.ndarray | Tensor
 
 
 Labels = Sequence | np.ndarray | pd.Series  # one a text
@@ -67,12 +68,16 @@ def dense(matrix: Matrix) -> Shaped[np.ndarray, "text feature"]:
 def check_matrix(
     matrix: Matrix, labels: Labels | None = None
 ) -> np.ndarray | scipy.sparse.csc_array:
-    """The matrix, columns ready to be read. ValueError on NaN, Inf, no text, and labels of another
-    number."""
-    if 0 in matrix.shape:
-        raise ValueError(f"A matrix of pooled activations is empty: {matrix.shape}.")
+    """The matrix, columns ready to be read, as floats: small integers would wrap around. ValueError
+    on NaN, Inf, no text, labels of another number, and a label that is missing."""
+    if len(matrix.shape) != 2 or 0 in matrix.shape:
+        raise ValueError(f"Pooled activations are [text, feature], not empty: {matrix.shape}.")
     if labels is not None and len(labels) != matrix.shape[0]:
         raise ValueError(f"{matrix.shape[0]} texts but {len(labels)} labels: one each is needed.")
+    if labels is not None and pd.isna(np.asarray(labels, dtype=object)).any():
+        raise ValueError("A label is None or NaN: leave such texts out, or name what they are.")
+    matrix = matrix if hasattr(matrix, "astype") else np.asarray(matrix)
+    matrix = matrix.astype(np.result_type(matrix.dtype, np.float32), copy=False)
     sparse = scipy.sparse.issparse(matrix)
     if not np.isfinite(matrix.data if sparse else matrix).all():
         text, feature = np.argwhere(~np.isfinite(dense(matrix)))[0]
@@ -81,10 +86,13 @@ def check_matrix(
 
 
 def check_features(features: Indices, n_features: int) -> None:
-    """Raise ValueError for a feature that is not there; NumPy would read -1 as the last."""
-    for feature in features:
-        if not 0 <= feature < n_features:
-            raise ValueError(f"Feature {feature} is not one of 0 to {n_features - 1}.")
+    """Raise ValueError for a feature that is not there: NumPy would read -1 as the last, 2.9 as 2,
+    True as 1."""
+    numbers = np.asarray(features)
+    if numbers.size and numbers.dtype.kind not in "iu":
+        raise ValueError(f"Features are whole numbers, not {numbers.flat[0]}.")
+    if beyond := numbers[(numbers < 0) | (numbers >= n_features)].tolist():
+        raise ValueError(f"Feature {beyond[0]} is not one of 0 to {n_features - 1}.")
 
 
 def blocks(matrix: np.ndarray | scipy.sparse.csc_array) -> Iterator[tuple[slice, np.ndarray]]:
@@ -198,14 +206,15 @@ def encode_features(
         name: what to call the SAE in tables; default its class and hook.
         folder: keep the matrix there, named by its content, and read it back the next time.
 
-    Raises as `check_sae` and `harvest`; ValueError where the SAE gives NaN or Inf.
+    Raises as `check_sae` and `harvest`; ValueError where the SAE gives NaN or Inf. A file in
+    `folder` that is damaged, of something else, or that cannot be written is warned about: the
+    result is the same.
     """
     transform, hook = input_transform(sae, model, batch), sae_hook(sae)
     key = content_key(model_key(model), sae_key(sae), hook, batch.key)
-    file = None if folder is None else Path(folder) / f"{key}.npz"
-    if file is not None and file.is_file():
-        matrix = scipy.sparse.load_npz(file)
-    else:
+    file = None if folder is None else Path(folder).expanduser() / f"{key}.npz"
+    matrix = None if file is None else _kept_matrix(file, key)
+    if matrix is None:
         options = {"batch_size": batch_size, "compute": "float32", "progress": False}
         parts = []
         starts = range(0, len(batch), TEXTS)
@@ -216,8 +225,7 @@ def encode_features(
                 parts.append(scipy.sparse.csr_array(encode(sae, transform(x)).numpy()))
         matrix = scipy.sparse.csr_array(scipy.sparse.vstack(parts, format="csr"))
         if file is not None:
-            with atomic_write(file) as temporary:
-                scipy.sparse.save_npz(temporary, matrix, compressed=False)
+            _keep_matrix(file, key, matrix)
     return FeatureActivations(
         matrix=matrix,
         batch=batch,
@@ -227,6 +235,40 @@ def encode_features(
         key=key,
         neuronpedia=neuronpedia_link(sae, 0),
     )
+
+
+def _seal(key: str, matrix: scipy.sparse.csr_array) -> str:
+    """Of what a kept matrix is and all that is in it."""
+    parts = [matrix.data, matrix.indices, matrix.indptr]
+    kinds = [str(part.dtype) for part in parts]
+    return content_key(key, list(matrix.shape), kinds, *[part.tobytes() for part in parts])
+
+
+def _keep_matrix(file: Path, key: str, matrix: scipy.sparse.csr_array) -> None:
+    """Write a matrix for `_kept_matrix`; where it cannot be written, warn: the work is done."""
+    parts = {name: getattr(matrix, name) for name in ("data", "indices", "indptr", "shape")}
+    try:
+        with atomic_write(file) as temporary, temporary.open("wb") as handle:
+            np.savez(handle, **parts, seal=_seal(key, matrix))
+    except OSError as error:
+        warnings.warn(f"The features are not kept in {file.parent}: {error}.", stacklevel=3)
+
+
+def _kept_matrix(file: Path, key: str) -> scipy.sparse.csr_array | None:
+    """The matrix kept under `key`; None where there is none, and for a file that is not what was
+    written under that key, with a warning."""
+    try:
+        with np.load(file) as parts:
+            rows = (parts["data"], parts["indices"], parts["indptr"])
+            matrix = scipy.sparse.csr_array(rows, shape=tuple(parts["shape"]))
+            if str(parts["seal"]) == _seal(key, matrix):
+                return matrix
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception:  # a damaged file makes zipfile and NumPy raise almost anything
+        pass
+    warnings.warn(f"{file.name} is damaged or of something else: encoding again.", stacklevel=3)
+    return None
 
 
 def marked_context(strings: Sequence[str], middle: int) -> str:

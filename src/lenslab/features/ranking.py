@@ -108,10 +108,12 @@ def summarize_features(
     """The notions of `FeatureSummary` for every feature of a pooled `[text, feature]` matrix.
 
     `categories`: one label per text, for general features. `threshold`: above it a text is strong;
-    "half" is half of the feature's own largest value. ValueError on NaN, Inf, no text and lengths
-    that differ.
+    "half" is half of the feature's own largest value. ValueError on NaN, Inf, negative values, no
+    text and lengths that differ.
     """
     columns = scipy.sparse.csc_array(check_matrix(matrix, categories))
+    if (columns.data < 0).any():
+        raise ValueError("Negative values: firing is above zero, so their means say nothing here.")
     n_texts, width = columns.shape
     largest = columns.max(axis=0).toarray()
     feature = np.repeat(np.arange(width), np.diff(columns.indptr))  # of each entry
@@ -159,8 +161,9 @@ def features_per_category(matrix: Matrix, categories: Labels, top: int = 5) -> p
 def category_profile(matrix: Matrix, categories: Labels, features: Indices) -> pd.DataFrame:
     """Features x categories: `texts`, `fired` of them, their `fraction`, and `mean` and `largest`
     over all of them."""
+    features = pd.unique(np.asarray(features))  # named twice it would have twice the texts
     values = columns_of(check_matrix(matrix, categories), features).astype(np.float64)
-    wide = pd.DataFrame(values, columns=list(features)).assign(category=np.asarray(categories))
+    wide = pd.DataFrame(values, columns=features.tolist()).assign(category=np.asarray(categories))
     long = wide.melt("category", var_name="feature")
     long["fires"] = long["value"] > 0
     groups = long.groupby(["feature", "category"])

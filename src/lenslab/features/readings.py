@@ -78,8 +78,12 @@ def token_classes(fa: FeatureActivations, features: Indices) -> pd.DataFrame:
 
     One row per class; column `all tokens` is the control, how common the class is; then one column
     per feature. A last row, `one token`, has the largest share that a single token string holds.
-    NaN for a feature that never fires.
+    NaN for a feature that never fires. ValueError for negative activations.
     """
+    if (fa.matrix.data < 0).any():
+        raise ValueError(
+            "Negative activations have no shares: choose an SAE that is never below 0."
+        )
     strings = [fa.batch.strings(row) for row in range(fa.n_texts)]
     seen = [strings[t][p] for t, p in zip(fa.text.tolist(), fa.position.tolist(), strict=True)]
     classes = np.array([CLASSES.index(token_class(string)) for string in seen])
@@ -108,12 +112,14 @@ def form_and_concept(
     them.
 
     Raises ValueError where a concept lacks a form or has one twice: the two shares would not be
-    comparable.
+    comparable; and for a single form or concept.
     """
     matrix = check_matrix(matrix, form)
     cells = pd.crosstab(np.asarray(form), np.asarray(concept))
-    if (cells != 1).any(axis=None):
-        raise ValueError("Form and content need every concept exactly once in every form.")
+    if (cells != 1).any(axis=None) or min(cells.shape) < 2:
+        raise ValueError(
+            "Form and content need every concept exactly once in every form, and two of each."
+        )
     features = np.flatnonzero(np.asarray((matrix > 0).sum(axis=0)).ravel() >= 10)
     order = np.lexsort([concept, form])
     values = columns_of(matrix, features).astype(np.float64)[order]
@@ -125,8 +131,9 @@ def form_and_concept(
     for _ in range(n):
         within_concept = table[rng.permuted(rows, axis=0), columns]
         within_form = table[rows, rng.permuted(columns, axis=1)]
-        above[0] += _epsilon_squared(within_concept)[0] >= observed[0] - 1e-12
-        above[1] += _epsilon_squared(within_form)[1] >= observed[1] - 1e-12
+        # not below, rather than at or above: NaN of a constant feature is no evidence
+        above[0] += ~(_epsilon_squared(within_concept)[0] < observed[0] - 1e-12)
+        above[1] += ~(_epsilon_squared(within_form)[1] < observed[1] - 1e-12)
     p = (1 + above) / (1 + n)
     table = pd.DataFrame({"feature": features, "form": observed[0], "concept": observed[1]})
     return table.assign(form_p=p[0], concept_p=p[1])
@@ -195,7 +202,7 @@ def vocabulary_effects(
     drawn = (drawn / drawn.norm(dim=1, keepdim=True)).to(direction)
     chance = direct_logits(model, drawn).amax(1).median() * direction.norm(dim=1).clamp_min(1e-30)
     # 3. The ends of the vocabulary
-    logits = direct_logits(model, direction)
+    logits = direct_logits(model, direction)[:, : len(model.tokenizer)]  # padding has no tokens
     frames = []
     for effect, sign in (("promoted", 1), ("suppressed", -1)):
         best = (sign * logits).topk(n)  # [feature, n]
@@ -214,13 +221,27 @@ def vocabulary_effects(
 def direct_logits(
     model: TransformerBridge, direction: Float[Tensor, "row d_model"]
 ) -> Float[Tensor, "row vocab"]:
-    """Directions of the residual stream -> centred logits by the direct path, before the final
-    norm's scale."""
+    """Directions of the residual stream -> centred logits by the direct path.
+
+    Exact up to two things: the final norm divides by a scale of its own at every token, and where a
+    model caps its logits (Gemma 2), these are the uncapped ones, in the same order.
+    """
     weight, centred = final_norm(model)
-    x = direction.float()
+    x = direction.float() * logit_scale(model)
     x = (x - x.mean(-1, keepdim=True) if centred else x) * weight
     logits = x @ model.W_U.float()
     return logits - logits.mean(-1, keepdim=True)
+
+
+def logit_scale(model: TransformerBridge) -> float:
+    """What the model multiplies its logits by after the unembedding (Cohere, Granite), measured at
+    one token on the nine smallest, where a soft cap changes nothing."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.cfg.device)
+    logits, cache = model.run_with_cache(token, names_filter=["unembed.hook_out"])
+    before, after = cache["unembed.hook_out"].double().flatten(), logits.double().flatten()
+    before, after = before[before != 0], after[before != 0]
+    smallest = before.abs().argsort()[:9]
+    return float((after[smallest] / before[smallest]).median())
 
 
 def final_norm(model: TransformerBridge) -> tuple[Float[Tensor, " d_model"], bool]:

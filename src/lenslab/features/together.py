@@ -58,10 +58,12 @@ def coactivation(matrix: Matrix, features: Indices, strata: Labels | None = None
     hypergeometric, so p comes from the exact distribution and not from a sample of shuffles. With
     `strata` (one label a text, for instance its category) firings move within a stratum only, and
     the counts of the strata are added: what is left is co-activation that the category does not
-    explain. Rows should be texts: tokens of one text resemble each other. ValueError on NaN and
-    lengths that differ.
+    explain. Rows should be texts: tokens of one text resemble each other. ValueError on NaN,
+    lengths that differ and a feature named twice.
     """
     fires = columns_of(check_matrix(matrix, strata), features) > 0  # [text, f]
+    if len(np.unique(features)) < len(features):
+        raise ValueError("A feature is named twice: it would be counted as a pair with itself.")
     n, f = fires.shape
     labels = np.zeros(n) if strata is None else np.asarray(strata)
     codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)[1:]
@@ -110,6 +112,8 @@ def concept_features(
     inside, outside = dense(check_matrix(concept)), dense(check_matrix(background))
     values = np.concatenate([inside, outside])
     used = (values != 0).any(axis=0)  # silent everywhere: AUROC one half, under every shuffle too
+    if not used.any():
+        raise ValueError("No feature fires on any text: there is nothing to compare.")
     labels = np.arange(len(values)) < len(inside)
     generator = derive_generator(seed, "concept search")
     search = auroc_permutations(values[:, used], labels, generator, n)

@@ -25,7 +25,7 @@ import torch
 from IPython.display import display
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.features.activations import FeatureActivations, encode_features
+from lenslab.features.activations import FeatureActivations, Index, check_features, encode_features
 from lenslab.features.ranking import category_profile
 from lenslab.sae.load import SparseAutoencoder
 from lenslab.show.feature_plots import DENSE
@@ -42,7 +42,7 @@ _numbers = count()  # of explorers in this kernel: each hides its own static vie
 
 def explore_feature(
     fa: FeatureActivations,
-    feature: int | np.integer,
+    feature: Index,
     *,
     categories: Labels | None = None,
     n: int = 8,
@@ -61,7 +61,6 @@ def explore_feature(
     Raises ValueError for a feature that is not there and for categories of another number than
     texts.
     """
-    feature = int(feature)
     values = fa.of(feature)  # [text, pos]
     real = fa.batch.real
     pooled = values.masked_fill(~real, -torch.inf).amax(1).numpy()  # [text]
@@ -84,7 +83,7 @@ def explore_feature(
     return View("".join(parts), f"Feature {feature}")
 
 
-def _facts(fa: FeatureActivations, feature: int, pooled: np.ndarray, active: int) -> str:
+def _facts(fa: FeatureActivations, feature: Index, pooled: np.ndarray, active: int) -> str:
     """Which feature of what, and its statistics on the texts, in three lines."""
     source = html.escape(f"{fa.name} of {fa.model} at {fa.hook}")
     if link := fa.link(feature):
@@ -129,7 +128,7 @@ class FeatureExplorer:
         *,
         categories: Labels | None = None,
         text: str = EXAMPLE,
-        feature: int | np.integer | None = None,
+        feature: Index | None = None,
         n: int = 4,
     ) -> None:
         """
@@ -144,6 +143,7 @@ class FeatureExplorer:
         Raises as `encode_features`, `tokenize` and `explore_feature` for what it begins with; later
         faults are said in the widget.
         """
+        check_features([] if feature is None else [feature], sae.cfg.d_sae)
         if fa.n_features != sae.cfg.d_sae:
             raise ValueError(f"Texts with {fa.n_features} features, this SAE has {sae.cfg.d_sae}.")
         self.model, self.sae, self.fa = model, sae, fa

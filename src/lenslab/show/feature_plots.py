@@ -38,13 +38,14 @@ def text_feature_heatmap(
     Raises ValueError where the labels do not number what `values` has.
     """
     values = numbers(values)
-    codes, groups = pd.factorize(np.asarray(categories))
-    if len(codes) != len(values):
-        raise ValueError(f"{len(codes)} categories for {len(values)} texts: one each is needed.")
+    codes, groups = pd.factorize(np.asarray(categories, dtype=object))
+    texts = [""] * len(values) if texts is None else list(texts)
+    if not len(codes) == len(texts) == len(values) or (codes < 0).any():
+        sizes = f"{(codes >= 0).sum()} categories and {len(texts)} texts"
+        raise ValueError(f"{sizes} for {len(values)} rows: one each is needed.")
     order = np.argsort(codes, kind="stable")
     first = np.searchsorted(codes[order], np.arange(len(groups) + 1))  # column of each group
     figure = share_cells(values[order].T, features, order, per_row=True)
-    texts = [""] * len(order) if texts is None else list(texts)
     names = [f"{i}: {texts[i]}" for i in order]
     figure.update_traces(hovertemplate="%{x}<br>%{y}: %{customdata:.3f}<extra></extra>")
     figure.update_xaxes(plots.ticks(names, most=len(names)), showticklabels=False)
@@ -83,6 +84,8 @@ def share_cells(
     """`[other, feature]`, or `[feature, other]` where a feature has a row: colours are shares of
     the feature's largest value, `customdata` the values themselves."""
     largest = np.nanmax(np.abs(values), axis=1 if per_row else 0, keepdims=True, initial=0)
+    if len(features) != largest.size:
+        raise ValueError(f"{len(features)} names for {largest.size} features: one each is needed.")
     names = [f"{f} (max {most:.3g})" for f, most in zip(features, largest.flat, strict=True)]
     signed = bool((values < 0).any())
     figure = plots.cells(

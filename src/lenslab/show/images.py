@@ -6,22 +6,28 @@ for GitHub.
 2. The renderer stores float arrays as float32 (a picture has no use for more), half of what plotly
    stores.
 3. With `LENSLAB_PNG=1` (set by `make notebooks`) it adds `image/png`, drawn by kaleido in Chromium.
-   Without Chromium it says so once and goes on: a missing picture never fails a notebook.
+   Without Chromium, and with one that dies or hangs, it says so once and goes on: a missing picture
+   never fails a notebook.
 4. `save_figure` writes a page into `outputs/results/`; all of them share one local `plotly.min.js`,
    so that they open offline and stay small.
 """
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import base64
 import html
 import json
 import os
 import re
 import shutil
+import signal
 import sys
-import warnings
+from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -37,7 +43,10 @@ MAC_BROWSER = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
 PAGE_STYLE = "body{font:16px/1.55 Helvetica,Arial,sans-serif;max-width:1000px;margin:2em auto}"
 
+SECONDS = 40  # for a browser to start, and for each figure; usual are 2
+
 _png_failed = False  # one message and no further attempts: each attempt costs seconds
+_browser: Browser | None = None  # one for all figures of a kernel
 
 
 def find_browser() -> str | None:
@@ -76,27 +85,52 @@ def figure_json(figure: go.Figure | dict[str, Any]) -> dict[str, Any]:
     return {"data": compact(raw.get("data", [])), "layout": raw.get("layout", {})}
 
 
+class Browser:
+    """kaleido's browser in a thread of its own, so that it can be waited for no longer than
+    `SECONDS`: kaleido's own server waits for ever for one that died or hangs."""
+
+    def __init__(self, path: str) -> None:
+        import kaleido
+
+        self.loop = asyncio.new_event_loop()
+        Thread(target=self.loop.run_forever, daemon=True).start()
+        # without `mathjax=False` kaleido's page loads it from a CDN
+        self.kaleido = kaleido.Kaleido(path=path, mathjax=False)
+        atexit.register(self.close)
+
+    def run(self, work: Coroutine) -> Any:
+        """What the work gives. TimeoutError where it takes too long."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(SECONDS)
+
+    def close(self) -> None:
+        """End the browser and all that it started, whatever state they are in, then tidy up."""
+        atexit.unregister(self.close)
+        if process := getattr(self.kaleido, "subprocess", None):  # it leads a group of its own
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+        with suppress(Exception):
+            self.run(self.kaleido.close())
+
+
 def render_png(figure: go.Figure | dict[str, Any]) -> bytes | None:
     """The figure as PNG at its own size (plotly's 700 x 500 where it has none), or None without
-    Chromium."""
-    global _png_failed
+    Chromium, or with one that does not answer."""
+    global _png_failed, _browser
     if _png_failed:
         return None
     try:
-        import kaleido
-
-        if (browser := find_browser()) is None:
-            raise FileNotFoundError("no Chromium or Chrome found")
-        # One browser for all figures of a kernel. Without `mathjax=False` kaleido's page loads it
-        # from a CDN.
-        kaleido.start_sync_server(path=browser, mathjax=False, silence_warnings=True)
-        with warnings.catch_warnings():
-            # plotly passes options that a running server has no use for
-            warnings.filterwarnings("ignore", message="The kopts argument")
-            return pio.to_image(figure, format="png", scale=1, validate=False)
+        if _browser is None:
+            if (path := find_browser()) is None:
+                raise FileNotFoundError("no Chromium or Chrome found")
+            _browser = Browser(path)
+            _browser.run(_browser.kaleido.open())
+        return _browser.run(_browser.kaleido.calc_fig(figure, {"format": "png", "scale": 1}))
     except Exception as problem:  # whatever kaleido or the browser raise
-        _png_failed = True
-        print(f"No PNG beside the figures ({type(problem).__name__}: {problem}).", file=sys.stderr)
+        if _browser is not None:
+            _browser.close()
+        _png_failed, _browser = True, None
+        reason = problem.args[0] if problem.args else f"no answer from the browser in {SECONDS} s"
+        print(f"No PNG beside the figures ({type(problem).__name__}: {reason}).", file=sys.stderr)
         return None
 
 

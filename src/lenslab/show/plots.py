@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from torch import Tensor
+
+from lenslab.metrics import as_mask
 
 Values = Any  # numbers in a list, an array, a sparse matrix or a tensor
-Labels = Sequence | np.ndarray | pd.Series  # names or numbers
-Number = int | float | np.number
+Labels = Sequence | np.ndarray | pd.Series | Tensor  # names or numbers
+Number = int | float | np.number | Tensor
 
 ACCENT, CONTROL, INK = "#c8502d", "#9aa0a6", "#3c4043"
 PALETTE = [ACCENT, "#2f6690", "#5b8e55", "#8d6a9f", "#c49a2c", "#4aa3a2", "#6d6875"]
@@ -33,6 +36,8 @@ MOST_LABELS = 80  # of a heatmap's axis: of more, every so many is named
 
 def numbers(values: Values) -> np.ndarray:
     """Lists, arrays, sparse matrices, and tensors of any device and precision as float64."""
+    if isinstance(values, list | tuple) and any(hasattr(value, "detach") for value in values):
+        values = [numbers(value) for value in values]
     if hasattr(values, "detach"):
         values = values.detach().cpu().double()
     if hasattr(values, "toarray"):
@@ -90,21 +95,48 @@ def styled(
     return figure
 
 
+def points(
+    figure: go.Figure, series: Mapping[str, Values], x: Labels | None
+) -> dict[str, tuple[list, np.ndarray]]:
+    """`{name: (x, y)}` of a figure. Names among `x` become ticks at 0, 1, ...: plotly puts names
+    that repeat on one place and reads "10" as a number, `<s>` as markup.
+
+    ValueError where `x` does not number the values: plotly would leave out what is over.
+    """
+    if x is not None:
+        named = any(isinstance(place, str) for place in x)
+        x = list(x) if named else numbers(x).tolist()
+        if named:
+            figure.update_xaxes(ticks(x))
+            x = list(range(len(x)))
+    drawn = {}
+    for name, values in series.items():
+        y = numbers(values)
+        at = list(range(len(y))) if x is None else x
+        if y.shape != (len(at),):
+            raise ValueError(f"{name}: {list(y.shape)} values for {len(at)} places: one each.")
+        drawn[name] = at, y
+    return drawn
+
+
 def lines(
     series: Mapping[str, Values], x: Labels | None = None, *, log_y: bool = False, **titles: str
 ) -> go.Figure:
-    """One line per entry; controls, by name, are grey and dashed."""
+    """One line per entry; controls, by name, are grey and dashed. ValueError where `x` does not
+    number the values."""
     figure = go.Figure()
+    drawn = points(figure, series, x)
     for name, colour in colours(series).items():
+        at, y = drawn[name]
         figure.add_scatter(
-            x=list(range(len(series[name])) if x is None else x),
-            y=numbers(series[name]).tolist(),
+            x=at,
+            y=y.tolist(),
             name=label(name, 40),
             mode="lines+markers",
             line={"color": colour, "dash": "dash" if is_control(name) else "solid", "width": 2},
         )
     if log_y:
-        values = np.concatenate([numbers(values).ravel() for values in series.values()])
+        values = np.concatenate([y for _, y in drawn.values()])
         values = values[values > 0]
         # only whole decades are named, where there are some
         decades = len(values) and values.max() > 10 * values.min()
@@ -116,12 +148,14 @@ def bars(
     series: Mapping[str, Values], x: Labels | None = None, *, overlay: bool = False, **titles: str
 ) -> go.Figure:
     """Grouped (or overlaid) bars, one colour per entry; never stacked: a stacked bar reads as a
-    height it is not."""
+    height it is not. ValueError where `x` does not number the values."""
     figure = go.Figure()
+    drawn = points(figure, series, x)
     for name, colour in colours(series).items():
+        at, y = drawn[name]
         figure.add_bar(
-            x=list(range(len(series[name])) if x is None else x),
-            y=np.round(numbers(series[name]), 4).tolist(),
+            x=at,
+            y=np.round(y, 4).tolist(),
             name=label(name, 40),
             marker_color=colour,
             opacity=0.75 if overlay else 1.0,
@@ -168,11 +202,15 @@ def attention_map(pattern: Values, tokens: Labels, *, title: str = "") -> go.Fig
 
 
 def error_bars(value: np.ndarray, low: Values | None, high: Values | None) -> dict | None:
-    """Plotly's error bars from `low` to `high` around `value`; None where there is no interval."""
-    if low is None or high is None:
+    """Plotly's error bars from `low` to `high` around `value`; None where there is no interval.
+    ValueError where not every value has both ends."""
+    if low is None and high is None:
         return None
-    above = np.maximum(numbers(high) - value, 0).tolist()
-    below = np.maximum(value - numbers(low), 0).tolist()
+    low, high = numbers(low), numbers(high)  # None: a single NaN
+    if not low.shape == high.shape == value.shape:
+        raise ValueError(f"{value.shape} values, {low.shape} low and {high.shape} high ends.")
+    above = np.maximum(high - value, 0).tolist()
+    below = np.maximum(value - low, 0).tolist()
     return {"array": above, "arrayminus": below, "symmetric": False, "thickness": 2, "width": 0}
 
 
@@ -198,7 +236,7 @@ def intervals(
     colour = colours(series, controls)
     for i, (name, (value, low, high)) in enumerate(series.items()):
         value = numbers(value)
-        if len(value) != len(labels):
+        if value.shape != (len(labels),):
             raise ValueError(f"{name}: {len(value)} values for {len(labels)} labels.")
         figure.add_scatter(
             x=value.tolist(),
@@ -213,7 +251,7 @@ def intervals(
             hovertemplate="%{text}: %{x:.3f}",
         )
     if reference is not None:
-        figure.add_vline(x=reference, line=DOTTED)
+        figure.add_vline(x=float(reference), line=DOTTED)
     figure.update_yaxes(ticks(labels), range=[len(labels) - 0.5, -0.5], showgrid=False)
     figure.update_yaxes(zeroline=False, ticklabelstandoff=6)
     height = min(130 + len(labels) * max(26, 16 * len(series)), 1400)
@@ -233,6 +271,7 @@ def null_histogram(
     counts, edges = np.histogram(null, bins=bins)
     centres = (edges[:-1] + edges[1:]) / 2
     figure = go.Figure(go.Bar(x=centres, y=counts, marker_color=CONTROL, name=label(name, 40)))
+    observed = {text: float(value) for text, value in observed.items()}
     colour = colours(observed)
     for i, (text, value) in enumerate(sorted(observed.items(), key=lambda item: item[1])):
         top = float(counts.max()) * (1.06 + 0.13 * (i % 4))  # neighbours' labels stay apart
@@ -266,14 +305,16 @@ def scatter(
     the rest grey.
 
     `diagonal` draws the line where both are equal. Of more than 5,000 grey points every so-manieth
-    is drawn, and the legend says so.
+    is drawn, and the legend says so. ValueError for other numbers of y, names or marks than of x,
+    and for marks that are positions.
     """
     x = numbers(x)
     y = numbers(y)
-    chosen = np.zeros(len(x), dtype=bool) if marked is None else np.asarray(marked, dtype=bool)
-    if not len(x) == len(y) == len(chosen):
-        raise ValueError(f"{len(x)} x, {len(y)} y and {len(chosen)} marks: one each is needed.")
+    chosen = np.zeros(len(x), dtype=bool) if marked is None else as_mask(numbers(marked))
     text = np.array([label(name) for name in (range(len(x)) if names is None else names)])
+    if not len(x) == len(y) == len(chosen) == len(text):
+        sizes = f"{len(x)} x, {len(y)} y, {len(chosen)} marks and {len(text)} names"
+        raise ValueError(f"{sizes}: one each is needed.")
     figure = go.Figure()
     if diagonal:
         ends = [np.nanmin([x, y]), np.nanmax([x, y])]
