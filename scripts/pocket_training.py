@@ -382,8 +382,9 @@ def folders(recipe: Recipe, arguments: argparse.Namespace) -> tuple[Path, Path]:
 
 def train(recipe: Recipe, arguments: argparse.Namespace) -> dict:
     """Train, save, measure; returns the card. Raises NotWritten."""
-    with only_writer(folders(recipe, arguments)[1]):
-        return _train(Run(recipe, arguments), arguments)
+    run = Run(recipe, arguments)
+    with only_writer(run.work):
+        return _train(run, arguments)
 
 
 def _train(run: Run, arguments: argparse.Namespace) -> dict:

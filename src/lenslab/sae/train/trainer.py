@@ -154,7 +154,7 @@ def _check(members: list[Member], source: VectorSource, held_out: VectorSource |
     config, largest = members[0].config, max(source.sizes(0))
     if config.steps < 1 or largest < config.batch:
         raise ValueError(
-            f"A step needs {config.batch} vectors: {config.vectors}, {largest} a pool."
+            f"A step needs {config.batch} vectors, a batch: {config.vectors}, {largest} a pool."
         )
     if held_out is None:
         return
