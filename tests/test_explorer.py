@@ -95,7 +95,7 @@ def test_weaker_texts_are_spread_evenly_over_the_ranks(model, n, spread, weaker)
     text, position = (axis.numpy() for axis in batch.real.nonzero(as_tuple=True))
     values = np.where(position == position.min(), 10 - text, 0).astype(np.float32)
     matrix = scipy.sparse.csr_array(values[:, None])
-    ranked = FeatureActivations(matrix, text, position, batch, "SAE", "m", HOOK, "key", None)
+    ranked = FeatureActivations(matrix, batch, "SAE", "m", HOOK, "key", None)
     body = explore_feature(ranked, 0, n=n, spread=spread).body
     assert maxima(body) == [*range(10, 10 - n, -1), *weaker]
     assert f"Weaker texts: {len(weaker)}, evenly over the other {10 - n}" in body

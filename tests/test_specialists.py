@@ -337,3 +337,14 @@ def test_several_saes_are_corrected_together():
     )
     assert found.table["specialist"][0] and (found.table["sae"] == "one").all()
     assert found.table["q"].tolist() == together["q"][:3].tolist()
+
+
+def test_a_held_out_half_given_as_integers_is_a_mask(unchecked):
+    """`~` of the integer 1 is -2: every text would be searched, or some of them many times."""
+    labels = label_texts(table())
+    matrix = np.random.default_rng(0).normal(size=(len(labels), 20))
+    as_integers = replace(labels, held_out=labels.held_out.astype(np.int64))
+    ours, theirs = (discriminate({"SAE": matrix}, texts, n=50) for texts in (labels, as_integers))
+    assert ours.equals(theirs)
+    with pytest.raises(ValueError, match="mask"):
+        discriminate({"SAE": matrix}, replace(labels, held_out=np.arange(len(labels))), n=50)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import save_random
 
 from lenslab.capture import harvest
 from lenslab.circuits import streams
@@ -14,6 +15,7 @@ from lenslab.circuits.streams import (
     token_bits,
 )
 from lenslab.features.activations import top_tokens
+from lenslab.hooks import UnknownHook, stream_hook
 from lenslab.models import load_model
 from lenslab.texts import load_probes, load_texts
 from lenslab.tokens import generate, tokenize
@@ -218,3 +220,29 @@ def test_texts_from_files(tmp_path):
         load_texts(tmp_path)
     with pytest.raises(FileNotFoundError):
         load_texts(tmp_path / "missing")
+
+
+PARALLEL = {"Phi", "Cohere"}  # attention and MLP read the same stream
+FAMILIES = {
+    "Phi": {},
+    "Cohere": {},
+    "Gemma2": {"head_dim": 8, "sliding_window": 16},  # norms after attention and MLP
+    "Olmo2": {},  # likewise
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "GptOss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Granite": {"residual_multiplier": 0.22, "embedding_multiplier": 12.0},
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_streams_add_up_in_every_family_and_what_is_not_there_is_refused(tmp_path, kind):
+    model = load_model(save_random(tmp_path / f"tiny-{kind.lower()}", kind, **FAMILIES[kind]))
+    batch = tokenize(model, TEXTS)
+    profile = stream_profile(model, batch)
+    assert profile.sum_error.max() < 1e-5 < 1e-4 < profile.sum_error_without_mlp.min()
+    assert np.isfinite(context_similarity(model, batch, 1)).all(axis=None)
+    scores = head_scores(model, n=2, length=10)
+    assert scores.induction.shape == (2, 4) and np.isfinite(scores.loss_second)
+    if kind in PARALLEL:
+        with pytest.raises(UnknownHook, match="hook_resid_mid"):
+            stream_hook(model, 0, "residual_mid")

@@ -213,7 +213,7 @@ def encode_features(
     transform, hook = input_transform(sae, model, batch), sae_hook(sae)
     key = content_key(model_key(model), sae_key(sae), hook, batch.key)
     file = None if folder is None else Path(folder).expanduser() / f"{key}.npz"
-    matrix = None if file is None else _kept_matrix(file, key)
+    matrix = _kept_matrix(file, key)
     if matrix is None:
         options = {"batch_size": batch_size, "compute": "float32", "progress": False}
         parts = []
@@ -254,17 +254,17 @@ def _keep_matrix(file: Path, key: str, matrix: scipy.sparse.csr_array) -> None:
         warnings.warn(f"The features are not kept in {file.parent}: {error}.", stacklevel=3)
 
 
-def _kept_matrix(file: Path, key: str) -> scipy.sparse.csr_array | None:
+def _kept_matrix(file: Path | None, key: str) -> scipy.sparse.csr_array | None:
     """The matrix kept under `key`; None where there is none, and for a file that is not what was
     written under that key, with a warning."""
+    if file is None or not file.is_file():
+        return None
     try:
         with np.load(file) as parts:
             rows = (parts["data"], parts["indices"], parts["indptr"])
             matrix = scipy.sparse.csr_array(rows, shape=tuple(parts["shape"]))
             if str(parts["seal"]) == _seal(key, matrix):
                 return matrix
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except Exception:  # a damaged file makes zipfile and NumPy raise almost anything
         pass
     warnings.warn(f"{file.name} is damaged or of something else: encoding again.", stacklevel=3)

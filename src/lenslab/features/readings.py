@@ -233,6 +233,7 @@ def direct_logits(
     return logits - logits.mean(-1, keepdim=True)
 
 
+@torch.inference_mode()
 def logit_scale(model: TransformerBridge) -> float:
     """What the model multiplies its logits by after the unembedding (Cohere, Granite), measured at
     one token on the nine smallest, where a soft cap changes nothing."""

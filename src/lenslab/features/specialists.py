@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float, Int
 from lenslab.features.activations import Matrix, blocks, check_matrix, columns_of
 from lenslab.features.ranking import CountNull, count_specialists, count_specialists_null
 from lenslab.files import Result
-from lenslab.metrics import auroc, auroc_of_rank_sums, mid_ranks
+from lenslab.metrics import as_mask, auroc, auroc_of_rank_sums, mid_ranks
 from lenslab.runtime import derive_generator
 from lenslab.stats import auroc_difference, benjamini_hochberg, matched_auroc_permutations
 from lenslab.texts import LabelledTexts
@@ -54,6 +54,7 @@ class Ranked:
     for cheaply."""
 
     def __init__(self, matrix: Matrix, searched: Bool[np.ndarray, " text"]):
+        searched = as_mask(searched)
         self.matrix, self.searched = matrix, searched
         # sums of half-integers must be exact, so that ties are seen
         exact = np.float32 if searched.sum() < 4000 else np.float64
@@ -102,7 +103,8 @@ class Fold:
 def halves(labels: LabelledTexts) -> list[Fold]:
     """One fold per category: searched on the discovery half, scored on the other."""
     members = zip(labels.categories, labels.inside.T, strict=True)
-    return [Fold(name, None, member, ~labels.held_out, labels.held_out) for name, member in members]
+    held_out = as_mask(labels.held_out)
+    return [Fold(name, None, member, ~held_out, held_out) for name, member in members]
 
 
 def language_folds(labels: LabelledTexts) -> list[Fold]:
@@ -156,7 +158,7 @@ def discriminate(
     `n` shuffles of the held-out labels: p cannot fall below 1 / (1 + n). ValueError on NaN and for
     another number of texts.
     """
-    held_out, inside = labels.held_out, labels.inside
+    held_out, inside = as_mask(labels.held_out), labels.inside
     tables = []
     for name, matrix in matrices.items():
         matrix = check_matrix(matrix, labels.category)

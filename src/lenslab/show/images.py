@@ -105,10 +105,11 @@ class Browser:
     def close(self) -> None:
         """End the browser and all that it started, whatever state they are in, then tidy up."""
         atexit.unregister(self.close)
-        if process := getattr(self.kaleido, "subprocess", None):  # it leads a group of its own
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+        with suppress(AttributeError, ProcessLookupError):  # not started, or gone
+            process = self.kaleido.subprocess  # it leads a group of its own
+            os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
         with suppress(Exception):
+            self.kaleido.subprocess.wait(SECONDS)
             self.run(self.kaleido.close())
 
 

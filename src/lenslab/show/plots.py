@@ -8,7 +8,7 @@ name. `**titles` are `title`, `x_title` and `y_title`.
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -97,26 +97,21 @@ def styled(
 
 def points(
     figure: go.Figure, series: Mapping[str, Values], x: Labels | None
-) -> dict[str, tuple[list, np.ndarray]]:
-    """`{name: (x, y)}` of a figure. Names among `x` become ticks at 0, 1, ...: plotly puts names
-    that repeat on one place and reads "10" as a number, `<s>` as markup.
+) -> Iterator[tuple[str, str, list, np.ndarray]]:
+    """(name, colour, x, y) of each entry. Names among `x` become ticks at 0, 1, ...: plotly puts
+    names that repeat on one place and reads "10" as a number, `<s>` as markup.
 
     ValueError where `x` does not number the values: plotly would leave out what is over.
     """
-    if x is not None:
-        named = any(isinstance(place, str) for place in x)
-        x = list(x) if named else numbers(x).tolist()
-        if named:
-            figure.update_xaxes(ticks(x))
-            x = list(range(len(x)))
-    drawn = {}
-    for name, values in series.items():
-        y = numbers(values)
-        at = list(range(len(y))) if x is None else x
-        if y.shape != (len(at),):
+    if x is not None and any(isinstance(place, str) for place in x):
+        figure.update_xaxes(ticks(x))
+        x = range(len(x))
+    for name, colour in colours(series).items():
+        y = numbers(series[name])
+        at = numbers(range(len(y)) if x is None else x)
+        if y.shape != at.shape or y.ndim != 1:
             raise ValueError(f"{name}: {list(y.shape)} values for {len(at)} places: one each.")
-        drawn[name] = at, y
-    return drawn
+        yield name, colour, at.tolist(), y
 
 
 def lines(
@@ -125,9 +120,7 @@ def lines(
     """One line per entry; controls, by name, are grey and dashed. ValueError where `x` does not
     number the values."""
     figure = go.Figure()
-    drawn = points(figure, series, x)
-    for name, colour in colours(series).items():
-        at, y = drawn[name]
+    for name, colour, at, y in points(figure, series, x):
         figure.add_scatter(
             x=at,
             y=y.tolist(),
@@ -136,7 +129,7 @@ def lines(
             line={"color": colour, "dash": "dash" if is_control(name) else "solid", "width": 2},
         )
     if log_y:
-        values = np.concatenate([y for _, y in drawn.values()])
+        values = np.concatenate([trace.y for trace in figure.data])
         values = values[values > 0]
         # only whole decades are named, where there are some
         decades = len(values) and values.max() > 10 * values.min()
@@ -150,9 +143,7 @@ def bars(
     """Grouped (or overlaid) bars, one colour per entry; never stacked: a stacked bar reads as a
     height it is not. ValueError where `x` does not number the values."""
     figure = go.Figure()
-    drawn = points(figure, series, x)
-    for name, colour in colours(series).items():
-        at, y = drawn[name]
+    for name, colour, at, y in points(figure, series, x):
         figure.add_bar(
             x=at,
             y=np.round(y, 4).tolist(),
