@@ -113,12 +113,13 @@ for how, matrix in pooled.items():
 
 # %% [markdown]
 # **Control**: what does averaging *before* encoding do? It takes the values at every place, also at
-# BOS and padding, which `harvest` would leave out; twenty texts at a time fit into any memory.
+# BOS and padding, which `harvest` would leave out; ten texts at a time, because a score for every
+# word of the vocabulary at every place would fill the memory.
 
 # %%
 values = []  # of each part [text, pos, d_model]
-for first in range(0, len(batch), 20):
-    part = batch[first : first + 20]
+for first in range(0, len(batch), 10):
+    part = batch[first : first + 10]
     masked = {"attention_mask": part.attention.long(), "names_filter": [middle]}
     with torch.inference_mode():
         values.append(model.run_with_cache(part.tokens, **masked)[1][middle])
