@@ -35,10 +35,8 @@ from lenslab.show.images import set_up_figures
 set_up_figures()
 model = load_model()
 twin = random_twin(model)
-print(
-    f"{model_name(model)}: {summarize(model).parameters:,} parameters, the twin "
-    f"{summarize(twin).parameters:,}"
-)
+size, twin_size = summarize(model).parameters, summarize(twin).parameters
+print(f"{model_name(model)}: {size:,} parameters, the twin {twin_size:,}")
 
 # %% [markdown]
 # The summary is read from the loaded model, not from a model card. (In a mixture of experts a
@@ -47,10 +45,8 @@ print(
 
 # %%
 summary = summarize(model)
-print(
-    f"{summary.layers} layers of width {summary.d_model}, {summary.heads} heads, context "
-    f"{summary.context} tokens"
-)
+shape = f"{summary.layers} layers of width {summary.d_model}, {summary.heads} heads"
+print(f"{shape}, context {summary.context} tokens")
 mlp = f"MLP {summary.d_mlp} wide"
 if summary.experts:
     used = f"{summary.experts_per_token} of them for a token,"
@@ -63,9 +59,8 @@ summary.to_frame()
 
 # %%
 table = parameter_table(model)
-blocks, embeddings = (
-    n / summary.parameters for n in (summary.block_parameters, summary.embedding_parameters)
-)
+blocks = summary.block_parameters / summary.parameters
+embeddings = summary.embedding_parameters / summary.parameters
 print(f"in blocks {blocks:.1%}, in embeddings {embeddings:.1%}")
 print(f"{len(table)} tensors, {len(parameter_table(model, layer=0))} of them in block 0")
 parameter_table(model, layer=0)
@@ -78,22 +73,23 @@ parameter_table(model, layer=0)
 from lenslab.hooks import UnknownHook, check_hooks, hook_table, stream_hook
 
 hooks = hook_table(model)
-print(
-    f"{len(hooks)} hook points, {len(hook_table(model, layer=0))} of them in block 0; the first "
-    "ten of block 0:"
-)
-print(hook_table(model, layer=0).head(10).to_string(index=False))
+of_block = hook_table(model, layer=0)
+print(f"{len(hooks)} hook points, {len(of_block)} of them in block 0; the first ten of block 0:")
+print(of_block.head(10).to_string(index=False))
 
 # %% [markdown]
 # Three streams matter most: *attention*, *MLP* and *residual*. The residual stream runs through the
 # whole model; in every block the attention adds its output to it, then the MLP adds its own. It can
-# be read before, between and after.
+# be read before, between and after. (In *parallel* blocks, as Pythia's, both read the stream as it
+# comes in: there is no between.)
 
 # %%
 middle = model.cfg.n_layers // 2
-STREAMS = ["residual_pre", "attention", "residual_mid", "mlp", "residual"]
-for stream in STREAMS:
-    print(f"{stream:13s} {stream_hook(model, middle, stream)}")
+for stream in ("residual_pre", "attention", "residual_mid", "mlp", "residual"):
+    try:
+        print(f"{stream:13s} {stream_hook(model, middle, stream)}")
+    except UnknownHook:
+        print(f"{stream:13s} is not there: this model's blocks are parallel")
 
 # %% [markdown]
 # A hook name with a slip in it is refused. (TransformerLens's bridge itself ignores it and returns
@@ -129,16 +125,14 @@ for row in probes.groupby("category", sort=False).head(1).itertuples():
 
 # %%
 hook = stream_hook(model, middle)
-left = tokenize(model, probes["text"].tolist(), pad_side="left")
 right = harvest(model, batch, hook)[hook]
-for name, other in (
-    ("padded left", harvest(model, left, hook)[hook][left.real]),
-    (
-        "alone",
-        torch.cat([harvest(model, tokenize(model, t), hook)[hook][0, 1:] for t in batch.texts]),
-    ),
-):
-    print(f"{name:12s} equal within 1e-3: {bool((other - right[batch.real]).abs().max() < 1e-3)}")
+left = tokenize(model, batch.texts, pad_side="left")
+others = {"padded left": harvest(model, left, hook)[hook][left.real]}
+alone = [tokenize(model, text) for text in batch.texts]
+others["alone"] = torch.cat([harvest(model, one, hook)[hook][one.real] for one in alone])
+for name, other in others.items():
+    largest = (other - right[batch.real]).abs().max()
+    print(f"{name:12s} equal within 1e-3: {bool(largest < 1e-3)}")
 
 # %% [markdown]
 # **Control**: the check can fail. Without the mask, left padding shifts every position and is
@@ -149,10 +143,8 @@ for name, other in (
 with torch.inference_mode():
     careless = model.run_with_cache(left.tokens, names_filter=[hook])[1][hook]
 error = (careless[left.real] - right[batch.real]).norm() / right[batch.real].norm()
-print(
-    f"left padding without a mask: relative error {float(error):.1f}, so equal: "
-    f"{bool(error < 1e-3)}"
-)
+equal = bool(error < 1e-3)
+print(f"left padding without a mask: relative error {float(error):.1f}, so equal: {equal}")
 
 # %% [markdown]
 # ## 4. The streams
@@ -163,35 +155,24 @@ print(
 from lenslab.circuits.streams import stream_profile
 
 profile, twin_profile = stream_profile(model, batch), stream_profile(twin, batch)
-print(
-    f"before + attention + MLP = after in all {len(profile.sum_error)} blocks: "
-    f"{bool((profile.sum_error < 1e-5).all())}"
-)
-print(
-    f"control, the MLP left out: relative error {profile.sum_error_without_mlp.min():.2f} or more"
-)
+holds = bool((profile.sum_error < 1e-5).all())
+without_mlp = profile.sum_error_without_mlp.min()
+print(f"before + attention + MLP = after in all {len(profile)} blocks: {holds}")
+print(f"control, the MLP left out: relative error {without_mlp:.2f} or more")
 
 # %% [markdown]
 # How much does each block write? `residual` is the stream after the block, the other two are what
 # the block added.
 
 # %%
-from lenslab.show.plots import lines
+from lenslab.show.plots import attention_map, bars, heatmap, lines
 
-print(profile[["residual", "attention", "mlp"]].round(1).to_string())
+norms = profile[["residual", "attention", "mlp"]]
+print(norms.round(1).to_string())
 print("random twin, residual:", twin_profile.residual.round(1).tolist())
-lines(
-    {
-        "residual": profile.residual,
-        "attention": profile.attention,
-        "mlp": profile.mlp,
-        "residual, twin": twin_profile.residual,
-    },
-    title="What each stream carries",
-    x_title="layer",
-    y_title="mean norm at real tokens",
-    log_y=True,
-)
+curves = {**norms, "residual, twin": twin_profile.residual}
+by_layer = {"x_title": "layer", "log_y": True}
+lines(curves, title="What each stream carries", y_title="mean norm at real tokens", **by_layer)
 
 # %% [markdown]
 # | stream | moves information between positions? | what it computes from |
@@ -207,15 +188,13 @@ lines(
 # %%
 from lenslab.circuits.streams import context_similarity
 
+shown = ["same token", "other token"]
 similarity = context_similarity(model, batch, middle)
-print(
-    f"mean cosine at layer {middle}, over {similarity['tokens'].iloc[0]:.0f} tokens that occur "
-    "in several texts:"
-)
-print(similarity[["same token", "other token"]].round(2).to_string())
-twin_similarity = context_similarity(twin, batch, middle)
+over = f"{similarity['tokens'].iloc[0]:.0f} tokens that occur in several texts"
+print(f"mean cosine at layer {middle}, over {over}:")
+print(similarity[shown].round(2).to_string())
 print("random twin:")
-print(twin_similarity[["same token", "other token"]].round(2).to_string())
+print(context_similarity(twin, batch, middle)[shown].round(2).to_string())
 
 # %% [markdown]
 # Where the same token is below 1, context (its position included) reaches the stream. Where the
@@ -227,21 +206,15 @@ print(twin_similarity[["same token", "other token"]].round(2).to_string())
 # average which includes it is about BOS. Does this one?
 
 # %%
+if batch.real[:, 0].all():
+    print("this tokenizer has no BOS: what is called so here is the first token of a text")
 ratio, twin_ratio = (p.first_position / p.residual for p in (profile, twin_profile))
 print("norm at BOS over norm elsewhere, by layer:", ratio.round(1).tolist())
 print("random twin:", twin_ratio.round(1).tolist())
 print(f"largest: {ratio.max():.1f}; a huge vector (above 3 somewhere): {bool(ratio.max() > 3)}")
-lines(
-    {
-        "BOS": profile.first_position,
-        "real tokens": profile.residual,
-        "BOS, twin": twin_profile.first_position,
-    },
-    title="The first position",
-    x_title="layer",
-    y_title="mean norm of the residual stream",
-    log_y=True,
-)
+curves = {"BOS": profile.first_position, "real tokens": profile.residual}
+curves["BOS, twin"] = twin_profile.first_position
+lines(curves, title="The first position", y_title="mean norm of the residual stream", **by_layer)
 
 # %% [markdown]
 # A norm can hide in a few dimensions (*massive activations*, two of them in GPT-2). The share of
@@ -250,10 +223,8 @@ lines(
 # others (the ratio above):
 
 # %%
-share = profile[["two_largest_first", "two_largest_rest"]].assign(
-    twin_first=twin_profile.two_largest_first
-)
-print(share.round(2).to_string())
+share = profile[["two_largest_first", "two_largest_rest"]]
+print(share.assign(twin_first=twin_profile.two_largest_first).round(2).to_string())
 peak_layer = int(ratio.argmax())
 peak_hook = stream_hook(model, peak_layer)
 largest = harvest(model, batch[:1], peak_hook)[peak_hook][0, 0].abs().topk(2).indices
@@ -268,11 +239,9 @@ residual = harvest(model, batch, hook)[hook]
 
 # %%
 last = batch.real.long().cumsum(1).argmax(1)
-vectors = residual[torch.arange(len(batch)), last]
-vectors = vectors.double().numpy()
-frame = probes[["id"]].assign(
-    mean=vectors.mean(1).round(1) + 0, std=vectors.std(1), norm=np.linalg.norm(vectors, axis=1)
-)
+vectors = residual[torch.arange(len(batch)), last].double().numpy()
+frame = probes[["id"]].assign(mean=vectors.mean(1).round(1) + 0, std=vectors.std(1))
+frame["norm"] = np.linalg.norm(vectors, axis=1)
 print(f"{tuple(vectors.shape)} at {hook}")
 print(frame.iloc[::4].round(1).to_string(index=False))
 
@@ -283,26 +252,17 @@ print(frame.iloc[::4].round(1).to_string(index=False))
 
 # %%
 from lenslab.runtime import derive_generator
-from lenslab.show.plots import bars
 
 twin_vector = harvest(twin, batch[:1], hook)[hook][0, last[0]].double().numpy()
-noise = (
-    torch.randn(len(twin_vector), generator=derive_generator(0, "normal numbers")).double().numpy()
-)
-values = {"model": vectors[0], "random twin": twin_vector, "normal numbers": noise}
+noise = torch.randn(len(twin_vector), generator=derive_generator(0, "normal numbers"))
+values = {"model": vectors[0], "random twin": twin_vector, "normal numbers": noise.double().numpy()}
 for name, v in values.items():
     squares = np.sort(v**2)[::-1]
-    print(
-        f"{name:14s} share of the largest tenth {squares[: len(v) // 10].sum() / squares.sum():.2f}"
-    )
-unit = {name: v / v.std() for name, v in values.items() if name != "normal numbers"}
-bars(
-    unit,
-    title="One activation, in units of its spread",
-    x_title="dimension",
-    y_title="value",
-    overlay=True,
-)
+    share = squares[: len(v) // 10].sum() / squares.sum()
+    print(f"{name:14s} share of the largest tenth {share:.2f}")
+units = {name: values[name] / values[name].std() for name in ("model", "random twin")}
+title = "One activation, in units of its spread"
+bars(units, title=title, x_title="dimension", y_title="value", overlay=True)
 
 # %% [markdown]
 # The same token in every layer: how much of it is still there after the next block? The cosine of
@@ -310,30 +270,17 @@ bars(
 # text.
 
 # %%
-from lenslab.show.plots import heatmap
-
 through = [stream_hook(model, layer) for layer in range(model.cfg.n_layers)]
 found = harvest(model, batch[:2], through)
-ends = torch.stack(
-    [found[name][torch.arange(2), last[:2]] for name in through]
-)  # [layer, text, d_model]
+ends = torch.stack([found[name][[0, 1], last[:2]] for name in through])  # [layer, text, d_model]
 unit = torch.nn.functional.normalize(ends, dim=-1)
 for name, other in (("the same text", 0), ("another text", 1)):
     print(f"{name:14s}", (unit[:-1, 0] * unit[1:, other]).sum(-1).numpy().round(1) + 0)
 values = (ends[:, 0] / ends[:, 0].std(-1, keepdim=True)).clamp(-4, 4)
-layers, title = (
-    list(range(len(through))),
-    "One token through the layers, in units of each layer's spread",
-)
-heatmap(
-    values,
-    list(range(values.shape[1])),
-    layers,
-    title=title,
-    x_title="dimension",
-    y_title="layer",
-    centre=True,
-)
+layers, dimensions = (list(range(size)) for size in values.shape)
+title = "One token through the layers, in units of each layer's spread"
+axes = {"x_title": "dimension", "y_title": "layer"}
+heatmap(values, dimensions, layers, title=title, centre=True, **axes)
 
 # %% [markdown]
 # ## 7. Attention maps
@@ -348,19 +295,13 @@ from lenslab.circuits.streams import head_scores
 heads, twin_heads = head_scores(model), head_scores(twin)
 for kind in ("previous_token", "duplicate_token", "induction", "first_position"):
     layer, head, score = heads.best(kind)
-    print(
-        f"{kind:16s} head {layer}.{head}: mean weight {score:.2f}, the twin's best "
-        f"{twin_heads.best(kind)[2]:.2f}"
-    )
+    best = f"head {layer}.{head}: mean weight {score:.2f}"
+    print(f"{kind:16s} {best}, the twin's best {twin_heads.best(kind)[2]:.2f}")
+first, second = heads.loss_first, heads.loss_second
 chance = np.log(summary.vocabulary)
-print(
-    f"loss on the first copy {heads.loss_first:.1f} nats, on the second {heads.loss_second:.1f}, "
-    f"by chance {chance:.1f}"
-)
-print(
-    "the second copy is predicted at least 1 nat better than chance: "
-    f"{heads.loss_second < chance - 1}"
-)
+losses = f"{first:.1f} nats, on the second {second:.1f}, by chance {chance:.1f}"
+print(f"loss on the first copy {losses}")
+print(f"the second copy is predicted at least 1 nat better than chance: {second < chance - 1}")
 
 # %% [markdown]
 # A weight near one would be a head with one job; a small one, a tendency. *Induction*, copying what
@@ -372,16 +313,13 @@ print(
 # sums to one.
 
 # %%
-from lenslab.show.plots import attention_map
-
 layer, head, _ = heads.best("previous_token")
 sample = tokenize(model, "The dog saw the cat, and the cat saw the dog.")
 pattern_hook = f"blocks.{layer}.attn.hook_pattern"
 pattern = harvest(model, sample, pattern_hook)[pattern_hook][0, head]
-print(
-    f"rows sum to one: {bool(((pattern.sum(-1) - 1).abs() < 1e-4).all())}; looks ahead: "
-    f"{bool(pattern.triu(1).any())}"
-)
+whole = bool(((pattern.sum(-1) - 1).abs() < 1e-4).all())
+ahead = bool(pattern.triu(1).any())
+print(f"rows sum to one: {whole}; looks ahead: {ahead}")
 to_previous = int((pattern[2:].argmax(-1) == torch.arange(1, len(pattern) - 1)).sum())
 print(f"in this text {to_previous} of {len(pattern) - 2} tokens look most at the one before them")
 attention_map(pattern.numpy(), sample.strings(0), title=f"Head {layer}.{head}")
@@ -396,11 +334,9 @@ from lenslab.tokens import generate
 
 for prompt in ("The capital of France is", "def mean(values):\n    return", "Once upon a time"):
     print(repr(generate(model, prompt, max_new_tokens=10)))
-print(
-    "sampled:",
-    repr(generate(model, "Once upon a time", max_new_tokens=10, temperature=0.7, seed=42)),
-)
-print("random twin:", repr(generate(twin, "Once upon a time", max_new_tokens=6)))
+sampled = generate(model, prompt, max_new_tokens=10, temperature=0.7, seed=42)
+print("sampled:", repr(sampled))
+print("random twin:", repr(generate(twin, prompt, max_new_tokens=6)))
 
 # %% [markdown]
 # How much it knows shows in its loss, in bits per token. **Controls**: the same tokens in random
@@ -409,9 +345,8 @@ print("random twin:", repr(generate(twin, "Once upon a time", max_new_tokens=6))
 # %%
 from lenslab.circuits.streams import token_bits
 
-bits = probes[["category"]].assign(
-    model=token_bits(model, batch), shuffled=token_bits(model, batch, shuffle=True)
-)
+bits = probes[["category"]].assign(model=token_bits(model, batch))
+bits["shuffled"] = token_bits(model, batch, shuffle=True)
 bits["twin"] = token_bits(twin, batch)
 print(bits.groupby("category").mean().round(1).to_string())
 print(f"a uniform guess over the vocabulary: {np.log2(summary.vocabulary):.1f}")
@@ -468,20 +403,13 @@ print("features [text, position, feature]:", tuple(features.shape))
 # %%
 x, f = activations[0, last[0]], features[0, last[0]]
 active = (features[batch.real] > 0).sum(-1).float()
-print(
-    f"activation: {int((x == 0).sum())} exact zeros, {(x.abs() > 0.01).float().mean():.0%} of "
-    "dimensions above 0.01"
-)
+in_use = (x.abs() > 0.01).float().mean()
+print(f"activation: {(x == 0).sum()} exact zeros, {in_use:.0%} of dimensions above 0.01")
 print(f"features active per token (L0): mean {active.mean():.1f} of {sae.cfg.d_sae}")
 print(f"sparsity {1 - active.mean() / sae.cfg.d_sae:.2%}")
 title = "The first 100 dimensions and the first 100 features"
-bars(
-    {"activation": x[:100], "features": f[:100]},
-    title=title,
-    x_title="index",
-    y_title="value",
-    overlay=True,
-)
+both = {"activation": x[:100], "features": f[:100]}
+bars(both, title=title, x_title="index", y_title="value", overlay=True)
 
 # %% [markdown]
 # The ten strongest features at that token. Numbers mean nothing by themselves; published SAEs link
@@ -492,9 +420,7 @@ from lenslab.sae.load import neuronpedia_link
 
 top = f.topk(10)
 links = [neuronpedia_link(sae, i) or "no page" for i in top.indices.tolist()]
-strongest = pd.DataFrame(
-    {"feature": top.indices.tolist(), "activation": top.values.tolist(), "Neuronpedia": links}
-)
+strongest = pd.DataFrame({"feature": top.indices, "activation": top.values, "Neuronpedia": links})
 print(f"at {batch.strings(0)[last[0]]!r}, the end of {probes['id'][0]}:")
 print(strongest.round(1).to_string(index=False))
 
@@ -508,19 +434,11 @@ ever = (features[batch.real] > 0).any(0).numpy()
 counts = ever.reshape(16, -1).sum(1)
 shuffle = np.random.default_rng(0)
 null = [np.ptp(shuffle.permutation(ever).reshape(16, -1).sum(1)) for _ in range(500)]
-print(
-    f"{int(ever.sum())} features fired somewhere; in 16 equal bins {counts.min()} to {counts.max()}"
-)
-print(
-    f"random draws are at least as uneven in {np.mean(np.array(null) >= np.ptp(counts)):.0%} "
-    "of cases"
-)
-bars(
-    {"active features": counts},
-    title="Where the active features lie",
-    x_title="bin of feature numbers",
-    y_title="features",
-)
+as_uneven = np.mean(np.array(null) >= np.ptp(counts))
+print(f"{ever.sum()} features fired somewhere; in 16 equal bins {counts.min()} to {counts.max()}")
+print(f"random draws are at least as uneven in {as_uneven:.0%} of cases")
+axes = {"x_title": "bin of feature numbers", "y_title": "features"}
+bars({"active features": counts}, title="Where the active features lie", **axes)
 
 # %% [markdown]
 # ## 10. Is the SAE any good?
@@ -537,20 +455,9 @@ from lenslab.sae.evaluate import evaluate_sae
 
 scores = evaluate_sae(model, sae, batch)
 null = evaluate_null(model, sae, batch, scores.l0)
-shown = [
-    "l0",
-    "fvu",
-    "cosine",
-    "ce_clean",
-    "ce_spliced",
-    "ce_zero",
-    "ce_recovered_zero",
-    "ce_recovered_mean",
-    "dead",
-    "dense",
-]
+shown = "l0 fvu cosine ce_clean ce_spliced ce_zero ce_recovered_zero ce_recovered_mean dead dense"
 both = pd.DataFrame({"SAE": scores.to_dict(), "random directions": null.to_dict()})
-print(both.loc[shown].astype(float).round(2).to_string())
+print(both.loc[shown.split()].astype(float).round(2).to_string())
 
 # %% [markdown]
 # ## 11. One feature, many texts
@@ -563,15 +470,12 @@ from lenslab.features.activations import top_tokens
 
 rate = (features[batch.real] > 0).float().mean(0)
 peak = features[0][batch.real[0]].amax(0)
+first = int(peak.argmax())
 feature = int(peak.where(rate <= 0.1, 0).argmax())
-print(
-    f"strongest on {probes['id'][0]}: feature {int(peak.argmax())}, active on "
-    f"{rate[peak.argmax()]:.0%} of all tokens"
-)
-print(
-    f"strongest of those that are not dense: feature {feature}, on the {len(batch) - 1} "
-    "other texts:"
-)
+active = f"active on {rate[first]:.0%} of all tokens"
+print(f"strongest on {probes['id'][0]}: feature {first}, {active}")
+others = f"on the {len(batch) - 1} other texts"
+print(f"strongest of those that are not dense: feature {feature}, {others}:")
 print(top_tokens(batch, features[..., feature], skip=[0], n=8).round(1).to_string(index=False))
 
 # %% [markdown]
@@ -582,17 +486,15 @@ print(top_tokens(batch, features[..., feature], skip=[0], n=8).round(1).to_strin
 # %%
 from lenslab.stats import auroc_permutations
 
-strength = (
-    features.where(batch.real[..., None], 0).amax(1)[1:, [feature]].numpy()
-)  # the text of the choice left out
-labels = (probes["category"] == probes["category"][0]).to_numpy()[1:]
+values = features[..., [feature]].where(batch.real[..., None], 0)
+strength = values.amax(1)[1:].numpy()  # the text of the choice left out
+kind = probes["category"][0]
+labels = (probes["category"] == kind).to_numpy()[1:]
 test = auroc_permutations(strength, labels, derive_generator(0, "one feature"))
 print(f"it fires on {int((strength > 0).sum())} of the {len(labels)} other texts")
-print(f"telling {probes['category'][0]} from the rest: AUROC {test.observed[0]:.2f}")
-print(
-    f"shuffled labels do as well with p = {test.p[0]:.3f}; {labels.sum()} texts of the kind are "
-    "too few for a verdict"
-)
+print(f"telling {kind} from the rest: AUROC {test.observed[0]:.2f}")
+few = f"{labels.sum()} texts of the kind are too few for a verdict"
+print(f"shuffled labels do as well with p = {test.p[0]:.3f}; {few}")
 
 # %% [markdown]
 # ## 12. Keep what was measured

@@ -50,14 +50,8 @@ labels = label_texts(load_probes("categories"))
 batch = tokenize(model, list(labels.texts))
 labels = labels.with_lengths(batch.real.sum(1).numpy())
 print(f"{len(batch)} texts, {batch.n_real} real tokens; left out: {len(labels.skipped)}")
-print(
-    pd.crosstab(
-        labels.category,
-        np.where(labels.held_out, "held out", "discovery"),
-        colnames=[""],
-        rownames=[""],
-    )
-)
+half = np.where(labels.held_out, "held out", "discovery")
+print(pd.crosstab(labels.category, half, colnames=[""], rownames=[""]))
 
 # %% [markdown]
 # **Control**: length alone must not give the kind away. *AUROC* is the chance that a text of the
@@ -69,10 +63,8 @@ from sklearn.metrics import roc_auc_score
 lengths = batch.real.sum(1).numpy().astype(float)
 for category in labels.categories:
     inside = labels.category == category
-    print(
-        f"{category:15s} {lengths[inside].mean():5.1f} tokens on average, AUROC "
-        f"{roc_auc_score(inside, lengths):.2f}"
-    )
+    auroc = roc_auc_score(inside, lengths)
+    print(f"{category:15s} {lengths[inside].mean():5.1f} tokens on average, AUROC {auroc:.2f}")
 
 # %% [markdown]
 # ## 2. The SAEs
@@ -111,47 +103,45 @@ from lenslab.features.ranking import summarize_features
 
 fa = encode_features(model, sae, batch, name=SAE)
 pooled = {how: fa.pool(how) for how in ("max", "mean", "fraction")}
-print(
-    f"{fa.matrix.shape[0]} tokens x {fa.n_features} features, "
-    f"{fa.matrix.nnz / fa.matrix.shape[0]:.1f} active per token"
-)
-print(
-    f"pooled {pooled['max'].shape}: {pooled['max'].nnz / len(batch):.0f} features fire somewhere "
-    "in a text, on average"
-)
+active = fa.matrix.nnz / fa.matrix.shape[0]  # features per token
+print(f"{fa.matrix.shape[0]} tokens x {fa.n_features} features, {active:.1f} active per token")
+of_text = f"{pooled['max'].nnz / len(batch):.0f} features fire somewhere in a text"
+print(f"pooled {pooled['max'].shape}: {of_text}, on average")
 for how, matrix in pooled.items():
-    print(
-        f"{how:9s} largest value {matrix.max():6.1f}, mean over texts and features "
-        f"{matrix.mean():.3f}"
-    )
+    mean = f"mean over texts and features {matrix.mean():.3f}"
+    print(f"{how:9s} largest value {matrix.max():6.1f}, {mean}")
 
 # %% [markdown]
-# **Control**: encoding the *average* activation of a text gives the SAE a vector that never occurs.
-# How many of the features found so fire at any token of the text at all, how many that do are
-# missed, and is it worse where BOS and padding are averaged in?
+# **Control**: what does averaging *before* encoding do? It takes the values at every place, also at
+# BOS and padding, which `harvest` would leave out; ten texts at a time, because a score for every
+# word of the vocabulary at every place would fill the memory.
 
 # %%
-with torch.inference_mode():
-    values = model.run_with_cache(
-        batch.tokens, attention_mask=batch.attention.long(), names_filter=[middle]
-    )[1][middle]
+values = []  # of each part [text, pos, d_model]
+for first in range(0, len(batch), 10):
+    part = batch[first : first + 10]
+    masked = {"attention_mask": part.attention.long(), "names_filter": [middle]}
+    with torch.inference_mode():
+        values.append(model.run_with_cache(part.tokens, **masked)[1][middle])
+values = torch.cat(values)
+
+# %% [markdown]
+# The *average* activation of a text is a vector that never occurs. How many of the features that it
+# is encoded to fire at any token of the text at all, how many that do are missed, and is it worse
+# where BOS and padding are averaged in?
+
+# %%
 seen = torch.tensor(pooled["max"].toarray()) > 0
-bos, padding = batch.attention & ~batch.real, ~batch.attention
-masks = {
-    "real": batch.real,
-    "+ BOS": batch.real | bos,
-    "+ padding": batch.real | padding,
-    "+ both": batch.real | True,
-}
+masks = {"real": batch.real, "+ BOS": batch.attention, "+ padding": batch.real | ~batch.attention}
+masks["+ both"] = torch.ones_like(batch.real)
 for name, mask in masks.items():
     average = (values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     with torch.inference_mode():
         found = sae.encode(prepare(average)) > 0
-    real, missed = (found & seen).sum() / found.sum(), 1 - (found & seen).sum() / seen.sum()
-    print(
-        f"average of {name:9s}: {real:.0%} of its features fire at a token, {missed:.0%} of "
-        "those that do are missed"
-    )
+    both = (found & seen).sum()
+    fire = f"{both / found.sum():.0%} of its features fire at a token"
+    missed = f"{1 - both / seen.sum():.0%} of those that do are missed"
+    print(f"average of {name:9s}: {fire}, {missed}")
 
 # %% [markdown]
 # ## 4. Strong, frequent, selective
@@ -181,19 +171,14 @@ from lenslab.capture import harvest
 from lenslab.sae.controls import random_sae
 from lenslab.show.plots import lines
 
-l0 = round(fa.matrix.nnz / fa.matrix.shape[0])
-null_sae = random_sae(sae, prepare(harvest(model, batch, middle)[middle])[batch.real], l0)
-null_summary = summarize_features(
-    encode_features(model, null_sae, batch, name="random").pool("max")
-)
-curves = {}
-for name, s in (("SAE", summary), ("random directions", null_summary)):
-    curves[name] = np.sort(s.frequency)[::-1]
-    half, never = (s.frequency > 0.5).sum(), (s.fired == 0).sum()
-    print(f"{name:17s}: on more than half of the texts {half}, on none {never}")
-lines(
-    curves, title="Share of texts on which a feature fires", x_title="features, most frequent first"
-)
+vectors = prepare(harvest(model, batch, middle)[middle])[batch.real]
+null_fa = encode_features(model, random_sae(sae, vectors, round(active)), batch, name="random")
+shares = {"SAE": summary.frequency}
+shares["random directions"] = summarize_features(null_fa.pool("max")).frequency
+for name, s in shares.items():
+    print(f"{name:17s}: on more than half of the texts {(s > 0.5).sum()}, on none {(s == 0).sum()}")
+curves = {name: np.sort(share)[::-1] for name, share in shares.items()}
+lines(curves, title="Share of texts a feature fires on", x_title="features, most frequent first")
 
 # %% [markdown]
 # A simpler and common way counts: a value is *strong* above 5.0, whatever the feature's scale, and
@@ -202,10 +187,12 @@ lines(
 # %%
 from lenslab.features.ranking import count_leaders
 
-for row in count_leaders(pooled["max"]).itertuples():
-    print(
-        f"{row.leader:15s} feature {row.feature}: {row.value:.0f} (tied with {row.tied - 1} others)"
-    )
+if summary.largest.max() <= 5:
+    print("no feature is above 5.0 on any text: there is no first place")
+else:
+    for row in count_leaders(pooled["max"]).itertuples():
+        tied = f"tied with {row.tied - 1} others"
+        print(f"{row.leader:15s} feature {row.feature}: {row.value:.0f} ({tied})")
 
 # %% [markdown]
 # ## 5. A feature for each kind of text
@@ -235,9 +222,7 @@ from lenslab.sae.controls import control_matrices
 twin = random_twin(model)
 twin_sae, twin_name, twin_origin = find_sae(twin)
 print(f"{twin_name} ({twin_origin}): {twin_sae.cfg.d_sae} features")
-twin_fa = encode_features(
-    twin, twin_sae, tokenize(twin, list(labels.texts)), name="random-twin SAE"
-)
+twin_fa = encode_features(twin, twin_sae, batch, name="random-twin SAE")
 controls = control_matrices(model, sae, batch) | {"random-twin SAE": twin_fa.pool("max")}
 special = find_specialists(pooled["max"], labels, controls, name=SAE, discrimination=found)
 print("candidates:", special.candidates)
@@ -283,22 +268,13 @@ from lenslab.show.plots import null_histogram
 columns = ["count_score_5.0", "count_score_half", "specialist"]
 scores = special.table.set_index("category")[columns]
 print(scores.to_string())
-high = (summary.largest > 5).mean()
-print(
-    f"features that ever reach 5.0: {high:.0%}; best by count: "
-    f"{scores['count_score_half'].idxmax()} (half)"
-)
+best = f"best by count: {scores['count_score_half'].idxmax()} (half)"
+print(f"features that ever reach 5.0: {(summary.largest > 5).mean():.0%}; {best}")
 for null in special.count_nulls:
-    print(
-        f"above {null.threshold}: {null.observed} kinds with a positive score, shuffled "
-        f"{null.mean_null:.1f}"
-    )
-null_histogram(
-    null.null,
-    {"observed": null.observed},
-    title="Kinds with a 'specialist' by counting",
-    x_title="kinds",
-)
+    shuffled = f"shuffled {null.mean_null:.1f}"
+    print(f"above {null.threshold}: {null.observed} kinds with a positive score, {shuffled}")
+title = "Kinds with a 'specialist' by counting"
+null_histogram(null.null, {"observed": null.observed}, title=title, x_title="kinds")
 
 # %% [markdown]
 # ## 7. How often is this method wrong?
@@ -348,9 +324,8 @@ from lenslab.features.readings import vocabulary_effects
 from lenslab.texts import sampled_text
 from lenslab.tokens import pack
 
-contexts = find_contexts(
-    model, sae, pack(model, sampled_text(450)), features=[feature], progress=False
-)
+windows = pack(model, sampled_text(450))
+contexts = find_contexts(model, sae, windows, features=[feature], progress=False)
 print(f"fires somewhere in the running text: {contexts.fired[0] > 0}")
 contexts.quantiles(feature, n=5, per=2)[["quantile", "activation", "context"]].round(1)
 
@@ -388,14 +363,9 @@ matched = load_probes("matched")
 matched_fa = encode_features(model, sae, tokenize(model, matched["text"].tolist()), name=SAE)
 split = form_and_concept(matched_fa.pool("max"), matched["form"], matched["concept"])
 print(f"{len(split)} features fire on ten texts or more")
-for name, share, p in (
-    ("form", split.form, split.form_p),
-    ("content", split.concept, split.concept_p),
-):
-    print(
-        f"{name:8s} median share of variance {np.median(share):.2f}; p <= .05 for "
-        f"{np.mean(p <= 0.05):.0%} (chance 5%)"
-    )
+for name, column in (("form", "form"), ("content", "concept")):
+    low_p = f"p <= .05 for {np.mean(split[f'{column}_p'] <= 0.05):.0%} (chance 5%)"
+    print(f"{name:8s} median share of variance {np.median(split[column]):.2f}; {low_p}")
 
 # %% [markdown]
 # Every point is a feature. Those in the upper left follow content, those in the lower right form.
@@ -403,23 +373,14 @@ for name, share, p in (
 # %%
 from lenslab.show.plots import scatter
 
+by_form, by_content = split["form_p"] <= 0.05, split["concept_p"] <= 0.05
+content = f"by content alone {np.mean(by_content & ~by_form):.0%}"
+print(f"by form alone {np.mean(by_form & ~by_content):.0%}, {content}")
 marked = np.isin(split["feature"], chosen)
-names = [str(f) for f in split["feature"]]
-by_form, by_content = split.form_p <= 0.05, split.concept_p <= 0.05
-print(
-    f"by form alone {np.mean(by_form & ~by_content):.0%}, by content alone "
-    f"{np.mean(by_content & ~by_form):.0%}"
-)
 print(split[marked].round(3).to_string(index=False))
-axes = {
-    "title": "Form and content",
-    "x_title": "share of variance: form",
-    "y_title": "content",
-    "diagonal": True,
-}
-scatter(
-    split.form, split.concept, names=names, marked=marked, marked_name="chosen for a kind", **axes
-)
+points = {"names": split["feature"], "marked": marked, "marked_name": "chosen for a kind"}
+axes = {"x_title": "share of variance: form", "y_title": "content", "diagonal": True}
+scatter(split["form"], split["concept"], title="Form and content", **points, **axes)
 
 # %% [markdown]
 # ## 10. Pictures of many features
@@ -427,25 +388,17 @@ scatter(
 # held-out texts.
 
 # %%
-from lenslab.show.feature_plots import (
-    category_feature_heatmap,
-    coactivation_heatmap,
-    text_feature_heatmap,
-)
+from lenslab.show.feature_plots import text_feature_heatmap
 
-discovery = summarize_features(fa[np.flatnonzero(~labels.held_out).tolist()].pool("max"))
-often = np.argsort(-np.where(discovery.frequency <= 0.5, discovery.frequency, 0), kind="stable")[
-    :10
-]
+discovery = fa[np.flatnonzero(~labels.held_out)].pool("max")
+share = summarize_features(discovery).frequency
+often = np.argsort(-np.where(share <= 0.5, share, 0), kind="stable")[:10]
 drawn = held_fa.pool("max")[:, often]
-print(
-    f"on {discovery.frequency[often].min():.0%} to {discovery.frequency[often].max():.0%} of "
-    "discovery texts, "
-    f"on {np.mean(drawn.toarray() > 0):.0%} of held-out ones on average"
-)
-text_feature_heatmap(
-    drawn, often, labels.category[held], title="Frequent features on held-out texts"
-)
+on_held_out = f"on {np.mean(drawn.toarray() > 0):.0%} of held-out ones on average"
+low, high = share[often].min(), share[often].max()
+print(f"on {low:.0%} to {high:.0%} of discovery texts, {on_held_out}")
+title = "Frequent features on held-out texts"
+text_feature_heatmap(drawn, often, labels.category[held], title=title)
 
 # %% [markdown]
 # The features chosen for each kind, as means over the held-out texts of every kind: does a feature
@@ -454,41 +407,31 @@ text_feature_heatmap(
 
 # %%
 from lenslab.features.ranking import category_profile
+from lenslab.show.feature_plots import category_feature_heatmap
 
 distinct = list(dict.fromkeys(chosen))  # one feature may have been chosen for two kinds
 profile = category_profile(held_fa.pool("max"), labels.category[held], distinct)
-means = profile.pivot(index="category", columns="feature", values="mean").loc[
-    list(labels.categories), distinct
-]
-own = sum(
-    means[feature].idxmax() == kind for kind, feature in zip(labels.categories, chosen, strict=True)
-)
+means = profile.pivot(index="category", columns="feature", values="mean")
+means = means.loc[list(labels.categories), distinct]
+own = sum(means[f].idxmax() == kind for kind, f in zip(labels.categories, chosen, strict=True))
 print(f"largest in the kind it was chosen for: {own} of {len(chosen)}")
-category_feature_heatmap(
-    means, labels.categories, distinct, title="Mean activation by kind, held-out texts"
-)
+title = "Mean activation by kind, held-out texts"
+category_feature_heatmap(means, labels.categories, distinct, title=title)
 
 # %% [markdown]
 # The same features and the leaders of section 4, one row each, on every held-out text.
 
 # %%
-leaders = {
-    "strongest": summary.strongest(1),
-    "frequent": summary.frequent(1),
-    "selective": summary.selective(1),
-}
-rows = {int(table.index[0]): f"{table.index[0]} {name}" for name, table in leaders.items()}
-rows |= {
-    feature: f"{feature} {kind}" for kind, feature in zip(labels.categories, chosen, strict=True)
-}
+leaders = {"strongest": summary.strongest, "frequent": summary.frequent}
+leaders["selective"] = summary.selective
+rows = {int(ranked(1).index[0]): name for name, ranked in leaders.items()}
+rows |= {feature: kind for kind, feature in zip(labels.categories, chosen, strict=True)}
+names = [f"{feature} {why}" for feature, why in rows.items()]
 drawn = held_fa.pool("max")[:, list(rows)]
-print(
-    f"{len(rows)} features on {drawn.shape[0]} texts: {np.mean(drawn.toarray() > 0):.0%} of the "
-    "cells are above zero"
-)
-text_feature_heatmap(
-    drawn, list(rows.values()), labels.category[held], title="Chosen features on held-out texts"
-)
+above = f"{np.mean(drawn.toarray() > 0):.0%} of the cells are above zero"
+print(f"{len(rows)} features on {drawn.shape[0]} texts: {above}")
+title = "Chosen features on held-out texts"
+text_feature_heatmap(drawn, names, labels.category[held], title=title)
 
 # %% [markdown]
 # ## 11. Which features fire together?
@@ -499,12 +442,9 @@ text_feature_heatmap(
 from lenslab.features.ranking import features_per_category
 
 common = features_per_category(pooled["max"], labels.category, top=2)
-overall = summary.frequency[common["feature"].to_numpy()]
-print(
-    common.assign(share=common["texts"] / common["of"], overall=overall)
-    .round(2)
-    .to_string(index=False)
-)
+common["share"] = common["texts"] / common["of"]
+common["overall"] = summary.frequency[common["feature"].to_numpy()]
+print(common.round(2).to_string(index=False))
 
 # %% [markdown]
 # *PMI* is the log of how often two features fire together over what independence gives, over all
@@ -514,13 +454,12 @@ print(
 
 # %%
 from lenslab.features.together import coactivation, concept_features
+from lenslab.show.feature_plots import coactivation_heatmap
 
 together = coactivation(pooled["max"], often, strata=labels.category)
 pairs = together.to_frame()
-print(
-    f"{(pairs['q'] <= 0.05).sum()} of {len(pairs)} pairs fire together more than within-kind "
-    "chance (q <= .05)"
-)
+more = f"{(pairs['q'] <= 0.05).sum()} of {len(pairs)} pairs fire together more"
+print(f"{more} than within-kind chance (q <= .05)")
 columns = ["feature", "other", "p_other_given_feature", "joint", "expected", "pmi", "q"]
 print(pairs.head(5)[columns].round(3).to_string(index=False))
 coactivation_heatmap(together.pmi, often, title="Which features fire together")
