@@ -16,11 +16,12 @@ import os
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pandas as pd
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from lenslab.files import BUNDLED, DEFAULT, HUB, data_path, sha256_file
@@ -137,8 +138,12 @@ def boot(weights: PreTrainedModel, tokenizer, label: str, device: str) -> Transf
     """TransformerLens's bridge over a Hugging Face model, by the name that is to be shown."""
     fused_gelu(weights)
     options = dict(hf_model=weights, tokenizer=tokenizer, device=device, dtype=weights.dtype)
+    # For a model that also takes images TransformerLens asks the hub for a processor of this name,
+    # and where that fails installs torchvision with pip, over the torch that is there
+    no_processor = mock.patch.object(AutoProcessor, "from_pretrained", return_value=None)
     try:
-        model = TransformerBridge.boot_transformers(label, **options)
+        with no_processor:
+            model = TransformerBridge.boot_transformers(label, **options)
     except ValueError as error:
         kind = type(weights).__name__
         raise NotAModel(f"{label}: TransformerLens has no adapter for {kind} ({error}).") from error
