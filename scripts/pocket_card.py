@@ -281,9 +281,8 @@ def measure(folder: Path, validation: dict[str, list[str]]) -> dict:
 def write_card(folder: Path, training: dict, validation: dict[str, list[str]]) -> dict:
     stable = training.get("training_tokens", 0) * (1 - training.get("decay_share", 0))
     law = power_law(training.get("curve", []), stable)
-    digest = {
-        "weights_sha256": sha256_file(folder / "model.safetensors")
-    }  # load_model refuses others
+    files = {"weights_sha256": "model.safetensors", "config_sha256": "config.json"}
+    digest = {key: sha256_file(folder / file) for key, file in files.items()}  # others are refused
     write_json(
         folder / "card.json", {**training, **digest}
     )  # and a bundled folder without a card: `measure` loads it
