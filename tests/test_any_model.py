@@ -8,7 +8,7 @@ from conftest import TEXTS, make_tokenizer
 from lenslab.capture import harvest
 from lenslab.circuits.interventions import splice
 from lenslab.hooks import stream_hook
-from lenslab.models import load_model, model_key, model_name
+from lenslab.models import load_model, model_key, model_name, summarize
 from lenslab.sae.controls import evaluate_null
 from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.load import SAEMismatch, check_sae, load_sae, sae_hook, save_sae
@@ -87,7 +87,9 @@ def test_a_model_that_takes_images_too_is_loaded_without_installing_or_fetching_
     monkeypatch.setattr(AutoProcessor, "from_pretrained", refuse)
     for name in ("check_call", "run", "Popen"):
         monkeypatch.setattr(subprocess, name, refuse)
-    assert load_model(tmp_path).cfg.n_layers == 2
+    summary = summarize(load_model(tmp_path))
+    assert (summary.layers, summary.context, summary.d_mlp) == (2, 64, 48)  # of the part for text
+    assert summary.activation == "gelu_pytorch_tanh"
     assert not calls
 
 

@@ -21,6 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lenslab.loading import NotAModel as NotAModel
+from lenslab.loading import check_ids as check_ids
 from lenslab.loading import load_model as load_model
 from lenslab.loading import model_name, text_config
 from lenslab.loading import random_twin as random_twin
