@@ -97,9 +97,24 @@ def test_an_index_that_names_a_pickle_is_refused(gpt2_folder, tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors.index.json", "config.json"])
+def test_a_damaged_list_of_files_is_no_model(gpt2_folder, tmp_path, file):
+    shutil.copytree(gpt2_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_bytes(b'{"weight_map": \xff')
+    with pytest.raises(NotAModel, match="could not be loaded"):
+        load_model(tmp_path)
+
+
+def test_a_model_of_a_short_context_loads(tmp_path):
+    make_tokenizer(tmp_path)
+    config = GPT2Config(vocab_size=300, n_positions=4, n_embd=32, n_layer=1, n_head=4)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    assert load_model(tmp_path).cfg.n_ctx == 4
+
+
 def test_a_head_that_the_config_ties_is_used_and_told(gpt2_folder, tmp_path):
     rows = load_model(gpt2_folder).cfg.d_vocab
-    with pytest.warns(UserWarning, match="has its own"):
+    with pytest.warns(UserWarning, match="its config ties"):
         model = load_model(changed(gpt2_folder, tmp_path, own_head(rows)))
     assert not summarize(model).tied_embeddings
 

@@ -34,6 +34,7 @@ from lenslab.runtime import default_device, derive_generator
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
 VOCABULARIES += ("sentencepiece.bpe.model",)
+FLOATS = ("F64", "F32", "F16", "BF16")
 LEFT_OUT = ("attn.bias", "attention.bias", "masked_bias", "inv_freq", "position_ids")  # buffers
 # Largest relative difference to Hugging Face: ten roundings of half precision, where GPT-2's fused
 # attention of six layers differs by two, and all that float32 shows where kernels differ
@@ -75,7 +76,6 @@ def load_model(
     folder = data_path("models", name) if name in BUNDLED else Path(os.path.expanduser(name))
     if folder.is_dir():
         source, label = str(folder), folder.resolve().name  # what is shown holds no path
-        check_folder(folder, label)
     elif folder.is_absolute() or name.startswith((".", "~")):
         raise NotAModel(f"There is no folder {name}. Bundled models: {', '.join(BUNDLED)}.")
     elif near := name not in HUB and _nearest(name.lower(), BUNDLED):
@@ -83,6 +83,8 @@ def load_model(
     else:
         source, label = HUB.get(name, name), name
     try:
+        if folder.is_dir():
+            check_folder(folder, label)
         weights, tokenizer = open_weights(source, dtype), open_tokenizer(source)
         check_vocabulary(tokenizer, weights.get_input_embeddings().num_embeddings, label)
     except NotAModel:
@@ -120,25 +122,18 @@ def check_files(folder: Path, label: str) -> None:
     """Refuse what transformers would turn into weights without a word: pickled shards that an index
     names, integers, files without a tensor. Masks and positions, which it leaves out, may be
     anything; so may the parts of a quantized model, which it opens by its own rules."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if (index := folder / "model.safetensors.index.json").is_file():
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if foreign := sorted(name for name in shards if not name.endswith(".safetensors")):
             raise NotAModel(f"{label}: the index names {foreign[0]}, a pickle, never loaded here.")
     types = {}
     for file in folder.glob("*.safetensors"):
-        try:
-            with safe_open(file, "pt") as tensors:
-                types |= {
-                    name: tensors.get_slice(name).get_dtype() for name in tensors.offset_keys()
-                }
-        except Exception as error:
-            raise NotAModel(_advice(str(folder), label, error)) from error
+        with safe_open(file, "pt") as tensors:
+            types |= {name: tensors.get_slice(name).get_dtype() for name in tensors.offset_keys()}
     if not types:
         raise NotAModel(f"{label}: its weights hold no tensor. Save it again or download it anew.")
-    whole = [n for n, kind in types.items() if not kind.startswith(("F64", "F32", "F16", "BF16"))]
-    whole = [name for name in whole if not name.endswith(LEFT_OUT)]
-    if whole and "quantization_config" not in (folder / "config.json").read_text(encoding="utf-8"):
+    whole = [n for n, kind in types.items() if kind not in FLOATS and not n.endswith(LEFT_OUT)]
+    if whole and b"quantization_config" not in (folder / "config.json").read_bytes():
         raise NotAModel(
             f"{label}: {whole[0]} is of type {types[whole[0]]}, in {len(whole)} tensors, without a "
             "quantization_config: its scales are lost. Save the model in float32 or bfloat16."
@@ -170,9 +165,7 @@ def open_weights(source: str, dtype: torch.dtype) -> PreTrainedModel:
     head, config = weights.get_output_embeddings(), text_config(weights)
     if head is not None and head.weight is not weights.get_input_embeddings().weight:
         if config.tie_word_embeddings:
-            warnings.warn(
-                f"{label}: the config ties the head, the file has its own: used.", stacklevel=3
-            )
+            warnings.warn(f"{label}: its file has a head that its config ties: used.", stacklevel=3)
         config.tie_word_embeddings = weights.config.tie_word_embeddings = False
     return weights
 
@@ -182,9 +175,8 @@ def open_tokenizer(source: str):
     no special token at all with its first: what pads is masked, and only needs an embedding."""
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = (
-            tokenizer.eos_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
-        )
+        ends = tokenizer.eos_token or tokenizer.bos_token
+        tokenizer.pad_token = ends or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
@@ -198,12 +190,8 @@ def check_vocabulary(tokenizer, n_embeddings: int, label: str) -> None:
             f"from {names[base[0]]!r}, id {base[0]}. It is another model's: put its own beside it."
         )
     if names:
-        first = min(names)
-        warnings.warn(
-            f"{label}: {len(names)} added tokens have no embedding, from {names[first]!r}, id "
-            f"{first}: texts must not hold them.",
-            stacklevel=3,
-        )
+        first = f"{names[min(names)]!r}, id {min(names)}"
+        warnings.warn(f"{label}: added tokens have no embedding, from {first}.", stacklevel=3)
 
 
 def check_ids(model: TransformerBridge, ids: torch.Tensor) -> None:
@@ -254,9 +242,11 @@ def boot(weights: PreTrainedModel, tokenizer, label: str, device: str) -> Transf
     """TransformerLens's bridge over a Hugging Face model, by the name that is to be shown, once it
     is seen to compute what that model computes."""
     weights = weights.to(device).eval()
-    ids = tokenizer(SAMPLE, add_special_tokens=False, return_tensors="pt").input_ids
-    ids = ids[:, ids[0] < weights.get_input_embeddings().num_embeddings].to(device)
     try:  # before the bridge takes the modules over: no second copy of the weights
+        n_embeddings = weights.get_input_embeddings().num_embeddings
+        length = min(16, getattr(text_config(weights), "max_position_embeddings", 16))
+        ids = [i for i in tokenizer(SAMPLE, add_special_tokens=False).input_ids if i < n_embeddings]
+        ids = torch.tensor([ids[:length]], device=device)
         reference = _reference(weights, ids)
         fused_gelu(weights)
         options = dict(hf_model=weights, device=device, dtype=weights.dtype)
