@@ -111,7 +111,7 @@ def hugging_face():
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        MODEL, dtype=torch.float32
+        MODEL, dtype=torch.float32, trust_remote_code=False
     ).eval()  # with its own default attention
     ids, autocast, kept = tokens(), in_bf16(), []
 

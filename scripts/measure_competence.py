@@ -149,7 +149,9 @@ def probes(name: str) -> pd.DataFrame:
     """A set with its lengths: `tokens` in pocket-gpt's tokenizer, without BOS, and `characters`."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(data_path("models", "pocket-gpt"))
+    tokenizer = AutoTokenizer.from_pretrained(
+        data_path("models", "pocket-gpt"), trust_remote_code=False
+    )
     frame = load_probes(name)
     ids = tokenizer(frame["text"].tolist(), add_special_tokens=False).input_ids
     return frame.assign(tokens=[len(i) for i in ids], characters=frame["text"].str.len())

@@ -196,8 +196,13 @@ def beside_tinystories(model, tokenizer, fixtures: Path = FIXTURES, characters: 
         text for text in json.loads(stories.read_text(encoding="utf-8")) if corpus.is_held_out(text)
     ]
     texts = [text[:characters].rsplit(" ", 1)[0] for text in texts]
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    pairs = (("ours", model, tokenizer), ("theirs", theirs, AutoTokenizer.from_pretrained(folder)))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).eval()
+    pairs = (
+        ("ours", model, tokenizer),
+        ("theirs", theirs, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)),
+    )
     texts = [text for text in texts if all(same_again(its, text) for _, _, its in pairs)]
     result = {"documents": len(texts)}
     for name, scored, its in pairs:
@@ -257,9 +262,9 @@ def expert_load(model, tokenizer, validation: dict[str, list[str]]) -> dict:
 
 def measure(folder: Path, validation: dict[str, list[str]]) -> dict:
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
     ).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     bits = {}
     for category in tqdm(sorted(validation), desc="bits per byte", delay=2):
         if validation[category]:
@@ -281,9 +286,8 @@ def measure(folder: Path, validation: dict[str, list[str]]) -> dict:
 def write_card(folder: Path, training: dict, validation: dict[str, list[str]]) -> dict:
     stable = training.get("training_tokens", 0) * (1 - training.get("decay_share", 0))
     law = power_law(training.get("curve", []), stable)
-    digest = {
-        "weights_sha256": sha256_file(folder / "model.safetensors")
-    }  # load_model refuses others
+    files = {"weights_sha256": "model.safetensors", "config_sha256": "config.json"}
+    digest = {key: sha256_file(folder / file) for key, file in files.items()}  # others are refused
     write_json(
         folder / "card.json", {**training, **digest}
     )  # and a bundled folder without a card: `measure` loads it

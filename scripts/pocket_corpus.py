@@ -183,7 +183,7 @@ def train_tokenizer(
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
         known.write_text(key)
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def encode_streams(train: dict[str, list[str]], tokenizer, cache: Path) -> dict[str, np.ndarray]:

@@ -144,14 +144,14 @@ def sample(
 ) -> Path:
     """Batches until `tokens` are there, then the file and its card; returns the file."""
     model = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype())
+        AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype(), trust_remote_code=False)
         .to(default_device())
         .eval()
     )
     model.set_attn_implementation(
         "eager"
     )  # for one new token a step faster on a CPU than the fused kernel
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     key = sha256_file(folder / "model.safetensors")[:16]
     parts = work / content_key(key, rows, seed, str(compute_dtype()), OPENINGS)
     frames, done, number = [], 0, 0

@@ -8,7 +8,7 @@ from conftest import TEXTS, make_tokenizer
 from lenslab.capture import harvest
 from lenslab.circuits.interventions import splice
 from lenslab.hooks import stream_hook
-from lenslab.models import load_model, model_key, model_name
+from lenslab.models import load_model, model_key, model_name, summarize
 from lenslab.sae.controls import evaluate_null
 from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.load import SAEMismatch, check_sae, load_sae, sae_hook, save_sae
@@ -60,6 +60,37 @@ def gemma_folder(tmp_path_factory):
                 parameter.mul_(6)
     model.save_pretrained(folder)
     return folder
+
+
+def test_a_model_that_takes_images_too_is_loaded_without_installing_or_fetching_anything(
+    tmp_path, monkeypatch
+):
+    import subprocess
+
+    from transformers import AutoProcessor, Gemma3Config, Gemma3ForConditionalGeneration
+
+    make_tokenizer(tmp_path)
+    text = dict(vocab_size=310, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2)
+    text |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=8)
+    text |= dict(max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2)
+    vision |= dict(num_attention_heads=2, image_size=16, patch_size=8)
+    marks = dict(image_token_index=305, boi_token_index=303, eoi_token_index=304)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **marks)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    calls = []
+
+    def refuse(*arguments, **options):  # as where there is no torchvision and no network
+        calls.append(arguments)
+        raise OSError("not here")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", refuse)
+    for name in ("check_call", "run", "Popen"):
+        monkeypatch.setattr(subprocess, name, refuse)
+    summary = summarize(load_model(tmp_path))
+    assert (summary.layers, summary.context, summary.d_mlp) == (2, 64, 48)  # of the part for text
+    assert summary.activation == "gelu_pytorch_tanh"
+    assert not calls
 
 
 @pytest.fixture(scope="module")

@@ -303,7 +303,7 @@ def test_tinystories_tells_a_story(shared):
 def test_bundled_weights_that_are_not_those_of_their_card_are_refused(tmp_path, monkeypatch):
     for name in BUNDLED:
         shutil.copytree(data_path("models", name), tmp_path / "models" / name)
-    monkeypatch.setattr("lenslab.models.data_path", lambda *parts: tmp_path.joinpath(*parts))
+    monkeypatch.setattr("lenslab.loading.data_path", lambda *parts: tmp_path.joinpath(*parts))
     load_model("pocket-gpt")
     weights = tmp_path / "models" / "pocket-gpt" / "model.safetensors"
     raw = bytearray(weights.read_bytes())

@@ -27,7 +27,7 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from lenslab import runtime
 from lenslab.hooks import by_pair, by_token, check_hooks, check_unhooked, hook_names
-from lenslab.models import check_eval, model_name
+from lenslab.models import check_eval, model_name, text_config
 from lenslab.store import ActivationStore
 from lenslab.tokens import TokenBatch
 
@@ -137,7 +137,7 @@ def _run(
     trim = all(by_token(model, hook) for hook in hooks)  # a pattern has no one span to cut to
     # Padding farther from a text than a sliding window has no key to see; its masks are -inf in
     # bf16, and its NaN reaches the text: batches that hold such padding run in float32.
-    window = getattr(model.original_model.config, "sliding_window", None) or float("inf")
+    window = getattr(text_config(model), "sliding_window", None) or float("inf")
     result: dict[str, Tensor] = {}
     caught: dict[str, Tensor] = {}
 

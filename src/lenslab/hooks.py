@@ -41,14 +41,17 @@ def hook_names(model: TransformerBridge) -> dict[str, tuple[int, ...]]:
     """Every hook that fires in a forward pass, aliases included -> shape for an input `[text=1,
     pos=2]`.
 
-    Found by running two tokens once, so that what is listed is what can be captured.
+    Found by running two tokens once, so that what is listed is what can be captured; again where
+    TransformerLens's switches (`set_use_attn_result`) were thrown since.
     """
-    if model not in _HOOKS:
+    switches = {k: v for k, v in vars(model.cfg).items() if k.startswith(("use_", "ungroup"))}
+    state = switches, model.compatibility_mode
+    if model not in _HOOKS or _HOOKS[model][0] != state:
         tokens = torch.zeros(1, 2, dtype=torch.long, device=model.cfg.device)
         with torch.inference_mode():
             _, cache = model.run_with_cache(tokens)
-        _HOOKS[model] = {name: tuple(value.shape) for name, value in cache.items()}
-    return _HOOKS[model]
+        _HOOKS[model] = state, {name: tuple(value.shape) for name, value in cache.items()}
+    return _HOOKS[model][1]
 
 
 def check_hooks(model: TransformerBridge, names: Iterable[str]) -> None:

@@ -9,213 +9,66 @@ nothing is folded or centred, because an SAE may have been trained on either and
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import os
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import torch
+from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lenslab.files import BUNDLED, DEFAULT, HUB, data_path, sha256_file
-from lenslab.runtime import default_device, derive_generator
+from lenslab.loading import NotAModel as NotAModel
+from lenslab.loading import check_ids as check_ids
+from lenslab.loading import load_model as load_model
+from lenslab.loading import model_name, text_config
+from lenslab.loading import random_twin as random_twin
+from lenslab.runtime import derive_generator
 
-VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
-
-
-class NotAModel(ValueError):
-    """What was named cannot be loaded as a language model; the message says why and what can."""
-
-
-def load_model(
-    name: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype = torch.float32
-) -> TransformerBridge:
-    """A model in eval mode with eager attention, so that attention patterns can be read.
-
-    Args:
-        name: a bundled name (`pocket-gpt`), a local Hugging Face folder, or a name on the hub.
-            Default: `$LENSLAB_MODEL`, else `pocket-gpt`.
-        device: default a GPU where there is one.
-        dtype: of the weights in memory. Two loaders agree to 1e-4 in the logits only in float32.
-
-    Raises NotAModel for a folder without config, weights or tokenizer; weights as a pickle only; a
-    hub name that is neither cached nor reachable; an architecture that TransformerLens does not
-    know.
-
-    With `LENSLAB_MODEL_TWIN=1` the random-weight twin is returned instead: the control for whole
-    notebooks.
-    """
-    name = str(name or os.environ.get("LENSLAB_MODEL") or DEFAULT)
-    folder = data_path("models", name) if name in BUNDLED else Path(name).expanduser()
-    if folder.is_dir():
-        source, label = str(folder), folder.resolve().name  # what is shown holds no path
-        check_folder(folder, label)
-    elif folder.is_absolute() or name.startswith((".", "~")):
-        raise NotAModel(f"There is no folder {name}. Bundled models: {', '.join(BUNDLED)}.")
-    else:
-        source, label = HUB.get(name, name), name
-    try:
-        weights, tokenizer = open_weights(source, dtype), open_tokenizer(source)
-    except Exception as error:  # of a dozen kinds: bad JSON, cut-off weights, no network
-        raise NotAModel(_advice(source, label, error)) from error
-    model = boot(weights, tokenizer, label, device or default_device())
-    return random_twin(model, label=label) if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else model
+_KEYS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (state, key)
+# What a config says that changes no number; and the three configs, bundled models', whose keys were
+# written before configs were part of keys: their shapes of weights are no other config's here
+SILENT = ("transformers_version", "architectures", "dtype", "use_cache", "_name_or_path")
+SILENT += ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+UNMARKED = ("52477a1d", "29a9eaab", "9348025a")
 
 
-def check_folder(folder: Path, label: str) -> None:
-    """Refuse a folder that transformers would open wrongly or not at all, and bundled weights that
-    are not those of their card: what ships beside them was measured on the card's."""
-    if not (folder / "config.json").is_file():
-        raise NotAModel(f"{label} has no config.json. Make it: model.save_pretrained(folder).")
-    if not any(folder.glob("*.safetensors")):
-        raise NotAModel(
-            f"{label} has no weights (*.safetensors). A pickle can run code when it is opened, and "
-            "is never loaded here: open it where you trust it, then model.save_pretrained(folder)."
-        )
-    if not any((folder / file).exists() for file in VOCABULARIES):  # an empty one would be made up
-        raise NotAModel(f"{label} has no tokenizer. Add it: tokenizer.save_pretrained(folder).")
-    if label in BUNDLED and folder.resolve() == data_path("models", label).resolve():
-        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-        if sha256_file(folder / "model.safetensors") != card["weights_sha256"]:
-            raise NotAModel(
-                f"The weights of {label} are not those of its card: `git checkout -- "
-                f"data/models/{label}`, or load changed weights from a folder of your own."
-            )
+def weights_key(model: TransformerBridge) -> str:
+    """16 hexadecimal digits of the SHA-256 of all weights and their types: what an SAE was made
+    for.
 
-
-def open_weights(source: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The Hugging Face model of a folder or hub name, from safetensors only."""
-    if Path(source).is_dir():  # opened in well under a second: a bar would only flicker
-        logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, attn_implementation="eager", use_safetensors=True
-    )
-
-
-def open_tokenizer(source: str):
-    """The tokenizer of a folder or hub name; one without padding pads with EOS or BOS."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
-    return tokenizer
-
-
-def _advice(source: str, label: str, error: BaseException | None) -> str:
-    """Why a model could not be opened, and what to do."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if Path(source).is_dir():
-        return (
-            f"{label} could not be loaded. {reason} "
-            "Check that the folder is complete: a cut-off download leaves short files."
-        )
-    near = [] if label in HUB else difflib.get_close_matches(label, [*BUNDLED, *HUB], n=1)
-    meant = f"Did you mean {near[0]!r}? " if near else ""
-    while error is not None:  # the hub's own answer is below what transformers makes of it
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-            token = " (the one that is set has no access)" if os.environ.get("HF_TOKEN") else ""
-            return (
-                f"{label}: the hub gives it to no one it does not know. {meant}It is gated, "
-                f"private or misspelt. Accept its licence on https://huggingface.co/{source} while "
-                f"signed in, make an access token there, and set it as HF_TOKEN{token}."
-            )
-        error = error.__cause__ or error.__context__
-    offline = " and unset HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else ""
-    return (
-        f"{label} could not be loaded. {meant}{reason} If it is a hub name, download it while "
-        f"online (`.venv/bin/hf download {source}`; set HF_TOKEN for gated models){offline}. "
-        f"Bundled, always here: {', '.join(BUNDLED)}."
-    )
-
-
-def boot(weights: PreTrainedModel, tokenizer, label: str, device: str) -> TransformerBridge:
-    """TransformerLens's bridge over a Hugging Face model, by the name that is to be shown."""
-    fused_gelu(weights)
-    options = dict(hf_model=weights, tokenizer=tokenizer, device=device, dtype=weights.dtype)
-    try:
-        model = TransformerBridge.boot_transformers(label, **options)
-    except ValueError as error:
-        kind = type(weights).__name__
-        raise NotAModel(f"{label}: TransformerLens has no adapter for {kind} ({error}).") from error
-    model.cfg.model_name = label  # TransformerLens puts another in the place of old short names
-    return model.eval()
-
-
-def fused_gelu(weights: PreTrainedModel) -> None:
-    """GPT-2's GELU in one kernel instead of eight: the same function, and a sixth of a forward pass
-    on CPU."""
-    for module in weights.modules():
-        for name, child in module.named_children():
-            if type(child).__name__ == "NewGELUActivation":
-                setattr(module, name, torch.nn.GELU(approximate="tanh"))
-
-
-def random_twin(
-    model: TransformerBridge, seed: int = 0, label: str | None = None
-) -> TransformerBridge:
-    """The same architecture and tokenizer with random weights, spread as they are before training.
-
-    What a finding on the twin shares with the finding on the model was not learned. `label` is the
-    name the twin goes by; default the model's own, followed by "(random twin)".
-
-    The weights are the same to the bit on every processor, so that an SAE can be kept for them:
-    sums of integers (nearly normal), times the spread that the architecture begins with to two
-    digits. torch's own normal numbers depend on the processor's instructions.
-    """
-    generator = derive_generator(seed, "random twin")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator.initial_seed())
-        twin = AutoModelForCausalLM.from_config(
-            model.original_model.config, attn_implementation="eager", dtype=model.cfg.dtype
-        )
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            spread = float(parameter.float().std()) if parameter.numel() > 1 else 0.0
-            if spread > 0:  # biases and the weights of norms begin as constants
-                normal = _exact_normal(parameter.shape, generator)
-                parameter.copy_(normal * float(f"{spread:.2g}"))
-    label = label or f"{model_name(model)} (random twin)"
-    return boot(twin, model.tokenizer, label, str(model.cfg.device))
-
-
-def _exact_normal(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Numbers of mean 0 and spread 1: each the sum of four integers, which no processor computes
-    otherwise."""
-    total = sum(
-        torch.randint(1 << 16, shape, generator=generator, dtype=torch.int32) for _ in range(4)
-    )
-    return (total - (2 << 16)).float() / ((1 << 16) / 3**0.5)  # the variance of one is 2^32 / 12
-
-
-def model_name(model: TransformerBridge) -> str:
-    """The name a model was loaded by; for a folder, the folder's own name."""
-    return str(model.cfg.model_name)
-
-
-_KEYS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (versions, key)
-
-
-def model_key(model: TransformerBridge) -> str:
-    """16 hexadecimal digits of the SHA-256 of all weights: what caches of activations are keyed by.
-
-    Computed once per state of the weights (0.02 s for pocket-gpt, seconds for a billion
+    Computed once per state of the weights (0.05 s for pocket-gpt, seconds for a billion
     parameters).
     """
     weights = sorted(model.original_model.named_parameters())
-    versions = [parameter._version for _, parameter in weights]
-    if model not in _KEYS or _KEYS[model][0] != versions:
+    state = [_state(parameter) for _, parameter in weights]
+    if model not in _KEYS or _KEYS[model][0] != state:
         digest = hashlib.sha256()
         for name, parameter in weights:
             digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
             values = parameter.detach().cpu().contiguous().flatten()
             digest.update(values.view(torch.uint8).numpy().data)
-        _KEYS[model] = versions, digest.hexdigest()[:16]
+        _KEYS[model] = state, digest.hexdigest()[:16]
     return _KEYS[model][1]
+
+
+def model_key(model: TransformerBridge) -> str:
+    """The key of what a model computes, which caches of activations are keyed by: `weights_key`,
+    and 8 digits of the config where it is not a bundled model's."""
+    config = text_config(model).to_diff_dict()
+    told = {name: value for name, value in config.items() if name not in SILENT}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return weights_key(model) + ("" if digest in UNMARKED else f"-{digest}")
+
+
+def _state(parameter: torch.Tensor) -> tuple:
+    """What changes with a parameter, edits through `.data` included, which leave its version: type
+    and sums over rows and over columns, a fraction of the time of a hash."""
+    value = parameter.detach()
+    sums = [value.sum(axis) for axis in range(min(value.ndim, 2))] if value.ndim > 1 else [value]
+    return parameter.dtype, *(hash(s.float().cpu().numpy().tobytes()) for s in sums)
 
 
 def check_eval(model: TransformerBridge) -> None:
@@ -234,14 +87,30 @@ def parameter_table(model: TransformerBridge, layer: int | None = None) -> pd.Da
     """
     loaded = dict(model.original_model.named_parameters())
     trainable = {n.replace("._original_component", ""): p.requires_grad for n, p in loaded.items()}
-    with torch.device("meta"):  # shapes without weights
-        plain = AutoModelForCausalLM.from_config(model.original_model.config)
     rows = [
         (name, tuple(parameter.shape), parameter.numel(), trainable.get(name, True))
-        for name, parameter in plain.named_parameters()
+        for name, parameter in _plain(model).named_parameters()
         if layer is None or f".{layer}." in name
     ]
     return pd.DataFrame(rows, columns=["parameter", "shape", "count", "trainable"])
+
+
+def _plain(model: TransformerBridge) -> PreTrainedModel:
+    """The Hugging Face model without bridge and without weights: names, shapes and modules."""
+    with torch.device("meta"):
+        config = model.original_model.config
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k")
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+
+
+def _told(config: PretrainedConfig, names: tuple[str, ...]):
+    """What a config says under the first of several names that families use."""
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if value not in (None, 0)), None)
 
 
 class ModelSummary(SimpleNamespace):
@@ -254,10 +123,13 @@ class ModelSummary(SimpleNamespace):
 
 
 def summarize(model: TransformerBridge) -> ModelSummary:
-    """Architecture summary, read from the loaded model and its config."""
-    cfg, config, table = model.cfg, model.original_model.config, parameter_table(model)
-    count = table["count"]
-    embeddings = table["parameter"].str.contains("wte|wpe|embed_tokens|embed_in")
+    """Architecture summary, read from the loaded model and its config, not from defaults of
+    TransformerLens."""
+    cfg, config, table = model.cfg, text_config(model), parameter_table(model)
+    count, plain = table["count"], _plain(model)
+    modules = dict(plain.named_modules())
+    embeddings = [f"{name}.weight" for name, m in modules.items() if isinstance(m, nn.Embedding)]
+    activations = [type(m).__name__ for m in modules.values() if "LU" in type(m).__name__.upper()]
     return ModelSummary(
         name=model_name(model),
         architecture=type(model.original_model).__name__,
@@ -267,17 +139,17 @@ def summarize(model: TransformerBridge) -> ModelSummary:
         key_value_heads=cfg.n_key_value_heads or cfg.n_heads,
         d_head=cfg.d_head,
         d_mlp=cfg.d_mlp,
-        experts=cfg.num_experts,
-        experts_per_token=cfg.experts_per_token,
+        experts=_told(config, EXPERTS),
+        experts_per_token=_told(config, EXPERTS_PER_TOKEN),
         vocabulary=cfg.d_vocab,
         context=cfg.n_ctx,
         normalization=str(cfg.normalization_type),
-        activation=str(cfg.act_fn),
+        activation=str(_told(config, ACTIVATIONS) or next(iter(activations), cfg.act_fn)),
         positions=str(cfg.positional_embedding_type),
-        tied_embeddings=bool(config.tie_word_embeddings),
+        tied_embeddings=bool(model.original_model.config.tie_word_embeddings),
         parameters=int(count.sum()),
         trainable_parameters=int(count[table["trainable"]].sum()),
-        embedding_parameters=int(count[embeddings].sum()),
+        embedding_parameters=int(count[table["parameter"].isin(embeddings)].sum()),
         block_parameters=int(count[table["parameter"].str.contains(r"\.\d+\.")].sum()),
-        dtype=str(cfg.dtype).removeprefix("torch."),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
     )

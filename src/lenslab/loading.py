@@ -1,0 +1,374 @@
+"""From a name or folder to a TransformerLens model that computes what Hugging Face computes.
+
+Nothing here trusts that a folder which opens is the model it says it is: transformers fills a gap
+in the weights with random numbers and says so in a table that scrolls by, and TransformerLens's own
+modules leave out a few families' scalings. So the files are checked before they are opened, the
+weights by name after, and the bridge against Hugging Face's own forward pass on a few tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from safetensors import safe_open
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import cached_file, logging
+
+from lenslab.files import BUNDLED, DEFAULT, HUB, data_path, sha256_file
+from lenslab.runtime import default_device, derive_generator
+
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
+VOCABULARIES += ("sentencepiece.bpe.model",)
+FLOATS = ("F64", "F32", "F16", "BF16")
+LEFT_OUT = ("attn.bias", "attention.bias", "masked_bias", "inv_freq", "position_ids")  # buffers
+# Largest relative difference to Hugging Face: ten roundings of half precision, where GPT-2's fused
+# attention of six layers differs by two, and all that float32 shows where kernels differ
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+SAMPLE = "The river froze early that year, and 2 + 2 = 4."  # the two forward passes are held on it
+
+
+def text_config(model: TransformerBridge | PreTrainedModel) -> PretrainedConfig:
+    """The config of the language model, also where it is one part of a model that takes images."""
+    whole = model.original_model if isinstance(model, TransformerBridge) else model
+    return whole.config.get_text_config(decoder=True)
+
+
+class NotAModel(ValueError):
+    """What was named cannot be loaded as a language model; the message says why and what can."""
+
+
+@torch.inference_mode(False)  # what is built inside inference mode could never be trained or edited
+def load_model(
+    name: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype = torch.float32
+) -> TransformerBridge:
+    """A model in eval mode with eager attention, so that attention patterns can be read.
+
+    Args:
+        name: a bundled name (`pocket-gpt`), a local Hugging Face folder, or a name on the hub.
+            Default: `$LENSLAB_MODEL`, else `pocket-gpt`.
+        device: default a GPU where there is one.
+        dtype: of the weights in memory. Two loaders agree to 1e-4 in the logits only in float32.
+
+    Raises NotAModel for a folder without config, weights or tokenizer; weights as a pickle; weights
+    that are not those the config asks for, by name; a hub name that is neither cached nor
+    reachable; an architecture that TransformerLens does not know or computes otherwise than Hugging
+    Face. Code that comes with a model is never run.
+
+    With `LENSLAB_MODEL_TWIN=1` the random-weight twin is returned instead: the control for whole
+    notebooks.
+    """
+    name = str(name or os.environ.get("LENSLAB_MODEL") or DEFAULT)
+    folder = data_path("models", name) if name in BUNDLED else Path(os.path.expanduser(name))
+    if folder.is_dir():
+        source, label = str(folder), folder.resolve().name  # what is shown holds no path
+    elif folder.is_absolute() or name.startswith((".", "~")):
+        raise NotAModel(f"There is no folder {name}. Bundled models: {', '.join(BUNDLED)}.")
+    elif near := name not in HUB and _nearest(name.lower(), BUNDLED):
+        raise NotAModel(f"There is no model {name!r}. Did you mean {near!r}?")
+    else:
+        source, label = HUB.get(name, name), name
+    try:
+        if folder.is_dir():
+            check_folder(folder, label)
+        weights, tokenizer = open_weights(source, dtype), open_tokenizer(source)
+        check_vocabulary(tokenizer, weights.get_input_embeddings().num_embeddings, label)
+    except NotAModel:
+        raise
+    except Exception as error:  # of a dozen kinds: bad JSON, cut-off weights, no network
+        raise NotAModel(_advice(source, label, error)) from error
+    model = boot(weights, tokenizer, label, device or default_device())
+    return random_twin(model, label=label) if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else model
+
+
+def check_folder(folder: Path, label: str) -> None:
+    """Refuse a folder that transformers would open wrongly or not at all, and bundled weights that
+    are not those of their card: what ships beside them was measured on the card's."""
+    if not (folder / "config.json").is_file():
+        raise NotAModel(f"{label} has no config.json. Make it: model.save_pretrained(folder).")
+    if not any(folder.glob("*.safetensors")):
+        raise NotAModel(
+            f"{label} has no weights (*.safetensors). A pickle can run code when it is opened, and "
+            "is never loaded here: open it where you trust it, then model.save_pretrained(folder)."
+        )
+    check_files(folder, label)
+    if not any((folder / file).exists() for file in VOCABULARIES):  # an empty one would be made up
+        raise NotAModel(f"{label} has no tokenizer. Add it: tokenizer.save_pretrained(folder).")
+    if label in BUNDLED and folder.resolve() == data_path("models", label).resolve():
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        files = {"model.safetensors": "weights_sha256", "config.json": "config_sha256"}
+        if any(sha256_file(folder / file) != card[key] for file, key in files.items()):
+            raise NotAModel(
+                f"Weights or config of {label} are not those of its card: `git checkout -- "
+                f"data/models/{label}`, or load changed weights from a folder of your own."
+            )
+
+
+def check_files(folder: Path, label: str) -> None:
+    """Refuse what transformers would turn into weights without a word: pickled shards that an index
+    names, integers, files without a tensor. Masks and positions, which it leaves out, may be
+    anything; so may the parts of a quantized model, which it opens by its own rules."""
+    if (index := folder / "model.safetensors.index.json").is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if foreign := sorted(name for name in shards if not name.endswith(".safetensors")):
+            raise NotAModel(f"{label}: the index names {foreign[0]}, a pickle, never loaded here.")
+    types = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            types |= {name: tensors.get_slice(name).get_dtype() for name in tensors.offset_keys()}
+    if not types:
+        raise NotAModel(f"{label}: its weights hold no tensor. Save it again or download it anew.")
+    whole = [n for n, kind in types.items() if kind not in FLOATS and not n.endswith(LEFT_OUT)]
+    if whole and b"quantization_config" not in (folder / "config.json").read_bytes():
+        raise NotAModel(
+            f"{label}: {whole[0]} is of type {types[whole[0]]}, in {len(whole)} tensors, without a "
+            "quantization_config: its scales are lost. Save the model in float32 or bfloat16."
+        )
+
+
+def open_weights(source: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The Hugging Face model of a folder or hub name, from safetensors only, every weight from its
+    file: transformers itself makes up what is missing and leaves out what it does not expect."""
+    if local := Path(source).is_dir():  # opened in well under a second: a bar would only flicker
+        logging.disable_progress_bar()
+    options = dict(attn_implementation="eager", use_safetensors=True, trust_remote_code=False)
+    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # told by name below
+    weights, told = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    label = Path(source).resolve().name if local else source
+    if not local:
+        check_files(Path(cached_file(source, "config.json")).parent, label)
+    wrong = {
+        "missing in the file": told["missing_keys"],
+        "unknown to the config": {n for n in told["unexpected_keys"] if not n.endswith(LEFT_OUT)},
+        "of another shape": {name for name, *_ in told["mismatched_keys"]},
+    }
+    if wrong := {what: sorted(names) for what, names in wrong.items() if names}:
+        listed = "; ".join(f"{len(n)} {what} ({', '.join(n[:3])})" for what, n in wrong.items())
+        raise NotAModel(
+            f"{label}: weights and config do not belong together: {listed}. Save it again with "
+            "model.save_pretrained(folder), from the plain model and not a compiled or wrapped one."
+        )
+    head, config = weights.get_output_embeddings(), text_config(weights)
+    if head is not None and head.weight is not weights.get_input_embeddings().weight:
+        if config.tie_word_embeddings:
+            warnings.warn(f"{label}: its file has a head that its config ties: used.", stacklevel=3)
+        config.tie_word_embeddings = weights.config.tie_word_embeddings = False
+    return weights
+
+
+def open_tokenizer(source: str):
+    """The tokenizer of a folder or hub name; one without padding pads with EOS or BOS, one that has
+    no special token at all with its first: what pads is masked, and only needs an embedding."""
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        ends = tokenizer.eos_token or tokenizer.bos_token
+        tokenizer.pad_token = ends or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer, n_embeddings: int, label: str) -> None:
+    """Refuse a tokenizer of another model; warn of added tokens that the embedding was never
+    resized for."""
+    names = {i: name for name, i in tokenizer.get_vocab().items() if i >= n_embeddings}
+    if base := sorted(names.keys() - tokenizer.added_tokens_decoder.keys()):
+        raise NotAModel(
+            f"{label}: {len(base)} tokens of its tokenizer have no embedding (of {n_embeddings}), "
+            f"from {names[base[0]]!r}, id {base[0]}. It is another model's: put its own beside it."
+        )
+    if names:
+        first = f"{names[min(names)]!r}, id {min(names)}"
+        warnings.warn(f"{label}: added tokens have no embedding, from {first}.", stacklevel=3)
+
+
+def check_ids(model: TransformerBridge, ids: torch.Tensor) -> None:
+    """Raise ValueError, by token and id, for ids beyond the embedding: added tokens it was never
+    resized for, which would end in an IndexError, or on a GPU in the process."""
+    n_embeddings = model.original_model.get_input_embeddings().num_embeddings
+    if (beyond := ids[ids >= n_embeddings]).numel():
+        token = model.tokenizer.convert_ids_to_tokens(int(beyond[0]))
+        raise ValueError(
+            f"{model_name(model)} has no embedding (of {n_embeddings}) for {token!r}, id "
+            f"{int(beyond[0])}: take it out of the text."
+        )
+
+
+def _nearest(name: str, known) -> str | None:
+    """The known name that was probably meant."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.7)), None)
+
+
+def _advice(source: str, label: str, error: BaseException | None) -> str:
+    """Why a model could not be opened, and what to do."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if Path(source).is_dir():
+        return (
+            f"{label} could not be loaded. {reason} "
+            "Check that the folder is complete: a cut-off download leaves short files."
+        )
+    near = None if label in HUB else _nearest(label, [*BUNDLED, *HUB])
+    meant = f"Did you mean {near!r}? " if near else ""
+    while error is not None:  # the hub's own answer is below what transformers makes of it
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            token = " (the one that is set has no access)" if os.environ.get("HF_TOKEN") else ""
+            return (
+                f"{label}: the hub gives it to no one it does not know. {meant}It is gated, "
+                f"private or misspelt. Accept its licence on https://huggingface.co/{source} while "
+                f"signed in, make an access token there, and set it as HF_TOKEN{token}."
+            )
+        error = error.__cause__ or error.__context__
+    offline = " and unset HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return (
+        f"{label} could not be loaded. {meant}{reason} If it is a hub name, download it while "
+        f"online (`.venv/bin/hf download {source}`; set HF_TOKEN for gated models){offline}. "
+        f"Bundled, always here: {', '.join(BUNDLED)}."
+    )
+
+
+def boot(weights: PreTrainedModel, tokenizer, label: str, device: str) -> TransformerBridge:
+    """TransformerLens's bridge over a Hugging Face model, by the name that is to be shown, once it
+    is seen to compute what that model computes."""
+    weights = weights.to(device).eval()
+    try:  # before the bridge takes the modules over: no second copy of the weights
+        n_embeddings = weights.get_input_embeddings().num_embeddings
+        length = min(16, getattr(text_config(weights), "max_position_embeddings", 16))
+        ids = [i for i in tokenizer(SAMPLE, add_special_tokens=False).input_ids if i < n_embeddings]
+        ids = torch.tensor([ids[:length]], device=device)
+        reference = _reference(weights, ids)
+        fused_gelu(weights)
+        options = dict(hf_model=weights, device=device, dtype=weights.dtype)
+        # For a model that also takes images TransformerLens asks the hub for a processor of this
+        # name, and where that fails installs torchvision with pip, over the torch that is there
+        with mock.patch.object(AutoProcessor, "from_pretrained", return_value=None):
+            model = TransformerBridge.boot_transformers(
+                label, tokenizer=copy.deepcopy(tokenizer), **options
+            )
+        model.cfg.model_name = label  # TransformerLens puts another in the place of old short names
+        model.cfg.n_ctx = getattr(text_config(weights), "max_seq_len", model.cfg.n_ctx)  # of MPT
+        if len(model.tokenizer) > len(tokenizer):  # a made-up end of text, without an embedding
+            model._tokenizer = tokenizer  # the setter would make it up again
+            model.cfg.default_prepend_bos = tokenizer.bos_token is not None
+        computed = _computed(model.eval(), ids, reference)
+    except Exception as error:
+        kind, reason = type(weights).__name__, (str(error).strip() or repr(error)).splitlines()[0]
+        raise NotAModel(
+            f"{label}: TransformerLens has no adapter for {kind}, or one that fails "
+            f"({reason[:120]}). Use another model."
+        ) from error
+    check_agreement(computed, reference, label, weights.dtype)
+    return model
+
+
+def _reference(weights: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Hugging Face's own values for `[1, pos]` ids, by hook: three residual streams `[pos,
+    d_model]` and the logits `[pos, vocabulary]`, less their mean, which no probability depends
+    on."""
+    with torch.inference_mode():
+        output = weights(ids, output_hidden_states=True, use_cache=False)
+    streams = output.hidden_states or ()  # before block 0, ..., before the last, after the norm
+    before = {0, (len(streams) - 1) // 2, len(streams) - 2} & set(range(len(streams) - 1))
+    values = {f"blocks.{layer}.hook_resid_pre": streams[layer][0].clone() for layer in before}
+    return values | {"logits": _centred(output.logits[0])}
+
+
+def _computed(
+    model: TransformerBridge, ids: torch.Tensor, names: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """The bridge's values under the same names; a stream that it has no hook for is left out."""
+    with torch.inference_mode():
+        logits, cache = model.run_with_cache(ids, names_filter=list(names))
+    return {n: cache[n][0] for n in names if n in cache} | {"logits": _centred(logits[0])}
+
+
+def _centred(logits: torch.Tensor) -> torch.Tensor:
+    return logits.float() - logits.float().mean(-1, keepdim=True)
+
+
+def disagreement(value: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Length of the difference over the reference's length, `[pos]`, of `[pos, width]` values."""
+    value, reference = value.float(), reference.float()
+    return (value - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-12)
+
+
+def check_agreement(computed: dict, reference: dict, label: str, dtype: torch.dtype) -> None:
+    """Refuse a bridge whose streams or logits are not Hugging Face's: at any token in float32, at
+    half of the tokens in half precision, where a rounding may send one to another expert."""
+    if not all(value.isfinite().all() for value in reference.values()):
+        raise NotAModel(f"{label}: NaN or infinite values in {dtype}. Damaged, or try float32.")
+    for name, value in computed.items():
+        apart = disagreement(value, reference[name])
+        worst = float(apart.max() if dtype == torch.float32 else apart.median())
+        if not worst <= TOLERANCE.get(dtype, 1e-4):
+            raise NotAModel(
+                f"{label}: TransformerLens computes {name} otherwise than Hugging Face (relative "
+                f"difference {worst:.1g}): every number would be wrong. Use another model, or a "
+                "version of TransformerLens that has this architecture right."
+            )
+
+
+def fused_gelu(weights: PreTrainedModel) -> None:
+    """GPT-2's GELU in one kernel instead of eight: the same function, and a sixth of a forward pass
+    on CPU."""
+    for module in weights.modules():
+        for name, child in module.named_children():
+            if type(child).__name__ == "NewGELUActivation":
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
+
+
+@torch.inference_mode(False)
+def random_twin(
+    model: TransformerBridge, seed: int = 0, label: str | None = None
+) -> TransformerBridge:
+    """The same architecture and tokenizer with random weights, spread as they are before training.
+
+    What a finding on the twin shares with the finding on the model was not learned. `label` is the
+    name the twin goes by; default the model's own, followed by "(random twin)".
+
+    The weights are the same to the bit on every processor, so that an SAE can be kept for them:
+    sums of integers (nearly normal), times the spread that the architecture begins with to two
+    digits. torch's own normal numbers depend on the processor's instructions.
+    """
+    generator = derive_generator(seed, "random twin")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())
+        twin = AutoModelForCausalLM.from_config(
+            model.original_model.config,
+            attn_implementation="eager",
+            dtype=model.cfg.dtype,
+            trust_remote_code=False,
+        )
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            spread = float(parameter.float().std()) if parameter.numel() > 1 else 0.0
+            if spread > 0:  # biases and the weights of norms begin as constants
+                normal = _exact_normal(parameter.shape, generator)
+                parameter.copy_(normal * float(f"{spread:.2g}"))
+    label = label or f"{model_name(model)} (random twin)"
+    return boot(twin, model.tokenizer, label, str(model.cfg.device))
+
+
+def _exact_normal(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Numbers of mean 0 and spread 1: each the sum of four integers, which no processor computes
+    otherwise."""
+    total = sum(
+        torch.randint(1 << 16, shape, generator=generator, dtype=torch.int32) for _ in range(4)
+    )
+    return (total - (2 << 16)).float() / ((1 << 16) / 3**0.5)  # the variance of one is 2^32 / 12
+
+
+def model_name(model: TransformerBridge) -> str:
+    """The name a model was loaded by; for a folder, the folder's own name."""
+    return str(model.cfg.model_name)
