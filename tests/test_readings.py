@@ -139,7 +139,6 @@ def test_a_constant_feature_is_no_evidence_for_form_or_content():
 
 FAMILIES = {
     "Llama": {},
-    "Cohere": {"logit_scale": 0.0625},
     "Granite": {"logits_scaling": 8.0},
     "Gemma2": {"head_dim": 8, "sliding_window": 16, "final_logit_softcapping": 2.0},
 }

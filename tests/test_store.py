@@ -14,10 +14,10 @@ import torch
 from lenslab import capture
 from lenslab import store as store_module
 from lenslab.capture import BadActivations, harvest
-from lenslab.files import REPOSITORY, content_key
+from lenslab.files import REPOSITORY, NotWritten, content_key, only_writer
 from lenslab.hooks import UnknownHook, stream_hook
 from lenslab.models import random_twin
-from lenslab.store import ActivationStore, DamagedShard, StoreInUse, StoreMismatch
+from lenslab.store import ActivationStore, DamagedShard, StoreMismatch
 from lenslab.tokens import tokenize
 
 HOOK = "blocks.1.hook_resid_post"
@@ -475,7 +475,7 @@ def test_a_store_that_another_process_fills_is_refused_and_free_when_it_is_kille
     folder = fill().folder
     script = f"""
 import fcntl, time
-held = open({str(folder / "manifest.json")!r})
+held = open({str(folder / ".lock")!r})
 fcntl.flock(held, fcntl.LOCK_EX)
 print("held", flush=True)
 time.sleep(600)
@@ -483,7 +483,7 @@ time.sleep(600)
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(StoreInUse, match="Another process"):
+        with pytest.raises(NotWritten, match="in use"):
             fill()
         assert ActivationStore(folder).read(0), "reading goes on"
         assert ActivationStore(folder).missing() == []
@@ -492,7 +492,7 @@ time.sleep(600)
         other.wait()
         other.stdout.close()
     assert fill().complete
-    with ActivationStore(folder).only_writer(), pytest.raises(StoreInUse):
+    with only_writer(folder), pytest.raises(NotWritten):
         fill()
 
 

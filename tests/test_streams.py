@@ -222,10 +222,9 @@ def test_texts_from_files(tmp_path):
         load_texts(tmp_path / "missing")
 
 
-PARALLEL = {"Phi", "Cohere"}  # attention and MLP read the same stream
+PARALLEL = {"Phi"}  # attention and MLP read the same stream
 FAMILIES = {
     "Phi": {},
-    "Cohere": {},
     "Gemma2": {"head_dim": 8, "sliding_window": 16},  # norms after attention and MLP
     "Olmo2": {},  # likewise
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},

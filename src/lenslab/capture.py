@@ -26,8 +26,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from lenslab import runtime
+from lenslab.files import only_writer
 from lenslab.hooks import by_pair, by_token, check_hooks, check_unhooked, hook_names
-from lenslab.models import check_eval, model_name, text_config
+from lenslab.models import check_eval, check_ids, model_name, text_config
 from lenslab.store import ActivationStore
 from lenslab.tokens import TokenBatch
 
@@ -72,7 +73,7 @@ def harvest(
         edited: take the model as it is with the hooks that are on it (inside `model.hooks(...)` or
             `splice`); never into a store, which holds what the weights alone give.
 
-    Raises UnknownHook, BadActivations, TooLargeForMemory, StoreMismatch, StoreInUse, TypeError and
+    Raises UnknownHook, BadActivations, TooLargeForMemory, StoreMismatch, NotWritten, TypeError and
     ValueError (as `check_batch`; train mode; hooks left on the model; no hook asked for, or one
     whose values have no text axis; integers as `dtype`).
     """
@@ -102,7 +103,7 @@ def harvest(
     with runtime.progress_bar(total=total, unit="tok", desc="harvest", progress=progress) as bar:
         if store is None:
             return _run(model, batch, hooks, batch.attention, bar=bar, **options)
-        with store.only_writer():
+        with only_writer(store.folder):
             missing = store.missing()
             bar.update(total - sum(store.manifest["rows"][shard] for shard in missing))
             for shard in missing:
@@ -226,9 +227,8 @@ def check_batch(model: TransformerBridge, batch: TokenBatch) -> None:
     if not isinstance(batch, TokenBatch):
         kind = type(batch).__name__
         raise TypeError(f"After the model comes a TokenBatch, not {kind}: tokenize(model, texts).")
+    check_ids(model, batch.tokens)
     name, ids = model_name(model), batch.tokens.unique().tolist()
-    if ids[0] < 0 or ids[-1] >= model.cfg.d_vocab:
-        raise ValueError(f"Ids {ids[0]} to {ids[-1]} are not all of {name}'s {model.cfg.d_vocab}.")
     tokenizers = {id(each): each for each in (batch.tokenizer, model.tokenizer) if each is not None}
     if len({tuple(each.convert_ids_to_tokens(ids)) for each in tokenizers.values()}) > 1:
         raise ValueError(f"The batch was made with another tokenizer than {name}'s: tokenize.")

@@ -160,8 +160,8 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder of checkpoints; the system lets go of it when the process ends, however it
-    ends. Disks and systems without locks go without.
+    """Hold a folder of checkpoints or shards; the system lets go of it when the process ends,
+    however it ends. Disks and systems without locks go without.
 
     Raises NotWritten while another process or thread holds it. Where nothing can be written, what
     is there can be read.
@@ -178,7 +178,7 @@ def only_writer(folder: Path) -> Iterator[None]:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {platform.node()}".encode())
         except NotWritten:
-            if not any(folder.glob("*.pt")):
+            if not any(folder.glob("*")):
                 raise
         except BlockingIOError:
             message = f"{folder} is in use by {file.read_text()}: wait, or give another folder"

@@ -25,7 +25,6 @@ from lenslab.loading import check_ids as check_ids
 from lenslab.loading import load_model as load_model
 from lenslab.loading import model_name, text_config
 from lenslab.loading import random_twin as random_twin
-from lenslab.runtime import derive_generator
 
 _KEYS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (state, key)
 # What a config says that changes no number; and the three configs, bundled models', whose keys were

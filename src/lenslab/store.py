@@ -22,8 +22,7 @@ from __future__ import annotations
 import errno
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,6 @@ class StoreMismatch(ValueError):
 
 class DamagedShard(ValueError):
     """A shard whose bytes are not those that were written; harvesting again redoes it."""
-
-
-class StoreInUse(RuntimeError):
-    """A store that another process is harvesting into."""
 
 
 class ActivationStore:
@@ -136,26 +131,6 @@ class ActivationStore:
         manifest = {"format": FORMAT, "model": model_name(model), "texts_per_shard": step}
         write_json(folder / "manifest.json", _with_key(manifest | identity))
         return cls(folder)
-
-    @contextmanager
-    def only_writer(self) -> Iterator[None]:
-        """Hold the store; the system lets go of it when the process ends, however it ends.
-
-        Raises StoreInUse. Systems and disks without locks go without.
-        """
-        with open(self.folder / "manifest.json", "rb") as held:
-            try:
-                import fcntl
-
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                message = (
-                    f"Another process is harvesting into {self.folder.name}: wait for its end."
-                )
-                raise StoreInUse(message) from None
-            except (ImportError, OSError):
-                pass
-            yield
 
     def __len__(self) -> int:
         """Rows (real tokens), those of shards yet to be written included."""

@@ -41,7 +41,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab.files import content_key, data_path, sha256_file, write_json
 from lenslab.hooks import check_hooks, hook_names
-from lenslab.models import check_eval, model_key, model_name
+from lenslab.models import check_eval, model_name, weights_key
 from lenslab.runtime import default_device
 from lenslab.sae import registry
 from lenslab.sae.fields import check_scaling, checked_reader, config_key, remember_norms
@@ -313,11 +313,11 @@ def check_sae(sae: SparseAutoencoder, model: TransformerBridge) -> None:
     # The twin that stands in for whole notebooks must be read by the model's SAE: that is what it
     # is the control of
     recorded = None if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else about.model_key
-    if recorded and recorded != model_key(model):
-        trained = f"The SAE was trained on weights {recorded}, this {given} has {model_key(model)}"
+    if recorded and recorded.split("-")[0] != weights_key(model):
+        trained = f"The SAE was trained on weights {recorded}, this {given} has others"
         if model.cfg.dtype == torch.float32:
             meant = "load the model that was meant; for its fine-tune, sae.cfg.metadata.model_key"
-            raise SAEMismatch(f"{trained}, other or processed: {meant} = None.")
+            raise SAEMismatch(f"{trained}, or processed ones: {meant} = None.")
         warnings.warn(f"{trained} in {model.cfg.dtype}: not compared.", stacklevel=3)
     check_eval(model)
     _centred(sae, model)
