@@ -55,8 +55,11 @@ notebooks: $(READY) browser
 
 # One pytest call, so that its closing line speaks for all: unit and browser tests, then the notebooks' printed results.
 # What is marked slow is left to test-all.
-test test-all: $(READY) lint browser
-	@$(RUN) -m pytest $(if $(filter test-all,$@),-m "") --nbval --nbval-current-env --nbval-cell-timeout 600 tests $(NOTEBOOK_FILES) </dev/null
+test: $(READY) lint browser
+	@$(RUN) -m pytest $(SELECTED) --nbval --nbval-current-env --nbval-cell-timeout 600 tests $(NOTEBOOK_FILES) </dev/null
+
+test-all: SELECTED := -m ""
+test-all: test
 
 check-notebooks: $(READY)
 	@$(RUN) scripts/check_notebooks.py policy stability sensitivity --notebooks "$$NOTEBOOKS" \
