@@ -14,12 +14,13 @@ export MODEL NOTEBOOKS PYTHON
 export LENSLAB_CALLER := $(PWD)
 unexport PYTHONHOME PYTHONSTARTUP
 
-.PHONY: help setup run test notebooks check-notebooks lint browser
+.PHONY: help setup run test test-all notebooks check-notebooks lint browser
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run              set up .venv, run all notebooks in order, write outputs/index.html"
 	@echo "make test             set up .venv, then ruff and all tests: unit, notebooks, browser"
+	@echo "make test-all         the same, and every phase on small models of more families (minutes more)"
 	@echo "make notebooks        build notebooks/*.ipynb from notebooks/interactive/*.py and execute them"
 	@echo "make check-notebooks  their printed results: stable across machines, and sensitive to the model? (minutes)"
 	@echo "make lint             ruff"
@@ -53,8 +54,12 @@ notebooks: $(READY) browser
 	@$(RUN) scripts/build_notebooks.py --record benchmarks/results/notebook_runs.json $$NOTEBOOKS
 
 # One pytest call, so that its closing line speaks for all: unit and browser tests, then the notebooks' printed results.
+# What is marked slow is left to test-all.
 test: $(READY) lint browser
-	@$(RUN) -m pytest --nbval --nbval-current-env --nbval-cell-timeout 600 tests $(NOTEBOOK_FILES) </dev/null
+	@$(RUN) -m pytest $(SELECTED) --nbval --nbval-current-env --nbval-cell-timeout 600 tests $(NOTEBOOK_FILES) </dev/null
+
+test-all: SELECTED := -m ""
+test-all: test
 
 check-notebooks: $(READY)
 	@$(RUN) scripts/check_notebooks.py policy stability sensitivity --notebooks "$$NOTEBOOKS" \

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import re
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import nbformat
@@ -47,8 +47,12 @@ SENSITIVE_SHARE = 0.4  # of compared cells that print something else on the twin
 MAY_DEFINE = ("phase_4",)  # builds an SAE before the reader's eyes
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:work|root|home|Users|tmp|var|opt|usr)/[\w.]")
 TOO_PRECISE = re.compile(r"(?<![\w.])-?\d+\.\d{5,}")
-NETWORK = re.compile(
-    r"""(?:src|href)\s*=\s*["']?(?:https?:)?//[^"'>]+\.(?:js|css)""", re.IGNORECASE
+NETWORK = re.compile(r"""(?i)(?:src|href)\s*=\s*["']?(?:https?:)?//[^"'>]+\.(?:js|css)""")
+DEFINITION = re.compile(r"^\s*(?:async )?(?:def|class) ", re.MULTILINE)
+PACKAGES = ("torch", "transformer-lens", "sae-lens", "nbval")
+CLAIM = (
+    "Printed results of the notebooks are the same with 1 and 2 threads and on other instruction "
+    f"sets, and at least {SENSITIVE_SHARE:.0%} of them change on the random-weight twin"
 )
 
 # One line per condition: threads, then instruction sets. Torch's own kernels, oneDNN and MKL each
@@ -71,19 +75,15 @@ def policy(source: Path, built: Path) -> tuple[list[str], dict]:
         return [f"{built.name} does not exist: run `make notebooks`"], {}
     notebook = nbformat.read(built, as_version=4)
     cells = code_cells(notebook)
-    texts, sources = [printed(cell) for cell in cells], [cell.source for cell in cells]
     outputs = [output for cell in cells for output in cell.outputs]
-    lengths = [len(text.strip().splitlines()) for text in sources]
-    definitions = sum(
-        len(re.findall(r"^\s*(?:async )?(?:def|class) ", text, re.MULTILINE)) for text in sources
-    )
+    short = [len(cell.source.strip().splitlines()) <= SHORT_LINES for cell in cells]
     figures = [output.data for output in outputs if PLOTLY_MIME in output.get("data", {})]
     facts = {
         "bytes": built.stat().st_size,
         "code_cells": len(cells),
-        "printing": round(sum(map(bool, texts)) / max(len(cells), 1), 3),
-        "within_12_lines": round(sum(n <= SHORT_LINES for n in lengths) / max(len(cells), 1), 3),
-        "definitions": definitions,
+        "printing": _share(bool(printed(cell)) for cell in cells),
+        "within_12_lines": _share(short),
+        "definitions": sum(len(DEFINITION.findall(cell.source)) for cell in cells),
         "figures": len(figures),
     }
     faults = []
@@ -92,16 +92,13 @@ def policy(source: Path, built: Path) -> tuple[list[str], dict]:
     if facts["bytes"] > LIMIT_BYTES:
         faults.append(f"{facts['bytes'] / 1e6:.2f} MB, more than {LIMIT_BYTES / 1e6}")
     if facts["printing"] < PRINT_SHARE:
-        faults.append(
-            f"{facts['printing']:.0%} of the code cells print a result, fewer than "
-            f"{PRINT_SHARE:.0%}"
-        )
+        few = f"{facts['printing']:.0%} of the code cells print a result"
+        faults.append(f"{few}, fewer than {PRINT_SHARE:.0%}")
     if facts["within_12_lines"] < SHORT_SHARE:
-        faults.append(
-            f"{facts['within_12_lines']:.0%} of the code cells are within {SHORT_LINES} lines"
-        )
-    if definitions > 1 and not source.stem.startswith(MAY_DEFINE):
-        faults.append(f"{definitions} definitions: helpers live in the package")
+        few = f"{facts['within_12_lines']:.0%} of the code cells are within {SHORT_LINES} lines"
+        faults.append(f"{few}, fewer than {SHORT_SHARE:.0%}")
+    if facts["definitions"] > 1 and not source.stem.startswith(MAY_DEFINE):
+        faults.append(f"{facts['definitions']} definitions: helpers live in the package")
     if any(output.output_type == "error" for output in outputs):
         faults.append("a cell ends in an error")
     if [cell.execution_count for cell in cells] != list(range(1, len(cells) + 1)):
@@ -112,39 +109,42 @@ def policy(source: Path, built: Path) -> tuple[list[str], dict]:
     return faults, facts
 
 
+def _share(of_cells: Iterable[bool]) -> float:
+    """Of the code cells, rounded; 0 where there are none."""
+    of_cells = list(of_cells)
+    return round(sum(of_cells) / max(len(of_cells), 1), 3)
+
+
 def _cell_faults(notebook: NotebookNode) -> list[str]:
     faults, number, before = [], 0, None
     for cell in notebook.cells:
         if cell.cell_type == "code":
             number += 1
-            text, html = (
-                printed(cell),
-                json.dumps([o.get("data", {}).get("text/html", "") for o in cell.outputs]),
-            )
-            if (
-                before is None
-                or before.cell_type != "markdown"
-                or not _says_something(before.source)
-            ):
-                faults.append(f"code cell {number} has no sentence of purpose above it")
-            if found := TOO_PRECISE.search(text):
-                faults.append(f"code cell {number} prints {found.group()}: round what is compared")
-            if (length := len(text.splitlines())) > LONGEST_OUTPUT:
-                faults.append(f"code cell {number} prints {length} lines: a result is short")
-            if found := MACHINE_PATH.search(cell.source + "\n" + text + "\n" + html):
-                faults.append(f"code cell {number} names a path of a machine ({found.group()}...)")
-            if NETWORK.search(html.replace("\\", "")):
-                faults.append(f"code cell {number} loads something from the network")
+            faults += [f"code cell {number} {fault}" for fault in _faults_of(cell, before)]
         before = cell
     return faults
+
+
+def _faults_of(cell: NotebookNode, before: NotebookNode | None) -> Iterator[str]:
+    """What is wrong with a code cell, given the cell above it."""
+    text = printed(cell)
+    html = "\n".join(output.get("data", {}).get("text/html", "") for output in cell.outputs)
+    if before is None or before.cell_type != "markdown" or not _says_something(before.source):
+        yield "has no sentence of purpose above it"
+    if found := TOO_PRECISE.search(text):
+        yield f"prints {found.group()}: round what is compared"
+    if (length := len(text.splitlines())) > LONGEST_OUTPUT:
+        yield f"prints {length} lines: a result is short"
+    if found := MACHINE_PATH.search("\n".join((cell.source, text, html))):
+        yield f"names a path of a machine ({found.group()}...)"
+    if NETWORK.search(html.replace("\\", "")):
+        yield "loads something from the network"
 
 
 def _says_something(markdown: str) -> bool:
     """True for a sentence; a heading alone is none."""
     prose = [line for line in markdown.splitlines() if line.strip() and not line.startswith("#")]
-    return any(
-        line.rstrip().rstrip("*_)`").endswith((".", ":", "?", "!")) or "." in line for line in prose
-    )
+    return any("." in line or line.rstrip(" *_)`").endswith((":", "?", "!")) for line in prose)
 
 
 def texts_under(
@@ -172,17 +172,12 @@ def stability(source: Path, folder: Path) -> dict:
     committed, result = committed_texts(folder / f"{source.stem}.ipynb"), {}
     for label, condition in CONDITIONS.items():
         texts, errors = texts_under(source, folder, condition, label)
-        differ = [
-            n
-            for n, (one, other) in enumerate(zip(committed, texts, strict=True), 1)
-            if one != other
-        ]
+        pairs = dict(enumerate(zip(committed, texts, strict=True), 1))
+        differ = [n for n, (one, other) in pairs.items() if one != other]
         result[label] = {"differ": differ, "errors": errors}
         for n in differ:
-            print(
-                f"  cell {n} committed:\n{committed[n - 1]}\n  under {label}:\n{texts[n - 1]}",
-                file=sys.stderr,
-            )
+            one, other = pairs[n]
+            print(f"  cell {n} committed:\n{one}\n  under {label}:\n{other}", file=sys.stderr)
     return result
 
 
@@ -196,15 +191,34 @@ def sensitivity(source: Path, folder: Path) -> dict:
     texts, errors = texts_under(source, folder, {"LENSLAB_MODEL_TWIN": "1"}, "random twin")
     compared = [n for n, text in enumerate(committed, 1) if text]
     changed = [n for n in compared if n not in errors and texts[n - 1] != committed[n - 1]]
-    share = round(len(changed) / max(len(compared), 1), 3)
-    unchanged = [n for n in compared if n not in changed and n not in errors]
     return {
         "compared": len(compared),
         "changed": len(changed),
-        "share": share,
-        "unchanged": unchanged,
+        "share": _share(n in changed for n in compared),
+        "unchanged": [n for n in compared if n not in changed and n not in errors],
         "errors": errors,
     }
+
+
+def examine(source: Path, folder: Path, checks: list[str]) -> tuple[dict, list[str]]:
+    """What the checks measured of one notebook, and what they found wrong, a sentence each."""
+    faults, facts = policy(source, folder / f"{source.stem}.ipynb")
+    values = {"policy": facts}
+    if not facts:  # not built: nothing to compare with
+        return values, faults
+    bad = faults if "policy" in checks else []
+    if "stability" in checks:
+        values["stability"] = stability(source, folder)
+        for label, found in values["stability"].items():
+            if found["differ"]:
+                bad.append(f"cells {found['differ']} differ under {label}")
+    if "sensitivity" in checks:
+        found = values["sensitivity"] = sensitivity(source, folder)
+        changed = f"{found['changed']} of {found['compared']} compared cells change"
+        print(f"{source.stem}: {changed} on the random twin")
+        if found["share"] < SENSITIVE_SHARE:
+            bad.append(f"only {found['share']:.0%} of the cells change")
+    return values, bad
 
 
 def main() -> int:
@@ -214,57 +228,18 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "notebooks")
     parser.add_argument("--record", type=Path, help="where the measurements are written")
     options = parser.parse_args()
-    folder, bad, values = options.folder.resolve(), [], {}
+    folder = options.folder.resolve()
+    bad, values = [], {}
     for source in find_notebooks(folder, options.notebooks):
         name = source.stem
-        faults, facts = policy(source, folder / f"{name}.ipynb")
-        values[name] = {"policy": facts}
-        bad += [f"{name}: {fault}" for fault in faults] if "policy" in options.checks else []
-        if not facts:
-            continue
-        if "stability" in options.checks:
-            values[name]["stability"] = stability(source, folder)
-            for label, found in values[name]["stability"].items():
-                bad += (
-                    [f"{name}: cells {found['differ']} differ under {label}"]
-                    if found["differ"]
-                    else []
-                )
-        if "sensitivity" in options.checks:
-            found = values[name]["sensitivity"] = sensitivity(source, folder)
-            print(
-                f"{name}: {found['changed']} of {found['compared']} compared cells change on the "
-                "random twin"
-            )
-            bad += (
-                [f"{name}: only {found['share']:.0%} of the cells change"]
-                if found["share"] < SENSITIVE_SHARE
-                else []
-            )
+        values[name], faults = examine(source, folder, options.checks)
+        bad += [f"{name}: {fault}" for fault in faults]
     if options.record and not options.notebooks:
-        versions = {
-            p: importlib.metadata.version(p)
-            for p in ("torch", "transformer-lens", "sae-lens", "nbval")
-        }
-        claim = (
-            "Printed results of the notebooks are the same with 1 and 2 threads and on other "
-            "instruction sets, "
-            f"and at least {SENSITIVE_SHARE:.0%} of them change on the random-weight twin"
-        )
-        machine = machine_summary()
-        write_json(
-            options.record,
-            {
-                "claim": claim,
-                "values": values,
-                "holds": not bad,
-                "machine": machine,
-                "versions": versions,
-            },
-        )
-    print(
-        "\n".join(bad) if bad else f"{' and '.join(options.checks)}: fine for {', '.join(values)}"
-    )
+        versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+        record = {"claim": CLAIM, "values": values, "holds": not bad}
+        write_json(options.record, record | {"machine": machine_summary(), "versions": versions})
+    fine = f"{' and '.join(options.checks)}: fine for {', '.join(values)}"
+    print("\n".join(bad) or fine)
     return 1 if bad else 0
 
 

@@ -24,7 +24,7 @@ GROUPED = SMALL | dict(num_key_value_heads=2)
 MIXED = GROUPED | dict(num_experts=4, num_experts_per_tok=2, num_local_experts=4)
 SLIDING = dict(sliding_window=32, layer_types=["sliding_attention", "full_attention"])
 FAMILIES = {  # as transformers calls them
-    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=512),
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),  # shorter than the texts
     "llama": GROUPED,
     "gemma2": GROUPED | SLIDING | dict(head_dim=8),
     "gemma3_text": GROUPED | SLIDING | dict(head_dim=8),

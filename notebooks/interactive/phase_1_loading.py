@@ -113,7 +113,7 @@ from lenslab.texts import load_probes
 from lenslab.tokens import tokenize
 
 probes = load_probes("first_look")
-batch = tokenize(model, probes["text"].tolist())
+batch = tokenize(model, probes["text"].tolist(), truncate=True)  # says so where it cuts
 lengths = batch.real.sum(dim=1)
 print(f"{len(batch)} texts, {batch.n_real} real tokens of {batch.tokens.numel()} places")
 print(f"lengths {lengths.min()} to {lengths.max()}; the first of each kind:")
@@ -126,9 +126,9 @@ for row in probes.groupby("category", sort=False).head(1).itertuples():
 # %%
 hook = stream_hook(model, middle)
 right = harvest(model, batch, hook)[hook]
-left = tokenize(model, batch.texts, pad_side="left")
+left = tokenize(model, batch.texts, truncate=True, pad_side="left")
 others = {"padded left": harvest(model, left, hook)[hook][left.real]}
-alone = [tokenize(model, text) for text in batch.texts]
+alone = [tokenize(model, text, truncate=True) for text in batch.texts]
 others["alone"] = torch.cat([harvest(model, one, hook)[hook][one.real] for one in alone])
 for name, other in others.items():
     largest = (other - right[batch.real]).abs().max()
@@ -444,10 +444,11 @@ bars({"active features": counts}, title="Where the active features lie", **axes)
 # ## 10. Is the SAE any good?
 # *FVU* is the share of variance that the reconstruction misses; *CE*, cross-entropy, is the model's
 # loss in nats as it is (clean), with the reconstruction in the activation's place (spliced), and
-# with zeros there; *recovered* is how much of that damage the reconstruction undoes. **Null**: an
-# SAE of the same shape and sparsity with random directions. It recovers a good deal too, which is
-# why a high recovered share alone says little. *Dead* counts features that never fired on these few
-# texts; the SAE's card has the numbers for held-out documents.
+# with zeros there; *recovered* is how much of that damage the reconstruction undoes (`none` where
+# there was no damage). **Null**: an SAE of the same shape and sparsity with random directions. It
+# recovers a good deal too, which is why a high recovered share alone says little. *Dead* counts
+# features that never fired on these few texts; the SAE's card has the numbers for held-out
+# documents.
 
 # %%
 from lenslab.sae.controls import evaluate_null
@@ -457,7 +458,7 @@ scores = evaluate_sae(model, sae, batch)
 null = evaluate_null(model, sae, batch, scores.l0)
 shown = "l0 fvu cosine ce_clean ce_spliced ce_zero ce_recovered_zero ce_recovered_mean dead dense"
 both = pd.DataFrame({"SAE": scores.to_dict(), "random directions": null.to_dict()})
-print(both.loc[shown.split()].astype(float).round(2).to_string())
+print(both.loc[shown.split()].astype(float).round(2).to_string(na_rep="none"))
 
 # %% [markdown]
 # ## 11. One feature, many texts
@@ -505,7 +506,8 @@ print(f"shuffled labels do as well with p = {test.p[0]:.3f}; {few}")
 from lenslab.files import outputs_path
 from lenslab.records import extract_batch, load_record, save_record
 
-records = extract_batch(model, batch.texts[:4], [hook])
+beginnings = [text[:40] for text in batch.texts[:4]]
+records = extract_batch(model, beginnings, [hook])
 for suffix in ("safetensors", "npz", "json"):
     file = save_record(records, outputs_path("results", f"phase_1_records.{suffix}"))
     pairs = zip(load_record(file), records, strict=True)

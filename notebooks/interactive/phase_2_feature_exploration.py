@@ -47,7 +47,7 @@ from lenslab.texts import label_texts, load_probes
 from lenslab.tokens import tokenize
 
 labels = label_texts(load_probes("categories"))
-batch = tokenize(model, list(labels.texts))
+batch = tokenize(model, list(labels.texts), truncate=True)  # says so where it cuts
 labels = labels.with_lengths(batch.real.sum(1).numpy())
 print(f"{len(batch)} texts, {batch.n_real} real tokens; left out: {len(labels.skipped)}")
 half = np.where(labels.held_out, "held out", "discovery")
@@ -360,7 +360,8 @@ print(token_classes(held_fa, chosen).round(2).to_string())
 
 # %%
 matched = load_probes("matched")
-matched_fa = encode_features(model, sae, tokenize(model, matched["text"].tolist()), name=SAE)
+matched_batch = tokenize(model, matched["text"].tolist(), truncate=True)
+matched_fa = encode_features(model, sae, matched_batch, name=SAE)
 split = form_and_concept(matched_fa.pool("max"), matched["form"], matched["concept"])
 print(f"{len(split)} features fire on ten texts or more")
 for name, column in (("form", "form"), ("content", "concept")):
