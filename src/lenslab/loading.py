@@ -287,9 +287,11 @@ def _reference(weights: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.T
 def _computed(
     model: TransformerBridge, ids: torch.Tensor, names: Iterable[str]
 ) -> dict[str, torch.Tensor]:
-    """The bridge's values under the same names; a stream that it has no hook for is left out."""
+    """The bridge's values under the same names. Streams that it has no hook for are left out, and
+    those of Mamba and its kin, which Hugging Face counts from after the first block."""
+    names = [] if model.cfg.is_stateful else [name for name in names if name != "logits"]
     with torch.inference_mode():
-        logits, cache = model.run_with_cache(ids, names_filter=list(names))
+        logits, cache = model.run_with_cache(ids, names_filter=names)
     return {n: cache[n][0] for n in names if n in cache} | {"logits": _centred(logits[0])}
 
 
