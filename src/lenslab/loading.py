@@ -198,11 +198,11 @@ def check_ids(model: TransformerBridge, ids: torch.Tensor) -> None:
     """Raise ValueError, by token and id, for ids beyond the embedding: added tokens it was never
     resized for, which would end in an IndexError, or on a GPU in the process."""
     n_embeddings = model.original_model.get_input_embeddings().num_embeddings
-    if (beyond := ids[ids >= n_embeddings]).numel():
-        token = model.tokenizer.convert_ids_to_tokens(int(beyond[0]))
+    if beyond := ids[(ids < 0) | (ids >= n_embeddings)].tolist():
+        token = model.tokenizer.convert_ids_to_tokens(max(beyond[0], 0))
         raise ValueError(
             f"{model_name(model)} has no embedding (of {n_embeddings}) for {token!r}, id "
-            f"{int(beyond[0])}: take it out of the text."
+            f"{beyond[0]}: take it out of the text."
         )
 
 
