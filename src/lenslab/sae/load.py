@@ -163,7 +163,7 @@ def load_sae(
         raise SAENotHere(f"{label} is not in the cache. Online, run: {command}\n{error}") from error
     if sae_id is None:
         _check_hashes(sae.cfg.metadata, folder)
-    norms = sae.W_dec.norm(dim=1)
+    norms = sae.W_dec.detach().norm(dim=1)
     if float(norms.max()) > 1.05 * float(norms.min()):
         several = f"Decoder rows of {label} are {norms.min():.2g} to {norms.max():.2g} long"
         warnings.warn(f"{several}: to compare features, sae.fold_W_dec_norm().", stacklevel=2)
