@@ -128,7 +128,7 @@ def sampled_text(n_documents: int | None = None) -> list[str]:
     frame = pd.read_parquet(data_path("corpus", "sampled.parquet"))
     # batches are of one opening each: deal them out
     turn = frame["id"].str.rsplit("-", n=1).str[-1].astype(int).argsort(kind="stable")
-    return frame["text"].iloc[turn].head(n_documents or len(frame)).tolist()
+    return frame["text"].iloc[turn].iloc[:n_documents].tolist()
 
 
 def _format(file: Path) -> str:

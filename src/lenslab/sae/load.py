@@ -304,7 +304,7 @@ def check_sae(sae: SparseAutoencoder, model: TransformerBridge) -> None:
     if about.model_name and plain_name(about.model_name) != plain_name(given):
         raise SAEMismatch(
             f"The SAE was made for {about.model_name}, the model is {given}: load it; for its "
-            f"fine-tune or copy, say so: sae.cfg.metadata.model_name = {given!r}."
+            f"fine-tune, say so: sae.cfg.metadata.model_name = {given!r} and .model_key = None."
         )
     check_hooks(model, [hook])
     shape = hook_names(model)[hook]  # of one text of two tokens

@@ -154,7 +154,8 @@ def _check(members: list[Member], source: VectorSource, held_out: VectorSource |
     config, largest = members[0].config, max(source.sizes(0))
     if config.steps < 1 or largest < config.batch:
         raise ValueError(
-            f"A step needs {config.batch} vectors, a batch: {config.vectors}, {largest} a pool."
+            f"A step needs a batch of {config.batch} vectors; asked for are {config.vectors}, and "
+            f"the data hold {largest}: give more text, more `vectors` or a smaller batch."
         )
     if held_out is None:
         return
