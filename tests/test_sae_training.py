@@ -745,7 +745,7 @@ def test_fewer_vectors_than_a_batch_are_refused(vectors):
         (TensorSource(vectors[:2000], pool=256), replace(CONFIG, batch=300)),  # in every pool
         (TensorSource(vectors), replace(CONFIG, vectors=255)),  # asked for
     ):
-        with pytest.raises(ValueError, match=r"needs (256|300) vectors"):
+        with pytest.raises(ValueError, match=r"batch of (256|300) vectors"):
             run(new(), source, config)
 
 
