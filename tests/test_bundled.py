@@ -8,7 +8,8 @@ from lenslab.files import data_path
 from lenslab.hooks import stream_hook
 from lenslab.models import load_model, random_twin
 from lenslab.sae.find import SHOWN, card_table, find_sae, read_card
-from lenslab.sae.load import bundled_saes, check_sae, sae_hook
+from lenslab.sae.load import bundled_saes, check_sae, finish, load_sae, sae_hook
+from lenslab.sae.registry import NotAnSAE
 
 TWIN = "pocket-gpt-random-twin-resid-3"
 
@@ -68,3 +69,11 @@ def test_other_weights_that_go_by_a_bundled_name_are_not_given_its_sae(model):
     twin = random_twin(model, label="pocket-gpt")
     assert bundled_saes(twin), "by name there are some"
     assert "trained" in find_sae(twin, documents=60, steps=3).origin
+
+
+def test_an_sae_of_one_head_or_of_some_positions_is_refused():
+    for part, value in (("hook_head_index", 3), ("seqpos_slice", [1, 5])):
+        sae = load_sae("pocket-gpt-resid-0")
+        setattr(sae.cfg.metadata, part, value)
+        with pytest.raises(NotAnSAE, match=part):
+            finish(sae, "mine")

@@ -2,6 +2,7 @@
 padding."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -408,3 +409,11 @@ def test_broken_weights_continue_nothing(gpt2_folder, weight, value, temperature
         chosen[0, 5] = value
     with pytest.raises(ValueError, match="NaN or Inf"):
         generate(broken, "A cat", temperature=temperature)
+
+
+def test_masks_of_zeros_and_ones_are_masks(model):
+    batch = tokenize(model, TEXTS)
+    same = replace(batch, real=batch.real.long(), attention=batch.attention.to(torch.uint8))
+    assert torch.equal(same.real, batch.real) and same.key == batch.key
+    with pytest.raises(ValueError, match="mask"):
+        replace(batch, real=2 * batch.real.long())

@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lenslab.files import content_key
+from lenslab.metrics import as_mask
 from lenslab.models import check_eval
 from lenslab.runtime import derive_generator, progress_bar
 
@@ -54,14 +55,17 @@ class TokenBatch:
     """
 
     tokens: Int[Tensor, "text pos"]
-    real: Bool[Tensor, "text pos"]  # False at BOS, padding, and EOS between packed documents
-    attention: Bool[Tensor, "text pos"]  # False only at padding (BOS attends)
+    # booleans, or 0 and 1: False at BOS, padding, and EOS between packed documents
+    real: Shaped[Tensor, "text pos"]
+    attention: Shaped[Tensor, "text pos"]  # likewise: False only at padding (BOS attends)
     texts: tuple[str, ...]  # what was tokenised; of packed windows, what they decode to
     pad_side: str = "right"
     tokenizer: Any = field(default=None, repr=False)
     document: Int[Tensor, "text pos"] | None = None  # of each token its text; -1 where not real
 
     def __post_init__(self) -> None:
+        for name in ("real", "attention"):  # integers would select rows 0 and 1
+            object.__setattr__(self, name, as_mask(getattr(self, name)))
         if bool((self.real & ~self.attention).any()):
             raise ValueError("A token cannot be real and padding: `real` lies within `attention`.")
         if not len(self) or not bool(self.real.any(1).all()):

@@ -55,8 +55,9 @@ def checked_reader(release: str | None) -> Callable:
         unknown = written.keys() - {f.name for f in fields(get_sae_class(kind)[1])} - BESIDE
         if unknown and config is written:  # older ones hold the options of their training too
             raise NotAnSAE(f"It has fields that would be ignored: {', '.join(sorted(unknown))}.")
-        if "topk" in kind and config.get("k") not in range(1, config["d_sae"] + 1):
-            raise NotAnSAE(f"k is {config.get('k')}: a {kind} SAE needs one from 1 to its width.")
+        k = config.get("k")
+        if "topk" in kind and not (type(k) is int and 1 <= k <= config["d_sae"]):
+            raise NotAnSAE(f"k is {k}: a {kind} SAE needs one from 1 to its width.")
         return written, *rest
 
     return read

@@ -193,6 +193,9 @@ def finish(sae: Any, label: str) -> SparseAutoencoder:
     """What every loaded SAE goes through: refused without a hook, with NaN, or as by
     `check_scaling`; eval mode, no gradients."""
     sae_hook(sae)
+    for part in ("hook_head_index", "seqpos_slice"):  # of the values at the hook
+        if getattr(sae.cfg.metadata, part, None) not in (None, [None], (None,)):
+            raise NotAnSAE(f"{label} reads a part of its hook ({part}), which is not done here.")
     check_scaling(sae.cfg)
     _check_finite(sae.state_dict(), label)
     for name in ("weights_sha256", "config_key"):  # of that file, not of what is made of this
