@@ -189,10 +189,16 @@ def benjamini_hochberg(p: Float[np.ndarray, "*test"]) -> Float[np.ndarray, "*tes
 
 
 def auroc_difference(
-    ours: Scores, theirs: Scores, inside: Mask, outside: Mask, generator: Generator, n: int = 1000
+    ours: Scores,
+    theirs: Scores,
+    inside: Mask,
+    outside: Mask,
+    generator: Generator,
+    n: int = 1000,
+    level: float = LEVEL,
 ) -> Interval:
-    """95 % percentile interval of AUROC(ours) - AUROC(theirs) on the same texts `[text, group]`,
-    drawn with replacement in each class.
+    """Percentile interval of AUROC(ours) - AUROC(theirs) on the same texts `[text, group]`, drawn
+    with replacement in each class.
 
     With several groups (languages left out in turn) column g is scored on `inside[:, g]` against
     `outside`, and the differences are averaged. Every text must be a document of its own.
@@ -213,9 +219,9 @@ def auroc_difference(
         drawn_inside = rng.multinomial(m, np.full(m, 1 / m), size=n) / m  # [resample, inside]
         estimate += float(gain.mean()) / groups
         resampled += ((drawn_inside @ gain) * drawn_outside).sum(axis=1) / groups
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     texts = int((inside.any(axis=1) | outside).sum())
-    return Interval(estimate, float(low), float(high), LEVEL, texts)
+    return Interval(estimate, float(low), float(high), level, texts)
 
 
 def bootstrap_by_document(

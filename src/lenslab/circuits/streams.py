@@ -70,7 +70,8 @@ def _two_largest(x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, ""]:
 
 def context_similarity(model: TransformerBridge, batch: TokenBatch, layer: int) -> pd.DataFrame:
     """Mean cosine between pairs of real tokens in different texts: the same token, and other tokens
-    as control.
+    as control. The mean over all real tokens is removed first: a few dimensions that are large
+    everywhere would make any two tokens alike.
 
     1 means that the stream ignores context; the control's level, that the token does not matter to
     it. Each distinct token weighs the same, else the most frequent ones would be the answer.
@@ -90,7 +91,8 @@ def context_similarity(model: TransformerBridge, batch: TokenBatch, layer: int) 
         raise ValueError("No token occurs in two texts: give more texts.")
     rows = {}
     for stream, hook in hooks.items():
-        unit = torch.nn.functional.normalize(values[hook][batch.real].double(), dim=-1)
+        x = values[hook][batch.real].double()  # [token, d_model]
+        unit = torch.nn.functional.normalize(x - x.mean(0), dim=-1)
         cosine = unit @ unit.T
         alike = [float(cosine[ids == i][same[ids == i]].mean()) for i in repeated]
         rows[stream] = {"same token": np.mean(alike), "other token": float(cosine[other].mean())}
