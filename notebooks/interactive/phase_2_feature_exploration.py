@@ -166,8 +166,8 @@ for name, mask in masks.items():
 # %%
 fire, missed = overlap["real"]
 so(
-    f"averaging first misses {missed:.0%} of the features that fire in a text, and of those that it "
-    f"finds only {fire:.0%} fire at any token (with BOS and padding averaged in "
+    f"averaging first misses {missed:.0%} of the features that fire in a text, and of those that "
+    f"it finds only {fire:.0%} fire at any token (with BOS and padding averaged in "
     f"{overlap['+ both'][0]:.0%}). Features are encoded per token here, and pooled after."
 )
 
@@ -208,15 +208,15 @@ from lenslab.show.feature_plots import firing_density
 values = prepare(harvest(model, batch, middle)[middle])[batch.real]
 null_fa = encode_features(model, random_sae(sae, values, round(active)), batch, name="random")
 both = {"SAE": fa, "random directions": null_fa}
-rates = {name: each.matrix.getnnz(axis=0) / each.matrix.shape[0] for name, each in both.items()}
-dense = {name: int((rate > 0.1).sum()) for name, rate in rates.items()}
-never = {name: int((rate == 0).sum()) for name, rate in rates.items()}
+firing = {name: each.matrix.getnnz(axis=0) / each.matrix.shape[0] for name, each in both.items()}
+dense = {name: int((rate > 0.1).sum()) for name, rate in firing.items()}
+never = {name: int((rate == 0).sum()) for name, rate in firing.items()}
 so(
-    f"features fire at very different rates: {dense['SAE']} of {fa.n_features} on more than 10 % of "
-    f"the tokens and {never['SAE']} on none; of random directions {dense['random directions']} and "
-    f"{never['random directions']}."
+    f"features fire at very different rates: {dense['SAE']} of {fa.n_features} on more than 10 % "
+    f"of the tokens and {never['SAE']} on none; of random directions {dense['random directions']} "
+    f"and {never['random directions']}."
 )
-firing_density(rates, title="How often features fire")
+firing_density(firing, title="How often features fire")
 
 # %% [markdown]
 # A simpler and common way counts: a value is *strong* above 5.0, whatever the feature's scale, and
@@ -250,9 +250,10 @@ found = discriminate({SAE: pooled["max"]}, labels)
 shown = ["category", "feature", "auroc_discovery", "auroc", "worst_register", "q", "discriminating"]
 print(found[shown].round(3).to_string(index=False))
 so(
-    f"{found['discriminating'].sum()} of {len(found)} kinds have a feature that tells them apart on "
-    f"texts it was not chosen on: AUROC {found['auroc'].min():.2f} to {found['auroc'].max():.2f}, "
-    f"where shuffled labels give .50 (largest q {found['q'].max():.3f})."
+    f"{found['discriminating'].sum()} of {len(found)} kinds have a feature that tells them apart "
+    f"on texts it was not chosen on: AUROC {found['auroc'].min():.2f} to "
+    f"{found['auroc'].max():.2f}, where shuffled labels give .50 (largest q "
+    f"{found['q'].max():.3f})."
 )
 
 # %% [markdown]
@@ -327,9 +328,9 @@ print(scores.to_string())
 print(f"features that ever reach 5.0: {(summary.largest > 5).mean():.0%}")
 half, fixed = special.count_nulls
 so(
-    f"counting finds {half.observed} of {len(scores)} kinds above half of a feature's largest value "
-    f"({half.mean_null:.1f} by chance) and {fixed.observed} above 5.0 ({fixed.mean_null:.1f}), where "
-    f"section 5 finds {found['discriminating'].sum()}."
+    f"counting finds {half.observed} of {len(scores)} kinds above half of a feature's largest "
+    f"value ({half.mean_null:.1f} by chance) and {fixed.observed} above 5.0 "
+    f"({fixed.mean_null:.1f}), where section 5 finds {found['discriminating'].sum()}."
 )
 
 # %% [markdown]
@@ -407,11 +408,11 @@ if rates is None:
 else:
     print(rates.attrs["origin"])
     print(rates.round(3).to_string(index=False))
-    rate = rates.set_index("measure")["estimate"]
+    rate = rates.set_index("measure")["estimate"].map("{:.0%}".format)
     so(
-        f"under shuffled labels the method of section 5 finds something in {rate['error_rate']:.1%} "
-        f"of cases, that of section 6 in {rate['specialist_error']:.1%}; of planted features with an "
-        f"AUROC of .9 they find {rate['power']:.0%} and {rate['specialist_power']:.0%}."
+        f"under shuffled labels section 5 finds something in {rate['error_rate']} of cases, "
+        f"section 6 in {rate['specialist_error']}; of planted features with an AUROC of .9 they "
+        f"find {rate['power']} and {rate['specialist_power']}."
     )
 
 # %% [markdown]
@@ -451,8 +452,8 @@ windows = pack(model, sampled_text(450))
 contexts = find_contexts(model, sae, windows, features=[feature], progress=False)
 rate_there = contexts.fired[0] / contexts.tokens
 so(
-    f"in running text feature {feature} fires on {rate_there:.1%} of the tokens, in the probes "
-    f"on {rates['SAE'][feature]:.1%}; the table shows at which."
+    f"in running text feature {feature} fires on {rate_there:.1%} of the tokens, in the probes on "
+    f"{firing['SAE'][feature]:.1%}; the table shows at which."
 )
 contexts.quantiles(feature, n=5, per=2)[["quantile", "activation", "context"]].round(1)
 
@@ -490,7 +491,7 @@ print(classes.rename(columns=kind_names).round(2).to_string())
 # without those tokens shows what it knows beside.
 
 # %%
-readings = firing_summary(fa, found, labels)
+readings = firing_summary(fa, chosen, labels)
 print(readings.round(2).to_string(index=False))
 narrow = readings[readings["share"] > 0.8]
 so(
@@ -553,8 +554,9 @@ from lenslab.show.feature_plots import category_feature_heatmap, text_feature_he
 profile = category_profile(held_fa.pool("max"), labels.category[held], list(kind_names))
 means = profile.pivot(index="category", columns="feature", values="mean")
 means = means.loc[list(labels.categories), list(kind_names)]
-own = sum(means[f].idxmax() == kind for kind, f in zip(labels.categories, chosen, strict=True))
-second = [means[f].drop(kind).max() / means[f].max() for f, kind in zip(chosen, means.index)]
+pairs = list(zip(labels.categories, chosen, strict=True))
+own = sum(means[f].idxmax() == kind for kind, f in pairs)
+second = [means[f].drop(kind).max() / means[f].max() for kind, f in pairs]
 so(
     f"{own} of {len(chosen)} chosen features are strongest in the kind they were chosen for (by "
     f"chance 1); in the next kind they reach {min(second):.0%} to {max(second):.0%} of that."
@@ -615,8 +617,8 @@ pairs = together.to_frame()
 columns = ["feature", "other", "p_other_given_feature", "joint", "expected", "pmi", "q"]
 print(pairs.head(5)[columns].round(3).to_string(index=False))
 so(
-    f"{(pairs['q'] <= 0.05).sum()} of {len(pairs)} pairs fire together more than within-kind chance "
-    f"(q <= .05; by chance none)."
+    f"{(pairs['q'] <= 0.05).sum()} of {len(pairs)} pairs fire together more than within-kind "
+    "chance (q <= .05; by chance none)."
 )
 coactivation_heatmap(together.pmi, names, title="Which features fire together")
 
