@@ -28,7 +28,6 @@
 
 # %%
 import numpy as np
-import pandas as pd
 import torch
 
 from lenslab.models import load_model, model_name, parameter_table, random_twin, summarize
@@ -185,16 +184,22 @@ from lenslab.show.plots import attention_map, bars, lines
 norms = profile[["residual", "attention", "mlp"]]
 print(norms.round(1).to_string())
 print("random twin, residual:", twin_profile.residual.round(1).tolist())
-written = profile[["attention", "mlp"]].max(axis=1) / profile.residual
-twin_written = twin_profile[["attention", "mlp"]].max(axis=1) / twin_profile.residual
-so(
-    f"after block 0 the larger of the two outputs is {written[1:].min():.0%} to "
-    f"{written[1:].max():.0%} as long as the stream it is added to (in the untrained twin "
-    f"{twin_written[1:].min():.0%} to {twin_written[1:].max():.0%})."
-)
 curves = {**norms, "residual, twin": twin_profile.residual}
 axes = {"x_title": "layer", "y_title": "mean norm at real tokens", "log_y": True}
 lines(curves, title="How long each stream is, layer by layer", **axes)
+
+# %% [markdown]
+# How long is what a block adds, beside the stream that it is added to? **Control**: the twin's.
+
+# %%
+written, twin_written = (
+    p[["attention", "mlp"]].max(axis=1)[1:] / p.residual[1:] for p in (profile, twin_profile)
+)
+so(
+    f"after block 0 the larger of the two outputs is {written.min():.0%} to {written.max():.0%} as "
+    f"long as the stream it is added to (in the untrained twin {twin_written.min():.0%} to "
+    f"{twin_written.max():.0%})."
+)
 
 # %% [markdown]
 # | stream | moves information between positions? | what it computes from |
@@ -227,11 +232,12 @@ print(f"random twin:\n{twin_similarity[shown].round(2).to_string()}")
 # %%
 alike, twin_alike = similarity["same token"], twin_similarity["same token"]
 reached, least = int((alike < 0.95).sum()), alike.idxmin()
-more = [stream for stream in alike.index if alike[stream] < twin_alike[stream] - 0.05]
+as_much = int((twin_alike < alike + 0.05).sum())
 so(
-    f"context reaches {reached} of {len(alike)} streams, the {least} stream most: one token in two "
-    f"texts has a cosine of {alike[least]:.2f} there (in the untrained twin "
-    f"{twin_alike[least]:.2f}). Training brought context into: {', '.join(more) or 'none of them'}."
+    f"context reaches {reached} of {len(alike)} streams, the {least} stream most: there one token "
+    f"has a cosine of {alike[least]:.2f} with itself in another text, and of "
+    f"{similarity['other token'][least] + 0:.1f} with other tokens. In {as_much} of "
+    f"{len(alike)} streams the untrained twin shows as much: there it is the architecture's doing."
 )
 
 # %% [markdown]
@@ -245,9 +251,9 @@ if batch.real[:, 0].all():
 ratio, twin_ratio = (p.first_position / p.residual for p in (profile, twin_profile))
 print("norm at BOS over norm elsewhere, by layer:", ratio.round(1).tolist())
 print("random twin:", twin_ratio.round(1).tolist())
-huge = "is a huge vector" if ratio.max() > 3 else "is no huge vector"
+huge = "a huge vector" if ratio.max() > 3 else "no huge vector"
 so(
-    f"at BOS {huge} (a norm above 3 times the others'): at most {ratio.max():.1f} times, "
+    f"there is {huge} at BOS (a norm above 3 times the others'): at most {ratio.max():.1f} times, "
     f"in the untrained twin {twin_ratio.max():.1f} times."
 )
 axes = {"x_title": "layer", "y_title": "norm at BOS / norm elsewhere"}
@@ -282,7 +288,7 @@ def mean_cosine(x):  # [token, d_model], over all pairs of tokens
 
 
 x, twin_x = residual[batch.real], twin_residual[batch.real]
-raw, centred = mean_cosine(x), mean_cosine(x - x.mean(0))
+raw, centred = mean_cosine(x), abs(mean_cosine(x - x.mean(0)))
 print(f"mean cosine of two tokens {raw:.2f}, centred {centred:.2f}; twin {mean_cosine(twin_x):.2f}")
 so(
     f"one dimension of {x.shape[1]} holds {share:.0%} of the squared norm; any two tokens have "
@@ -313,11 +319,15 @@ twin_vector = twin_residual[0, last[0]].double().numpy()
 noise = torch.randn(len(twin_vector), generator=derive_generator(0, "normal numbers"))
 values = {"model": vectors[0], "random twin": twin_vector, "normal numbers": noise.double().numpy()}
 tenth = {name: np.sort(v**2)[-(len(v) // 10) :].sum() / (v**2).sum() for name, v in values.items()}
-print({name: round(float(share), 2) for name, share in tenth.items()})
 so(
     f"the largest tenth of the dimensions holds {tenth['model']:.0%} of the squared norm "
     f"(the twin {tenth['random twin']:.0%}, random numbers {tenth['normal numbers']:.0%})."
 )
+
+# %% [markdown]
+# The same, drawn: a bar that stands out is one dimension with a large value.
+
+# %%
 units = {name: values[name] / values[name].std() for name in ("model", "random twin")}
 axes = {"x_title": "dimension", "y_title": "value, in units of its spread"}
 bars(units, title="One activation, dimension by dimension", overlay=True, **axes)
@@ -341,6 +351,11 @@ so(
     f"from one layer to the next a token's vector keeps a cosine of {same_text.min():.1f} or "
     f"more, with another text's at most {other_text.max():.1f}."
 )
+
+# %% [markdown]
+# The cosines by layer, drawn:
+
+# %%
 curves = {"the same text": same_text, "another text (control)": other_text}
 axes = {"x_title": "from layer", "y_title": "mean cosine with the next layer"}
 lines(curves, title="How much of a token's vector is there one layer later", **axes)
@@ -425,11 +440,11 @@ bits["shuffled"] = token_bits(model, batch, shuffle=True)
 bits["twin"] = token_bits(twin, batch)
 print(bits.groupby("category").mean().round(1).to_string())
 print(f"a uniform guess over the vocabulary: {np.log2(summary.vocabulary):.1f}")
-means, kinds = bits.drop(columns="category").mean(), bits.groupby("category")["model"].mean()
+mean, kinds = bits.mean(numeric_only=True), bits.groupby("category")["model"].mean()
 so(
-    f"the model needs {means['model']:.1f} bits a token, with the tokens out of order "
-    f"{means['shuffled']:.1f}, its untrained twin {means['twin']:.1f}; it knows {kinds.idxmin()} "
-    f"best ({kinds.min():.1f}) and {kinds.idxmax()} least ({kinds.max():.1f})."
+    f"the model needs {mean['model']:.1f} bits a token, with the tokens out of order "
+    f"{mean['shuffled']:.1f}, its untrained twin {mean['twin']:.1f}; best is {kinds.idxmin()} "
+    f"({kinds.min():.1f}), worst {kinds.idxmax()} ({kinds.max():.1f})."
 )
 
 # %% [markdown]
@@ -496,6 +511,8 @@ so(
 # link to Neuronpedia, where others have looked at theirs.
 
 # %%
+import pandas as pd
+
 from lenslab.sae.load import neuronpedia_link
 
 top = features[0, last[0]].topk(6)
@@ -505,7 +522,7 @@ strongest = pd.DataFrame(columns)
 if neuronpedia_link(sae, 0):
     strongest["Neuronpedia"] = [neuronpedia_link(sae, i) for i in top.indices.tolist()]
 print(f"at {batch.strings(0)[last[0]]!r}, the end of {probes['id'][0]}:")
-print(strongest.round(2).to_string(index=False))
+print(strongest.to_string(index=False, float_format="{:.2f}".format))
 
 # %% [markdown]
 # ## 10. Is the SAE any good?
@@ -526,12 +543,17 @@ null = evaluate_null(model, sae, batch, scores.l0)
 shown = "l0 fvu cosine ce_clean ce_spliced ce_zero ce_recovered_zero ce_recovered_mean dead dense"
 both = pd.DataFrame({"SAE": scores.to_dict(), "random directions": null.to_dict()})
 print(both.loc[shown.split()].astype(float).round(2).to_string(na_rep="none"))
+
+# %% [markdown]
+# What does the model lose when it reads through the SAE, and what through random directions?
+
+# %%
 costs = [m.ce_spliced - m.ce_clean for m in (scores, null)]
 better = "less" if scores.fvu < null.fvu and costs[0] < costs[1] else "no less"
 so(
     f"the SAE loses {better} than random directions do: it misses {scores.fvu:.0%} of the "
-    f"variance (they {null.fvu:.0%}), and reading through it costs the model {costs[0]:.2f} nats "
-    f"a token (they {costs[1]:.2f})."
+    f"variance (they {null.fvu:.0%}), and reading through it costs the model {costs[0]:.1f} nats "
+    f"a token (they {costs[1]:.1f})."
 )
 
 # %% [markdown]
@@ -565,7 +587,6 @@ strength = values.amax(1)[1:].numpy()  # the text of the choice left out
 kind = probes["category"][0]
 labels = (probes["category"] == kind).to_numpy()[1:]
 test = auroc_permutations(strength, labels, derive_generator(0, "one feature"))
-print(f"it fires on {int((strength > 0).sum())} of the {len(labels)} other texts")
 so(
     f"feature {feature} tells {kind} from other texts with an AUROC of {test.observed[0]:.2f} "
     f"(shuffled labels do as well with p = {test.p[0]:.3f}), on {labels.sum()} texts of the kind: "

@@ -189,11 +189,18 @@ for name, table in (
     ("general", summary.general(3)),
 ):
     print(f"{name}:\n{table[['fired', 'largest', 'mean', 'strong', 'tied']].round(1).to_string()}")
-strongest, frequent = int(summary.strongest(1).index[0]), int(summary.frequent(1).index[0])
+
+# %% [markdown]
+# On how many texts do the first of three rankings fire?
+
+# %%
+first = (summary.strongest(1), summary.frequent(1), summary.selective(1))
+strongest, frequent, selective = (int(table.index[0]) for table in first)
 so(
-    f"the strongest feature, {strongest}, fires on {summary.fired[strongest] / len(batch):.0%} of "
-    f"the texts, the most frequent, {frequent}, on {summary.fired[frequent] / len(batch):.0%}: a "
-    "feature that is on everywhere says nothing about a text."
+    f"the strongest feature ({strongest}) fires on {summary.frequency[strongest]:.0%} of the "
+    f"texts, the most frequent ({frequent}) on {summary.frequency[frequent]:.0%}, the most "
+    f"selective ({selective}) on {summary.frequency[selective]:.0%}. What they are about, no "
+    "ranking says."
 )
 
 # %% [markdown]
@@ -208,7 +215,12 @@ from lenslab.show.feature_plots import firing_density
 values = prepare(harvest(model, batch, middle)[middle])[batch.real]
 null_fa = encode_features(model, random_sae(sae, values, round(active)), batch, name="random")
 both = {"SAE": fa, "random directions": null_fa}
-firing = {name: each.matrix.getnnz(axis=0) / each.matrix.shape[0] for name, each in both.items()}
+firing = {name: (each.matrix > 0).mean(axis=0) for name, each in both.items()}
+
+# %% [markdown]
+# The shares of tokens on which features fire (on a logarithmic axis: each step is tenfold).
+
+# %%
 dense = {name: int((rate > 0.1).sum()) for name, rate in firing.items()}
 never = {name: int((rate == 0).sum()) for name, rate in firing.items()}
 so(
@@ -295,6 +307,11 @@ so(
     f"{', '.join(special_kinds) or 'none'}. For the others something cheaper does as well, or the "
     "feature is wrong on more than half of the texts it picks."
 )
+
+# %% [markdown]
+# Every difference with its interval: left of the line the control does better.
+
+# %%
 rows = {
     name: tuple(compared[["difference", "low", "high"]].to_numpy().T)
     for name, compared in special.comparisons.groupby("control", sort=False)
@@ -358,7 +375,7 @@ print(aurocs.round(2).to_string())
 # everything tells apart, the n-grams too, is too easy to say anything about SAEs.
 
 # %%
-leads = ways[ways["low"] > 0].groupby("way")["category"].agg(list)
+leads = ways[ways["low"].round(2) > 0].groupby("way")["category"].agg(list)
 by_labels, by_spelling = "logistic regression", "n-grams: logistic regression"
 best_way = aurocs.loc[by_labels]
 so(
@@ -374,17 +391,22 @@ so(
 # that lies right of the n-grams reads more than spelling.
 
 # %%
-drawn = ["best feature", "16 features", "difference of means", by_labels, by_spelling]
-drawn.append("random twin: logistic regression")
-rows = {way: (aurocs.loc[way, list(labels.categories)], None, None) for way in drawn}
 beaten = aurocs.loc["best feature"] > aurocs.loc[by_spelling]
 needed = [c for c in labels.categories if beaten[c] and c not in leads.get(by_labels, [])]
-takes = ways.loc[(ways["way"] == by_labels) & (ways["high"] < 0), "category"]
+takes = ways.loc[(ways["way"] == by_labels) & (ways["high"].round(2) < 0), "category"]
 so(
     f"where labels can be had it takes an SAE for {', '.join(takes) or 'no kind'}. What a feature "
     "gives is a direction that was found without labels; one that is not surely worse than the "
     f"fitted one, and better than spelling, was found for {', '.join(needed) or 'no kind'}."
 )
+
+# %% [markdown]
+# The same scores, drawn; grey are the controls.
+
+# %%
+drawn = ["best feature", "16 features", "difference of means", by_labels, by_spelling]
+drawn.append("random twin: logistic regression")
+rows = {way: (aurocs.loc[way, list(labels.categories)], None, None) for way in drawn}
 axes = {"x_title": "held-out AUROC (right is better)", "y_title": "kind"}
 intervals(rows, labels.categories, title="One feature, and what labels fit", reference=0.5, **axes)
 
@@ -408,6 +430,12 @@ if rates is None:
 else:
     print(rates.attrs["origin"])
     print(rates.round(3).to_string(index=False))
+
+# %% [markdown]
+# In words, where it was measured:
+
+# %%
+if rates is not None:
     rate = rates.set_index("measure")["estimate"].map("{:.0%}".format)
     so(
         f"under shuffled labels section 5 finds something in {rate['error_rate']} of cases, "
@@ -429,6 +457,11 @@ held = np.flatnonzero(labels.held_out).tolist()
 held_fa = fa[held]
 print(f"feature {feature}, chosen for {kind}; on held-out texts:")
 print(held_fa.top_texts(feature, n=5).astype({"activation": float}).round(1).to_string(index=False))
+
+# %% [markdown]
+# Does it fire on other kinds, too? The text below can be stepped through where a kernel runs.
+
+# %%
 fires = held_fa.pool("max")[:, [feature]].toarray()[:, 0] > 0
 own = labels.category[held] == kind
 so(
@@ -444,7 +477,6 @@ explore_feature(held_fa, feature, categories=list(labels.category[held]))
 
 # %%
 from lenslab.features.contexts import find_contexts
-from lenslab.features.readings import vocabulary_effects
 from lenslab.texts import sampled_text
 from lenslab.tokens import pack
 
@@ -463,6 +495,8 @@ contexts.quantiles(feature, n=5, per=2)[["quantile", "activation", "context"]].r
 # random directions of the same length; values near 1 say nothing.
 
 # %%
+from lenslab.features.readings import vocabulary_effects
+
 effects = vocabulary_effects(model, sae, [feature], n=5)
 table = effects.to_frame()
 print(table.assign(token=table["token"].map(repr)).round(2).to_string(index=False))
@@ -537,6 +571,11 @@ so(
 )
 marked = np.isin(split["feature"], chosen)
 print(split[marked].round(3).to_string(index=False))
+
+# %% [markdown]
+# Drawn, the features chosen for a kind in colour:
+
+# %%
 points = {"names": split["feature"], "marked": marked, "marked_name": "chosen for a kind"}
 axes = {"x_title": "share of variance: form", "y_title": "share of variance: content"}
 scatter(split["form"], split["concept"], title="Form and content", diagonal=True, **points, **axes)
@@ -549,7 +588,6 @@ scatter(split["form"], split["concept"], title="Form and content", diagonal=True
 
 # %%
 from lenslab.features.ranking import category_profile
-from lenslab.show.feature_plots import category_feature_heatmap, text_feature_heatmap
 
 profile = category_profile(held_fa.pool("max"), labels.category[held], list(kind_names))
 means = profile.pivot(index="category", columns="feature", values="mean")
@@ -561,6 +599,14 @@ so(
     f"{own} of {len(chosen)} chosen features are strongest in the kind they were chosen for (by "
     f"chance 1); in the next kind they reach {min(second):.0%} to {max(second):.0%} of that."
 )
+
+# %% [markdown]
+# A column is a feature, with the kind that it was chosen for; colours are shares of its largest
+# mean.
+
+# %%
+from lenslab.show.feature_plots import category_feature_heatmap, text_feature_heatmap
+
 title = "What each kind's feature does in every kind (held-out texts)"
 category_feature_heatmap(means, labels.categories, list(kind_names.values()), title=title)
 
@@ -607,8 +653,7 @@ so(
 # fires on most.
 
 # %%
-from lenslab.features.together import coactivation, concept_features
-from lenslab.show.feature_plots import coactivation_heatmap
+from lenslab.features.together import coactivation
 
 often = np.argsort(-np.where(summary.frequency <= 0.5, summary.frequency, 0), kind="stable")[:10]
 names = feature_names(fa, often)
@@ -620,6 +665,13 @@ so(
     f"{(pairs['q'] <= 0.05).sum()} of {len(pairs)} pairs fire together more than within-kind "
     "chance (q <= .05; by chance none)."
 )
+
+# %% [markdown]
+# Red: more often together than independence gives; blue: less.
+
+# %%
+from lenslab.show.feature_plots import coactivation_heatmap
+
 coactivation_heatmap(together.pmi, names, title="Which features fire together")
 
 # %% [markdown]
@@ -630,6 +682,8 @@ coactivation_heatmap(together.pmi, names, title="Which features fire together")
 # chance. Python is the positive control.
 
 # %%
+from lenslab.features.together import concept_features
+
 about = (load_probes("categories")["topic"] == "music").to_numpy()[labels.row]
 matrix, half = pooled["max"], labels.held_out
 verdicts = []
