@@ -6,7 +6,8 @@ where.
 2. `context_similarity`: is a stream alike where one token occurs in two texts? Control: other
    tokens.
 3. `head_scores`: attention to the previous token, to the same token one repeat earlier, and to the
-   token after that one, on random sequences repeated once (Olsson et al. 2022).
+   token after that one, on random sequences repeated once (Olsson et al. 2022); and, where texts
+   are given, to the previous token there: some heads look back within words only.
 4. `token_bits`: the model's loss on each text.
 """
 
@@ -115,7 +116,8 @@ def repeated_tokens(
 @dataclass(frozen=True)
 class HeadScores:
     """Mean attention weight by head, each `[layer, head]`, at the second copy of repeated random
-    sequences; and the loss in nats on the first and on the second copy."""
+    sequences; the loss in nats on the first and on the second copy; and the weights on text, None
+    where none was given."""
 
     previous_token: Float[np.ndarray, "layer head"]
     duplicate_token: Float[np.ndarray, "layer head"]
@@ -123,6 +125,8 @@ class HeadScores:
     first_position: Float[np.ndarray, "layer head"]
     loss_first: float
     loss_second: float
+    previous_token_on_text: Float[np.ndarray, "layer head"] | None = None
+    first_position_on_text: Float[np.ndarray, "layer head"] | None = None
 
     def best(self, kind: str) -> tuple[int, int, float]:
         """(layer, head, score) of the strongest head of a kind."""
@@ -132,13 +136,20 @@ class HeadScores:
 
 
 def head_scores(
-    model: TransformerBridge, n: int = 16, length: int = 50, seed: int = 0
+    model: TransformerBridge,
+    batch: TokenBatch | None = None,
+    *,
+    n: int = 16,
+    length: int = 50,
+    seed: int = 0,
 ) -> HeadScores:
     """Where each head looks in random sequences repeated once; nothing but the repeat can be
-    predicted there.
+    predicted there. With a `batch` also where it looks in running text, from every real token but
+    the second of a text, whose previous token is the first position. A few texts will do: all their
+    patterns of a layer are held at once.
 
     Raises ValueError for a model in train mode; UnknownHook where attention patterns cannot be
-    read.
+    read; as `harvest` for the batch.
     """
     check_eval(model)
     tokens = repeated_tokens(model, n, length, seed)
@@ -162,12 +173,32 @@ def head_scores(
     nats = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().mT, tokens[:, 1:].to(logits.device), reduction="none"
     )
+    if batch is not None:
+        scores |= _scores_on_text(model, batch, hooks)
     return HeadScores(
         **{kind: weights.float().cpu().numpy() for kind, weights in scores.items()},
         # the second copy's first token is announced by nothing: left out
         loss_first=float(nats[:, : length - 1].mean()),
         loss_second=float(nats[:, 1 - length :].mean()),
     )
+
+
+def _scores_on_text(
+    model: TransformerBridge, batch: TokenBatch, hooks: list[str]
+) -> dict[str, Float[Tensor, "layer head"]]:
+    """Mean weight on the token before and on the first attended place."""
+    first = batch.attention.long().argmax(dim=1)  # [text]
+    position = torch.arange(batch.tokens.shape[1])
+    text, query = (batch.real & (position > first[:, None] + 1)).nonzero(as_tuple=True)
+    previous, start = [], []
+    for hook in hooks:
+        pattern = harvest(model, batch, hook, progress=False)[hook]  # [text, head, query, key]
+        previous.append(pattern[text, :, query, query - 1].mean(dim=0))
+        start.append(pattern[text, :, query, first[text]].mean(dim=0))
+    return {
+        "previous_token_on_text": torch.stack(previous),
+        "first_position_on_text": torch.stack(start),
+    }
 
 
 def token_bits(

@@ -174,19 +174,20 @@ def category_profile(matrix: Matrix, categories: Labels, features: Indices) -> p
 
 def count_leaders(matrix: Matrix, threshold: Threshold = 5.0) -> pd.DataFrame:
     """First place by counting: `leader` ("strongest", "most frequent" and "most selective": strong
-    on the fewest texts, on one at least), `feature`, `value`, `tied`.
-
-    ValueError where no feature is strong on any text.
-    """
+    on the fewest texts, on one at least), `feature`, `value`, `tied`; -1, 0 and 0 where there is
+    none, as no feature is strong on any text."""
     summary = summarize_features(matrix, threshold=threshold)
-    if not summary.strong.any():
-        raise ValueError(f"No feature is above {threshold} on any text: choose another threshold.")
-    fewest = np.where(summary.strong > 0, -summary.strong, -summary.n_texts - 1)
-    orders = {"strongest": summary.largest, "most frequent": summary.fired}
-    rows = [
-        (name, int(by.argmax()), float(abs(by.max())), int((by == by.max()).sum()))
-        for name, by in (orders | {"most selective": fewest}).items()
-    ]
+    fewest = np.where(summary.strong > 0, summary.n_texts + 1 - summary.strong, 0)
+    places = {
+        "strongest": (summary.largest, summary.largest),
+        "most frequent": (summary.fired, summary.fired),
+        "most selective": (fewest, summary.strong),
+    }
+    rows = []
+    for leader, (score, value) in places.items():
+        first = int(score.argmax())
+        row = (first, float(value[first]), int((score == score[first]).sum()))
+        rows.append((leader, *(row if score[first] else (-1, 0.0, 0))))
     return pd.DataFrame(rows, columns=["leader", "feature", "value", "tied"])
 
 
@@ -231,9 +232,6 @@ def count_specialists_null(
 ) -> CountNull:
     """`count_specialists` on the labels and on `n` shuffles of them."""
     values = dense(check_matrix(matrix, categories))
-    values = values[:, (values > 0).any(axis=0)]  # a silent feature never scores above 0
-    if not values.shape[1]:
-        raise ValueError("No feature fires on any text: there is nothing to count.")
     strong = _strong(values, threshold)
     codes = np.unique(np.asarray(categories), return_inverse=True)[1]
 
