@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -144,9 +145,8 @@ def head_scores(
     seed: int = 0,
 ) -> HeadScores:
     """Where each head looks in random sequences repeated once; nothing but the repeat can be
-    predicted there. With a `batch` also where it looks in running text, from every real token but
-    the second of a text, whose previous token is the first position. A few texts will do: all their
-    patterns of a layer are held at once.
+    predicted there. With a `batch` also where it looks in its texts, from every real token whose
+    previous place is not the first. A few texts will do: all their patterns are held at once.
 
     Raises ValueError for a model in train mode; UnknownHook where attention patterns cannot be
     read; as `harvest` for the batch.
@@ -166,39 +166,34 @@ def head_scores(
         "induction": query - length + 1,  # what followed it there
         "first_position": torch.zeros_like(query),
     }
-    scores = {  # kind -> [layer, head]
-        kind: torch.stack([cache[hook][:, :, query, key].mean(dim=(0, 2)) for hook in hooks])
-        for kind, key in keys.items()
-    }
+    text = torch.arange(len(tokens))[:, None]
+    scores = {kind: _mean_weights(cache, hooks, text, query, key) for kind, key in keys.items()}
+    if batch is not None:
+        patterns = harvest(model, batch, hooks, progress=False)
+        first = batch.attention.long().argmax(dim=1)  # [text]
+        inner = torch.arange(batch.tokens.shape[1]) > first[:, None] + 1  # [text, pos]
+        text, query = (batch.real & inner).nonzero(as_tuple=True)  # [token]
+        keys = {"previous_token_on_text": query - 1, "first_position_on_text": first[text]}
+        for kind, key in keys.items():
+            scores[kind] = _mean_weights(patterns, hooks, text, query, key)
     nats = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().mT, tokens[:, 1:].to(logits.device), reduction="none"
     )
-    if batch is not None:
-        scores |= _scores_on_text(model, batch, hooks)
     return HeadScores(
-        **{kind: weights.float().cpu().numpy() for kind, weights in scores.items()},
+        **scores,
         # the second copy's first token is announced by nothing: left out
         loss_first=float(nats[:, : length - 1].mean()),
         loss_second=float(nats[:, 1 - length :].mean()),
     )
 
 
-def _scores_on_text(
-    model: TransformerBridge, batch: TokenBatch, hooks: list[str]
-) -> dict[str, Float[Tensor, "layer head"]]:
-    """Mean weight on the token before and on the first attended place."""
-    first = batch.attention.long().argmax(dim=1)  # [text]
-    position = torch.arange(batch.tokens.shape[1])
-    text, query = (batch.real & (position > first[:, None] + 1)).nonzero(as_tuple=True)
-    previous, start = [], []
-    for hook in hooks:
-        pattern = harvest(model, batch, hook, progress=False)[hook]  # [text, head, query, key]
-        previous.append(pattern[text, :, query, query - 1].mean(dim=0))
-        start.append(pattern[text, :, query, first[text]].mean(dim=0))
-    return {
-        "previous_token_on_text": torch.stack(previous),
-        "first_position_on_text": torch.stack(start),
-    }
+def _mean_weights(
+    patterns: Any, hooks: list[str], text: Tensor, query: Tensor, key: Tensor
+) -> Float[np.ndarray, "layer head"]:
+    """Mean over pairs of a query and a key of the weights `[text, head, query, key]` at each
+    hook."""
+    weights = [patterns[hook][text, :, query, key].flatten(0, -2) for hook in hooks]
+    return torch.stack(weights).mean(dim=1).float().cpu().numpy()
 
 
 def token_bits(

@@ -52,15 +52,9 @@ class FeatureSummary(Result):
         return self.fired / self.n_texts
 
     @property
-    def mean_when_active(self) -> Float[np.ndarray, " feature"]:
-        """Mean over the texts on which it fires (for features that are never negative); 0 where it
-        never does."""
-        return self.mean * self.n_texts / np.maximum(self.fired, 1)
-
-    @property
     def composite(self) -> Float[np.ndarray, " feature"]:
-        """Frequency times mean over all texts: constant and strong. (With the mean when active it
-        were the mean.)"""
+        """Frequency times mean over all texts: constant and strong. (Frequency times the mean when
+        active is the mean.)"""
         return self.frequency * self.mean
 
     def strongest(self, n: int = 10) -> pd.DataFrame:
@@ -90,8 +84,7 @@ class FeatureSummary(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row per feature."""
         columns = ("largest", "fired", "mean", "strong", "least_fraction")
-        derived = ("frequency", "mean_when_active", "composite")
-        values = {name: getattr(self, name) for name in (*columns, *derived)}
+        values = {name: getattr(self, name) for name in (*columns, "frequency", "composite")}
         return pd.DataFrame(values).rename_axis("feature")
 
     def _ranked(self, score: Shaped[np.ndarray, " feature"], n: int) -> pd.DataFrame:
@@ -235,12 +228,13 @@ def count_specialists_null(
     strong = _strong(values, threshold)
     codes = np.unique(np.asarray(categories), return_inverse=True)[1]
 
-    def specialists(codes: np.ndarray) -> int:
-        return int((_count_scores(values, strong, codes, top)[1] > 0).any(axis=1).sum())
-
     orders = shuffled_orders(codes, derive_generator(seed, "count specialists"), n, None)
-    null = np.array([specialists(codes[order]) for order in orders])
-    return CountNull(observed=specialists(codes), null=null, threshold=threshold)
+    scores = [
+        _count_scores(values, strong, labels, top)[1]
+        for labels in (codes, *(codes[o] for o in orders))
+    ]
+    observed, *null = [int((score > 0).any(axis=1).sum()) for score in scores]
+    return CountNull(observed=observed, null=np.array(null), threshold=threshold)
 
 
 def _strong(values: np.ndarray, threshold: Threshold) -> Float[np.ndarray, "text feature"]:

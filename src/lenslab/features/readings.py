@@ -90,9 +90,11 @@ def _token_table(fa: FeatureActivations) -> pd.DataFrame:
     return pd.DataFrame({"text": fa.text, "token": seen, "class": classes})
 
 
-def _sums(tokens: pd.DataFrame, by: str, weight: Float[np.ndarray, " token"]) -> pd.Series:
-    """Of a weight per token, over the tokens of each class, string or text."""
-    return pd.Series(weight).groupby(tokens[by], observed=False).sum()
+def _shares(tokens: pd.DataFrame, by: str, values: np.ndarray) -> pd.DataFrame:
+    """How `values [token, feature]` spread over the classes or the strings of tokens: [group,
+    feature], NaN for a feature that never fires."""
+    sums = pd.DataFrame(values, dtype=np.float64).groupby(tokens[by], observed=False).sum()
+    return sums / sums.sum().replace(0, np.nan)
 
 
 def token_classes(fa: FeatureActivations, features: Indices) -> pd.DataFrame:
@@ -103,13 +105,10 @@ def token_classes(fa: FeatureActivations, features: Indices) -> pd.DataFrame:
     NaN for a feature that never fires. ValueError for negative activations.
     """
     tokens = _token_table(fa)
-    weights = {"all tokens": np.ones(len(tokens))}
-    for feature in features:
-        weights[str(feature)] = columns_of(fa.matrix, [feature])[:, 0].astype(np.float64)
-    table = pd.DataFrame({name: _sums(tokens, "class", weight) for name, weight in weights.items()})
-    largest = {name: _sums(tokens, "token", weight).max() for name, weight in weights.items()}
-    table.loc["one token"] = largest
-    return table / table.iloc[:-1].sum()
+    values = np.column_stack([np.ones(len(tokens)), columns_of(fa.matrix, features)])
+    table = _shares(tokens, "class", values)
+    table.loc["one token"] = _shares(tokens, "token", values).max()
+    return table.set_axis(["all tokens", *map(str, features)], axis=1)
 
 
 def firing_summary(
@@ -126,28 +125,23 @@ def firing_summary(
     if fa.n_texts != len(labels):
         raise ValueError(f"{fa.n_texts} texts but {len(labels)} labels: encode labels.texts.")
     held_out = as_mask(labels.held_out)
-    fa, members = fa[np.flatnonzero(held_out)], labels.inside[held_out].T  # [category, text]
-    tokens = _token_table(fa)
-    rows = []
-    for category, member, feature in zip(labels.categories, members, features, strict=True):
-        value = columns_of(fa.matrix, [feature])[:, 0].astype(np.float64)  # [token]
-        by_class, by_token = (_sums(tokens, by, value) for by in ("class", "token"))
-        main, total = by_class.idxmax(), value.sum() or np.nan
-        kept = np.stack([value, value * (tokens["class"] != main)], axis=1)  # [token, 2]
-        pooled = pd.DataFrame(kept).groupby(tokens["text"]).max().to_numpy()  # [text, 2]
-        scores = auroc(pooled, member)
-        row = {
-            "category": category,
-            "feature": feature,
-            "fires_on": main if value.any() else "nothing",
-            "share": by_class.max() / total,
-            "token": by_token.idxmax() if value.any() else "",
-            "token_share": by_token.max() / total,
-            "auroc": scores[0],
-            "auroc_without": scores[1],
-        }
-        rows.append(row)
-    return pd.DataFrame(rows)
+    fa, inside = fa[np.flatnonzero(held_out)], labels.inside[held_out]  # [text, category]
+    tokens, values = _token_table(fa), columns_of(fa.matrix, features)  # [token, category]
+    by_class, by_token = (_shares(tokens, by, values).fillna(0) for by in ("class", "token"))
+    main = by_class.idxmax().astype(str)
+    kept = values * (tokens["class"].to_numpy()[:, None] != main.to_numpy())
+    table = {
+        "category": labels.categories,
+        "feature": features,
+        "fires_on": main.where(by_class.max() > 0, "nothing"),
+        "share": by_class.max(),
+        "token": by_token.idxmax().where(by_token.max() > 0, ""),
+        "token_share": by_token.max(),
+    }
+    for name, used in {"auroc": values, "auroc_without": kept}.items():
+        pooled = pd.DataFrame(used).groupby(tokens["text"]).max().to_numpy()  # [text, category]
+        table[name] = [float(auroc(*pair)) for pair in zip(pooled.T, inside.T, strict=True)]
+    return pd.DataFrame(table)
 
 
 def form_and_concept(

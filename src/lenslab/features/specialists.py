@@ -156,7 +156,8 @@ def label_rows(
     if held_out is not None:
         table["split"] = np.where(as_mask(held_out), "held_out", "discovery")
     labels = label_texts(table, seed=seed)
-    stratum = pd.factorize(np.zeros(len(table)) if strata is None else np.asarray(strata))[0]
+    strata = np.zeros(len(table)) if strata is None else np.asarray(strata, dtype=object)
+    stratum = pd.factorize(strata)[0]
     if len(labels) < len(table) or (stratum < 0).any():
         raise ValueError("A label or stratum is missing: leave such rows out, or name it.")
     return replace(labels, stratum=stratum)
