@@ -15,6 +15,7 @@ from lenslab.features.contexts import find_contexts
 from lenslab.features.readings import direct_logits, final_norm, vocabulary_effects
 from lenslab.models import load_model
 from lenslab.sae.controls import random_sae
+from lenslab.sae.load import SAEMismatch
 from lenslab.tokens import pack, token_string, tokenize
 
 WORDS = ["cat", "mat", "sat", "add", "city", "river", "they", "say", "Paris", "a", "2", "def"]
@@ -160,6 +161,14 @@ def test_features_that_the_sae_has_not_are_refused(model, sae, windows):
     for feature in (32, -1):
         with pytest.raises(ValueError, match="not one of"):
             find_contexts(model, sae, windows, features=[feature])
+
+
+def test_an_sae_trained_without_bos_is_refused_where_windows_begin_with_one(model, windows):
+    bare = tiny_sae(model, architecture="topk", d_sae=32, prepend_bos=False)
+    with pytest.raises(SAEMismatch, match="without BOS"):
+        find_contexts(model, bare, iter([windows]), progress=False)
+    without = tokenize(model, TEXTS, bos=False)
+    assert find_contexts(model, bare, without, k=1, progress=False).tokens == without.n_real
 
 
 def test_no_windows_are_refused(model, sae):

@@ -397,6 +397,67 @@ def test_kl_is_zero_for_equal_runs_positive_otherwise_and_not_symmetric():
     assert forth > 0 and forth != pytest.approx(back, rel=1e-2)
 
 
+@pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-5, 1e-7, 1e-9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_divergences_are_not_lost_in_rounding(size, dtype, monkeypatch):
+    """Noise of this variance on the logits costs half of it in nats, however small it is."""
+    monkeypatch.setattr(metrics, "LOGITS", 7000)  # two targets at a time
+    clean = normal(2, 6, 3000, label="clean")
+    other = clean + size**0.5 * normal(2, 6, 3000, label="noise")
+    clean, other = clean.to(dtype), other.to(dtype)
+    real = torch.ones(2, 6, dtype=torch.bool)
+    real[:, 0] = real[1, 4] = False
+    exact = [x.double().numpy().astype(np.longdouble) for x in (clean, other)]
+    p, q = (np.exp(x - x.max(-1, keepdims=True)) for x in exact)
+    p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
+    expected = (p * np.log(p / q)).sum(-1)[:, :-1][real[:, 1:].numpy()].mean()
+    found = metrics.kl_divergence(clean, other, real)
+    assert found == pytest.approx(float(expected), rel=1e-5, abs=1e-18) and found >= 0
+    if dtype == torch.float32:
+        assert found == pytest.approx(size / 2, rel=0.2)
+
+
+def test_kl_is_never_negative():
+    real = torch.ones(2, 5, dtype=torch.bool)
+    for seed in range(20):
+        a = normal(2, 5, 300, label=f"logits {seed}")
+        for shift in (0, 1, 4, 1e-3):
+            assert metrics.kl_divergence(a, a + shift, real) >= 0
+
+
+class OnAppleGPU(torch.Tensor):
+    """A tensor that, as those on MPS, cannot be turned to float64 before it is on the CPU."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function == torch.Tensor.device.__get__:
+            return torch.device("mps")
+        if function is torch.Tensor.cpu:
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0].as_subclass(torch.Tensor)
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if isinstance(result, cls) and result.dtype == torch.float64:
+            raise TypeError("MPS has no float64")
+        return result
+
+
+def test_nothing_is_in_float64_on_a_device_that_has_none(residual):
+    def measures(put):
+        x, x_hat, logits = put(residual[0]), put(residual[1]), put(normal(4, 9, 11))
+        real = real_mask()
+        tokens = torch.arange(36).reshape(4, 9) % 11
+        return [
+            *(measure(x, x_hat) for measure in RECONSTRUCTION.values()),
+            *(float(torch.as_tensor(measure(x.relu())).sum()) for measure in FEATURES.values()),
+            metrics.cross_entropy(logits, put(tokens), put(real)),
+            metrics.kl_divergence(logits, 2 * logits, put(real)),
+        ]
+
+    with pytest.raises(TypeError, match="float64"):
+        normal(3).as_subclass(OnAppleGPU).double()
+    assert measures(lambda x: x.as_subclass(OnAppleGPU)) == pytest.approx(measures(lambda x: x))
+
+
 def test_recovered_fraction_runs_from_ablated_to_clean():
     assert metrics.recovered_fraction(2.0, 2.0, 6.0) == 1
     assert metrics.recovered_fraction(2.0, 6.0, 6.0) == 0

@@ -234,7 +234,8 @@ def bootstrap_by_document(
     """95 % percentile interval of `statistic(values)`, whole documents drawn with replacement.
 
     Tokens of one document resemble each other: an interval that draws tokens is far too narrow.
-    Below about 20 documents this one is too narrow as well. ValueError on lengths that differ,
+    Below about 20 documents this one is too narrow as well. To compare two methods, pair them: rows
+    of (ours, theirs), and a statistic that is the difference. ValueError on lengths that differ,
     fewer than 2 documents and one that is None or NaN.
     """
     values, documents = np.asarray(values), np.asarray(documents)  # a Series goes by its index
@@ -251,26 +252,6 @@ def bootstrap_by_document(
         rng=_numpy_generator(generator),
     ).confidence_interval
     return Interval(float(statistic(values)), float(drawn.low), float(drawn.high), LEVEL, len(rows))
-
-
-def paired_bootstrap(
-    ours: Values,
-    theirs: Values,
-    documents: Codes,
-    generator: Generator,
-    statistic: Statistic = np.mean,
-    n: int = 1000,
-) -> Interval:
-    """Interval of `statistic(ours) - statistic(theirs)`, both on the same drawn documents.
-
-    A statistic that needs labels takes them as a column: rows of (score, label), for instance.
-    """
-
-    def difference(both: np.ndarray) -> float:  # [item, 2, ...]
-        return statistic(both[:, 0]) - statistic(both[:, 1])
-
-    both = np.stack([ours, theirs], axis=1)
-    return bootstrap_by_document(both, documents, generator, difference, n)
 
 
 def clopper_pearson(k: int, n: int, level: float = LEVEL) -> Interval:

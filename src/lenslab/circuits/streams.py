@@ -6,7 +6,8 @@ where.
 2. `context_similarity`: is a stream alike where one token occurs in two texts? Control: other
    tokens.
 3. `head_scores`: attention to the previous token, to the same token one repeat earlier, and to the
-   token after that one, on random sequences repeated once (Olsson et al. 2022).
+   token after that one, on random sequences repeated once (Olsson et al. 2022); and, where texts
+   are given, to the previous token there: some heads look back within words only.
 4. `token_bits`: the model's loss on each text.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -117,7 +119,8 @@ def repeated_tokens(
 @dataclass(frozen=True)
 class HeadScores:
     """Mean attention weight by head, each `[layer, head]`, at the second copy of repeated random
-    sequences; and the loss in nats on the first and on the second copy."""
+    sequences; the loss in nats on the first and on the second copy; and the weights on text, None
+    where none was given."""
 
     previous_token: Float[np.ndarray, "layer head"]
     duplicate_token: Float[np.ndarray, "layer head"]
@@ -125,6 +128,8 @@ class HeadScores:
     first_position: Float[np.ndarray, "layer head"]
     loss_first: float
     loss_second: float
+    previous_token_on_text: Float[np.ndarray, "layer head"] | None = None
+    first_position_on_text: Float[np.ndarray, "layer head"] | None = None
 
     def best(self, kind: str) -> tuple[int, int, float]:
         """(layer, head, score) of the strongest head of a kind."""
@@ -134,13 +139,19 @@ class HeadScores:
 
 
 def head_scores(
-    model: TransformerBridge, n: int = 16, length: int = 50, seed: int = 0
+    model: TransformerBridge,
+    batch: TokenBatch | None = None,
+    *,
+    n: int = 16,
+    length: int = 50,
+    seed: int = 0,
 ) -> HeadScores:
     """Where each head looks in random sequences repeated once; nothing but the repeat can be
-    predicted there.
+    predicted there. With a `batch` also where it looks in its texts, from every real token whose
+    previous place is not the first. A few texts will do: all their patterns are held at once.
 
     Raises ValueError for a model in train mode; UnknownHook where attention patterns cannot be
-    read.
+    read; as `harvest` for the batch.
     """
     check_eval(model)
     tokens = repeated_tokens(model, n, length, seed)
@@ -157,19 +168,34 @@ def head_scores(
         "induction": query - length + 1,  # what followed it there
         "first_position": torch.zeros_like(query),
     }
-    scores = {  # kind -> [layer, head]
-        kind: torch.stack([cache[hook][:, :, query, key].mean(dim=(0, 2)) for hook in hooks])
-        for kind, key in keys.items()
-    }
+    text = torch.arange(len(tokens))[:, None]
+    scores = {kind: _mean_weights(cache, hooks, text, query, key) for kind, key in keys.items()}
+    if batch is not None:
+        patterns = harvest(model, batch, hooks, progress=False)
+        first = batch.attention.long().argmax(dim=1)  # [text]
+        inner = torch.arange(batch.tokens.shape[1]) > first[:, None] + 1  # [text, pos]
+        text, query = (batch.real & inner).nonzero(as_tuple=True)  # [token]
+        keys = {"previous_token_on_text": query - 1, "first_position_on_text": first[text]}
+        for kind, key in keys.items():
+            scores[kind] = _mean_weights(patterns, hooks, text, query, key)
     nats = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().mT, tokens[:, 1:].to(logits.device), reduction="none"
     )
     return HeadScores(
-        **{kind: weights.float().cpu().numpy() for kind, weights in scores.items()},
+        **scores,
         # the second copy's first token is announced by nothing: left out
         loss_first=float(nats[:, : length - 1].mean()),
         loss_second=float(nats[:, 1 - length :].mean()),
     )
+
+
+def _mean_weights(
+    patterns: Any, hooks: list[str], text: Tensor, query: Tensor, key: Tensor
+) -> Float[np.ndarray, "layer head"]:
+    """Mean over pairs of a query and a key of the weights `[text, head, query, key]` at each
+    hook."""
+    weights = [patterns[hook][text, :, query, key].flatten(0, -2) for hook in hooks]
+    return torch.stack(weights).mean(dim=1).float().cpu().numpy()
 
 
 def token_bits(

@@ -165,8 +165,11 @@ class FeatureActivations:
         return values
 
     def __getitem__(self, rows: slice | Indices) -> FeatureActivations:
-        """The activations of some texts, in the order given."""
-        chosen = np.arange(self.n_texts)[rows if isinstance(rows, slice) else list(rows)]
+        """The activations of some texts, in the order given. ValueError for none."""
+        rows = rows if isinstance(rows, slice) else list(rows)
+        chosen = np.arange(self.n_texts)[rows or slice(0)]  # NumPy takes [] for numbers with commas
+        if not len(chosen):
+            raise ValueError("No text is chosen, so there are no activations.")
         tokens = np.concatenate([np.flatnonzero(self.text == row) for row in chosen])
         return replace(
             self,

@@ -52,15 +52,9 @@ class FeatureSummary(Result):
         return self.fired / self.n_texts
 
     @property
-    def mean_when_active(self) -> Float[np.ndarray, " feature"]:
-        """Mean over the texts on which it fires (for features that are never negative); 0 where it
-        never does."""
-        return self.mean * self.n_texts / np.maximum(self.fired, 1)
-
-    @property
     def composite(self) -> Float[np.ndarray, " feature"]:
-        """Frequency times mean over all texts: constant and strong. (With the mean when active it
-        were the mean.)"""
+        """Frequency times mean over all texts: constant and strong. (Frequency times the mean when
+        active is the mean.)"""
         return self.frequency * self.mean
 
     def strongest(self, n: int = 10) -> pd.DataFrame:
@@ -90,8 +84,7 @@ class FeatureSummary(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row per feature."""
         columns = ("largest", "fired", "mean", "strong", "least_fraction")
-        derived = ("frequency", "mean_when_active", "composite")
-        values = {name: getattr(self, name) for name in (*columns, *derived)}
+        values = {name: getattr(self, name) for name in (*columns, "frequency", "composite")}
         return pd.DataFrame(values).rename_axis("feature")
 
     def _ranked(self, score: Shaped[np.ndarray, " feature"], n: int) -> pd.DataFrame:
@@ -174,19 +167,20 @@ def category_profile(matrix: Matrix, categories: Labels, features: Indices) -> p
 
 def count_leaders(matrix: Matrix, threshold: Threshold = 5.0) -> pd.DataFrame:
     """First place by counting: `leader` ("strongest", "most frequent" and "most selective": strong
-    on the fewest texts, on one at least), `feature`, `value`, `tied`.
-
-    ValueError where no feature is strong on any text.
-    """
+    on the fewest texts, on one at least), `feature`, `value`, `tied`; -1, 0 and 0 where there is
+    none, as no feature is strong on any text."""
     summary = summarize_features(matrix, threshold=threshold)
-    if not summary.strong.any():
-        raise ValueError(f"No feature is above {threshold} on any text: choose another threshold.")
-    fewest = np.where(summary.strong > 0, -summary.strong, -summary.n_texts - 1)
-    orders = {"strongest": summary.largest, "most frequent": summary.fired}
-    rows = [
-        (name, int(by.argmax()), float(abs(by.max())), int((by == by.max()).sum()))
-        for name, by in (orders | {"most selective": fewest}).items()
-    ]
+    fewest = np.where(summary.strong > 0, summary.n_texts + 1 - summary.strong, 0)
+    places = {
+        "strongest": (summary.largest, summary.largest),
+        "most frequent": (summary.fired, summary.fired),
+        "most selective": (fewest, summary.strong),
+    }
+    rows = []
+    for leader, (score, value) in places.items():
+        first = int(score.argmax())
+        row = (first, float(value[first]), int((score == score[first]).sum()))
+        rows.append((leader, *(row if score[first] else (-1, 0.0, 0))))
     return pd.DataFrame(rows, columns=["leader", "feature", "value", "tied"])
 
 
@@ -231,18 +225,16 @@ def count_specialists_null(
 ) -> CountNull:
     """`count_specialists` on the labels and on `n` shuffles of them."""
     values = dense(check_matrix(matrix, categories))
-    values = values[:, (values > 0).any(axis=0)]  # a silent feature never scores above 0
-    if not values.shape[1]:
-        raise ValueError("No feature fires on any text: there is nothing to count.")
     strong = _strong(values, threshold)
     codes = np.unique(np.asarray(categories), return_inverse=True)[1]
 
-    def specialists(codes: np.ndarray) -> int:
-        return int((_count_scores(values, strong, codes, top)[1] > 0).any(axis=1).sum())
-
     orders = shuffled_orders(codes, derive_generator(seed, "count specialists"), n, None)
-    null = np.array([specialists(codes[order]) for order in orders])
-    return CountNull(observed=specialists(codes), null=null, threshold=threshold)
+    scores = [
+        _count_scores(values, strong, labels, top)[1]
+        for labels in (codes, *(codes[o] for o in orders))
+    ]
+    observed, *null = [int((score > 0).any(axis=1).sum()) for score in scores]
+    return CountNull(observed=observed, null=np.array(null), threshold=threshold)
 
 
 def _strong(values: np.ndarray, threshold: Threshold) -> Float[np.ndarray, "text feature"]:

@@ -129,11 +129,12 @@ def evaluate_sae(
         real = part.real.to(x.device)
         error.update(x, x_hat, real)
         activity.update(features, real)
-        squared += float(x_hat[real].double().square().sum())
-        product += float((x[real].double() * x_hat[real].double()).sum())
+        x, x_hat = metrics.in_float64(x[real]), metrics.in_float64(x_hat[real])  # [token, d_in]
+        squared += float(x_hat.square().sum())
+        product += float((x * x_hat).sum())
         # 3. Ablated
         totals["ce_zero"] += _nats(forward(model, hook, part, torch.zeros_like)[0], part)
-    mean = error.moments.mean.float()  # [d_in]
+    mean = error.moments.mean.float().to(model.cfg.device)  # [d_in]
 
     def to_mean(value: Tensor) -> Tensor:
         return transform.inverse(mean.expand_as(transform(value)), value)
@@ -199,7 +200,7 @@ def _nats(logits: Tensor, batch: TokenBatch) -> float:
     total = 0.0
     for span in _spans(batch, logits.shape[-1]):
         nats = metrics.next_token_nats(logits[:, span], tokens[:, span], real[:, span])
-        total += float(nats.double().sum())
+        total += float(metrics.in_float64(nats).sum())
     return total
 
 
