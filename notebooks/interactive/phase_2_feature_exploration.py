@@ -239,12 +239,11 @@ from lenslab.features.ranking import count_leaders
 
 leaders = count_leaders(pooled["max"])
 for row in leaders.itertuples():
-    print(
-        f"{row.leader:15s} feature {row.feature}: {row.value:.3g} (tied with {row.tied - 1} others)"
-    )
+    first = f"feature {row.feature}: {row.value:.3g} (tied with {row.tied - 1} others)"
+    print(f"{row.leader:15s} {first if row.tied else 'none'}")
 so(
-    f"by counting, first place is shared by up to {leaders['tied'].max() if len(leaders) else 0} "
-    "features: the one that is named is the one with the lowest number."
+    f"by counting, up to {leaders['tied'].max()} features share first place: the one that is named "
+    "is the one with the lowest number."
 )
 
 # %% [markdown]
@@ -342,7 +341,8 @@ so(
 columns = ["count_score_5.0", "count_score_half", "specialist"]
 scores = special.table.set_index("category")[columns]
 print(scores.to_string())
-print(f"features that ever reach 5.0: {(summary.largest > 5).mean():.0%}")
+best = {threshold: special.best_by_count(threshold) for threshold in ("half", 5.0)}
+print(f"features that ever reach 5.0: {(summary.largest > 5).mean():.0%}; best by count: {best}")
 half, fixed = special.count_nulls
 so(
     f"counting finds {half.observed} of {len(scores)} kinds above half of a feature's largest "
@@ -528,17 +528,15 @@ print(classes.rename(columns=kind_names).round(2).to_string())
 readings = firing_summary(fa, chosen, labels)
 print(readings.round(2).to_string(index=False))
 narrow = readings[readings["share"] > 0.8]
+without = [
+    f"feature {row.feature} ({row.category}) has {row.share:.0%} on {row.fires_on}, "
+    f"{row.token_share:.0%} on {row.token!r} alone: AUROC {row.auroc:.2f}, without those tokens "
+    f"{row.auroc_without:.2f}"
+    for row in narrow.itertuples()
+]
 so(
-    f"{len(narrow)} of {len(readings)} chosen features are mainly features of one class of token: "
-    + (
-        "; ".join(
-            f"{row.feature} ({row.category}) of {row.fires_on}, {row.share:.0%}, AUROC "
-            f"{row.auroc:.2f}, without it {row.auroc_without:.2f}"
-            for row in narrow.itertuples()
-        )
-        or "none"
-    )
-    + "."
+    f"{len(narrow)} of {len(readings)} chosen features put more than 80 % of their activation on "
+    f"one class of tokens. {'; '.join(without).capitalize()}"
 )
 
 # %% [markdown]

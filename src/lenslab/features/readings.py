@@ -111,6 +111,14 @@ def token_classes(fa: FeatureActivations, features: Indices) -> pd.DataFrame:
     return table.set_axis(["all tokens", *map(str, features)], axis=1)
 
 
+def feature_names(fa: FeatureActivations, features: Indices) -> list[str]:
+    """Each feature's number and the token that holds most of its activation, for pictures and
+    tables. ValueError for negative activations."""
+    tokens = _token_table(fa)
+    sums = [_sums(tokens, "token", columns_of(fa.matrix, [f])[:, 0]) for f in features]
+    return [f"{f} {by.idxmax()!r}" for f, by in zip(features, sums, strict=True)]
+
+
 def firing_summary(
     fa: FeatureActivations, features: Indices, labels: LabelledTexts
 ) -> pd.DataFrame:
