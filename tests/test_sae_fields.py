@@ -16,7 +16,7 @@ from lenslab.circuits.interventions import splice
 from lenslab.features.activations import encode_features
 from lenslab.files import data_path
 from lenslab.models import load_model, model_key, model_name, random_twin
-from lenslab.sae import find, load
+from lenslab.sae import find, save
 from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.load import (
     SAEMismatch,
@@ -27,9 +27,9 @@ from lenslab.sae.load import (
     load_sae,
     neuronpedia_link,
     sae_key,
-    save_sae,
 )
 from lenslab.sae.registry import NotAnSAE
+from lenslab.sae.save import save_sae
 from lenslab.tokens import TokenBatch, tokenize
 
 REFUSED = (ValueError, TypeError)  # by the code, or before it by the types that tests check
@@ -316,7 +316,7 @@ def test_a_full_disk_is_said_in_a_sentence_and_the_old_one_stays(
         swaps = iter([rename, rename, fail, rename])
         monkeypatch.setattr(os, "replace", lambda *places: next(swaps)(*places))
     else:
-        monkeypatch.setattr(load, step, fail)
+        monkeypatch.setattr(save, step, fail)
     with pytest.raises(OSError, match=r"sae was not saved, what was there stays: No space"):
         save_sae(tiny_sae(model, seed=2), tmp_path / "sae")
     monkeypatch.setattr(os, "replace", rename)
@@ -415,9 +415,11 @@ def test_a_latent_that_is_not_there_has_no_page(model, index):
 
 
 def test_on_a_model_of_long_context_an_sae_is_trained_on_short_windows(model, monkeypatch):
-    asked = []
+    seen = []
     monkeypatch.setattr(model.cfg, "n_ctx", 131_072)
-    monkeypatch.setattr(find, "pack", lambda model, texts, length: asked.append(length) or 1 / 0)
+    monkeypatch.setattr(
+        find, "_kept_or_trained", lambda model, hook, batch, steps: seen.append(batch) or 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         find.find_sae(model)
-    assert asked == [1024]
+    assert seen[0].tokens.shape == (128, 1024)  # as many as one pool holds

@@ -21,7 +21,7 @@ from lenslab.files import data_path
 from lenslab.hooks import UnknownHook
 from lenslab.models import load_model, model_name, random_twin
 from lenslab.sae import hub as hub_commands
-from lenslab.sae import load, registry
+from lenslab.sae import registry, save
 from lenslab.sae.find import TRAIN_BATCH, find_sae, train_small_sae
 from lenslab.sae.load import (
     SAEMismatch,
@@ -30,9 +30,9 @@ from lenslab.sae.load import (
     load_sae,
     neuronpedia_link,
     sae_hook,
-    save_sae,
 )
 from lenslab.sae.registry import NotAnSAE, SAENotHere
+from lenslab.sae.save import save_sae
 from lenslab.tokens import pack
 
 HOOK = "blocks.1.hook_resid_post"
@@ -100,7 +100,7 @@ def test_saving_again_replaces_the_folder_and_a_failed_save_leaves_the_old_one(
     save_sae(first, tmp_path / "sae")
     save_sae(second, tmp_path / "sae")
     assert torch.equal(load_sae(tmp_path / "sae", device="cpu")(x), second(x))
-    monkeypatch.setattr(load, "write_json", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(save, "write_json", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_sae(first, tmp_path / "sae")
     assert torch.equal(load_sae(tmp_path / "sae", device="cpu")(x), second(x))

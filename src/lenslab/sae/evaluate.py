@@ -102,6 +102,8 @@ def evaluate_sae(
     transform, hook = input_transform(sae, model, batch), sae_hook(sae)
     refuse_transcoder(sae)
     check_unhooked(model)
+    if isinstance(sae, torch.nn.Module):
+        check_unhooked(sae)
     few = max(1, CELLS // (batch.tokens.shape[1] * sae.cfg.d_sae))
     batch_size = texts_per_pass(model, batch, limit=min(batch_size, few))
     n_predicted = int(batch.real[:, 1:].sum())
