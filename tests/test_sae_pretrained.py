@@ -418,15 +418,36 @@ def test_what_the_commands_advise_are_commands(hub, capsys):
     assert ".venv/bin/python -m lenslab.sae.hub list shows all" in capsys.readouterr().err
 
 
+def test_a_bundled_sae_or_a_folder_is_not_taken_for_a_release(model, tmp_path, capsys):
+    folder = save_sae(tiny_sae(model), tmp_path / "sae")
+    for name in ("pocket-gpt-resid-3", str(folder)):
+        for command in (["check", name, HOOK], ["download", name, HOOK], ["list", name]):
+            assert hub_commands.main(command) == 1
+            assert f"{name} is a single SAE, no release" in capsys.readouterr().err
+        with pytest.raises(NotAnSAE, match="single SAE"):
+            load_sae(name, HOOK)
+    assert hub_commands.main(["check", "pocket-gpt-resid-3"]) == 0
+
+
+def test_the_list_of_a_release_names_its_saes_and_which_are_here(hub, tmp_path, capsys):
+    fill_cache(hub, REPOSITORY, twin_of_res_jb(tmp_path / "twin"))
+    assert hub_commands.main(["list", RELEASE]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(registry.paths_of(RELEASE))
+    assert [line for line in lines if "cached" in line] == [f"{SAE_ID}  (cached)"]
+    assert hub_commands.main(["list", "gpt2-small-res-jbb"]) == 1
+    assert RELEASE in capsys.readouterr().err
+
+
 def test_the_list_is_printed_without_importing_transformer_lens():
     code = """
 import sys
 from lenslab.sae.hub import main
-assert main(["list", "--model", "gpt2"]) == 0
+assert main(["list", "--model", "gpt2"]) == main(["list", "gpt2-small-res-jb"]) == 0
 print([name for name in ("transformer_lens", "sae_lens", "transformers") if name in sys.modules])
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert RELEASE in ran.stdout and ran.stdout.splitlines()[-1] == "[]"
+    assert RELEASE in ran.stdout and SAE_ID in ran.stdout and ran.stdout.splitlines()[-1] == "[]"
 
 
 def test_the_list_is_the_one_that_saelens_loads_from():

@@ -90,7 +90,7 @@ def _kept_or_trained(
     model: TransformerBridge, hook: str, batch: TokenBatch, steps: int
 ) -> SparseAutoencoder:
     """`train_small_sae`, once on this machine for the same model, hook, text and settings."""
-    settings = [steps, str(compute_dtype()), versions()]
+    settings = [steps, TRAIN_BATCH, LR, str(compute_dtype()), versions()]
     folder = cache_path("saes", content_key(model_key(model), hook, batch.key, settings))
     with suppress(SAENotHere, NotAnSAE):
         return load_sae(folder, device=str(model.cfg.device))

@@ -353,10 +353,13 @@ def sae_key(sae: SparseAutoencoder) -> str:
     if isinstance(sae, torch.nn.Module):
         check_unhooked(sae)
         held = sae.state_dict()
-    settings = {k: v for k, v in {**settings, **held}.items() if type(v) in (int, float, str, bool)}
-    if hasattr(sae, "get_activation_fn"):  # where another took its place
-        own, others = _described(sae.activation_fn), _described(sae.get_activation_fn())
-        settings |= {} if own == others else {"activation_fn": own}
+        function = sae.activation_fn
+        own, usual = (
+            f"{module} {_scalars(vars(module))}"
+            for module in (function, sae.get_activation_fn().train(function.training))
+        )
+        settings["activation_fn"] = None if own == usual else own
+    settings = _scalars({**settings, **held})
     if processing := sae.cfg.metadata.model_from_pretrained_kwargs:
         settings["processing"] = processing
     tensors = []
@@ -367,11 +370,8 @@ def sae_key(sae: SparseAutoencoder) -> str:
     return content_key(type(sae).__name__, settings, *tensors)
 
 
-def _described(function: Any) -> list:
-    """Kind and settings of an activation function; a plain one's address, for want of better."""
-    held = getattr(function, "__dict__", {})
-    settings = {k: v for k, v in held.items() if k != "training" and isinstance(v, int | float)}
-    return [str(function), settings]
+def _scalars(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: v for name, v in values.items() if isinstance(v, int | float | str | bool)}
 
 
 def _check_vectors(x: Tensor) -> None:
