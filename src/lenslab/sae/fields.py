@@ -19,9 +19,6 @@ from torch import Tensor
 from lenslab.files import content_key
 from lenslab.sae.registry import NotAnSAE
 
-# A folder of SAELens's format, and beside it what was measured
-WEIGHTS, CONFIG, CARD = "sae_weights.safetensors", "cfg.json", "card.json"
-
 # Values of `normalize_activations` by which each token is scaled by its own norm, and what is added
 # to that: SAELens's, and where it adds nothing enough to leave padding at zero
 BY_TOKEN = {"constant_norm_rescale": 1e-12, "layer_norm": 1e-5}

@@ -22,7 +22,6 @@ from lenslab.files import cache_path, content_key, data_path, versions
 from lenslab.hooks import UnknownHook, stream_hook
 from lenslab.models import model_key, model_name
 from lenslab.runtime import compute_dtype
-from lenslab.sae.fields import CARD
 from lenslab.sae.load import (
     SAEMismatch,
     SparseAutoencoder,
@@ -31,7 +30,7 @@ from lenslab.sae.load import (
     load_sae,
     sae_hook,
 )
-from lenslab.sae.registry import NotAnSAE, SAENotHere, cached_ids, releases_of
+from lenslab.sae.registry import CARD, NotAnSAE, SAENotHere, cached_ids, releases_of
 from lenslab.sae.save import save_sae
 from lenslab.sae.train import ModelSource, TrainingConfig, build_sae, train
 from lenslab.sae.train.sources import POOL

@@ -38,15 +38,8 @@ from lenslab.hooks import check_hooks, check_unhooked, hook_names
 from lenslab.models import check_eval, model_name, weights_key
 from lenslab.runtime import default_device
 from lenslab.sae import registry
-from lenslab.sae.fields import (
-    CONFIG,
-    WEIGHTS,
-    check_scaling,
-    checked_reader,
-    config_key,
-    remember_norms,
-)
-from lenslab.sae.registry import COMMAND, NotAnSAE, SAENotHere, plain_name
+from lenslab.sae.fields import check_scaling, checked_reader, config_key, remember_norms
+from lenslab.sae.registry import COMMAND, CONFIG, WEIGHTS, NotAnSAE, SAENotHere, plain_name
 from lenslab.tokens import TokenBatch
 
 HASHES = ("weights_sha256", "config_key")  # of a saved folder, in its metadata
@@ -335,9 +328,8 @@ def input_transform(
     check_sae(sae, model)
     window = sae.cfg.metadata.context_size
     if batch is not None and window and int(longest := batch.attention.sum(1).max()) > window:
-        short = f"pack(model, texts, length={window})"
-        told = f"The SAE was trained on windows of {window} tokens, these have up to {longest}"
-        warnings.warn(f"{told}; what it reads beyond is new to it: {short}.", stacklevel=3)
+        told = f"on windows of {window} tokens, these have up to {longest}: what it reads beyond"
+        warnings.warn(f"The SAE was trained {told} is new to it (pack, length=).", stacklevel=3)
     if batch is not None and sae.cfg.metadata.prepend_bos is False:
         first = batch.attention.int().argmax(1, keepdim=True)  # of each text
         if not bool(batch.real.gather(1, first).any()):
@@ -353,12 +345,12 @@ def sae_key(sae: SparseAutoencoder) -> str:
     if isinstance(sae, torch.nn.Module):
         check_unhooked(sae)
         held = sae.state_dict()
-        function = sae.activation_fn
-        own, usual = (
-            f"{module} {_scalars(vars(module))}"
-            for module in (function, sae.get_activation_fn().train(function.training))
-        )
-        settings["activation_fn"] = None if own == usual else own
+        described = [
+            f"{function} {_scalars(vars(function))}"
+            for function in (sae.activation_fn, sae.get_activation_fn())
+        ]
+        if len(set(described)) > 1:
+            settings["activation_fn"] = described[0]
     settings = _scalars({**settings, **held})
     if processing := sae.cfg.metadata.model_from_pretrained_kwargs:
         settings["processing"] = processing
@@ -371,7 +363,8 @@ def sae_key(sae: SparseAutoencoder) -> str:
 
 
 def _scalars(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: v for name, v in values.items() if isinstance(v, int | float | str | bool)}
+    numbers = {k: v for k, v in values.items() if isinstance(v, int | float | str | bool)}
+    return {k: v for k, v in numbers.items() if k not in ("name", "training")}  # of modules
 
 
 def _check_vectors(x: Tensor) -> None:

@@ -25,6 +25,9 @@ from lenslab.files import HUB, data_path, sha256_file
 # SAELens's readers of releases whose weights are pickles, which can run code when opened
 PICKLED = {"connor_rob_hook_z", "goodfire", "deepseek_r1", "qwen_scope", "dictionary_learning_1"}
 
+# A folder of SAELens's format, and beside it what was measured
+WEIGHTS, CONFIG, CARD = "sae_weights.safetensors", "cfg.json", "card.json"
+
 COMMAND = ".venv/bin/python -m lenslab.sae.hub"  # what errors advise
 
 
@@ -76,7 +79,7 @@ def plain_name(name: str) -> str:
 def check_release(release: str) -> None:
     """Raise NotAnSAE for what is no release, with the nearest."""
     for folder in (data_path("saes", release), Path(release).expanduser()):
-        if release not in releases() and (folder / "cfg.json").is_file():
+        if release not in releases() and (folder / CONFIG).is_file():
             raise NotAnSAE(f"{release} is a single SAE, no release: give its name without a hook.")
     if release not in releases():
         near = nearest(release, releases())

@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lenslab.files import sha256_file, write_json
-from lenslab.sae.fields import CARD, CONFIG, WEIGHTS, config_key
+from lenslab.sae.fields import config_key
 from lenslab.sae.load import SparseAutoencoder, check_finite, left_over, sae_hook
-from lenslab.sae.registry import NotAnSAE
+from lenslab.sae.registry import CARD, CONFIG, WEIGHTS, NotAnSAE
 
 
 def save_sae(
