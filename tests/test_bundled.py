@@ -11,7 +11,7 @@ from lenslab.files import data_path
 from lenslab.hooks import stream_hook
 from lenslab.models import load_model, random_twin
 from lenslab.sae import find
-from lenslab.sae.find import SHOWN, card_table, find_sae, read_card
+from lenslab.sae.find import SHOWN, card_table, find_sae
 from lenslab.sae.load import bundled_saes, check_sae, finish, load_sae, sae_hook, sae_key
 from lenslab.sae.registry import NotAnSAE
 
@@ -39,11 +39,6 @@ def test_the_table_says_what_the_cards_say(pocket):
     card = json.loads(data_path("saes", name, "card.json").read_text())
     row = card_table(pocket).query("sae == @name and ships").iloc[0]
     assert row["l0"] == card["sae"]["l0"] and row["null"] == card["null"]["variance_explained"]
-
-
-def test_an_unknown_card_is_named():
-    with pytest.raises(FileNotFoundError, match="no-such-sae"):
-        read_card("no-such-sae")
 
 
 def test_the_bundled_sae_of_the_middle_layer_is_found(pocket):

@@ -143,11 +143,6 @@ def train_small_sae(
     return train({"sae": sae.to(model.cfg.device)}, source, config)["sae"].sae
 
 
-def read_card(name: str) -> dict:
-    """The card of a bundled SAE. FileNotFoundError where it has none."""
-    return json.loads(data_path("saes", name, CARD).read_text(encoding="utf-8"))
-
-
 def card_table(model: TransformerBridge | None = None) -> pd.DataFrame:
     """One row per bundled SAE (of `model`) and sparsity, on held-out documents; the null's variance
     explained beside.
@@ -157,7 +152,8 @@ def card_table(model: TransformerBridge | None = None) -> pd.DataFrame:
     """
     rows = []
     for name in bundled_saes(model):
-        for level in read_card(name)["at_l0"].values():
+        card = json.loads(data_path("saes", name, CARD).read_text(encoding="utf-8"))
+        for level in card["at_l0"].values():
             row = {"sae": name, "ships": level["ships"]}
             row |= {metric: level["sae"][metric] for metric in SHOWN}
             rows.append(row | {"null": level["null"]["variance_explained"]})
