@@ -131,9 +131,12 @@ def flip_a_byte(file):
     [
         (lambda f: edit_config(f, lambda c: c.pop("metadata")), "hook"),
         (
-            lambda f: edit_config(f, lambda c: c["metadata"].pop("sae_lens_version")),
+            lambda f: edit_config(
+                f, lambda c: c.update(metadata=dict(hook_name=HOOK))
+            ),  # as written by hand, without hashes
             "sae_lens_version",
         ),
+        (lambda f: edit_config(f, lambda c: c["metadata"].pop("sae_lens_version")), "hash"),
         (lambda f: edit_config(f, lambda c: c.update(architecture="nonesuch")), "nonesuch"),
         (lambda f: edit_config(f, lambda c: c.update(d_in=31)), "fit"),
         (lambda f: (f / "cfg.json").write_text("{"), "JSON"),
