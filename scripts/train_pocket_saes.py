@@ -37,7 +37,8 @@ from lenslab.models import load_model, model_key, model_name, random_twin
 from lenslab.runtime import machine_summary
 from lenslab.sae.controls import evaluate_null
 from lenslab.sae.evaluate import evaluate_sae
-from lenslab.sae.load import SparseAutoencoder, load_sae, save_sae
+from lenslab.sae.load import SparseAutoencoder, load_sae
+from lenslab.sae.save import save_sae
 from lenslab.sae.train import ModelSource, TrainingConfig, build_sae, train
 from lenslab.tokens import TokenBatch, pack
 

@@ -88,9 +88,10 @@ def hook_table(model: TransformerBridge, layer: int | None = None) -> pd.DataFra
     return pd.DataFrame(rows, columns=["hook", "shape"])
 
 
-def check_unhooked(model: TransformerBridge) -> None:
-    """Raise ValueError, naming the first, where forward hooks are left on a model: what it gives is
-    then not what its weights give. Its own, which the libraries put there, do not count."""
+def check_unhooked(model: torch.nn.Module) -> None:
+    """Raise ValueError, naming the first, where forward hooks are left on a model or an SAE: what
+    it gives is then not what its weights give. Its own, which the libraries put there, do not
+    count."""
     for name, module in model.named_modules():
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         if not all(str(getattr(hook, "__module__", "")).startswith(OWN_HOOKS) for hook in hooks):

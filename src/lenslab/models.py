@@ -26,7 +26,7 @@ from lenslab.loading import load_model as load_model
 from lenslab.loading import model_name, text_config
 from lenslab.loading import random_twin as random_twin
 
-_KEYS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (state, key)
+_KEYS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (state, {dtype: key})
 # What a config says that changes no number; and the three configs, bundled models', whose keys were
 # written before configs were part of keys: their shapes of weights are no other config's here
 SILENT = ("transformers_version", "architectures", "dtype", "use_cache", "_name_or_path")
@@ -34,9 +34,9 @@ SILENT += ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 UNMARKED = ("52477a1d", "29a9eaab", "9348025a")
 
 
-def weights_key(model: TransformerBridge) -> str:
+def weights_key(model: TransformerBridge, dtype: torch.dtype | None = None) -> str:
     """16 hexadecimal digits of the SHA-256 of all weights and their types: what an SAE was made
-    for.
+    for. With `dtype`, the key that the model would have with its weights cast to it.
 
     Computed once per state of the weights (0.05 s for pocket-gpt, seconds for a billion
     parameters).
@@ -44,13 +44,16 @@ def weights_key(model: TransformerBridge) -> str:
     weights = sorted(model.original_model.named_parameters())
     state = [_state(parameter) for _, parameter in weights]
     if model not in _KEYS or _KEYS[model][0] != state:
+        _KEYS[model] = state, {}
+    keys = _KEYS[model][1]
+    if dtype not in keys:
         digest = hashlib.sha256()
         for name, parameter in weights:
-            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            values = parameter.detach().cpu().contiguous().flatten()
-            digest.update(values.view(torch.uint8).numpy().data)
-        _KEYS[model] = state, digest.hexdigest()[:16]
-    return _KEYS[model][1]
+            values = parameter.detach().to("cpu", dtype).contiguous()
+            digest.update(f"{name}{tuple(values.shape)}{values.dtype}".encode())
+            digest.update(values.flatten().view(torch.uint8).numpy().data)
+        keys[dtype] = digest.hexdigest()[:16]
+    return keys[dtype]
 
 
 def model_key(model: TransformerBridge) -> str:

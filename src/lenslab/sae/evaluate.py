@@ -15,13 +15,12 @@ A number alone says little: 2,048 random directions with the same L0 explain var
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -69,11 +68,6 @@ class SAEMetrics(Result):
     ce_recovered_zero: float | None  # (zero - spliced) / (zero - clean)
     ce_recovered_mean: float | None
     kl: float  # KL(clean || spliced)
-    fired: Int[Tensor, " d_sae"] = field(repr=False, compare=False)  # tokens with the latent active
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every number, without the counts per latent."""
-        return {name: value for name, value in super().to_dict().items() if name != "fired"}
 
     def to_frame(self) -> pd.DataFrame:
         """One row; put several SAEs together with `pd.concat`."""
@@ -102,6 +96,8 @@ def evaluate_sae(
     transform, hook = input_transform(sae, model, batch), sae_hook(sae)
     refuse_transcoder(sae)
     check_unhooked(model)
+    if isinstance(sae, torch.nn.Module):
+        check_unhooked(sae)
     few = max(1, CELLS // (batch.tokens.shape[1] * sae.cfg.d_sae))
     batch_size = texts_per_pass(model, batch, limit=min(batch_size, few))
     n_predicted = int(batch.real[:, 1:].sum())
@@ -164,7 +160,6 @@ def evaluate_sae(
         ce_difference=losses["ce_spliced"] - losses["ce_clean"],
         ce_recovered_zero=_recovered(losses, "ce_zero"),
         ce_recovered_mean=_recovered(losses, "ce_mean"),
-        fired=activity.counts.cpu(),
         **losses,
     )
 

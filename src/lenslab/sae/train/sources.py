@@ -150,6 +150,7 @@ class ModelSource(VectorSource):
         batch_size: int = 32,
         pool: int = POOL,
         seed: int = 0,
+        progress: bool = False,
     ):
         hooks = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
         check_hooks(model, hooks)
@@ -157,7 +158,7 @@ class ModelSource(VectorSource):
         options = {"compute": str(compute_dtype()).removeprefix("torch."), "batch_size": batch_size}
         identity = (model_key(model), batch.key, options)
         super().__init__(batch.real.sum(1).tolist(), pool, seed, widths, *identity)
-        self.model, self.batch, self.options = model, batch, options
+        self.model, self.batch, self.options, self.progress = model, batch, options, progress
         self.metadata = {
             "model_name": model_name(model),
             "model_key": model_key(model),
@@ -185,7 +186,8 @@ class ModelSource(VectorSource):
         if model_key(self.model) != self.metadata["model_key"]:
             raise ValueError("The model was changed after this source was made: make a new one.")
         batch = self.batch[units]
-        vectors = harvest(self.model, batch, list(self.widths), progress=False, **self.options)
+        given = {"progress": self.progress, **self.options}
+        vectors = harvest(self.model, batch, list(self.widths), **given)
         return {hook: value[batch.real].flatten(1).float() for hook, value in vectors.items()}
 
 
