@@ -1,5 +1,6 @@
 """The README runs as it is written, and its numbers are those of the results."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -11,6 +12,8 @@ import pytest
 import torch
 import transformers
 import yaml
+from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+from transformer_lens.tools.model_registry.api import get_registry_stats
 
 from lenslab.files import REPOSITORY
 from lenslab.texts import load_probes
@@ -76,6 +79,22 @@ def test_links_lead_somewhere(page):
             headings = re.findall(r"^#+ (.*)", linked.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings]
             assert anchor in slugs, target
+
+
+def test_what_is_said_of_neighbours_is_counted_in_the_installed_versions():
+    listed = importlib.util.find_spec("sae_lens").submodule_search_locations[0]
+    with open(os.path.join(listed, "pretrained_saes.yaml")) as file:
+        releases = yaml.load(file, Loader=yaml.CSafeLoader).values()
+    saes = [sae for release in releases for sae in release["saes"]]
+    models = {release["model"] for release in releases}
+    pages = sum(bool(sae.get("neuronpedia")) for sae in saes)
+    assert f"{len(saes):,}, of {len(models)} models" in README
+    assert f"**pages** for {pages:,} of" in README
+    assert f"**{len(SUPPORTED_ARCHITECTURES)} architectures**" in README
+    assert f"verified {get_registry_stats()['total_verified']:,} models" in README
+    for package in ("sae-lens", "transformer-lens"):
+        version = ".".join(importlib.metadata.version(package).split(".")[:2])
+        assert re.search(rf"\[{package.replace('-', '')}\]\(\S+\) {version} ", README, re.I)
 
 
 def test_how_to_cite_names_the_version_of_the_package():
