@@ -26,9 +26,9 @@ PICTURE = (
     "attention.png",
     "Attention of one head of pocket-gpt, drawn by phase 1",
 )
-# Notebook, a word of the section's heading, how the printed line begins; the first that is there.
+# Notebook, words of the section's heading, how its lines begin; the first that is there.
 FINDINGS = (
-    ("phase_2_feature_exploration", "ceiling", "So: "),
+    ("phase_2_feature_exploration", "Does it take an SAE?", "So: "),
     ("phase_2_feature_exploration", "", "specialists: "),
 )
 TITLES = {
@@ -124,20 +124,18 @@ def families_sentence() -> str:
     )
 
 
-def printed(cells: list[dict], heading: str, start: str) -> str | None:
-    """The first printed line that begins with `start`, in the sections whose heading holds the word
-    `heading`; None where there is none. `**So:** ...` counts as `So: ...`."""
-    inside = not heading
+def printed(cells: list[dict], heading: str, start: str) -> list[str]:
+    """The lines, printed or displayed as text, that begin with `start` in the sections whose
+    heading holds the words `heading`."""
+    inside, lines = not heading, []
     for cell in cells:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown" and (title := re.search(r"^#+ .*", source, re.M)):
-            inside = heading.lower() in title[0].lower()
+            inside = heading in title[0]
         for output in cell.get("outputs", []) if inside else []:
-            for line in "".join(output.get("text", [])).splitlines():
-                line = re.sub(r"^\*\*(.*?)\*\*", r"\1", line)
-                if line.startswith(start):
-                    return line
-    return None
+            text = "".join(output.get("text", output.get("data", {}).get("text/plain", "")))
+            lines += [line for line in text.splitlines() if line.startswith(start)]
+    return lines
 
 
 def notebook_cells(name: str) -> list[dict]:
@@ -145,12 +143,11 @@ def notebook_cells(name: str) -> list[dict]:
 
 
 def finding() -> str:
-    """What phase 2 prints as its answer, as a quotation. ValueError where it prints none."""
-    lines = (printed(notebook_cells(name), *where) for name, *where in FINDINGS)
-    line = next(filter(None, lines), None)
-    if line is None:
-        raise ValueError(f"No notebook prints a line as described in FINDINGS: {FINDINGS}")
-    return f"> {line}"
+    """What phase 2 says as its answer, as a quotation. ValueError where it says nothing."""
+    for name, heading, start in FINDINGS:
+        if lines := printed(notebook_cells(name), heading, start):
+            return "\n>\n".join(f"> {line}" for line in lines)
+    raise ValueError(f"No notebook prints a line as described in FINDINGS: {FINDINGS}")
 
 
 def picture() -> bytes:

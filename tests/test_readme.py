@@ -153,39 +153,44 @@ def test_comparing_what_the_notebooks_print_means_something():
 
 
 def notebook(*cells) -> list[dict]:
-    """Cells of a notebook: a string is markdown, a list what a code cell printed, line by line."""
+    """Cells of a notebook: a string is markdown, a list what a code cell printed, line by line, a
+    dict what it displayed."""
     made = []
     for cell in cells:
         if isinstance(cell, str):
             made.append({"cell_type": "markdown", "source": cell})
         else:
-            stream = {"output_type": "stream", "text": [f"{line}\n" for line in cell]}
-            made.append({"cell_type": "code", "source": "", "outputs": [stream]})
+            shown = {"output_type": "display_data", "data": cell}
+            if isinstance(cell, list):
+                shown = {"output_type": "stream", "text": [f"{line}\n" for line in cell]}
+            made.append({"cell_type": "code", "source": "", "outputs": [shown]})
     return made
 
 
-def test_the_finding_is_what_the_section_on_the_ceiling_prints(tables, monkeypatch):
-    """The first "So:" of another section, or a later one of its own, is not it."""
+def test_the_finding_is_what_the_section_on_its_question_says(tables, monkeypatch):
+    """All of it, printed or displayed; not what another section says."""
     cells = notebook(
         "# Phase 2",
         ["So: another finding"],
-        "### 5. The ceiling\n\nWhat labels can do.",
+        "### 7. Does it take an SAE?\n\nWhat labels can do.",
         ["logistic regression .99"],
         "Read it like this.",
-        ["**So:** no, .99 without an SAE", "So: later"],
-        "## 6. Next",
+        ["So: no, .99 without an SAE"],
+        {"text/plain": "So: .96 with one", "text/markdown": "**So:** .96 with one"},
+        "## 8. Next",
         ["So: after it"],
     )
     monkeypatch.setattr(tables, "notebook_cells", lambda name: cells)
-    assert tables.finding() == "> So: no, .99 without an SAE"
-    filled = tables.filled(
-        "a\n<!-- finding -->\nold\n<!-- end of finding -->\nb", {"finding": tables.finding}
-    )
-    assert filled.splitlines()[2] == "> So: no, .99 without an SAE" and "old" not in filled
+    quoted = "> So: no, .99 without an SAE\n>\n> So: .96 with one"
+    assert tables.finding() == quoted
+    page = "a\n<!-- finding -->\nold\n<!-- end of finding -->\nb"
+    filled = tables.filled(page, {"finding": tables.finding})
+    assert filled == page.replace("old", quoted)
 
 
 def test_a_notebook_without_a_finding_is_not_passed_over(tables, monkeypatch):
-    monkeypatch.setattr(tables, "notebook_cells", lambda name: notebook("## The ceiling", ["x"]))
+    cells = notebook("## Does it take an SAE?", ["a table"])
+    monkeypatch.setattr(tables, "notebook_cells", lambda name: cells)
     with pytest.raises(ValueError, match="FINDINGS"):
         tables.finding()
 
