@@ -16,6 +16,7 @@ from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_AR
 from transformer_lens.tools.model_registry.api import get_registry_stats
 
 from lenslab.files import REPOSITORY
+from lenslab.sae.registry import is_safe, releases
 from lenslab.texts import load_probes
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -82,12 +83,11 @@ def test_links_lead_somewhere(page):
 
 
 def test_what_is_said_of_neighbours_is_counted_in_the_installed_versions():
-    listed = importlib.util.find_spec("sae_lens").submodule_search_locations[0]
-    with open(os.path.join(listed, "pretrained_saes.yaml")) as file:
-        releases = yaml.load(file, Loader=yaml.CSafeLoader).values()
-    saes = [sae for release in releases for sae in release["saes"]]
-    models = {release["model"] for release in releases}
+    saes = [sae for release in releases().values() for sae in release["saes"]]
+    models = {release["model"] for release in releases().values()}
+    safe = sum(len(release["saes"]) for name, release in releases().items() if is_safe(name))
     pages = sum(bool(sae.get("neuronpedia")) for sae in saes)
+    assert f"loads those {safe:,} of SAELens's" in README
     assert f"{len(saes):,}, of {len(models)} models" in README
     assert f"**pages** for {pages:,} of" in README
     assert f"**{len(SUPPORTED_ARCHITECTURES)} architectures**" in README
