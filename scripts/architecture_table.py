@@ -1,5 +1,5 @@
 """Which families of models load, and how near TransformerLens comes to Hugging Face: a tiny random
-model of each, loaded as users load theirs, in a table that is written into README.md.
+model of each, loaded as users load theirs, in a table that is written into data/README.md.
 
 A family is refused where its adapter fails or computes something else. `difference` is the largest
 relative difference at three residual streams and in the logits, over the tokens of one text.
@@ -172,7 +172,7 @@ def main() -> None:
     made = table()
     if parser.parse_args().check:
         return print(made)
-    file = REPOSITORY / "README.md"
+    file = REPOSITORY / "data" / "README.md"
     before, rest = file.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
     file.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")

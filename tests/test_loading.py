@@ -320,8 +320,8 @@ def test_the_table_of_architectures_is_that_of_its_script(monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
     import architecture_table as script
 
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    shown = readme.split(script.BEGIN)[1].split(script.END)[0]
+    card = (REPOSITORY / "data" / "README.md").read_text(encoding="utf-8")
+    shown = card.split(script.BEGIN)[1].split(script.END)[0]
     assert [line.split("|")[1].strip() for line in shown.strip().splitlines()[2:]] == [
         family.removesuffix("LMHeadModel") for family in script.FAMILIES
     ]
