@@ -141,7 +141,7 @@ def load_sae(
     name = os.fspath(name)
     folder = data_path("saes", name) if name in bundled_saes() else Path(name).expanduser()
     label = folder.name if sae_id is None else f"{name} {sae_id}"
-    options = {"device": device or default_device(), "dtype": "float32"}
+    options = {"device": default_device(device), "dtype": "float32"}
     if sae_id is None:
         folder = _standing(folder)
         _check_folder(name, folder)
