@@ -29,7 +29,7 @@ from lenslab import runtime
 from lenslab.files import only_writer
 from lenslab.hooks import by_pair, by_token, check_hooks, check_unhooked, hook_names
 from lenslab.models import check_eval, check_ids, model_name, text_config
-from lenslab.store import DTYPES, ActivationStore
+from lenslab.store import ActivationStore, check_dtype
 from lenslab.tokens import TokenBatch
 
 MEMORY_SHARE = 0.5  # of the memory that is free: what `harvest` may fill
@@ -78,10 +78,7 @@ def harvest(
     whose values have no text axis; a `dtype` of integers or of 8 bits).
     """
     check_batch(model, batch)
-    if dtype not in DTYPES:
-        raise ValueError(
-            f"{dtype} would cut the values off: give a floating-point dtype of 16 bits or more."
-        )
+    check_dtype(dtype)
     check_eval(model)
     if store is not None or not edited:
         check_unhooked(model)

@@ -39,7 +39,7 @@ from lenslab.metrics import Moments
 from lenslab.models import model_key, model_name
 from lenslab.tokens import TokenBatch
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others cut values off
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FORMAT = 3  # of a store's folder; 2 had no key in the manifest
 SHARD_BYTES = 64 << 20  # little is lost when a run breaks off, and it still reads fast
 
@@ -104,8 +104,7 @@ class ActivationStore:
         ValueError for a hook without a vector per token, no hook at all, and as `check_dtype`.
         """
         hooks = check_hooks(model, hooks)
-        if dtype not in DTYPES:
-            raise ValueError(f"{dtype} is no dtype of a store; they are {DTYPES}.")
+        check_dtype(dtype)
         if compute == "auto":
             compute = str(runtime.compute_dtype()).removeprefix("torch.")
         identity = {
@@ -264,6 +263,14 @@ class ActivationStore:
             raise DamagedShard(f"{name} is {state}: harvest(..., store=store) makes it anew.")
         self._verified.add(name)
         return self.folder / f"{name}.safetensors"
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise ValueError for a dtype in which activations lose their values: integers, 8 bits."""
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"{dtype} would cut the values off: give a floating-point one of {DTYPES}."
+        )
 
 
 def _with_key(manifest: dict[str, Any]) -> dict[str, Any]:
