@@ -268,9 +268,7 @@ class ActivationStore:
 def check_dtype(dtype: Any) -> None:
     """Raise ValueError for a dtype in which activations lose their values: integers, 8 bits."""
     if dtype not in DTYPES:
-        raise ValueError(
-            f"{dtype} would cut the values off: give a floating-point one of {DTYPES}."
-        )
+        raise ValueError(f"{dtype} would cut the values off: take floating-point, 16 bits or more.")
 
 
 def _with_key(manifest: dict[str, Any]) -> dict[str, Any]:
