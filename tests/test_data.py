@@ -141,7 +141,11 @@ def test_a_limit_reads_no_further_than_it_needs(tmp_path):
         ("a.jsonl.gz", gzip.compress(rows().encode() * 50)[:-12], "cut off"),
         ("a.txt.gz", b"plain text under a false name", "damaged"),
         ("a.parquet", b"PAR1 but nothing after it", "damaged"),
-        ("a.csv", b"text\nx", r"\.txt, \.jsonl, \.parquet"),
+        ("a.csv", b"text\nx", r"\.txt, \.jsonl, \.parquet.*read_csv\(file\)\[.column.\]\.tolist"),
+        ("a.md", b"# x", r"\.txt, \.jsonl, \.parquet.*read_csv"),
+        ("a.txt", "text".encode("utf-16-le"), "NUL"),
+        ("a.txt", b"text\n\n\x00\x01", "NUL"),
+        ("a.txt", "text".encode("utf-16"), "UTF-8"),
     ],
 )
 def test_what_cannot_be_read_says_where_and_why(tmp_path, name, content, message):

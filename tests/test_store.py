@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import inspect
 import json
 import os
 import signal
@@ -10,11 +11,12 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lenslab import capture
 from lenslab import store as store_module
 from lenslab.capture import BadActivations, harvest
-from lenslab.files import REPOSITORY, NotWritten, content_key, only_writer
+from lenslab.files import REPOSITORY, NotWritten, content_key, only_writer, sha256_file
 from lenslab.hooks import UnknownHook, stream_hook
 from lenslab.models import random_twin
 from lenslab.store import ActivationStore, DamagedShard, StoreMismatch
@@ -74,9 +76,10 @@ def test_rows_come_in_the_order_asked_for(fill):
     asked = torch.tensor([len(store) - 1, 0, 7, 7, 50])
     assert torch.equal(store.rows(asked, HOOK), rows[asked])
     assert store.rows([], HOOK).shape == (0, 32)
-    for bad in ([len(store)], [-1]):
+    mask = [True] + [False] * (len(store) - 1)  # as numbers, it would be rows 1 and 0
+    for bad in ([len(store)], [-1], mask, torch.tensor(mask), [0.5], [1.0]):
         with pytest.raises(IndexError):
-            store.rows(bad, HOOK)
+            inspect.unwrap(ActivationStore.rows)(store, bad, HOOK)  # without the tests' types
     with pytest.raises(IndexError):
         store.read(4)
 
@@ -230,6 +233,56 @@ def test_a_damaged_shard_is_refused_then_redone_and_said(fill, damage):
     assert contents(store.folder) == before
 
 
+def exchange(folder, name, change):
+    """Write other tensors into a file of a store, with their hash beside it."""
+    path = folder / f"{name}.safetensors"
+    tensors = {key: value.contiguous() for key, value in change(load_file(path)).items()}
+    save_file(tensors, path)
+    entry = json.loads(path.with_suffix(".json").read_text()) | {"sha256": sha256_file(path)}
+    path.with_suffix(".json").write_text(json.dumps(entry))
+
+
+LAYOUTS = {
+    "narrow": lambda t: t | {HOOK: t[HOOK][:, :7]},
+    "wide": lambda t: t | {HOOK: t[HOOK].repeat(1, 2)},
+    "one axis more": lambda t: t | {HOOK: t[HOOK][..., None]},
+    "flat": lambda t: t | {HOOK: t[HOOK].flatten()},
+    "another dtype": lambda t: t | {HOOK: t[HOOK].half()},
+    "fewer rows": lambda t: t | {HOOK: t[HOOK][:-1]},
+    "fewer positions": lambda t: t | {"position": t["position"][:-1]},
+    "no vectors": lambda t: {key: t[key] for key in ("text", "position", "token")},
+    "another hook": lambda t: t | {"blocks.0.hook_resid_post": t[HOOK].clone()},
+}
+
+
+@pytest.mark.parametrize("change", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_shard_of_another_shape_is_refused_though_its_hash_is_right(fill, change):
+    folder = fill().folder
+    before = contents(folder)
+    exchange(folder, "shard-00001", change)
+    store = ActivationStore(folder)
+    with pytest.raises(DamagedShard, match="shard-00001"):
+        store.read(1)
+    with pytest.raises(DamagedShard, match="shard-00001"):
+        store.rows([len(store) - 1, store.manifest["rows"][0]], HOOK)
+    with pytest.warns(UserWarning, match="shard-00001"):
+        fill()
+    assert contents(folder) == before
+
+
+def test_statistics_of_another_shape_are_refused_and_made_anew(fill):
+    folder = fill().folder
+    before = contents(folder)
+    for change in (
+        lambda t: t | {f"{HOOK}/mean": t[f"{HOOK}/mean"][:3]},
+        lambda t: {f"{HOOK}/mean": t[f"{HOOK}/mean"]},
+    ):
+        exchange(folder, "statistics", change)
+        with pytest.raises(DamagedShard):
+            ActivationStore(folder).statistics(HOOK)
+        assert contents(fill().folder) == before
+
+
 def test_lost_statistics_are_made_anew(fill):
     store = fill()
     before = contents(store.folder)
@@ -257,7 +310,7 @@ def test_a_full_disk_leaves_what_was_written(fill, monkeypatch):
         save(tensors, path)
 
     monkeypatch.setattr(store_module, "save_file", full)
-    with pytest.raises(OSError, match=r"shard-00002.*kept") as caught:
+    with pytest.raises(NotWritten, match=r"shard-00002.*free some space") as caught:
         fill("full")
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.setattr(store_module, "save_file", save)
@@ -358,6 +411,11 @@ def test_what_cannot_be_stored_is_refused(model, batch, tmp_path):
             ActivationStore.open(model, batch, hook, folder=tmp_path / "store")
     with pytest.raises(UnknownHook):
         ActivationStore.open(model, batch, "blocks.9.hook_resid_post", folder=tmp_path / "store")
+    for dtype in (torch.int8, torch.bool, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match="cut the values off"):
+            ActivationStore.open(model, batch, HOOK, folder=tmp_path / "store", dtype=dtype)
+        with pytest.raises(ValueError, match="cut the values off"):
+            harvest(model, batch, HOOK, dtype=dtype)
     assert not (tmp_path / "store").exists()
 
 

@@ -131,7 +131,11 @@ def content_key(*parts: Any) -> str:
 
 
 def _in_full(value: Any) -> Any:
-    """Of an array its values: its text leaves out those in the middle."""
+    """Of an array or a table its values: their text leaves out those in the middle."""
+    if is_dataclass(value):
+        return vars(value)
+    if isinstance(value, pd.DataFrame):
+        return value.to_dict("tight")
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
@@ -155,7 +159,8 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in VERSIONED}
 
 
-# Checkpoints: FOLDER/step-00000100.pt, whose last bytes are the SHA-256 of those before
+# Checkpoints: FOLDER/step-00000100.pt, whose last bytes are the SHA-256 of those before. A `.pt` is
+# a pickle inside; read with `weights_only=True` it gives tensors and plain values and runs no code
 
 
 @contextmanager

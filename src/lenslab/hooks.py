@@ -54,9 +54,13 @@ def hook_names(model: TransformerBridge) -> dict[str, tuple[int, ...]]:
     return _HOOKS[model][1]
 
 
-def check_hooks(model: TransformerBridge, names: Iterable[str]) -> None:
-    """Raise UnknownHook, with the nearest names, unless every hook exists in this model."""
+def check_hooks(model: TransformerBridge, names: str | Iterable[str]) -> tuple[str, ...]:
+    """One hook or several, each once. Raises UnknownHook, with the nearest names, where this model
+    has one of them not; ValueError for none."""
     hooks = hook_names(model)
+    names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    if not names:
+        raise ValueError("No hook is asked for; hook_table(model) lists them.")
     for name in names:
         if name not in hooks:
             near = difflib.get_close_matches(name, hooks, n=3, cutoff=0.5)
@@ -66,6 +70,7 @@ def check_hooks(model: TransformerBridge, names: Iterable[str]) -> None:
                 f"{model_name(model)} has no hook {name!r}. Nearest: {', '.join(near) or 'none'}. "
                 f"It has {model.cfg.n_layers} layers, from 0; hook_table(model) lists all hooks."
             )
+    return names
 
 
 def stream_hook(model: TransformerBridge, layer: int | np.integer, stream: str = "residual") -> str:

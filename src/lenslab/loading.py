@@ -91,7 +91,7 @@ def load_model(
         raise
     except Exception as error:  # of a dozen kinds: bad JSON, cut-off weights, no network
         raise NotAModel(_advice(source, label, error)) from error
-    model = boot(weights, tokenizer, label, device or default_device())
+    model = boot(weights, tokenizer, label, default_device(device))
     return random_twin(model, label=label) if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else model
 
 

@@ -9,8 +9,9 @@ and compared.
 | `.pt`               | as they are                  | PyTorch                  | PyTorch code     |
 
 Every format holds the same two things, a header (JSON; in it the key of all that the file holds)
-and named tensors, and none can run code.
-Pickles can (`.pkl`, `.pickle`, or one that calls itself `.pt`) and are refused.
+and named tensors. None runs code when it is read here: a `.pt` is a pickle inside, read with
+`weights_only=True`, which makes tensors and plain values and refuses everything else; other pickles
+(`.pkl`, `.pickle`) are neither written nor read.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab.capture import harvest
-from lenslab.files import atomic_write, content_key
+from lenslab.files import atomic_write, content_key, versions
 from lenslab.hooks import by_pair, by_token
 from lenslab.models import model_key, model_name
 from lenslab.tokens import tokenize
@@ -94,9 +94,7 @@ def extract_batch(
     """
     batch = tokenize(model, texts)
     values = harvest(model, batch, hooks)
-    metadata = {"model": model_name(model), "model_key": model_key(model)}
-    packages = ("lenslab", "torch", "transformers", "transformer-lens")
-    metadata["versions"] = {name: version(name) for name in packages}
+    metadata = {"model": model_name(model), "model_key": model_key(model), "versions": versions()}
     records = []
     for row, n in enumerate(batch.attention.sum(1).tolist()):
         activations = {}
@@ -119,8 +117,9 @@ def save_record(records: ActivationRecord | Sequence[ActivationRecord], path: st
     """Write one record or several; the format comes from the suffix. Returns the path, in which `~`
     is the home folder.
 
-    Raises NotARecord for a pickle or an unknown suffix, ValueError for NaN or Inf in `.json`, which
-    has no such numbers. A file that is there is replaced only once the new one is whole.
+    Raises NotARecord for `.pkl`, `.pickle` or an unknown suffix, ValueError for NaN or Inf in
+    `.json`, which has no such numbers. A file that is there is replaced only once the new one is
+    whole.
     """
     path = Path(path).expanduser()
     suffix = _suffix(path)
@@ -157,8 +156,8 @@ def save_record(records: ActivationRecord | Sequence[ActivationRecord], path: st
 def load_record(path: str | Path) -> ActivationRecord | list[ActivationRecord]:
     """What `save_record` wrote: one record, or the list of several.
 
-    Raises NotARecord for a pickle (whatever it calls itself), a cut-off, changed or foreign file;
-    FileNotFoundError.
+    Raises NotARecord for a pickle of more than tensors and plain values, a cut-off, changed or
+    foreign file; FileNotFoundError.
     """
     path = Path(path).expanduser()
     suffix = _suffix(path)
@@ -249,7 +248,7 @@ def _vectors(record: ActivationRecord, hook: str) -> Float[Tensor, "pos d"]:
     value = record.activations[hook]
     if len(value) != len(record.tokens) or value.ndim < 2:
         raise ValueError(f"{hook} has no vector for each token: its shape is {tuple(value.shape)}.")
-    return value.flatten(1)  # heads side by side
+    return value.detach().cpu().flatten(1)  # heads side by side
 
 
 def _suffix(path: Path) -> str:

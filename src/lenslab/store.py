@@ -19,7 +19,6 @@ How a store is filled:
 
 from __future__ import annotations
 
-import errno
 import json
 import warnings
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -40,6 +39,7 @@ from lenslab.metrics import Moments
 from lenslab.models import model_key, model_name
 from lenslab.tokens import TokenBatch
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FORMAT = 3  # of a store's folder; 2 had no key in the manifest
 SHARD_BYTES = 64 << 20  # little is lost when a run breaks off, and it still reads fast
 
@@ -69,11 +69,10 @@ class ActivationStore:
         try:
             self.manifest: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError):  # what follows says so
-            self.manifest = {"format": FORMAT}
-        if self.manifest.get("format") != FORMAT:
-            raise ValueError(f"{self.folder.name} is a store of an earlier layout: delete it.")
-        if self.manifest != _with_key(self.manifest):
-            raise ValueError(f"The manifest of {self.folder.name} was changed: delete the store.")
+            self.manifest = {}
+        if self.manifest.get("format") != FORMAT or self.manifest != _with_key(self.manifest):
+            reason = "was changed, or is of an earlier layout"
+            raise ValueError(f"The manifest of {self.folder.name} {reason}: delete the store.")
         self.dtype: torch.dtype = getattr(torch, self.manifest["dtype"])
         rows = self.manifest["rows"]
         self.shards = [f"shard-{number:05d}" for number in range(len(rows))]
@@ -102,12 +101,10 @@ class ActivationStore:
             texts_per_shard: where one begins; default as many as fill about 64 MB with padding.
 
         Raises StoreMismatch when the folder holds a store for something else, UnknownHook,
-        ValueError for a hook without a vector per token.
+        ValueError for a hook without a vector per token, no hook at all, and as `check_dtype`.
         """
-        hooks = (hooks,) if isinstance(hooks, str) else tuple(dict.fromkeys(hooks))
-        check_hooks(model, hooks)
-        if not hooks or not dtype.is_floating_point:
-            raise ValueError(f"A store needs a hook and a floating-point dtype: {hooks}, {dtype}.")
+        hooks = check_hooks(model, hooks)
+        check_dtype(dtype)
         if compute == "auto":
             compute = str(runtime.compute_dtype()).removeprefix("torch.")
         identity = {
@@ -155,10 +152,12 @@ class ActivationStore:
 
     def rows(self, indices: Int[Tensor, " row"] | Sequence[int], name: str) -> Tensor:
         """Some rows in the order asked for: `[row, d]` of a hook, or `[row]` of `name` 'text',
-        'position' or 'token'. Raises IndexError, DamagedShard."""
-        indices = torch.as_tensor(indices, dtype=torch.long)
-        if bool((indices < 0).any()):
-            raise IndexError(f"Rows are counted from 0; {int(indices.min())} was asked for.")
+        'position' or 'token'. Raises IndexError (for a mask and fractions, too), DamagedShard."""
+        indices = torch.as_tensor(indices)
+        whole = not (indices.dtype is torch.bool or indices.is_floating_point())
+        if len(indices) and not (whole and bool((indices >= 0).all())):
+            raise IndexError(f"Rows are whole numbers from 0, not {indices.tolist()[:5]}.")
+        indices = indices.long()
         shards = torch.searchsorted(self._ends, indices, right=True)  # [row]
         result: Tensor | None = None
         for shard in shards.unique().tolist() or [0]:
@@ -181,15 +180,13 @@ class ActivationStore:
     def missing(self) -> list[int]:
         """Shards to be written: those not yet there and, with a warning, those damaged."""
         missing = [shard for shard, name in enumerate(self.shards) if not self._whole(name)]
-        for shard in missing:
-            name = self.shards[shard]
+        for name in (self.shards[shard] for shard in missing):
             if self._entry(name):
                 warnings.warn(f"{name} is missing, half-written or changed: redone.", stacklevel=4)
         return missing
 
     def write(self, shard: int, texts: TokenBatch, vectors: dict[str, Tensor]) -> None:
-        """One shard: `{hook: [row, d]}` of the real tokens of its texts. Raises OSError on a full
-        disk."""
+        """One shard: `{hook: [row, d]}` of the real tokens of its texts. Raises NotWritten."""
         (self.folder / "statistics.json").unlink(missing_ok=True)
         text, position = texts.real.nonzero().int().T.contiguous()
         origin = {
@@ -217,16 +214,10 @@ class ActivationStore:
         self._write("statistics", statistics)
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
-        try:
-            with atomic_write(self.folder / f"{name}.safetensors") as temporary:
-                save_file(tensors, temporary)
-                digest = sha256_file(temporary)
-            write_json(self.folder / f"{name}.json", self._expected(name, digest))
-        except (OSError, SafetensorError) as error:  # safetensors says it in a way of its own
-            if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
-                raise
-            message = f"Disk full at {name}: free some and harvest again, what is written is kept"
-            raise OSError(errno.ENOSPC, message) from error
+        with atomic_write(self.folder / f"{name}.safetensors") as temporary:
+            save_file(tensors, temporary)
+            digest = sha256_file(temporary)
+        write_json(self.folder / f"{name}.json", self._expected(name, digest))
         self._verified.add(name)
 
     def _expected(self, name: str, digest: str) -> dict[str, Any]:
@@ -242,12 +233,23 @@ class ActivationStore:
             return {}
 
     def _whole(self, name: str) -> bool:
-        """Whether a file's bytes and rows are those that were written."""
+        """Whether a file's bytes are those that were written, and its tensors as they should be."""
         path = self.folder / f"{name}.safetensors"
         if not path.is_file() or self._entry(name) != self._expected(name, sha256_file(path)):
             return False
-        with safe_open(path, framework="pt") as file:
-            return name == "statistics" or file.get_slice("text").get_shape() == [self._rows[name]]
+        tensors = load_file(path)  # memory-mapped
+        return {key: (v.dtype, *v.shape) for key, v in tensors.items()} == self._layout(name)
+
+    def _layout(self, name: str) -> dict[str, tuple]:
+        """Dtype and shape of every tensor in a file."""
+        rows, widths = self._rows[name], self.manifest["hooks"]
+        if name == "statistics":
+            layout = {f"{hook}/mean_norm": (torch.float64,) for hook in widths}
+            for hook, width in widths.items():
+                layout[f"{hook}/mean"] = layout[f"{hook}/variance"] = (torch.float64, width)
+            return layout
+        origin = dict.fromkeys(("text", "position", "token"), (torch.int32, rows))
+        return origin | {hook: (self.dtype, rows, width) for hook, width in widths.items()}
 
     def _column(self, shard: int, name: str) -> Tensor:
         """One tensor of a shard, memory-mapped: only the rows that are looked at are read."""
@@ -261,6 +263,12 @@ class ActivationStore:
             raise DamagedShard(f"{name} is {state}: harvest(..., store=store) makes it anew.")
         self._verified.add(name)
         return self.folder / f"{name}.safetensors"
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise ValueError for a dtype in which activations lose their values: integers, 8 bits."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{dtype} would cut the values off: take floating-point, 16 bits or more.")
 
 
 def _with_key(manifest: dict[str, Any]) -> dict[str, Any]:

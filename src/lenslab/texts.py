@@ -60,8 +60,10 @@ def load_texts(
     """Documents from files on this machine: one file, or a folder with all below it in order of
     path.
 
-    Read are `.txt` (documents end at a blank line) and `.jsonl` (one object a line), both also as
-    `.gz`, and `.parquet`. Empty documents are left out; with `limit` nothing is read beyond what it
+    Read are `.txt` (blank lines separate documents) and `.jsonl` (one object a line), both also as
+    `.gz`, and `.parquet`; `.csv`, `.md` and others are not, and in a folder are left alone: of a
+    table give `pandas.read_csv(file)["column"].tolist()` wherever texts are asked for. Empty
+    documents are left out; with `limit` nothing is read beyond what it
     needs. `skip_empty` also leaves out rows without `column` and those with something else than
     text in it, as long as some row of the file has the column.
 
@@ -144,7 +146,8 @@ def _rows(file: Path, column: str = "text") -> Iterator[Any]:
     megabytes for the first line.
     """
     if (kind := _format(file)) not in FORMATS:
-        raise ValueError(f"{file.name} is none of {', '.join(FORMATS)}: save its text as one.")
+        advice = 'load a column of a table as pandas.read_csv(file)["column"].tolist().'
+        raise ValueError(f"{file.name} is none of {', '.join(FORMATS)}: {advice}")
     try:
         if kind == ".parquet":
             from pyarrow.parquet import ParquetFile
@@ -159,7 +162,10 @@ def _rows(file: Path, column: str = "text") -> Iterator[Any]:
                 yield from (json.loads(line) for line in lines if line.strip())
             else:
                 paragraphs = groupby(lines, key=str.isspace)
-                yield from ({column: "".join(p).strip()} for blank, p in paragraphs if not blank)
+                for document in ("".join(p).strip() for blank, p in paragraphs if not blank):
+                    if "\0" in document:  # UTF-16 and binary files may pass for UTF-8
+                        raise ValueError("it holds the character NUL")
+                    yield {column: document}
     except (EOFError, OSError, zlib.error, ValueError) as error:  # each reader raises its own
         raise ValueError(f"{file.name} is cut off, damaged or not UTF-8 ({error}).") from error
 

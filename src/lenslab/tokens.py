@@ -64,6 +64,9 @@ class TokenBatch:
     document: Int[Tensor, "text pos"] | None = None  # of each token its text; -1 where not real
 
     def __post_init__(self) -> None:
+        shape = (len(self.texts), self.tokens.shape[1])
+        if not shape == self.tokens.shape == self.real.shape == self.attention.shape:
+            raise ValueError("Tokens and masks are [text, pos], with one row for each text.")
         for name in ("real", "attention"):  # integers would select rows 0 and 1
             object.__setattr__(self, name, as_mask(getattr(self, name)))
         if bool((self.real & ~self.attention).any()):
@@ -136,7 +139,7 @@ def tokenize(
     """
     if pad_side not in ("left", "right"):
         raise ValueError(f"pad_side is 'left' or 'right', not {pad_side!r}.")
-    texts, start = _texts(texts), bos_ids(model.tokenizer, bos)
+    texts, start = _inputs(model, texts, bos)
     rows = _encode(model.tokenizer, texts, start)
     length = _checked_length(model, model.cfg.n_ctx if max_length is None else max_length, 2)
     room = length - len(start)
@@ -168,8 +171,8 @@ def pack(
     Nothing is dropped: the last window may be shorter, padded on the right. Documents that give no
     token are refused, as in `tokenize`; `bos` and what is raised are as there.
     """
+    texts, start = _inputs(model, texts, bos)
     tokenizer, eos = model.tokenizer, model.tokenizer.eos_token_id
-    texts, start = _texts(texts), bos_ids(tokenizer, bos)
     length = min(model.cfg.n_ctx, WINDOW) if length is None else length
     room = _checked_length(model, length, 2 + len(start)) - len(start)  # an EOS is never alone
     end = _from_text(-1, start if eos is None else [eos])
@@ -195,10 +198,10 @@ def generate(
     the context, or the prompt is empty; for a temperature that is none; for a model in train mode
     or with NaN or Inf in its logits.
     """
+    prompts, start = _inputs(model, prompt, bos)
     check_eval(model)
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"A temperature is 0 (greedy) or above and finite, not {temperature}.")
-    prompts, start = _texts(prompt), bos_ids(model.tokenizer, bos)
     if not all(text.strip() for text in prompts):
         raise ValueError("An empty prompt: give the model at least one word to continue.")
     rows = [[*start, *row[:, 0].tolist()] for row in _encode(model.tokenizer, prompts, start)]
@@ -240,15 +243,18 @@ def _checked_length(model: TransformerBridge, length: int, least: int) -> int:
     return length
 
 
-def _texts(texts: str | Iterable) -> tuple[str, ...]:
-    """One text or several, in order. Raises TypeError for what would be read as something else."""
+def _inputs(model: Any, texts: Any, bos: bool | None) -> tuple[tuple[str, ...], list[int]]:
+    """One text or several, in order, and what each begins with. Raises TypeError for what would be
+    read as something else."""
+    if not isinstance(model, TransformerBridge):
+        raise TypeError(f"First load_model(name), then the texts: {type(model).__name__} given.")
     if isinstance(texts, Mapping | Set) or hasattr(texts, "columns"):
         raise TypeError(f"A {type(texts).__name__} is no list of texts: give its column of texts.")
     texts = (texts,) if isinstance(texts, str) else tuple(texts)
     if wrong := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
         kind = type(texts[wrong[0]]).__name__
         raise TypeError(f"Text {wrong[0]} is no string but {kind} ({len(wrong)} such).")
-    return texts
+    return texts, bos_ids(model.tokenizer, bos)
 
 
 def _from_text(text: int, ids: list[int]) -> Int[Tensor, "token 2"]:

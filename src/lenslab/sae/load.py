@@ -143,7 +143,7 @@ def load_sae(
     else:
         registry.repository_of(name, sae_id)  # refuses pickles before they are fetched
         read, where, converter = SAE.from_pretrained, [name, sae_id], checked_reader(name)
-    device = device or default_device()
+    device = default_device(device)
     try:
         with warnings.catch_warnings():  # the processing it warns of is applied by input_transform
             warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretr")

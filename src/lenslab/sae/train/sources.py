@@ -152,9 +152,7 @@ class ModelSource(VectorSource):
         seed: int = 0,
         progress: bool = False,
     ):
-        hooks = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
-        check_hooks(model, hooks)
-        widths = {hook: vector_width(model, hook) for hook in hooks}
+        widths = {hook: vector_width(model, hook) for hook in check_hooks(model, hooks)}
         options = {"compute": str(compute_dtype()).removeprefix("torch."), "batch_size": batch_size}
         identity = (model_key(model), batch.key, options)
         super().__init__(batch.real.sum(1).tolist(), pool, seed, widths, *identity)
