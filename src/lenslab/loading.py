@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import json
 import os
 import warnings
@@ -18,10 +19,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from safetensors import safe_open
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
@@ -46,6 +50,11 @@ def text_config(model: TransformerBridge | PreTrainedModel) -> PretrainedConfig:
     """The config of the language model, also where it is one part of a model that takes images."""
     whole = model.original_model if isinstance(model, TransformerBridge) else model
     return whole.config.get_text_config(decoder=True)
+
+
+def auto_class(config: PretrainedConfig) -> type:
+    """What opens or builds the language model of a config: decoder-only, or encoder-decoder."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 class NotAModel(ValueError):
@@ -76,6 +85,8 @@ def load_model(
     folder = data_path("models", name) if name in BUNDLED else Path(os.path.expanduser(name))
     if folder.is_dir():
         source, label = str(folder), folder.resolve().name  # what is shown holds no path
+    elif folder.is_file():
+        raise NotAModel(f"{folder.name} is a file: give the folder that it lies in.")
     elif folder.is_absolute() or name.startswith((".", "~")):
         raise NotAModel(f"There is no folder {name}. Bundled models: {', '.join(BUNDLED)}.")
     elif near := name not in HUB and _nearest(name.lower(), BUNDLED):
@@ -98,6 +109,11 @@ def load_model(
 def check_folder(folder: Path, label: str) -> None:
     """Refuse a folder that transformers would open wrongly or not at all, and bundled weights that
     are not those of their card: what ships beside them was measured on the card's."""
+    if (folder / "adapter_config.json").is_file():  # transformers may leave it out without a word
+        raise NotAModel(
+            f"{label} holds an adapter of PEFT (adapter_config.json). Merge it where you made it, "
+            "model.merge_and_unload().save_pretrained(folder), into a folder without that file."
+        )
     if not (folder / "config.json").is_file():
         raise NotAModel(f"{label} has no config.json. Make it: model.save_pretrained(folder).")
     if not any(folder.glob("*.safetensors")):
@@ -145,9 +161,13 @@ def open_weights(source: str, dtype: torch.dtype) -> PreTrainedModel:
     file: transformers itself makes up what is missing and leaves out what it does not expect."""
     if local := Path(source).is_dir():  # opened in well under a second: a bar would only flicker
         logging.disable_progress_bar()
+    elif not isinstance(try_to_load_from_cache(source, "config.json"), str):
+        # Asked once: where there is no network, transformers asks six times, in 20 seconds
+        get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=5)
     options = dict(attn_implementation="eager", use_safetensors=True, trust_remote_code=False)
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # told by name below
-    weights, told = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    opener = auto_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
+    weights, told = opener.from_pretrained(source, dtype=dtype, **options)
     label = Path(source).resolve().name if local else source
     if not local:
         check_files(Path(cached_file(source, "config.json")).parent, label)
@@ -262,6 +282,9 @@ def boot(weights: PreTrainedModel, tokenizer, label: str, device: str) -> Transf
             model._tokenizer = tokenizer  # the setter would make it up again
             model.cfg.default_prepend_bos = tokenizer.bos_token is not None
         computed = _computed(model.eval(), ids, reference)
+        in_files = model.original_model.state_dict()
+        built = buffer_hashes(model).items()  # those of the config alone, as they were made here
+        model.built_buffers = {name: value for name, value in built if name not in in_files}
     except Exception as error:
         kind, reason = type(weights).__name__, (str(error).strip() or repr(error)).splitlines()[0]
         raise NotAModel(
@@ -272,16 +295,25 @@ def boot(weights: PreTrainedModel, tokenizer, label: str, device: str) -> Transf
     return model
 
 
+def _inputs(weights: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a model reads in the check: an encoder and a decoder both read the ids."""
+    return dict(decoder_input_ids=ids) if weights.config.is_encoder_decoder else {}
+
+
 def _reference(weights: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Hugging Face's own values for `[1, pos]` ids, by hook: three residual streams `[pos,
-    d_model]` and the logits `[pos, vocabulary]`, less their mean, which no probability depends
-    on."""
+    d_model]`, of an encoder and of a decoder, and the logits `[pos, vocabulary]`, less their mean,
+    which no probability depends on."""
+    options = dict(output_hidden_states=True, use_cache=False)
     with torch.inference_mode():
-        output = weights(ids, output_hidden_states=True, use_cache=False)
-    streams = output.hidden_states or ()  # before block 0, ..., before the last, after the norm
-    before = {0, (len(streams) - 1) // 2, len(streams) - 2} & set(range(len(streams) - 1))
-    values = {f"blocks.{layer}.hook_resid_pre": streams[layer][0].clone() for layer in before}
-    return values | {"logits": _centred(output.logits[0])}
+        output = weights(ids, **_inputs(weights, ids), **options)
+    values = {"logits": _centred(output.logits[0])}
+    for stack in ("", "encoder_", "decoder_"):
+        # before block 0, ..., before the last, after the norm
+        streams = output.get(f"{stack}hidden_states") or ()
+        for layer in {0, (len(streams) - 1) // 2, len(streams) - 2} & set(range(len(streams) - 1)):
+            values[f"{stack}blocks.{layer}.hook_resid_pre"] = streams[layer][0].clone()
+    return values
 
 
 def _computed(
@@ -290,9 +322,21 @@ def _computed(
     """The bridge's values under the same names. Streams that it has no hook for are left out, and
     those of Mamba and its kin, which Hugging Face counts from after the first block."""
     names = [] if model.cfg.is_stateful else [name for name in names if name != "logits"]
+    inputs = _inputs(model.original_model, ids)
     with torch.inference_mode():
-        logits, cache = model.run_with_cache(ids, names_filter=names)
+        logits, cache = model.run_with_cache(ids, names_filter=names, **inputs)
     return {n: cache[n][0] for n in names if n in cache} | {"logits": _centred(logits[0])}
+
+
+def buffer_hashes(model: TransformerBridge) -> dict[str, str]:
+    """SHA-256 of every buffer of a model (masks, rotary frequencies, a router's corrections)."""
+    buffers = model.original_model.named_buffers()
+    return {name: hashlib.sha256(as_bytes(value)).hexdigest() for name, value in buffers}
+
+
+def as_bytes(values: torch.Tensor) -> memoryview:
+    """The bytes of a tensor of any type and device."""
+    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _centred(logits: torch.Tensor) -> torch.Tensor:
@@ -346,8 +390,9 @@ def random_twin(
     generator = derive_generator(seed, "random twin")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        twin = AutoModelForCausalLM.from_config(
-            model.original_model.config,
+        config = model.original_model.config
+        twin = auto_class(config).from_config(
+            config,
             attn_implementation="eager",
             dtype=model.cfg.dtype,
             trust_remote_code=False,

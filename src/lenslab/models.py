@@ -18,12 +18,12 @@ import pandas as pd
 import torch
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lenslab.loading import NotAModel as NotAModel
 from lenslab.loading import check_ids as check_ids
 from lenslab.loading import load_model as load_model
-from lenslab.loading import model_name, text_config
+from lenslab.loading import as_bytes, auto_class, buffer_hashes, model_name, text_config
 from lenslab.loading import random_twin as random_twin
 
 _KEYS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (state, key)
@@ -47,17 +47,19 @@ def weights_key(model: TransformerBridge) -> str:
         digest = hashlib.sha256()
         for name, parameter in weights:
             digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            values = parameter.detach().cpu().contiguous().flatten()
-            digest.update(values.view(torch.uint8).numpy().data)
+            digest.update(as_bytes(parameter))
         _KEYS[model] = state, digest.hexdigest()[:16]
     return _KEYS[model][1]
 
 
 def model_key(model: TransformerBridge) -> str:
     """The key of what a model computes, which caches of activations are keyed by: `weights_key`,
-    and 8 digits of the config where it is not a bundled model's."""
+    and 8 digits of the config where it is not a bundled model's, and of buffers that files hold or
+    that were changed since."""
     config = text_config(model).to_diff_dict()
     told = {name: value for name, value in config.items() if name not in SILENT}
+    built = getattr(model, "built_buffers", {}).items()
+    told |= dict(buffer_hashes(model).items() - built)
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
     return weights_key(model) + ("" if digest in UNMARKED else f"-{digest}")
 
@@ -71,8 +73,13 @@ def _state(parameter: torch.Tensor) -> tuple:
 
 
 def check_eval(model: TransformerBridge) -> None:
-    """Raise ValueError for a model in train mode: dropout would change what it computes, a little
-    and at random."""
+    """Raise ValueError for a model that these methods would misread: in train mode dropout changes
+    what it computes, a little and at random; an encoder-decoder reads two texts."""
+    if model.original_model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{model_name(model)} is an encoder-decoder, and this is for models that are a decoder "
+            "only. Read its hooks with model.run_with_cache(tokens, decoder_input=tokens)."
+        )
     if model.training:
         raise ValueError(f"{model_name(model)} is in train mode (dropout): call model.eval().")
 
@@ -98,7 +105,7 @@ def _plain(model: TransformerBridge) -> PreTrainedModel:
     """The Hugging Face model without bridge and without weights: names, shapes and modules."""
     with torch.device("meta"):
         config = model.original_model.config
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return auto_class(config).from_config(config, trust_remote_code=False)
 
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
