@@ -41,8 +41,8 @@ def hook_names(model: TransformerBridge) -> dict[str, tuple[int, ...]]:
     """Every hook that fires in a forward pass, aliases included -> shape for an input `[text=1,
     pos=2]`.
 
-    Found by running two tokens, and three, so that what is listed is what can be captured; again where
-    TransformerLens's switches (`set_use_attn_result`) were thrown since.
+    Found by running two tokens, and three (see `by_token`), so that what is listed is what can be
+    captured; again where TransformerLens's switches (`set_use_attn_result`) were thrown since.
     """
     switches = {k: v for k, v in vars(model.cfg).items() if k.startswith(("use_", "ungroup"))}
     state = switches, model.compatibility_mode

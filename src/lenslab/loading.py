@@ -19,18 +19,11 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import transformers
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from safetensors import safe_open
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoProcessor,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from lenslab.files import BUNDLED, DEFAULT, HUB, data_path, sha256_file
@@ -54,7 +47,14 @@ def text_config(model: TransformerBridge | PreTrainedModel) -> PretrainedConfig:
 
 def auto_class(config: PretrainedConfig) -> type:
     """What opens or builds the language model of a config: decoder-only, or encoder-decoder."""
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    kind = "Seq2Seq" if config.is_encoder_decoder else "Causal"
+    return getattr(transformers, f"AutoModelFor{kind}LM")
+
+
+def build(config: PretrainedConfig, **options) -> PreTrainedModel:
+    """A model as it is before training, with eager attention."""
+    options |= dict(attn_implementation="eager", trust_remote_code=False)
+    return auto_class(config).from_config(config, **options)
 
 
 class NotAModel(ValueError):
@@ -85,18 +85,16 @@ def load_model(
     folder = data_path("models", name) if name in BUNDLED else Path(os.path.expanduser(name))
     if folder.is_dir():
         source, label = str(folder), folder.resolve().name  # what is shown holds no path
-    elif folder.is_file():
-        raise NotAModel(f"{folder.name} is a file: give the folder that it lies in.")
-    elif folder.is_absolute() or name.startswith((".", "~")):
-        raise NotAModel(f"There is no folder {name}. Bundled models: {', '.join(BUNDLED)}.")
-    elif near := name not in HUB and _nearest(name.lower(), BUNDLED):
-        raise NotAModel(f"There is no model {name!r}. Did you mean {near!r}?")
+    elif folder.is_file() or folder.is_absolute() or name.startswith((".", "~")):
+        raise NotAModel(f"There is no folder {name}: give the folder that holds config.json.")
+    elif name not in HUB and (near := difflib.get_close_matches(name.lower(), BUNDLED, 1, 0.7)):
+        raise NotAModel(f"There is no model {name!r}. Did you mean {near[0]!r}?")
     else:
         source, label = HUB.get(name, name), name
     try:
         if folder.is_dir():
             check_folder(folder, label)
-        weights, tokenizer = open_weights(source, dtype), open_tokenizer(source)
+        weights, tokenizer = open_weights(source, label, dtype), open_tokenizer(source)
         check_vocabulary(tokenizer, weights.get_input_embeddings().num_embeddings, label)
     except NotAModel:
         raise
@@ -110,17 +108,12 @@ def check_folder(folder: Path, label: str) -> None:
     """Refuse a folder that transformers would open wrongly or not at all, and bundled weights that
     are not those of their card: what ships beside them was measured on the card's."""
     if (folder / "adapter_config.json").is_file():  # transformers may leave it out without a word
-        raise NotAModel(
-            f"{label} holds an adapter of PEFT (adapter_config.json). Merge it where you made it, "
-            "model.merge_and_unload().save_pretrained(folder), into a folder without that file."
-        )
+        raise NotAModel(f"{label} holds a PEFT adapter: save model.merge_and_unload() instead.")
     if not (folder / "config.json").is_file():
         raise NotAModel(f"{label} has no config.json. Make it: model.save_pretrained(folder).")
     if not any(folder.glob("*.safetensors")):
-        raise NotAModel(
-            f"{label} has no weights (*.safetensors). A pickle can run code when it is opened, and "
-            "is never loaded here: open it where you trust it, then model.save_pretrained(folder)."
-        )
+        advice = "open it where you trust it, then model.save_pretrained(folder)."
+        raise NotAModel(f"{label} has no weights (*.safetensors). A pickle can run code: {advice}")
     check_files(folder, label)
     if not any((folder / file).exists() for file in VOCABULARIES):  # an empty one would be made up
         raise NotAModel(f"{label} has no tokenizer. Add it: tokenizer.save_pretrained(folder).")
@@ -128,16 +121,14 @@ def check_folder(folder: Path, label: str) -> None:
         card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
         files = {"model.safetensors": "weights_sha256", "config.json": "config_sha256"}
         if any(sha256_file(folder / file) != card[key] for file, key in files.items()):
-            raise NotAModel(
-                f"Weights or config of {label} are not those of its card: `git checkout -- "
-                f"data/models/{label}`, or load changed weights from a folder of your own."
-            )
+            advice = f"`git checkout -- data/models/{label}`, or load it from a folder of your own."
+            raise NotAModel(f"Weights or config of {label} are not those of its card: {advice}")
 
 
 def check_files(folder: Path, label: str) -> None:
     """Refuse what transformers would turn into weights without a word: pickled shards that an index
-    names, integers, files without a tensor. Masks and positions, which it leaves out, may be
-    anything; so may the parts of a quantized model, which it opens by its own rules."""
+    names, and integers. Masks and positions, which it leaves out, may be anything; so may the parts
+    of a quantized model, which it opens by its own rules."""
     if (index := folder / "model.safetensors.index.json").is_file():
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if foreign := sorted(name for name in shards if not name.endswith(".safetensors")):
@@ -146,17 +137,13 @@ def check_files(folder: Path, label: str) -> None:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             types |= {name: tensors.get_slice(name).get_dtype() for name in tensors.offset_keys()}
-    if not types:
-        raise NotAModel(f"{label}: its weights hold no tensor. Save it again or download it anew.")
     whole = [n for n, kind in types.items() if kind not in FLOATS and not n.endswith(LEFT_OUT)]
     if whole and b"quantization_config" not in (folder / "config.json").read_bytes():
-        raise NotAModel(
-            f"{label}: {whole[0]} is of type {types[whole[0]]}, in {len(whole)} tensors, without a "
-            "quantization_config: its scales are lost. Save the model in float32 or bfloat16."
-        )
+        kind = f"{whole[0]} is of type {types[whole[0]]} without a quantization_config"
+        raise NotAModel(f"{label}: {kind}: its scales are lost. Save it in float32 or bfloat16.")
 
 
-def open_weights(source: str, dtype: torch.dtype) -> PreTrainedModel:
+def open_weights(source: str, label: str, dtype: torch.dtype) -> PreTrainedModel:
     """The Hugging Face model of a folder or hub name, from safetensors only, every weight from its
     file: transformers itself makes up what is missing and leaves out what it does not expect."""
     if local := Path(source).is_dir():  # opened in well under a second: a bar would only flicker
@@ -166,9 +153,8 @@ def open_weights(source: str, dtype: torch.dtype) -> PreTrainedModel:
         get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=5)
     options = dict(attn_implementation="eager", use_safetensors=True, trust_remote_code=False)
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # told by name below
-    opener = auto_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
+    opener = auto_class(transformers.AutoConfig.from_pretrained(source, trust_remote_code=False))
     weights, told = opener.from_pretrained(source, dtype=dtype, **options)
-    label = Path(source).resolve().name if local else source
     if not local:
         check_files(Path(cached_file(source, "config.json")).parent, label)
     wrong = {
@@ -193,7 +179,7 @@ def open_weights(source: str, dtype: torch.dtype) -> PreTrainedModel:
 def open_tokenizer(source: str):
     """The tokenizer of a folder or hub name; one without padding pads with EOS or BOS, one that has
     no special token at all with its first: what pads is masked, and only needs an embedding."""
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         ends = tokenizer.eos_token or tokenizer.bos_token
         tokenizer.pad_token = ends or tokenizer.convert_ids_to_tokens(0)
@@ -220,41 +206,26 @@ def check_ids(model: TransformerBridge, ids: torch.Tensor) -> None:
     n_embeddings = model.original_model.get_input_embeddings().num_embeddings
     if beyond := ids[(ids < 0) | (ids >= n_embeddings)].tolist():
         token = model.tokenizer.convert_ids_to_tokens(max(beyond[0], 0))
-        raise ValueError(
-            f"{model_name(model)} has no embedding (of {n_embeddings}) for {token!r}, id "
-            f"{beyond[0]}: take it out of the text."
-        )
+        told = f"{model_name(model)} has no embedding (of {n_embeddings}) for {token!r}"
+        raise ValueError(f"{told}, id {beyond[0]}: take it out of the text.")
 
 
-def _nearest(name: str, known) -> str | None:
-    """The known name that was probably meant."""
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.7)), None)
-
-
-def _advice(source: str, label: str, error: BaseException | None) -> str:
+def _advice(source: str, label: str, error: Exception) -> str:
     """Why a model could not be opened, and what to do."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     if Path(source).is_dir():
+        complete = "Check that the folder is complete: a cut-off download leaves short files."
+        return f"{label} could not be loaded. {reason}. {complete}"
+    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
         return (
-            f"{label} could not be loaded. {reason} "
-            "Check that the folder is complete: a cut-off download leaves short files."
+            f"{label}: the hub gives it to no one it does not know. It is gated, private or "
+            f"misspelt. Accept its licence on https://huggingface.co/{source} while signed in, and "
+            "set an access token of that account as HF_TOKEN."
         )
-    near = None if label in HUB else _nearest(label, [*BUNDLED, *HUB])
-    meant = f"Did you mean {near!r}? " if near else ""
-    while error is not None:  # the hub's own answer is below what transformers makes of it
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-            token = " (the one that is set has no access)" if os.environ.get("HF_TOKEN") else ""
-            return (
-                f"{label}: the hub gives it to no one it does not know. {meant}It is gated, "
-                f"private or misspelt. Accept its licence on https://huggingface.co/{source} while "
-                f"signed in, make an access token there, and set it as HF_TOKEN{token}."
-            )
-        error = error.__cause__ or error.__context__
-    offline = " and unset HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else ""
     return (
-        f"{label} could not be loaded. {meant}{reason} If it is a hub name, download it while "
-        f"online (`.venv/bin/hf download {source}`; set HF_TOKEN for gated models){offline}. "
-        f"Bundled, always here: {', '.join(BUNDLED)}."
+        f"{label} could not be loaded. {reason}. If it is a hub name, download it while online, "
+        f"without HF_HUB_OFFLINE: `.venv/bin/hf download {source}`. "
+        f"Names known here: {', '.join([*BUNDLED, *HUB])}."
     )
 
 
@@ -270,49 +241,43 @@ def boot(weights: PreTrainedModel, tokenizer, label: str, device: str) -> Transf
         reference = _reference(weights, ids)
         fused_gelu(weights)
         options = dict(hf_model=weights, device=device, dtype=weights.dtype)
+        options |= dict(tokenizer=copy.deepcopy(tokenizer))
         # For a model that also takes images TransformerLens asks the hub for a processor of this
         # name, and where that fails installs torchvision with pip, over the torch that is there
-        with mock.patch.object(AutoProcessor, "from_pretrained", return_value=None):
-            model = TransformerBridge.boot_transformers(
-                label, tokenizer=copy.deepcopy(tokenizer), **options
-            )
+        with mock.patch.object(transformers.AutoProcessor, "from_pretrained", return_value=None):
+            model = TransformerBridge.boot_transformers(label, **options)
         model.cfg.model_name = label  # TransformerLens puts another in the place of old short names
         model.cfg.n_ctx = getattr(text_config(weights), "max_seq_len", model.cfg.n_ctx)  # of MPT
         if len(model.tokenizer) > len(tokenizer):  # a made-up end of text, without an embedding
             model._tokenizer = tokenizer  # the setter would make it up again
             model.cfg.default_prepend_bos = tokenizer.bos_token is not None
         computed = _computed(model.eval(), ids, reference)
-        in_files = model.original_model.state_dict()
-        built = buffer_hashes(model).items()  # those of the config alone, as they were made here
-        model.built_buffers = {name: value for name, value in built if name not in in_files}
+        saved = model.original_model.state_dict()  # what is not in it was made here
+        model.built_buffers = {n: h for n, h in buffer_hashes(model).items() if n not in saved}
     except Exception as error:
         kind, reason = type(weights).__name__, (str(error).strip() or repr(error)).splitlines()[0]
-        raise NotAModel(
-            f"{label}: TransformerLens has no adapter for {kind}, or one that fails "
-            f"({reason[:120]}). Use another model."
-        ) from error
+        adapter = f"no adapter for {kind}, or one that fails ({reason[:120]})"
+        raise NotAModel(f"{label}: TransformerLens has {adapter}. Use another model.") from error
     check_agreement(computed, reference, label, weights.dtype)
     return model
 
 
 def _inputs(weights: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a model reads in the check: an encoder and a decoder both read the ids."""
+    """What a model reads besides the ids: they are the text of its decoder, too."""
     return dict(decoder_input_ids=ids) if weights.config.is_encoder_decoder else {}
 
 
 def _reference(weights: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Hugging Face's own values for `[1, pos]` ids, by hook: three residual streams `[pos,
-    d_model]`, of an encoder and of a decoder, and the logits `[pos, vocabulary]`, less their mean,
-    which no probability depends on."""
-    options = dict(output_hidden_states=True, use_cache=False)
+    """Hugging Face's own values for `[1, pos]` ids, by hook: the residual stream before every block
+    `[pos, d_model]` and the logits `[pos, vocabulary]`, less their mean, which no probability
+    depends on."""
     with torch.inference_mode():
-        output = weights(ids, **_inputs(weights, ids), **options)
+        output = weights(ids, output_hidden_states=True, use_cache=False, **_inputs(weights, ids))
     values = {"logits": _centred(output.logits[0])}
     for stack in ("", "encoder_", "decoder_"):
-        # before block 0, ..., before the last, after the norm
-        streams = output.get(f"{stack}hidden_states") or ()
-        for layer in {0, (len(streams) - 1) // 2, len(streams) - 2} & set(range(len(streams) - 1)):
-            values[f"{stack}blocks.{layer}.hook_resid_pre"] = streams[layer][0].clone()
+        streams = output.get(f"{stack}hidden_states") or ()  # the last is after the final norm
+        for layer, stream in enumerate(streams[:-1]):
+            values[f"{stack}blocks.{layer}.hook_resid_pre"] = stream[0].clone()
     return values
 
 
@@ -358,11 +323,8 @@ def check_agreement(computed: dict, reference: dict, label: str, dtype: torch.dt
         apart = disagreement(value, reference[name])
         worst = float(apart.max() if dtype == torch.float32 else apart.median())
         if not worst <= TOLERANCE.get(dtype, 1e-4):
-            raise NotAModel(
-                f"{label}: TransformerLens computes {name} otherwise than Hugging Face (relative "
-                f"difference {worst:.1g}): every number would be wrong. Use another model, or a "
-                "version of TransformerLens that has this architecture right."
-            )
+            told = f"{name} otherwise than Hugging Face (relative difference {worst:.1g})"
+            raise NotAModel(f"{label}: TransformerLens computes {told}. Use another model.")
 
 
 def fused_gelu(weights: PreTrainedModel) -> None:
@@ -390,13 +352,7 @@ def random_twin(
     generator = derive_generator(seed, "random twin")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        config = model.original_model.config
-        twin = auto_class(config).from_config(
-            config,
-            attn_implementation="eager",
-            dtype=model.cfg.dtype,
-            trust_remote_code=False,
-        )
+        twin = build(model.original_model.config, dtype=model.cfg.dtype)
     with torch.no_grad():
         for parameter in twin.parameters():
             spread = float(parameter.float().std()) if parameter.numel() > 1 else 0.0

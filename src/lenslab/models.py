@@ -21,9 +21,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lenslab.loading import NotAModel as NotAModel
+from lenslab.loading import as_bytes, buffer_hashes, build, model_name, text_config
 from lenslab.loading import check_ids as check_ids
 from lenslab.loading import load_model as load_model
-from lenslab.loading import as_bytes, auto_class, buffer_hashes, model_name, text_config
 from lenslab.loading import random_twin as random_twin
 
 _KEYS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (state, key)
@@ -58,8 +58,7 @@ def model_key(model: TransformerBridge) -> str:
     that were changed since."""
     config = text_config(model).to_diff_dict()
     told = {name: value for name, value in config.items() if name not in SILENT}
-    built = getattr(model, "built_buffers", {}).items()
-    told |= dict(buffer_hashes(model).items() - built)
+    told |= dict(buffer_hashes(model).items() - model.built_buffers.items())
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
     return weights_key(model) + ("" if digest in UNMARKED else f"-{digest}")
 
@@ -76,10 +75,8 @@ def check_eval(model: TransformerBridge) -> None:
     """Raise ValueError for a model that these methods would misread: in train mode dropout changes
     what it computes, a little and at random; an encoder-decoder reads two texts."""
     if model.original_model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{model_name(model)} is an encoder-decoder, and this is for models that are a decoder "
-            "only. Read its hooks with model.run_with_cache(tokens, decoder_input=tokens)."
-        )
+        advice = "read its hooks with model.run_with_cache(tokens, decoder_input=...)."
+        raise ValueError(f"{model_name(model)} is an encoder-decoder, not a decoder only: {advice}")
     if model.training:
         raise ValueError(f"{model_name(model)} is in train mode (dropout): call model.eval().")
 
@@ -104,8 +101,7 @@ def parameter_table(model: TransformerBridge, layer: int | None = None) -> pd.Da
 def _plain(model: TransformerBridge) -> PreTrainedModel:
     """The Hugging Face model without bridge and without weights: names, shapes and modules."""
     with torch.device("meta"):
-        config = model.original_model.config
-        return auto_class(config).from_config(config, trust_remote_code=False)
+        return build(model.original_model.config)
 
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -144,7 +140,7 @@ def summarize(model: TransformerBridge) -> ModelSummary:
         heads=cfg.n_heads,
         key_value_heads=cfg.n_key_value_heads or cfg.n_heads,
         d_head=cfg.d_head,
-        d_mlp=cfg.d_mlp,
+        d_mlp=getattr(config, "d_ff", cfg.d_mlp),
         experts=_told(config, EXPERTS),
         experts_per_token=_told(config, EXPERTS_PER_TOKEN),
         vocabulary=cfg.d_vocab,
