@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.models import model_name
+from lenslab.models import check_decoder_only, model_name
 
 STREAMS = {  # stream -> hook below `blocks.LAYER.`
     "residual_pre": "hook_resid_pre",
@@ -77,8 +77,10 @@ def stream_hook(model: TransformerBridge, layer: int | np.integer, stream: str =
     'residual_mid', 'attention' (what the attention adds) or 'mlp' (what the MLP adds).
 
     Raises UnknownHook for a layer outside 0 to n_layers - 1: a negative one is no layer from
-    behind, because a typing slip would silently read another one.
+    behind, because a typing slip would silently read another one; ValueError for an
+    encoder-decoder, which has two of each.
     """
+    check_decoder_only(model)
     name = f"blocks.{layer}.{STREAMS[stream]}"
     check_hooks(model, [name])
     return name

@@ -71,12 +71,18 @@ def _state(parameter: torch.Tensor) -> tuple:
     return parameter.dtype, *(hash(s.float().cpu().numpy().tobytes()) for s in sums)
 
 
-def check_eval(model: TransformerBridge) -> None:
-    """Raise ValueError for a model that these methods would misread: in train mode dropout changes
-    what it computes, a little and at random; an encoder-decoder reads two texts."""
+def check_decoder_only(model: TransformerBridge) -> None:
+    """Raise ValueError for an encoder-decoder: TransformerLens would give its decoder the text that
+    the encoder reads, one token late."""
     if model.original_model.config.is_encoder_decoder:
         advice = "read its hooks with model.run_with_cache(tokens, decoder_input=...)."
         raise ValueError(f"{model_name(model)} is an encoder-decoder, not a decoder only: {advice}")
+
+
+def check_eval(model: TransformerBridge) -> None:
+    """Raise ValueError for a model in train mode, where dropout would change what it computes, a
+    little and at random, and as `check_decoder_only`."""
+    check_decoder_only(model)
     if model.training:
         raise ValueError(f"{model_name(model)} is in train mode (dropout): call model.eval().")
 
