@@ -18,12 +18,12 @@ import pandas as pd
 import torch
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lenslab.loading import NotAModel as NotAModel
+from lenslab.loading import as_bytes, buffer_hashes, build, model_name, text_config
 from lenslab.loading import check_ids as check_ids
 from lenslab.loading import load_model as load_model
-from lenslab.loading import model_name, text_config
 from lenslab.loading import random_twin as random_twin
 
 _KEYS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (state, {dtype: key})
@@ -49,18 +49,20 @@ def weights_key(model: TransformerBridge, dtype: torch.dtype | None = None) -> s
     if dtype not in keys:
         digest = hashlib.sha256()
         for name, parameter in weights:
-            values = parameter.detach().to("cpu", dtype).contiguous()
+            values = parameter.detach().to(dtype=dtype)
             digest.update(f"{name}{tuple(values.shape)}{values.dtype}".encode())
-            digest.update(values.flatten().view(torch.uint8).numpy().data)
+            digest.update(as_bytes(values))
         keys[dtype] = digest.hexdigest()[:16]
     return keys[dtype]
 
 
 def model_key(model: TransformerBridge) -> str:
     """The key of what a model computes, which caches of activations are keyed by: `weights_key`,
-    and 8 digits of the config where it is not a bundled model's."""
+    and 8 digits of the config where it is not a bundled model's, and of buffers that files hold or
+    that were changed since."""
     config = text_config(model).to_diff_dict()
     told = {name: value for name, value in config.items() if name not in SILENT}
+    told |= dict(buffer_hashes(model).items() - model.built_buffers.items())
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
     return weights_key(model) + ("" if digest in UNMARKED else f"-{digest}")
 
@@ -73,9 +75,18 @@ def _state(parameter: torch.Tensor) -> tuple:
     return parameter.dtype, *(hash(s.float().cpu().numpy().tobytes()) for s in sums)
 
 
+def check_decoder_only(model: TransformerBridge) -> None:
+    """Raise ValueError for an encoder-decoder: TransformerLens would give its decoder the text that
+    the encoder reads, one token late."""
+    if model.original_model.config.is_encoder_decoder:
+        advice = "read its hooks with model.run_with_cache(tokens, decoder_input=...)."
+        raise ValueError(f"{model_name(model)} is an encoder-decoder, not a decoder only: {advice}")
+
+
 def check_eval(model: TransformerBridge) -> None:
-    """Raise ValueError for a model in train mode: dropout would change what it computes, a little
-    and at random."""
+    """Raise ValueError for a model in train mode, where dropout would change what it computes, a
+    little and at random, and as `check_decoder_only`."""
+    check_decoder_only(model)
     if model.training:
         raise ValueError(f"{model_name(model)} is in train mode (dropout): call model.eval().")
 
@@ -100,8 +111,7 @@ def parameter_table(model: TransformerBridge, layer: int | None = None) -> pd.Da
 def _plain(model: TransformerBridge) -> PreTrainedModel:
     """The Hugging Face model without bridge and without weights: names, shapes and modules."""
     with torch.device("meta"):
-        config = model.original_model.config
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return build(model.original_model.config)
 
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -140,7 +150,7 @@ def summarize(model: TransformerBridge) -> ModelSummary:
         heads=cfg.n_heads,
         key_value_heads=cfg.n_key_value_heads or cfg.n_heads,
         d_head=cfg.d_head,
-        d_mlp=cfg.d_mlp,
+        d_mlp=getattr(config, "d_ff", cfg.d_mlp),
         experts=_told(config, EXPERTS),
         experts_per_token=_told(config, EXPERTS_PER_TOKEN),
         vocabulary=cfg.d_vocab,
