@@ -28,13 +28,8 @@ FIRST = 1 << 15  # vectors that scale and centre are taken from
 # error of the start where they lie far from the origin
 DIVERGED = 100.0
 LOST = 2.0  # the same, as a mean over logged steps, of a training that was better before
-KEPT = (
-    "silent",
-    "variance",
-    "square",
-    "steps",
-    "history",
-)  # in a checkpoint, beside weights and optimizer
+# in a checkpoint, beside weights and optimizer
+KEPT = ("silent", "variance", "square", "steps", "history")
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ class TrainingConfig:
 
     vectors: int  # to train on, counted with repetitions
     batch: int = 4096  # vectors per step
-    # peak rate of Adam; None: 1e-3 at 4,096 latents, and by 1 / sqrt(d_sae) (Gao, appendix A)
+    # peak rate of Adam; None: 1e-3 * sqrt(4096 / d_sae) (Gao, appendix A)
     lr: float | None = None
     warm_up: float = 0.05  # share of the steps in which the rate rises
     floor: float = 0.1  # what the cosine ends at, as a share of the peak
