@@ -101,10 +101,8 @@ class TensorSource(VectorSource):
         content = []
         for hook, value in self.vectors.items():
             if value.ndim != 2 or not value.is_floating_point() or len(value) != self.n:
-                shape = f"{value.dtype} {list(value.shape)}"
-                raise ValueError(
-                    f"{shape} at {hook}, not {self.n} vectors [vector, d_in] of floats"
-                )
+                shape = list(value.shape)
+                raise ValueError(f"No {self.n} vectors of floats at {hook}: {value.dtype} {shape}.")
             for part in value.split(1 << 14):
                 part = part.cpu().float()  # [vector, d_in]
                 if not torch.isfinite(part).all():
@@ -137,6 +135,17 @@ def _hashes(text: Tensor, position: Tensor, token: Tensor) -> set[int]:
     return hashes
 
 
+def _about(name: str, key: str, position: Int[Tensor, " token"]) -> dict[str, Any]:
+    """What an SAE says that it was made for, from where in its text each token stands."""
+    return {
+        "model_name": name,
+        "model_key": key,
+        "prepend_bos": bool(position.min() > 0),
+        "context_size": 1 + int(position.max()),
+        "distinct_training_vectors": len(position),
+    }
+
+
 class ModelSource(VectorSource):
     """The model run as vectors are needed, over the real tokens of a batch (usually from `pack`),
     in bfloat16 where this machine computes it fast."""
@@ -157,12 +166,8 @@ class ModelSource(VectorSource):
         identity = (model_key(model), batch.key, options)
         super().__init__(batch.real.sum(1).tolist(), pool, seed, widths, *identity)
         self.model, self.batch, self.options, self.progress = model, batch, options, progress
-        self.metadata = {
-            "model_name": model_name(model),
-            "model_key": model_key(model),
-            "context_size": int(batch.tokens.shape[1]),
-            "distinct_training_vectors": batch.n_real,
-        }
+        position = batch.attention.cumsum(1)[batch.real] - 1  # padding is not counted
+        self.metadata = _about(model_name(model), model_key(model), position)
 
     def documents(self) -> set[int]:
         text, position = self.batch.real.nonzero(as_tuple=True)
@@ -200,12 +205,8 @@ class StoreSource(VectorSource):
         identity = [manifest[key] for key in ("model_key", "texts_key", "dtype")]
         super().__init__(_runs(len(store)), pool, seed, manifest["hooks"], identity, store.digests)
         self.store = store
-        self.metadata = {
-            "model_name": manifest["model"],
-            "model_key": manifest["model_key"],
-            "context_size": 1 + int(self._column("position").max()),
-            "distinct_training_vectors": len(store),
-        }
+        position = self._column("position")
+        self.metadata = _about(manifest["model"], manifest["model_key"], position)
 
     def documents(self) -> set[int]:
         return _hashes(*(self._column(name) for name in ("text", "position", "token")))
@@ -231,14 +232,11 @@ def batches(
         for number, size in enumerate(source.sizes(epoch)):
             begin, end = max(0, step - done), min(size // batch, steps - done)
             if begin < end:
-                vectors = opening if (epoch, number) == (0, 0) else None
-                opening = None  # of no use to a later pool
-                if vectors is None:
-                    vectors = source.pool(epoch, number, (steps - done) * batch)
+                vectors = opening or source.pool(epoch, number, (steps - done) * batch)
                 for i in range(begin, end):
                     rows = slice(i * batch, (i + 1) * batch)
                     yield {hook: value[rows] for hook, value in vectors.items()}
-                del vectors  # or two pools would be in memory while the next is made
             done += size // batch
+            vectors = opening = None  # or two pools would be in memory while the next is made
         if done >= steps:
             return
