@@ -9,7 +9,7 @@ for GitHub.
    Without Chromium, and with one that dies or hangs, it says so once and goes on: a missing picture
    never fails a notebook.
 4. `save_figure` writes a page into `outputs/results/`; all of them share one local `plotly.min.js`,
-   so that they open offline and stay small.
+   so that they open offline and stay small. In a plain script that is what `fig.show()` does.
 """
 
 from __future__ import annotations
@@ -141,11 +141,12 @@ def wanted_png(figure: go.Figure | dict[str, Any]) -> bytes | None:
 
 
 class FigureRenderer(MimetypeRenderer):
-    """Plotly's own data, compact, and a PNG when `LENSLAB_PNG=1`; nothing outside a notebook or
-    VSCode."""
+    """Plotly's own data, compact, and a PNG when `LENSLAB_PNG=1`. Outside a notebook or VSCode, in
+    a plain `python phase_1_loading.py`, the figure becomes a page and its path is printed."""
 
     def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
-        if not _in_kernel():  # a plain `python phase_1_loading.py` would print the JSON
+        if not _in_kernel():
+            print(save_figure(go.Figure(fig_dict)))
             return {}
         figure = figure_json(fig_dict) | {"config": {"displaylogo": False}}
         bundle: dict[str, Any] = {PLOTLY_MIME: figure}
@@ -168,20 +169,10 @@ def set_up_figures() -> None:
 
 
 def figure_element(figure: dict[str, Any], identifier: str) -> str:
-    """HTML of one figure (`data`, `layout`) for a page that has loaded `plotly.min.js` already."""
-    height = int(figure["layout"].get("height", 450))
-    parts = [
-        identifier,
-        figure["data"],
-        figure["layout"],
-        {"displaylogo": False, "responsive": True},
-    ]
-    # `<` as \\u003c: no text inside a figure can close the script element
-    arguments = ",".join(json.dumps(part) for part in parts).replace("<", "\\u003c")
-    return (
-        f'<div id="{identifier}" class="figure" style="min-height:{height}px"></div>\n'
-        f"<script>Plotly.newPlot({arguments});</script>"
-    )
+    """HTML of one figure (`data`, `layout`) for a page that has loaded `plotly.min.js` already;
+    plotly escapes `<` in it, so that no text inside a figure closes its script."""
+    parts = {"full_html": False, "include_plotlyjs": False, "validate": False}
+    return pio.to_html(figure, {"displaylogo": False}, div_id=identifier, **parts)
 
 
 def write_plotly_js(folder: Path) -> Path:
@@ -204,23 +195,28 @@ def page(title: str, body: str, head: str = "") -> str:
     )
 
 
-def save_page(name: str, title: str, body: str, head: str = "") -> Path:
-    """Write `outputs/results/NAME.html`, titled by its name where there is no title; returns its
-    path. Raises ValueError for a name that is no plain file name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise ValueError(f"{name!r} cannot name a result: letters, digits, '_', '-' and '.' can.")
-    file = outputs_path("results", f"{name}.html")
+def save_page(name: str | os.PathLike, title: str, body: str, head: str = "") -> Path:
+    """Write a page, titled by its name where there is no title; returns its path.
+
+    `name` is with or without `.html`: a file in `outputs/results/`, or where its folder says.
+    Raises ValueError for a name without a file, and NotWritten.
+    """
+    folder, stem = os.path.split(os.fspath(name).removesuffix(".html"))
+    if not stem:
+        raise ValueError(f"{name!r} cannot name a page: give a file, such as 'feature_7'.")
+    file = (Path(folder).expanduser() if folder else outputs_path("results")) / f"{stem}.html"
     with atomic_write(file) as temporary:
-        text = page(title or name.replace("_", " "), body, head)
+        text = page(title or stem.replace("_", " "), body, head)
         temporary.write_text(text, encoding="utf-8")
     return file
 
 
-def save_figure(figure: go.Figure, name: str) -> Path:
-    """Write `outputs/results/NAME.html` (interactive, offline) and NAME.png where PNGs are switched
-    on; returns the path of the page. Raises as `save_page`."""
-    element = figure_element(figure_json(figure), "figure")
+def save_figure(figure: go.Figure, name: str | os.PathLike = "") -> Path:
+    """Write a figure as a page (interactive, offline), and as PNG beside it where PNGs are switched
+    on; returns the path of the page. `name` as of `save_page`, by default made of the title."""
     title = plain(figure.layout.title.text or "")
+    name = name or re.sub(r"\W+", "_", title).strip("_").lower() or "figure"
+    element = figure_element(figure_json(figure), "figure")
     file = save_page(name, title, element, '<script src="plotly.min.js"></script>')
     write_plotly_js(file.parent)
     if png := wanted_png(figure):
@@ -230,5 +226,6 @@ def save_figure(figure: go.Figure, name: str) -> Path:
 
 
 def plain(title: str) -> str:
-    """A figure's title without plotly's markup (`<b>`, `<br>`), for links and page titles."""
-    return " ".join(re.sub(r"<[^>]*>", " ", title).split())
+    """A figure's title without plotly's markup (`<b>`, `<br>`, `&lt;`), for links, page titles and
+    file names."""
+    return html.unescape(" ".join(re.sub(r"<[^>]*>", " ", title).split()))

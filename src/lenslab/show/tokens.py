@@ -22,6 +22,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,9 @@ class View:
     def __repr__(self) -> str:
         return "<lenslab.show.tokens.View object>"
 
-    def save(self, name: str) -> Path:
-        """Write `outputs/results/NAME.html`; returns its path. ValueError for a name that is no
-        plain file name."""
+    def save(self, name: str | PathLike) -> Path:
+        """Write it as a page and return its path: with or without `.html`, in `outputs/results/`,
+        or where the folder of `name` says. Raises as `save_page`."""
         return save_page(name, self.title, str(self))
 
 
