@@ -170,19 +170,20 @@ def test_every_figure_of_features_draws_and_labels_stay_text(tmp_path):
         [7, "<b>bold", "$x$"],
         ["a", "b", "a", EVIL],
     )
+    titles = {"title": "t", "x_title": "x", "y_title": "y"}
+    intervals = {"SAE": ([1.0], [0.5], [1.5]), "null": ([0.2], None, None)}
     figures = [
         feature_plots.text_feature_heatmap(values, names, kinds, ["t"] * 4),
         feature_plots.category_feature_heatmap(values, [*kinds[:3], "d"], names),
         feature_plots.coactivation_heatmap(np.eye(3), names),
         feature_plots.firing_density({"SAE": [0.0, 0.01], "random": [0.2]}),
-        plots.null_histogram([5, 6, 7], {"SAE": 7}),
-        plots.intervals(
-            {"SAE": ([1.0], [0.5], [1.5]), "null": ([0.2], None, None)}, ["a"], reference=0.5
-        ),
-        plots.scatter([1, 2, 3], [3, 2, 1], marked=[1, 0, 0], diagonal=True),
-        plots.lines({"a": [1, 100]}, log_y=True),
-        plots.bars({"a": [1, 2]}),
-        plots.attention_map(np.eye(2), ["a", "a"]),
+        plots.null_histogram([5, 6, 7], {"SAE": 7}, title="t", x_title="x"),
+        plots.intervals(intervals, ["a"], reference=0.5, **titles),
+        plots.scatter([1, 2, 3], [3, 2, 1], marked=[1, 0, 0], diagonal=True, **titles),
+        plots.lines({"a": [1, 100]}, log_y=True, reference=2, **titles),
+        plots.lines({}, **titles),
+        plots.bars({"a": [1, 2]}, **titles),
+        plots.attention_map({"one": np.eye(2), "two": np.eye(2)}, ["a", "a"], title="t"),
     ]
     write_plotly_js(tmp_path)
     elements = "\n".join(

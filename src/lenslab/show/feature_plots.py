@@ -59,8 +59,9 @@ def text_feature_heatmap(
         figure.add_annotation(x=(start + end) / 2, **text, **name)
         figure.add_vline(x=start, line={"color": "#ffffff", "width": 2})
     height = min(200 + 30 * len(features), 1500)
-    figure = styled(figure, title=title, height=height, width=860)
-    return figure.update_layout(margin={"t": 130, "b": 24})
+    axes = {"x_title": "texts, by category", "y_title": "feature (its maximum)"}
+    figure = styled(figure, title=title, height=height, width=860, **axes)
+    return figure.update_layout(margin={"t": 130, "b": 40})
 
 
 def category_feature_heatmap(
@@ -75,7 +76,10 @@ def category_feature_heatmap(
     if values.size <= MOST_NUMBERS:
         figure.update_traces(text=np.round(values, 4), texttemplate="%{text:.3~g}")
     width = min(max(460, 220 + 62 * len(features)), 1100)
-    return styled(figure, title=title, height=190 + 30 * len(categories), width=width)
+    below = 6 * max((len(name) for name in figure.layout.xaxis.ticktext), default=0)
+    height = 150 + 30 * len(categories) + below  # under -60 degrees
+    axes = {"x_title": "feature (its maximum)", "y_title": "category of texts"}
+    return styled(figure, title=title, height=height, width=width, **axes)
 
 
 def share_cells(
@@ -122,7 +126,8 @@ def coactivation_heatmap(
     figure.update_traces(xgap=1, ygap=1, colorbar_title_text="PMI, nats", hovertemplate=hover)
     figure.update_xaxes(tickangle=-90)
     side = min(max(260, 22 * len(features)), 760)
-    figure = styled(figure, title=title, height=side + 130, width=side + 180)
+    axes = {"x_title": "feature", "y_title": "feature"}
+    figure = styled(figure, title=title, height=side + 150, width=side + 200, **axes)
     return figure.update_layout(plot_bgcolor="#d5d8dc")
 
 
@@ -135,7 +140,7 @@ def firing_density(
     'dense' begins. Raises ValueError for rates that are no shares.
     """
     shares = {name: numbers(rate).ravel() for name, rate in rates.items()}
-    every = np.concatenate(list(shares.values()))
+    every = np.concatenate([[], *shares.values()])
     if not ((every >= 0) & (every <= 1)).all():
         raise ValueError("Firing rates are shares between 0 and 1.")
     lowest = np.floor(np.log10(every[every > 0].min(initial=0.1)))
