@@ -1,8 +1,9 @@
-"""Fill in what the README shows: the table of notebooks from their last build, and the picture from
-a figure.
+"""Fill in what the README shows: the table of notebooks from their last build, and the picture: a
+feature shown on text, as a notebook's cell shows it.
 
 Nothing in the README's tables is typed: `make notebooks` measures, this writes, and a test
-compares.
+compares. The picture is a screenshot of `assets/feature.html`, which holds what the cell shows:
+that page is compared, since no two machines draw the same bytes.
 
     python scripts/readme_tables.py          # write
     python scripts/readme_tables.py --check  # exit 1 where the README differs from the results
@@ -10,20 +11,26 @@ compares.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import math
 import sys
 from pathlib import Path
 
-from lenslab.files import REPOSITORY, atomic_write
+from choreographer import Browser
 
-PICTURE = (
-    "phase_1_loading",
-    "Head ",
-    "attention.png",
-    "Attention of one head of pocket-gpt, drawn by phase 1",
-)
+from lenslab.files import REPOSITORY, atomic_write
+from lenslab.show.images import find_browser, page
+
+PICTURE = {
+    "notebook": "phase_2_feature_exploration",
+    "heading": "Feature ",  # how the title of the cell's HTML begins
+    "file": "feature",  # in assets/, .html and .png
+    "alternative": "One feature of pocket-gpt's SAE on texts, drawn by phase 2",
+    "width": 880,  # pixels, as the most of the height; the rest of the page is cut off
+    "height": 616,
+}
 TITLES = {
     "phase_1_loading": "Load a model, find its hook points, read its streams, encode with an SAE",
     "phase_2_feature_exploration": "Which features tell kinds of text apart, and does it take an "
@@ -73,27 +80,41 @@ def benchmarks_table() -> str:
     return "\n".join(rows)
 
 
-def picture() -> bytes:
-    """The PNG of the figure whose title starts as PICTURE says. ValueError where no notebook cell
-    holds it."""
-    notebook, title, *_ = PICTURE
-    cells = json.loads((REPOSITORY / f"notebooks/{notebook}.ipynb").read_text(encoding="utf-8"))[
-        "cells"
-    ]
+def feature_page() -> str:
+    """The page of the first HTML in the notebook whose title begins as PICTURE says. ValueError
+    where no cell holds it."""
+    file = REPOSITORY / f"notebooks/{PICTURE['notebook']}.ipynb"
+    cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
     for output in (output for cell in cells for output in cell.get("outputs", [])):
-        data = output.get("data", {})
-        layout = data.get("application/vnd.plotly.v1+json", {}).get("layout", {})
-        if (layout.get("title") or {}).get("text", "").startswith(title) and "image/png" in data:
-            return base64.b64decode(data["image/png"])
-    raise ValueError(
-        f"{notebook}.ipynb has no figure {title!r} with a PNG: run `make notebooks` with Chromium"
-    )
+        body = "".join(output.get("data", {}).get("text/html", ""))
+        if f'<div class="lh"><b>{PICTURE["heading"]}' in body:
+            return page(PICTURE["alternative"], body, "<style>body{margin:8px}</style>")
+    raise ValueError(f"{file.name} has no HTML titled {PICTURE['heading']!r}: run `make notebooks`")
+
+
+async def screenshot(file: Path, width: int, height: int) -> bytes:
+    """The top of a page as PNG, in pixels, twice as fine; no higher than the page is."""
+    async with Browser(path=find_browser()) as browser:
+        tab = await browser.create_tab()
+        screen = {"width": width, "height": 1, "deviceScaleFactor": 2, "mobile": False}
+        await tab.send_command("Emulation.setDeviceMetricsOverride", screen)
+        await tab.send_command("Emulation.setScrollbarsHidden", {"hidden": True})
+        await tab.send_command("Page.enable")
+        loaded = tab.subscribe_once("Page.loadEventFired")
+        await tab.send_command("Page.navigate", {"url": file.as_uri()})
+        await loaded
+        metrics = await tab.send_command("Page.getLayoutMetrics")
+        size = metrics["result"]["cssContentSize"]
+        clip = size | {"height": min(size["height"], height), "scale": 1}
+        options = {"clip": clip, "captureBeyondViewport": True}
+        picture = await tab.send_command("Page.captureScreenshot", options)
+    return base64.b64decode(picture["result"]["data"])
 
 
 def filled(readme: str) -> str:
-    *_, name, alternative = PICTURE
+    picture = f"![{PICTURE['alternative']}](assets/{PICTURE['file']}.png)"
     shown = {"notebooks": notebooks_table(), "benchmarks": benchmarks_table()}
-    for marker, text in {**shown, "picture": f"![{alternative}](assets/{name})"}.items():
+    for marker, text in {**shown, "picture": picture}.items():
         start, end = f"<!-- {marker} -->", f"<!-- end of {marker} -->"
         before, rest = readme.split(start, 1)
         after = rest.split(end, 1)[1] if end in rest else rest
@@ -105,17 +126,21 @@ def main() -> None:
     file: Path = REPOSITORY / "README.md"
     now = file.read_text(encoding="utf-8")
     new = filled(now)
-    asset, png = REPOSITORY / "assets" / PICTURE[2], picture()
+    asset, drawn = REPOSITORY / "assets" / f"{PICTURE['file']}.html", feature_page()
     if "--check" in sys.argv:
-        same = new == now and asset.exists() and asset.read_bytes() == png
+        there = asset.exists() and asset.with_suffix(".png").exists()
+        same = new == now and there and asset.read_text(encoding="utf-8") == drawn
         sys.exit(
             0
             if same
             else "README.md or its picture differs from the results: run scripts/readme_tables.py"
         )
-    for place, content in ((file, new.encode()), (asset, png)):
+    for place, text in ((file, new), (asset, drawn)):
         with atomic_write(place) as temporary:
-            temporary.write_bytes(content)
+            temporary.write_text(text, encoding="utf-8")
+    png = asyncio.run(screenshot(asset, PICTURE["width"], PICTURE["height"]))
+    with atomic_write(asset.with_suffix(".png")) as temporary:
+        temporary.write_bytes(png)
 
 
 if __name__ == "__main__":
