@@ -76,9 +76,9 @@ def test_tooltips_hold_three_decimals_and_the_id():
 
 def test_nothing_in_a_text_becomes_markup():
     evil = "<script>alert('x')</script>\"&"
-    shown = body(strip([evil], [1.0], label=evil), title=evil, target=evil)
+    shown = body(strip([evil], [1.0], label=evil), title=evil)
     assert "<script" not in shown
-    assert shown.count("&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&quot;&amp;") == 4
+    assert shown.count("&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&quot;&amp;") == 3
 
 
 @pytest.mark.parametrize(
@@ -133,16 +133,11 @@ def test_several_features_on_one_text_each_with_its_own_scale(model):
         feature_strips(batch, 0, values, ["one"])
 
 
-def test_the_target_category_is_told_from_the_others():
-    shown = body(strip(["a"], [1.0], label="math"), strip(["b"], [1.0], label="web"), target="math")
-    assert colours(shown) == {"a": "p12", "b": "o12"} and "grey tones" in shown
-
-
 def test_long_texts_and_many_texts_are_cut_and_the_cut_is_named():
     values = [float(i == 150) for i in range(300)]
-    shown = body(strip([str(i) for i in range(300)], values), window=20)
-    assert "130 tokens …" in shown and "… 129 tokens" in shown
-    assert ">150<" in shown and ">129<" not in shown
+    shown = body(strip([str(i) for i in range(300)], values))
+    assert "90 tokens …" in shown and "… 89 tokens" in shown
+    assert ">150<" in shown and ">89<" not in shown
     many = body(*[strip(["a"], [float(i)]) for i in range(30)], max_texts=5)
     assert len(re.findall('<div class="r">', many)) == 5 and "25 of 30 texts left out" in many
     assert "29.000" in many  # the scale is that of all, shown or not

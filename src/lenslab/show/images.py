@@ -104,7 +104,6 @@ class Browser:
 
     def close(self) -> None:
         """End the browser and all that it started, whatever state they are in, then tidy up."""
-        atexit.unregister(self.close)
         with suppress(AttributeError, ProcessLookupError):  # not started, or gone
             process = self.kaleido.subprocess  # it leads a group of its own
             os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
@@ -135,11 +134,6 @@ def render_png(figure: go.Figure | dict[str, Any]) -> bytes | None:
         return None
 
 
-def wanted_png(figure: go.Figure | dict[str, Any]) -> bytes | None:
-    """As `render_png`, where `LENSLAB_PNG=1` asks for pictures."""
-    return render_png(figure) if os.environ.get("LENSLAB_PNG") == "1" else None
-
-
 class FigureRenderer(MimetypeRenderer):
     """Plotly's own data, compact, and a PNG when `LENSLAB_PNG=1`. Outside a notebook or VSCode, in
     a plain `python phase_1_loading.py`, the figure becomes a page and its path is printed."""
@@ -150,7 +144,7 @@ class FigureRenderer(MimetypeRenderer):
             return {}
         figure = figure_json(fig_dict) | {"config": {"displaylogo": False}}
         bundle: dict[str, Any] = {PLOTLY_MIME: figure}
-        if png := wanted_png(fig_dict):
+        if os.environ.get("LENSLAB_PNG") == "1" and (png := render_png(fig_dict)):
             bundle["image/png"] = base64.b64encode(png).decode("ascii")
         return bundle
 
@@ -212,16 +206,13 @@ def save_page(name: str | os.PathLike, title: str, body: str, head: str = "") ->
 
 
 def save_figure(figure: go.Figure, name: str | os.PathLike = "") -> Path:
-    """Write a figure as a page (interactive, offline), and as PNG beside it where PNGs are switched
-    on; returns the path of the page. `name` as of `save_page`, by default made of the title."""
+    """Write a figure as a page (interactive, offline); returns its path. `name` as of `save_page`,
+    by default made of the title."""
     title = plain(figure.layout.title.text or "")
     name = name or re.sub(r"\W+", "_", title).strip("_").lower() or "figure"
     element = figure_element(figure_json(figure), "figure")
     file = save_page(name, title, element, '<script src="plotly.min.js"></script>')
     write_plotly_js(file.parent)
-    if png := wanted_png(figure):
-        with atomic_write(file.with_suffix(".png")) as temporary:
-            temporary.write_bytes(png)
     return file
 
 
