@@ -17,7 +17,6 @@ from lenslab.show.tokens import View
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
-    monkeypatch.setattr(images, "_png_failed", False)
     monkeypatch.setattr(images, "_browser", None)
     monkeypatch.setenv("LENSLAB_OUTPUTS", str(tmp_path))
     monkeypatch.delenv("LENSLAB_PNG", raising=False)
@@ -172,4 +171,4 @@ def test_a_browser_stopped_after_a_picture_is_given_up(monkeypatch):
     os.killpg(process.pid, signal.SIGSTOP)
     monkeypatch.setattr(images, "SECONDS", 2)
     assert images.render_png(go.Figure(go.Bar(y=[1, 2]))) is None
-    assert process.wait(timeout=10) is not None and images._browser is None
+    assert process.wait(timeout=10) is not None and images._browser is False

@@ -83,8 +83,6 @@ def test_where_there_is_nothing_to_draw_the_figure_says_so(draw):
 
 def test_a_figure_with_one_value_says_nothing_of_the_kind():
     assert not lines({"a": [np.nan, 1.0]}).layout.annotations
-    with pytest.raises(ValueError, match="No draws"):
-        null_histogram([], {})
 
 
 def test_a_ratio_has_its_reference_line():
@@ -122,10 +120,9 @@ def test_features_are_drawn_under_their_names():
     assert list(figure.layout.xaxis.ticktext) == shown and figure.layout.xaxis.tickangle == -60
 
 
-@pytest.mark.parametrize(("values", "dtick"), [([1, 1000], 1), ([1, 2], None)])
-def test_log_axes_name_whole_decades_where_there_are_some(values, dtick):
-    figure = lines({"a": values}, log_y=True)
-    assert figure.layout.yaxis.type == "log" and figure.layout.yaxis.dtick == dtick
+def test_a_log_axis_is_one_on_request():
+    assert lines({"a": [1, 1000]}, log_y=True).layout.yaxis.type == "log"
+    assert lines({"a": [1, 1000]}).layout.yaxis.type is None
 
 
 @pytest.mark.parametrize("overlay", [True, False])
@@ -223,13 +220,13 @@ VALUES = np.array([[4.0, 0.0], [0.0, 10.0], [2.0, 5.0]])  # three texts, two fea
 
 
 def test_texts_are_grouped_by_category_and_features_keep_their_own_scale():
-    figure = text_feature_heatmap(VALUES, [7, 9], ["web", "math", "web"], ["a", "<b>", "c"])
+    figure = text_feature_heatmap(VALUES, [7, 9], ["web", "math", "web"])
     cells = figure.data[0]
     # texts 0, 2, 1; each feature over its largest value
     assert np.allclose(cells.z.T, [[1, 0], [0.5, 0.5], [0, 1]])
     assert np.allclose(cells.customdata.T, VALUES[[0, 2, 1]]) and (cells.zmin, cells.zmax) == (0, 1)
     assert tuple(figure.layout.yaxis.ticktext) == ("7 (max 4)", "9 (max 10)")
-    assert tuple(figure.layout.xaxis.ticktext) == ("0: a", "2: c", "1: &lt;b&gt;")
+    assert tuple(figure.layout.xaxis.ticktext) == ("0", "2", "1")
     strip = [(shape.x0, shape.x1) for shape in figure.layout.shapes if shape.type == "rect"]
     assert strip == [(-0.5, 1.5), (1.5, 2.5)]
     assert [note.text for note in figure.layout.annotations] == ["web", "math"]
@@ -247,14 +244,12 @@ def test_labels_that_do_not_number_the_values_are_refused():
 
 def test_columns_of_a_table_are_labels_too():
     kinds = pd.Series(["web", "math", "web"], index=[5, 6, 7])
-    texts = pd.Series(list("abc"), index=[5, 6, 7])
-    by_list = text_feature_heatmap(VALUES, [7, 9], kinds.tolist(), list("abc"))
-    assert text_feature_heatmap(VALUES, np.array([7, 9]), kinds, texts) == by_list
+    by_list = text_feature_heatmap(VALUES, [7, 9], kinds.tolist())
+    assert text_feature_heatmap(VALUES, np.array([7, 9]), kinds) == by_list
 
 
 def test_a_figure_of_hundreds_of_texts_stays_small():
-    texts = ["word " * 60] * 420
-    figure = text_feature_heatmap(np.ones((420, 10)), list(range(10)), ["a", "b"] * 210, texts)
+    figure = text_feature_heatmap(np.ones((420, 10)), list(range(10)), ["a", "b"] * 210)
     assert len(str(figure_json(figure))) < 150_000
 
 
@@ -346,8 +341,8 @@ def test_names_keep_a_place_each_and_are_shown_as_they_are(draw, names):
         lambda: intervals({"a": ([1, 2, 3], [0, 1, 2], None)}, ["x", "y", "z"]),
         lambda: text_feature_heatmap(VALUES, [7], ["a"] * 3),
         lambda: text_feature_heatmap(VALUES, [7, 9], ["a", None, "b"]),
-        lambda: text_feature_heatmap(VALUES, [7, 9], ["a"] * 3, ["one", "two"]),
-        lambda: text_feature_heatmap(VALUES, [7, 9], ["a"] * 3, ["one", "two", "three", "four"]),
+        lambda: text_feature_heatmap(VALUES, [7, 9], ["a"] * 4),
+        lambda: text_feature_heatmap(VALUES, [7, 9], ["a", "b", "a", None]),
         lambda: category_feature_heatmap(VALUES, ["a", "b", "c"], [7, 9, 11]),
         lambda: category_feature_heatmap(VALUES, ["a", "b"], [7, 9]),
     ],

@@ -25,30 +25,22 @@ DENSE = 0.1  # share of tokens above which a feature is called dense
 
 
 def text_feature_heatmap(
-    values: Values,
-    features: Labels,
-    categories: Labels,
-    texts: Labels | None = None,
-    *,
-    title: str = "Where the features fire",
+    values: Values, features: Labels, categories: Labels, *, title: str = "Where the features fire"
 ) -> go.Figure:
     """Activations `[text, feature]`: a column per text, grouped by category (in order of first
-    appearance) under a strip; the beginnings of `texts` are shown on hovering.
+    appearance) under a strip; its number is shown on hovering.
 
     Raises ValueError where the labels do not number what `values` has.
     """
     values = numbers(values)
     codes, groups = pd.factorize(np.asarray(categories, dtype=object))
-    texts = [""] * len(values) if texts is None else list(texts)
-    if not len(codes) == len(texts) == len(values) or (codes < 0).any():
-        sizes = f"{(codes >= 0).sum()} categories and {len(texts)} texts"
-        raise ValueError(f"{sizes} for {len(values)} rows: one each is needed.")
+    if (n := (codes >= 0).sum()) != len(values) or len(codes) != n:
+        raise ValueError(f"{n} categories for {len(values)} rows: one each is needed.")
     order = np.argsort(codes, kind="stable")
     first = np.searchsorted(codes[order], np.arange(len(groups) + 1))  # column of each group
     figure = share_cells(values[order].T, features, order, per_row=True)
-    names = [f"{i}: {texts[i]}" for i in order]
-    figure.update_traces(hovertemplate="%{x}<br>%{y}: %{customdata:.3f}<extra></extra>")
-    figure.update_xaxes(plots.ticks(names, most=len(names)), showticklabels=False)
+    figure.update_traces(hovertemplate="text %{x}<br>%{y}: %{customdata:.3f}<extra></extra>")
+    figure.update_xaxes(plots.ticks(order, most=len(order)), showticklabels=False)
     # the strip, each category's name over it, and white lines between them
     above = {"type": "rect", "yref": "paper", "yanchor": 1, "ysizemode": "pixel", "y0": 5, "y1": 17}
     name = {"yref": "paper", "y": 1, "yshift": 18, "yanchor": "bottom", "xanchor": "left"}

@@ -28,7 +28,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
@@ -39,21 +39,20 @@ from plotly.offline import get_plotlyjs
 from lenslab.files import atomic_write, outputs_path
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
-MAC_BROWSER = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
-BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
 PAGE_STYLE = "body{font:16px/1.55 Helvetica,Arial,sans-serif;max-width:1000px;margin:2em auto}"
 
 SECONDS = 40  # for a browser to start, and for each figure; usual are 2
 
-_png_failed = False  # one message and no further attempts: each attempt costs seconds
-_browser: Browser | None = None  # one for all figures of a kernel
+# one for all figures of a kernel; False after a failure, since each further attempt costs seconds
+_browser: Browser | Literal[False] | None = None
 
 
 def find_browser() -> str | None:
-    """Path of a Chromium or Chrome: `$BROWSER_PATH`, else the usual names on PATH, else None."""
+    """Path of a Chromium or Chrome: `$BROWSER_PATH`, else what kaleido would start, else None."""
+    from choreographer.browsers.chromium import Chromium
+
     named = os.environ.get("BROWSER_PATH")
-    names = [named] if named else [*BROWSERS, MAC_BROWSER]
-    return next(filter(None, map(shutil.which, names)), None)
+    return shutil.which(named) if named else Chromium.find_browser(skip_local=False)
 
 
 def compact(value: Any) -> Any:
@@ -98,37 +97,37 @@ class Browser:
         self.kaleido = kaleido.Kaleido(path=path, mathjax=False)
         atexit.register(self.close)
 
-    def run(self, work: Coroutine) -> Any:
+    def run(self, work: Coroutine, seconds: int) -> Any:
         """What the work gives. TimeoutError where it takes too long."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(SECONDS)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(seconds)
 
     def close(self) -> None:
-        """End the browser and all that it started, whatever state they are in, then tidy up."""
+        """End the browser and all that it started, whatever state they are in."""
+        with suppress(Exception):
+            self.run(self.kaleido.close(), 2)
         with suppress(AttributeError, ProcessLookupError):  # not started, or gone
             process = self.kaleido.subprocess  # it leads a group of its own
             os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
-        with suppress(Exception):
-            self.kaleido.subprocess.wait(SECONDS)
-            self.run(self.kaleido.close())
 
 
 def render_png(figure: go.Figure | dict[str, Any]) -> bytes | None:
     """The figure as PNG at its own size (plotly's 700 x 500 where it has none), or None without
     Chromium, or with one that does not answer."""
-    global _png_failed, _browser
-    if _png_failed:
+    global _browser
+    if _browser is False:
         return None
     try:
         if _browser is None:
             if (path := find_browser()) is None:
                 raise FileNotFoundError("no Chromium or Chrome found")
             _browser = Browser(path)
-            _browser.run(_browser.kaleido.open())
-        return _browser.run(_browser.kaleido.calc_fig(figure, {"format": "png", "scale": 1}))
+            _browser.run(_browser.kaleido.open(), SECONDS)
+        work = _browser.kaleido.calc_fig(figure, {"format": "png", "scale": 1})
+        return _browser.run(work, SECONDS)
     except Exception as problem:  # whatever kaleido or the browser raise
-        if _browser is not None:
+        if _browser:
             _browser.close()
-        _png_failed, _browser = True, None
+        _browser = False
         reason = problem.args[0] if problem.args else f"no answer from the browser in {SECONDS} s"
         print(f"No PNG beside the figures ({type(problem).__name__}: {reason}).", file=sys.stderr)
         return None
@@ -142,8 +141,7 @@ class FigureRenderer(MimetypeRenderer):
         if not _in_kernel():
             print(save_figure(go.Figure(fig_dict)))
             return {}
-        figure = figure_json(fig_dict) | {"config": {"displaylogo": False}}
-        bundle: dict[str, Any] = {PLOTLY_MIME: figure}
+        bundle = {PLOTLY_MIME: figure_json(fig_dict) | {"config": {"displaylogo": False}}}
         if os.environ.get("LENSLAB_PNG") == "1" and (png := render_png(fig_dict)):
             bundle["image/png"] = base64.b64encode(png).decode("ascii")
         return bundle

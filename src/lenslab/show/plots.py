@@ -92,7 +92,6 @@ def styled(
         height=height,
         width=width,
         margin={"l": 64, "r": 24, "t": top, "b": 56},
-        colorway=PALETTE,
         showlegend=legend,
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
     )
@@ -146,11 +145,7 @@ def lines(
     if reference is not None:
         figure.add_hline(y=float(reference), line=DOTTED)
     if log_y:
-        values = np.concatenate([[], *(trace.y for trace in figure.data)])
-        values = values[values > 0]
-        # only whole decades are named, where there are some
-        decades = len(values) and values.max() > 10 * values.min()
-        figure.update_yaxes(type="log", dtick=1 if decades else None)
+        figure.update_yaxes(type="log")
     return styled(figure, legend=len(series) > 1, **titles)
 
 
@@ -189,10 +184,9 @@ def cells(values: Values, x: Labels, y: Labels, **options: Any) -> go.Figure:
     figure.update_traces(colorbar_thickness=12, colorbar_title_side="right")
     crowded = len(x) > 6 or max((len(str(name)) for name in x), default=0) > 9
     angle = -60 if crowded and len(x) <= MOST_LABELS else 0
-    figure.update_xaxes(ticks(x), showgrid=False, tickangle=angle)
-    figure.update_yaxes(ticks(y), showgrid=False, autorange="reversed", ticklabelstandoff=4)
-    figure.update_xaxes(zeroline=False)
-    return figure.update_yaxes(zeroline=False)
+    bare = {"showgrid": False, "zeroline": False}
+    figure.update_xaxes(ticks(x), tickangle=angle, **bare)
+    return figure.update_yaxes(ticks(y), autorange="reversed", ticklabelstandoff=4, **bare)
 
 
 def heatmap(
@@ -218,9 +212,8 @@ def attention_map(
         head = cells(pattern, tokens, tokens, coloraxis="coloraxis")
         figure.add_trace(head.data[0], row=1, col=column)
     figure.update_xaxes(head.layout.xaxis).update_yaxes(head.layout.yaxis)
-    bar = {"title": {"text": "attention weight", "side": "right"}, "thickness": 12}
-    scale = {"cmin": 0, "cmax": 1, "colorscale": "Viridis", "colorbar": bar}
-    figure.update_layout(coloraxis=scale)
+    figure.update_coloraxes(cmin=0, cmax=1, colorscale="Viridis", colorbar_thickness=12)
+    figure.update_coloraxes(colorbar_title={"text": "attention weight", "side": "right"})
     side = min(max(300, 60 + 24 * len(tokens)), 900)
     size = {"height": side + 60, "width": min(160 + side * len(named), 1200)}
     titles = {"title": title, "x_title": "attends to (key)", "y_title": "from (query)"}
@@ -290,8 +283,6 @@ def null_histogram(
     """What chance gives, as grey bars, and what was observed, as lines. Whole numbers get a bar
     each. Raises ValueError on NaN and Inf, and without draws."""
     null = numbers(null).ravel()
-    if not len(null):
-        raise ValueError("No draws: what chance gives is not known.")
     if np.array_equal(null, np.round(null)) and np.ptp(null) <= 60:
         bins = np.arange(null.min() - 0.5, null.max() + 1)
     else:

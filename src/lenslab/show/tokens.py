@@ -10,7 +10,7 @@
 4. Colours are thin layers over the notebook's own ground, so that text keeps its contrast in light
    and dark. Where a page drops styles (GitHub, an untrusted notebook), strong tokens stay marked
    and weak ones underlined.
-5. What does not fit is left out, and a line says how much.
+5. What is not shown is named: a line says how much.
 
 No scripts, nothing loaded: the HTML works in notebooks, in saved pages and in mails.
 """
@@ -22,7 +22,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from lenslab.show.plots import Labels, Number, Values, numbers
 from lenslab.tokens import TokenBatch
 
 STEPS = 12  # of intensity
-LIMIT_KB = 400  # of one view; a notebook has 1.5 MB for all its outputs
 # Strengths up to these keep text readable on white and on black (contrast at least 4.5, tested)
 HUES = {"p": ((200, 80, 45), 0.62), "n": ((64, 128, 186), 0.6)}  # above zero, below
 WINDOW = 60  # tokens on either side of the strongest
@@ -64,7 +62,7 @@ class View:
     def __repr__(self) -> str:
         return "<lenslab.show.tokens.View object>"
 
-    def save(self, name: str | PathLike) -> Path:
+    def save(self, name: str | Path) -> Path:
         """Write it as a page and return its path: with or without `.html`, in `outputs/results/`,
         or where the folder of `name` says. Raises as `save_page`."""
         return save_page(name, self.title, str(self))
@@ -77,7 +75,6 @@ class Strip:
     strings: Sequence[str]  # '' is padding
     values: np.ndarray  # [token]
     counted: np.ndarray  # [token], bool
-    ids: np.ndarray | None = None  # [token], for the tooltips
     label: str = ""
 
     def __post_init__(self) -> None:
@@ -122,10 +119,9 @@ class Strip:
     def _token(self, i: int, scale: float) -> str:
         content, hint = visible(self.strings[i])
         content = html.escape(content)
-        identity = "" if self.ids is None else f" · id {self.ids[i]}"
         if not self.counted[i]:
-            return f'<i class="x" title="not counted{identity}">{content}</i>'
-        title = f"{self.values[i]:.3f}{identity}" + (f" · {hint}" if hint else "")
+            return f'<i class="x" title="not counted">{content}</i>'
+        title = f"{self.values[i]:.3f}" + (f" · {hint}" if hint else "")
         return coloured(content, float(self.values[i]), scale, title)
 
 
@@ -141,12 +137,7 @@ def highlight(
         max_texts: shown, in the given order.
     """
     full = float(scale or max(abs(strip.best) for strip in strips))
-    rows, size = [], 0
-    for strip in strips[:max_texts]:
-        rows.append(strip.render(full))
-        size += len(rows[-1])
-        if size > LIMIT_KB * 1000:
-            break
+    rows = [strip.render(full) for strip in strips[:max_texts]]
     notes = []
     if len(rows) < len(strips):
         notes.append(f"{len(strips) - len(rows)} of {len(strips)} texts left out")
@@ -199,9 +190,8 @@ def feature_strips(
 def _strips(batch: TokenBatch, rows: Labels, values: Values, labels: Labels) -> list[Strip]:
     """A strip for each of the rows, with values `[row, pos]` and a label of its own."""
     real = batch.real.cpu().numpy()
-    tokens = batch.tokens.cpu().numpy()
     return [
-        Strip(batch.strings(row), numbers(value), real[row], ids=tokens[row], label=str(label))
+        Strip(batch.strings(row), numbers(value), real[row], label=str(label))
         for row, value, label in zip(rows, values, labels, strict=True)
     ]
 
