@@ -2,7 +2,8 @@
 picture.
 
 Nothing between the markers is typed: `make notebooks` and the benchmarks measure, this writes, and
-a test compares.
+a test compares. The picture is a screenshot of `assets/feature.html`, which holds what a
+notebook's cell shows: that page is compared, since no two machines draw the same bytes.
 
     python scripts/readme_tables.py          # write
     python scripts/readme_tables.py --check  # exit 1 where a file differs from the results
@@ -10,6 +11,7 @@ a test compares.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import math
@@ -17,20 +19,22 @@ import re
 import sys
 from pathlib import Path
 
+from choreographer import Browser
+
 from lenslab.files import REPOSITORY, atomic_write
+from lenslab.show.images import find_browser, page
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
-PICTURE = (
-    "phase_1_loading",
-    "Head ",
-    "attention.png",
-    "Attention of one head of pocket-gpt, drawn by phase 1",
-)
-# Notebook, words of the section's heading, how its lines begin; the first that is there.
-FINDINGS = (
-    ("phase_2_feature_exploration", "Does it take an SAE?", "So: "),
-    ("phase_2_feature_exploration", "", "specialists: "),
-)
+PICTURE = {
+    "notebook": "phase_2_feature_exploration",
+    "heading": "Feature ",  # how the title of the cell's HTML begins
+    "file": "feature",  # in assets/, .html and .png
+    "alternative": "One feature of pocket-gpt's SAE on texts, drawn by phase 2",
+    "width": 880,  # pixels, as the most of the height; the rest of the page is cut off
+    "height": 616,
+}
+# Notebook, words of the section's heading, how its lines begin.
+FINDING = ("phase_2_feature_exploration", "Does it take an SAE?", "So: ")
 TITLES = {
     "phase_1_loading": "Load a model, find its hook points, read its streams, encode with an SAE",
     "phase_2_feature_exploration": "Which features tell kinds of text apart, and does it take an "
@@ -144,29 +148,46 @@ def notebook_cells(name: str) -> list[dict]:
 
 def finding() -> str:
     """What phase 2 says as its answer, as a quotation. ValueError where it says nothing."""
-    for name, heading, start in FINDINGS:
-        if lines := printed(notebook_cells(name), heading, start):
-            return "\n>\n".join(f"> {line}" for line in lines)
-    raise ValueError(f"No notebook prints a line as described in FINDINGS: {FINDINGS}")
+    name, heading, start = FINDING
+    if lines := printed(notebook_cells(name), heading, start):
+        return "\n>\n".join(f"> {line}" for line in lines)
+    raise ValueError(f"No notebook prints a line as described in FINDING: {FINDING}")
 
 
-def picture() -> bytes:
-    """The PNG of the figure whose title starts as PICTURE says. ValueError where no notebook cell
-    holds it."""
-    notebook, title, *_ = PICTURE
-    for output in (out for cell in notebook_cells(notebook) for out in cell.get("outputs", [])):
-        data = output.get("data", {})
-        layout = data.get("application/vnd.plotly.v1+json", {}).get("layout", {})
-        if (layout.get("title") or {}).get("text", "").startswith(title) and "image/png" in data:
-            return base64.b64decode(data["image/png"])
+def feature_page() -> str:
+    """The page of the first HTML in the notebook whose title begins as PICTURE says. ValueError
+    where no cell holds it."""
+    cells = notebook_cells(PICTURE["notebook"])
+    for output in (output for cell in cells for output in cell.get("outputs", [])):
+        body = "".join(output.get("data", {}).get("text/html", ""))
+        if f'<div class="lh"><b>{PICTURE["heading"]}' in body:
+            return page(PICTURE["alternative"], body, "<style>body{margin:8px}</style>")
     raise ValueError(
-        f"{notebook}.ipynb has no figure {title!r} with a PNG: run `make notebooks` with Chromium"
+        f"{PICTURE['notebook']} has no HTML titled {PICTURE['heading']!r}: run `make notebooks`"
     )
 
 
+async def screenshot(file: Path, width: int, height: int) -> bytes:
+    """The top of a page as PNG, in pixels, twice as fine; no higher than the page is."""
+    async with Browser(path=find_browser()) as browser:
+        tab = await browser.create_tab()
+        screen = {"width": width, "height": 1, "deviceScaleFactor": 2, "mobile": False}
+        await tab.send_command("Emulation.setDeviceMetricsOverride", screen)
+        await tab.send_command("Emulation.setScrollbarsHidden", {"hidden": True})
+        await tab.send_command("Page.enable")
+        loaded = tab.subscribe_once("Page.loadEventFired")
+        await tab.send_command("Page.navigate", {"url": file.as_uri()})
+        await loaded
+        metrics = await tab.send_command("Page.getLayoutMetrics")
+        size = metrics["result"]["cssContentSize"]
+        clip = size | {"height": min(size["height"], height), "scale": 1}
+        options = {"clip": clip, "captureBeyondViewport": True}
+        picture = await tab.send_command("Page.captureScreenshot", options)
+    return base64.b64decode(picture["result"]["data"])
+
+
 def picture_line() -> str:
-    *_, name, alternative = PICTURE
-    return f"![{alternative}](assets/{name})"
+    return f"![{PICTURE['alternative']}](assets/{PICTURE['file']}.png)"
 
 
 MARKERS = {  # file -> marker -> what stands between it and its end
@@ -191,16 +212,22 @@ def filled(text: str, markers: dict) -> str:
 
 
 def main() -> None:
-    wanted: dict[Path, bytes] = {REPOSITORY / "assets" / PICTURE[2]: picture()}
+    asset = REPOSITORY / "assets" / f"{PICTURE['file']}.html"
+    wanted: dict[Path, bytes] = {asset: feature_page().encode()}
     for name, markers in MARKERS.items():
         file = REPOSITORY / name
         wanted[file] = filled(file.read_text(encoding="utf-8"), markers).encode()
+    drawing = asset.with_suffix(".png")
     if "--check" in sys.argv:
         stale = [f.name for f, new in wanted.items() if not f.exists() or f.read_bytes() != new]
+        stale += [] if drawing.exists() else [drawing.name]
         sys.exit(f"{', '.join(stale)}: run scripts/readme_tables.py" if stale else 0)
     for file, content in wanted.items():
         with atomic_write(file) as temporary:
             temporary.write_bytes(content)
+    png = asyncio.run(screenshot(asset, PICTURE["width"], PICTURE["height"]))
+    with atomic_write(drawing) as temporary:
+        temporary.write_bytes(png)
 
 
 if __name__ == "__main__":

@@ -237,4 +237,5 @@ class FeatureExplorer:
         """Two outputs, not one with two forms: tools that drop widgets must not drop the page with
         them."""
         display(self.static())
-        display(self.box)
+        # without its text, `VBox(children=...`, which a page without a kernel would show
+        display(self.box._repr_mimebundle_() | {"text/plain": ""}, raw=True)
