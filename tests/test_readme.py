@@ -191,7 +191,7 @@ def test_the_finding_is_what_the_section_on_its_question_says(tables, monkeypatc
 def test_a_notebook_without_a_finding_is_not_passed_over(tables, monkeypatch):
     cells = notebook("## Does it take an SAE?", ["a table"])
     monkeypatch.setattr(tables, "notebook_cells", lambda name: cells)
-    with pytest.raises(ValueError, match="FINDINGS"):
+    with pytest.raises(ValueError, match="FINDING"):
         tables.finding()
 
 

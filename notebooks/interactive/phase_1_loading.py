@@ -186,7 +186,7 @@ print(norms.round(1).to_string())
 print("random twin, residual:", twin_profile.residual.round(1).tolist())
 curves = {**norms, "residual, twin": twin_profile.residual}
 axes = {"x_title": "layer", "y_title": "mean norm at real tokens", "log_y": True}
-lines(curves, title="How long each stream is, layer by layer", **axes)
+lines(curves, title="How long each stream is, layer by layer", **axes).show()
 
 # %% [markdown]
 # How long is what a block adds, beside the stream that it is added to? **Control**: the twin's.
@@ -257,7 +257,9 @@ so(
     f"in the untrained twin {twin_ratio.max():.1f} times."
 )
 axes = {"x_title": "layer", "y_title": "norm at BOS / norm elsewhere"}
-lines({"model": ratio, "random twin": twin_ratio}, title="How odd BOS is", reference=1, **axes)
+lines(
+    {"model": ratio, "random twin": twin_ratio}, title="How odd BOS is", reference=1, **axes
+).show()
 
 # %% [markdown]
 # Norms can hide in a few dimensions (*massive activations*; GPT-2 has two of them, at BOS). Which
@@ -330,7 +332,7 @@ so(
 # %%
 units = {name: values[name] / values[name].std() for name in ("model", "random twin")}
 axes = {"x_title": "dimension", "y_title": "value, in units of its spread"}
-bars(units, title="One activation, dimension by dimension", overlay=True, **axes)
+bars(units, title="One activation, dimension by dimension", overlay=True, **axes).show()
 
 # %% [markdown]
 # The last token of a text in every layer: how much of it is still there after the next block? The
@@ -358,7 +360,7 @@ so(
 # %%
 curves = {"the same text": same_text, "another text (control)": other_text}
 axes = {"x_title": "from layer", "y_title": "mean cosine with the next layer"}
-lines(curves, title="How much of a token's vector is there one layer later", **axes)
+lines(curves, title="How much of a token's vector is there one layer later", **axes).show()
 
 # %% [markdown]
 # ## 7. Attention maps
@@ -411,7 +413,7 @@ maps = {
 }
 whole = all(bool(((map_.sum(-1) - 1).abs() < 1e-4).all()) for map_ in maps.values())
 print(f"rows sum to one: {whole}; looks ahead: {any(bool(m.triu(1).any()) for m in maps.values())}")
-attention_map(maps, sample.strings(0), title="The token before, and what followed last time")
+attention_map(maps, sample.strings(0), title="The token before, and what followed last time").show()
 
 # %% [markdown]
 # ## 8. What does it say, and what does it know?

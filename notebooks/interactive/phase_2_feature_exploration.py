@@ -228,7 +228,7 @@ so(
     f"of the tokens and {never['SAE']} on none; of random directions {dense['random directions']} "
     f"and {never['random directions']}."
 )
-firing_density(firing, title="How often features fire")
+firing_density(firing, title="How often features fire").show()
 
 # %% [markdown]
 # A simpler and common way counts: a value is *strong* above 5.0, whatever the feature's scale, and
@@ -317,7 +317,7 @@ rows = {
 }
 title = "The SAE's feature against each control's"
 axes = {"x_title": "difference of held-out AUROC (right: the SAE's is better)", "y_title": "kind"}
-intervals(rows, labels.categories, title=title, reference=0, controls=[], **axes)
+intervals(rows, labels.categories, title=title, reference=0, controls=[], **axes).show()
 
 # %% [markdown]
 # Which languages does a lead over the controls come from, each scored where it was left out?
@@ -408,7 +408,9 @@ drawn = ["best feature", "16 features", "difference of means", by_labels, by_spe
 drawn.append("random twin: logistic regression")
 rows = {way: (aurocs.loc[way, list(labels.categories)], None, None) for way in drawn}
 axes = {"x_title": "held-out AUROC (right is better)", "y_title": "kind"}
-intervals(rows, labels.categories, title="One feature, and what labels fit", reference=0.5, **axes)
+intervals(
+    rows, labels.categories, title="One feature, and what labels fit", reference=0.5, **axes
+).show()
 
 # %% [markdown]
 # ## 8. How often is this method wrong?
@@ -576,7 +578,9 @@ print(split[marked].round(3).to_string(index=False))
 # %%
 points = {"names": split["feature"], "marked": marked, "marked_name": "chosen for a kind"}
 axes = {"x_title": "share of variance: form", "y_title": "share of variance: content"}
-scatter(split["form"], split["concept"], title="Form and content", diagonal=True, **points, **axes)
+scatter(
+    split["form"], split["concept"], title="Form and content", diagonal=True, **points, **axes
+).show()
 
 # %% [markdown]
 # ## 11. Pictures of many features
@@ -606,7 +610,7 @@ so(
 from lenslab.show.feature_plots import category_feature_heatmap, text_feature_heatmap
 
 title = "What each kind's feature does in every kind (held-out texts)"
-category_feature_heatmap(means, labels.categories, list(kind_names.values()), title=title)
+category_feature_heatmap(means, labels.categories, list(kind_names.values()), title=title).show()
 
 # %% [markdown]
 # The same features and the leaders of section 4, a row each, on every held-out text.
@@ -623,7 +627,7 @@ so(
     f"features of the same rates {np.mean(summary.frequency[list(kind_names)]):.0%} would be."
 )
 title = "Each kind's feature and the leaders on held-out texts"
-text_feature_heatmap(drawn, list(kind_names.values()), labels.category[held], title=title)
+text_feature_heatmap(drawn, list(kind_names.values()), labels.category[held], title=title).show()
 
 # %% [markdown]
 # ## 12. Which features fire together?
@@ -670,7 +674,7 @@ so(
 # %%
 from lenslab.show.feature_plots import coactivation_heatmap
 
-coactivation_heatmap(together.pmi, names, title="Which features fire together")
+coactivation_heatmap(together.pmi, names, title="Which features fire together").show()
 
 # %% [markdown]
 # ## 13. Look for a concept
