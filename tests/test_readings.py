@@ -11,6 +11,7 @@ from lenslab.features.activations import FeatureActivations
 from lenslab.features.readings import (
     CLASSES,
     direct_logits,
+    feature_names,
     final_norm,
     firing_summary,
     form_and_concept,
@@ -99,6 +100,7 @@ def test_the_main_class_is_named_and_the_score_is_told_without_it(model):
     assert found["share"] == pytest.approx(commas / (commas + digits)) == found["token_share"]
     assert found["token"].strip() == ","
     assert found["auroc"] == 1 and found["auroc_without"] == 0.5
+    assert feature_names(fa[labels.held_out], [0])[0] == f"0 {found['token']!r}"
     found = firing_summary(fa, [1, 2], labels)
     assert found.loc[0, ["fires_on", "auroc", "auroc_without"]].tolist() == ["digits", 1, 1]
     assert found["fires_on"][1] == "nothing" and found["share"][1] == 0

@@ -236,7 +236,7 @@ as_much = int((twin_alike < alike + 0.05).sum())
 so(
     f"context reaches {reached} of {len(alike)} streams, the {least} stream most: there one token "
     f"has a cosine of {alike[least]:.2f} with itself in another text, and of "
-    f"{similarity['other token'][least] + 0:.1f} with other tokens. In {as_much} of "
+    f"{round(similarity['other token'][least], 1) + 0} with other tokens. In {as_much} of "
     f"{len(alike)} streams the untrained twin shows as much: there it is the architecture's doing."
 )
 

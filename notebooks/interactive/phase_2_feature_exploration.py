@@ -531,14 +531,14 @@ readings = firing_summary(fa, chosen, labels)
 print(readings.round(2).to_string(index=False))
 narrow = readings[readings["share"] > 0.8]
 without = [
-    f"feature {row.feature} ({row.category}) has {row.share:.0%} on {row.fires_on}, "
+    f"{row.feature} ({row.category}): {row.share:.0%} on {row.fires_on}, "
     f"{row.token_share:.0%} on {row.token!r} alone: AUROC {row.auroc:.2f}, without those tokens "
     f"{row.auroc_without:.2f}"
     for row in narrow.itertuples()
 ]
 so(
     f"{len(narrow)} of {len(readings)} chosen features put more than 80 % of their activation on "
-    f"one class of tokens. {'; '.join(without).capitalize()}"
+    f"one class of tokens{': ' if without else ''}{'; '.join(without)}."
 )
 
 # %% [markdown]
@@ -622,9 +622,12 @@ for why, ranked in first_of.items():
     leader = int(ranked(1).index[0])
     kind_names[leader] = f"{kind_names.get(leader, leader)}, {why}"
 drawn = held_fa.pool("max")[:, list(kind_names)]
+fires = held_fa.pool("max")[:, chosen].toarray() > 0  # [text, kind]
+own = labels.inside[held]
 so(
-    f"{np.mean(drawn.toarray() > 0):.0%} of the cells are above zero; in a picture of random "
-    f"features of the same rates {np.mean(summary.frequency[list(kind_names)]):.0%} would be."
+    f"a kind's feature fires on {fires[own].mean():.0%} of the held-out texts of its kind and on "
+    f"{fires[~own].mean():.0%} of the others; the strongest of all features on "
+    f"{np.mean(drawn[:, [list(kind_names).index(strongest)]].toarray() > 0):.0%}."
 )
 title = "Each kind's feature and the leaders on held-out texts"
 text_feature_heatmap(drawn, list(kind_names.values()), labels.category[held], title=title).show()

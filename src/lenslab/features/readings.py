@@ -114,9 +114,8 @@ def token_classes(fa: FeatureActivations, features: Indices) -> pd.DataFrame:
 def feature_names(fa: FeatureActivations, features: Indices) -> list[str]:
     """Each feature's number and the token that holds most of its activation, for pictures and
     tables. ValueError for negative activations."""
-    tokens = _token_table(fa)
-    sums = [_sums(tokens, "token", columns_of(fa.matrix, [f])[:, 0]) for f in features]
-    return [f"{f} {by.idxmax()!r}" for f, by in zip(features, sums, strict=True)]
+    shares = _shares(_token_table(fa), "token", columns_of(fa.matrix, features)).fillna(0)
+    return [f"{f} {token!r}" for f, token in zip(features, shares.idxmax(), strict=True)]
 
 
 def firing_summary(
