@@ -12,7 +12,7 @@ the probes.
    README beside it says what it is and what it cannot show.
 
     python scripts/sample_text.py --tokens 1e6
-    python scripts/sample_text.py --model smollm2 --tokens 1e5 --batch 13
+    python scripts/sample_text.py --model smollm2 --tokens 1e5 --batch 32
     python scripts/sample_text.py --tokens 2e4 --batch 16 --out FOLDER      # a look
 """
 
@@ -26,8 +26,17 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lenslab.files import atomic_write, content_key, data_path, sha256_file
+from lenslab.files import (
+    BUNDLED,
+    DEFAULT,
+    FETCHED,
+    atomic_write,
+    content_key,
+    data_path,
+    sha256_file,
+)
 from lenslab.runtime import compute_dtype, default_device, derive_generator, progress_bar
+from lenslab.smollm2 import smollm2_folder
 
 OPENINGS = {
     "narrative": [
@@ -164,6 +173,7 @@ def sample(
         "eager"
     )  # for one new token a step faster on a CPU than the fused kernel
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    length = min(length, model.config.max_position_embeddings)
     key = sha256_file(folder / "model.safetensors")[:16]
     parts = work / content_key(key, rows, seed, length, str(compute_dtype()), OPENINGS)
     frames, done, number = [], 0, 0
@@ -204,8 +214,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=data_path("models", "pocket-gpt"))
-    parser.add_argument("--out", type=Path, default=data_path("corpus"))
+    parser.add_argument("--model", default="pocket-gpt", help="bundled, `smollm2`, or a folder")
+    parser.add_argument("--out", type=Path, help="default: where that model's text ships")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/sampled-text"), help="batches as they are made"
     )
@@ -214,8 +224,13 @@ def main() -> None:
         "--batch", type=int, default=128, help="texts per batch, all after one opening"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a text, with BOS")
     given = parser.parse_args()
-    file = sample(given.model, given.out, given.work, int(given.tokens), given.batch, given.seed)
+    folder = data_path("models", given.model) if given.model in BUNDLED else Path(given.model)
+    if given.model in FETCHED:
+        folder = smollm2_folder()
+    out = given.out or data_path("corpus", "" if given.model == DEFAULT else folder.name)
+    file = sample(folder, out, given.work, int(given.tokens), given.batch, given.seed, given.length)
     print(f"{file.name}: {file.stat().st_size / 1e6:.2f} MB")
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lenslab import smollm2
 from lenslab.files import FETCHED, NotWritten, cache_path, data_path, only_writer, sha256_file
-from lenslab.loading import NotAModel, load_model, model_name
+from lenslab.models import NotAModel, load_model, model_name, summarize
 from lenslab.texts import sampled_text
 from lenslab.tokens import tokenize
 
@@ -155,8 +155,8 @@ def test_the_model_itself_where_it_was_fetched():
     if not cache_path("models", FETCHED["smollm2"]).is_dir():
         pytest.skip("smollm2 is not in the cache: load_model('smollm2') fetches it, 93 MB")
     model = load_model("smollm2")
-    assert sum(p.numel() for p in model.original_model.parameters()) == 134_515_008
-    paris = model.tokenizer(" Paris").input_ids[0]
+    assert summarize(model).parameters == 134_515_008
+    paris = model.tokenizer(" Paris", add_special_tokens=False).input_ids[0]
     with torch.inference_mode():
         logits = model(tokenize(model, "The capital of France is").tokens)
     assert float(logits[0, -1].softmax(-1)[paris]) > 0.5
