@@ -103,7 +103,7 @@ def compute_long(environment: dict[str, str]) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--model", default="", help="bundled name, local Hugging Face folder, or name on the hub"
+        "--model", default="", help="bundled name, smollm2, Hugging Face folder, name on the hub"
     )
     parser.add_argument("--notebooks", default="", help="names, separated by spaces (default: all)")
     parser.add_argument(
