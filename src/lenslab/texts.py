@@ -1,8 +1,9 @@
 """Texts: the probe texts that ship with the project, text to train an SAE on, texts with labels.
 
 Text comes from files of one's own (`load_texts`), from a data set of the hub (`hub_texts`) or, on a
-machine with neither, from a million tokens that pocket-gpt wrote and that ship (`sampled_text`);
-each is a list of documents for `lenslab.tokens.pack` or `tokenize`.
+machine with neither, from what models wrote and what ships (`sampled_text`: a million tokens of
+pocket-gpt, a hundred thousand of smollm2); each is a list of documents for `lenslab.tokens.pack` or
+`tokenize`.
 
 How probe texts are made ready to be searched for features (`label_texts`):
 1. duplicates, broken and unlabelled texts are left out, and `skipped` says why;
@@ -28,7 +29,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Int, Num, Shaped
 
-from lenslab.files import data_path
+from lenslab.files import DEFAULT, FETCHED, data_path
 from lenslab.runtime import derive_generator, progress_bar
 
 FORMATS = (".txt", ".jsonl", ".parquet")  # the first two also as .gz
@@ -120,14 +121,15 @@ def hub_texts(
         ) from error
 
 
-def sampled_text(n_documents: int | None = None) -> list[str]:
-    """Documents that pocket-gpt wrote, of nine kinds in turn; default all. See
-    `data/corpus/README.md`.
+def sampled_text(n_documents: int | None = None, model: str = DEFAULT) -> list[str]:
+    """Documents that `model` wrote where such ship, else pocket-gpt, of nine kinds in turn; default
+    all. See `data/corpus/README.md`.
 
     A stand-in for a corpus where there is none: not by people, and no measure of a model or an SAE
     on real text.
     """
-    frame = pd.read_parquet(data_path("corpus", "sampled.parquet"))
+    own = data_path("corpus", FETCHED.get(model, model), "sampled.parquet")
+    frame = pd.read_parquet(own if own.is_file() else data_path("corpus", "sampled.parquet"))
     # batches are of one opening each: deal them out
     turn = frame["id"].str.rsplit("-", n=1).str[-1].astype(int).argsort(kind="stable")
     return frame["text"].iloc[turn].iloc[:n_documents].tolist()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from lenslab.models import check_eval
 from lenslab.runtime import derive_generator
 from lenslab.tokens import TokenBatch, bos_ids
 
+TOGETHER = 8  # layers of one pass through the model: one by one is slow, all at once fills memory
+
 
 def stream_profile(model: TransformerBridge, batch: TokenBatch) -> pd.DataFrame:
     """Norms of the streams over the real tokens of `batch`, and what is odd about the first
@@ -43,13 +46,16 @@ def stream_profile(model: TransformerBridge, batch: TokenBatch) -> pd.DataFrame:
     attention + MLP, or before + attention, is from after, relative to after.
     """
     first = batch.attention.long().argmax(dim=1)  # [text]
+    streams = ("residual_pre", "attention", "mlp", "residual")
+    layers = range(model.cfg.n_layers)
+    hooks = [[stream_hook(model, layer, stream) for stream in streams] for layer in layers]
     rows = []
-    for layer in range(model.cfg.n_layers):
-        streams = ("residual_pre", "attention", "mlp", "residual")
-        hooks = [stream_hook(model, layer, stream) for stream in streams]
-        values = harvest(model, batch, hooks, progress=False)
-        before, attention, mlp, after = (values[hook][batch.real] for hook in hooks)  # [token, d]
-        start = values[hooks[-1]][torch.arange(len(batch)), first]  # [text, d_model]
+    for layer in layers:
+        if layer % TOGETHER == 0:
+            together = chain.from_iterable(hooks[layer : layer + TOGETHER])
+            values = harvest(model, batch, list(together), progress=False)
+        before, attention, mlp, after = (values[h][batch.real] for h in hooks[layer])  # [token, d]
+        start = values[hooks[layer][-1]][torch.arange(len(batch)), first]  # [text, d_model]
         total = before + attention + mlp
         row = {
             "residual": after.norm(dim=-1).mean(),

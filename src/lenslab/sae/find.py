@@ -78,7 +78,7 @@ def find_sae(
             check_sae(found.sae, model)
             if sae_hook(found.sae) in hooks:
                 return found
-    batch = pack(model, sampled_text(documents))
+    batch = pack(model, sampled_text(documents, model_name(model)))
     batch = batch[: POOL // batch.tokens.shape[1]]
     sae = _kept_or_trained(model, hooks[0], batch, steps)
     origin = f"none at hand: a small one trained here, {steps} steps on {batch.n_real:,} tokens"
