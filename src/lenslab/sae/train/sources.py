@@ -8,6 +8,9 @@
    one text fall into one pool, anywhere in it, with vectors of every part of the data. Memory holds
    one pool (two while it is made), whatever the number of tokens.
 3. What does not fill a batch at a pool's end is left out in that epoch.
+4. A few models have massive vectors at some real tokens, hundreds of times as long as the others
+   (where a window begins within a word, say): one would outweigh the rest of its batch. Vectors
+   longer than ten times the pool's median (as in dictionary-learning) give their place to others.
 
 `documents()` are hashes of what the vectors come from, document by document, so that held-out data
 can be checked to be other data; `lenslab.sae.train.trainer` compares them. They are Python's own,
@@ -36,6 +39,7 @@ from lenslab.store import ActivationStore
 from lenslab.tokens import TokenBatch
 
 POOL = 1 << 17  # vectors; 134 MB a hook at width 256
+MASSIVE = 10.0  # times the median norm
 RUN = 256  # rows of a tensor or a store that stay together as pools are dealt out
 
 
@@ -79,6 +83,12 @@ class VectorSource(ABC):  # noqa: B024 (others that deal vectors out are registe
         vectors = self._vectors(units)
         generator = derive_generator(self.seed, f"pool {epoch} {number}")
         order = torch.randperm(len(next(iter(vectors.values()))), generator=generator)
+        norms = [value.norm(dim=1) for value in vectors.values()]  # [vector] of each hook
+        massive = torch.stack([norm > MASSIVE * norm.median() for norm in norms]).any(0).cpu()
+        if massive.any() and not massive.all():
+            others = (~massive).nonzero().flatten()
+            drawn = torch.randint(len(others), (int(massive.sum()),), generator=generator)
+            order[massive[order]] = others[drawn]
         return {hook: value[order] for hook, value in vectors.items()}
 
 
