@@ -15,8 +15,8 @@
 # shown beside a control that could have refuted it.
 #
 # **Runs on** the bundled `pocket-gpt`, offline; the README says how long it takes and how much
-# memory. For another model set `LENSLAB_MODEL` to a name on the hub (`gpt2`) or a local Hugging
-# Face folder before you start Jupyter.
+# memory. For another model set `LENSLAB_MODEL` before you start Jupyter: to `smollm2` (fetched
+# once), a name on the hub (`gpt2`) or a local Hugging Face folder.
 #
 # **How to read it**: one question per section, then code, a printed check, the control, a picture.
 # Every section ends with a printed line that begins with *So:*. It is computed from the numbers
@@ -139,8 +139,8 @@ for name, other in others.items():
 
 # %% [markdown]
 # **Control**: the check can fail. Without the mask, left padding shifts every position and is
-# attended to as if it were text. (Two unrelated vectors of equal norm would differ by the square
-# root of 2.)
+# attended to as if it were text. (Two unrelated vectors of equal norm would differ by 1.4 times
+# their length; more means that some vectors became far longer.)
 
 # %%
 with torch.inference_mode():
@@ -347,8 +347,8 @@ ends = [found[name][rows, last] - found[name][batch.real].mean(0) for name in th
 unit = torch.nn.functional.normalize(torch.stack(ends), dim=-1)  # [layer, text, d_model]
 same_text = (unit[:-1] * unit[1:]).sum(-1).mean(1)
 other_text = (unit[:-1] * unit[1:].roll(1, dims=1)).sum(-1).mean(1)
-print("same text ", same_text.numpy().round(1) + 0)
-print("other text", other_text.numpy().round(1) + 0)
+print("same text ", [round(float(cosine), 1) + 0 for cosine in same_text])
+print("other text", [round(float(cosine), 1) + 0 for cosine in other_text])
 so(
     f"from one layer to the next a token's vector keeps a cosine of {same_text.min():.1f} or "
     f"more, with another text's at most {other_text.max():.1f}."
@@ -383,7 +383,8 @@ print(f"on text, the previous token: head {layer}.{head}: {score:.2f}")
 # %% [markdown]
 # A weight near one is a head with one job; a small one, a tendency. Does the model *use* the
 # repeat? Its loss, in *nats* (minus the natural logarithm of the probability of what came), on the
-# first copy and on the second. **Controls**: chance, and the twin.
+# first copy and on the second. (On the first it can be worse than chance: random tokens are not the
+# text that the model expects.) **Controls**: chance, and the twin.
 
 # %%
 layer, head, score = heads.best("induction")
@@ -638,14 +639,15 @@ except ValueError as error:
 # 1. Which layer's residual stream has the largest norm at BOS, and does it fall at the last layer?
 # 2. Draw the attention map of the head that looks most at the first position. What could such a
 #    head be for?
-# 3. Run this notebook on another model: `make run MODEL=gpt2 NOTEBOOKS=phase_1_loading`.
+# 3. Run this notebook on a model that people know: `make run MODEL=smollm2
+#    NOTEBOOKS=phase_1_loading`. Which of the lines that begin with *So:* change?
 #
 # <details><summary>Solutions</summary>
 #
 # 1. `profile.first_position.argmax()`, then `profile.first_position[-1]` beside it.
 # 2. In the last cell of section 7 put `"first_position"` for `"previous_token"`. A head must attend
 #    somewhere, for its weights sum to one; BOS is where it does no harm.
-# 3. The SAE is then a published one that was downloaded before (see the README), or a small one
-#    trained on the spot.
+# 3. Sections 5 and 7 above all: it does park a huge vector at BOS, and its induction heads sit in
+#    the middle layers. Its SAE is a small one that is trained on the spot.
 #
 # </details>

@@ -474,15 +474,15 @@ explore_feature(held_fa, feature, categories=list(labels.category[held]))
 
 # %% [markdown]
 # What it fires on in running text: a sample from each fifth of its firings, 1 the strongest. The
-# text ships with the project and was sampled from `pocket-gpt`: nine kinds of text, as the model
-# would write them, not as people do.
+# text ships with the project: sampled from the model itself where that was done (`pocket-gpt`,
+# `smollm2`), else from `pocket-gpt`. It is text as a model would write it, not as people do.
 
 # %%
 from lenslab.features.contexts import find_contexts
 from lenslab.texts import sampled_text
 from lenslab.tokens import pack
 
-windows = pack(model, sampled_text(450))
+windows = pack(model, sampled_text(450, model_name(model)))
 contexts = find_contexts(model, sae, windows, features=[feature], progress=False)
 rate_there = contexts.fired[0] / contexts.tokens
 so(
