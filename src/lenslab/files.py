@@ -24,6 +24,7 @@ from typing import Any
 from uuid import uuid4
 
 import pandas as pd
+import torch
 from safetensors import SafetensorError
 
 REPOSITORY = Path(__file__).resolve().parents[2]  # the package is installed editable
@@ -124,7 +125,7 @@ def content_key(*parts: Any) -> str:
     canonical JSON, arrays with all their values."""
     digest = hashlib.sha256()
     for part in parts:
-        if not isinstance(part, bytes):
+        if not isinstance(part, bytes | memoryview):
             part = json.dumps(part, sort_keys=True, default=_in_full).encode()
         digest.update(len(part).to_bytes(8, "big") + part)  # ("ab", "c") is not ("a", "bc")
     return digest.hexdigest()[:16]
@@ -196,8 +197,6 @@ def only_writer(folder: Path) -> Iterator[None]:
 def save_checkpoint(folder: Path, state: dict, name: str | None = None) -> Path:
     """Write `state`; without a name, also drop all but the newest two. A failed write leaves the
     old ones, and says so."""
-    import torch
-
     file = folder / (name or f"step-{state['step']:08d}.pt")
     try:
         with atomic_write(file) as temporary:
@@ -217,8 +216,6 @@ def save_checkpoint(folder: Path, state: dict, name: str | None = None) -> Path:
 
 def load_checkpoint(file: Path) -> dict:
     """A checkpoint whose hash matches. Raises ValueError where the file is damaged."""
-    import torch
-
     with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as raw:
         if hashlib.sha256(memoryview(raw)[:-DIGEST]).digest() != raw[-DIGEST:]:
             raise ValueError(f"checkpoint {file.name} is damaged: its hash does not match")

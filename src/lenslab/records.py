@@ -36,6 +36,7 @@ from lenslab.capture import harvest
 from lenslab.files import atomic_write, content_key, versions
 from lenslab.hooks import by_pair, by_token
 from lenslab.models import model_key, model_name
+from lenslab.store import tensors_key
 from lenslab.tokens import tokenize
 
 SUFFIXES = (".safetensors", ".npz", ".json", ".json.gz", ".pt")
@@ -64,9 +65,7 @@ class ActivationRecord:
 
     def __eq__(self, other: object) -> bool:
         """Equal to the last bit, dtypes included."""
-        if not isinstance(other, ActivationRecord) or self._header() != other._header():
-            return False
-        return all(torch.equal(v, other.activations[h]) for h, v in self.activations.items())
+        return isinstance(other, ActivationRecord) and _key(True, [self]) == _key(True, [other])
 
     def _header(self) -> dict[str, Any]:
         """All but the values, as JSON holds it."""
@@ -186,10 +185,7 @@ def _key(one: bool, records: Sequence[ActivationRecord]) -> str:
     """Of all that a file holds, to the last bit."""
     parts: list[Any] = [one]
     for record in records:
-        shapes = {hook: list(value.shape) for hook, value in record.activations.items()}
-        parts += [record._header(), shapes]
-        for value in record.activations.values():
-            parts.append(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        parts += [record._header(), tensors_key(record.activations)]
     return content_key(*parts)
 
 

@@ -26,6 +26,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lenslab.files import content_key
+from lenslab.loading import as_bytes
 from lenslab.metrics import as_mask
 from lenslab.models import check_eval
 from lenslab.runtime import derive_generator, progress_bar
@@ -101,8 +102,7 @@ class TokenBatch:
         """Content key of the tokens and masks: what caches of activations are keyed by, whatever
         `document` says."""
         tensors = (self.tokens.long(), self.real, self.attention)
-        raw = [tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors]
-        return content_key(list(self.tokens.shape), *raw)
+        return content_key(list(self.tokens.shape), *map(as_bytes, tensors))
 
     def strings(self, row: int) -> list[str]:
         """One readable string per position, '' at padding; bytes that are no whole character as
