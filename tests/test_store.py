@@ -85,21 +85,12 @@ def test_rows_come_in_the_order_asked_for(fill):
         store.read(4)
 
 
-def test_statistics_are_those_of_all_rows(fill):
-    store = fill()
-    rows = store.rows(torch.arange(len(store)), HOOK).double()
-    statistics = store.statistics(HOOK)
-    torch.testing.assert_close(statistics["mean"], rows.mean(0))
-    torch.testing.assert_close(statistics["variance"], rows.var(0, correction=0))
-    assert float(statistics["mean_norm"]) == pytest.approx(float(rows.norm(dim=1).mean()))
-
-
 def test_several_hooks_share_one_run_and_heads_lie_side_by_side(model, batch, fill):
     hooks = (stream_hook(model, 0, "mlp"), "blocks.1.attn.hook_z")
     store = fill(hooks=hooks)
     z = harvest(model, batch, hooks[1], compute="float32")[hooks[1]][batch.real].flatten(1)
     torch.testing.assert_close(store.rows(torch.arange(len(store)), hooks[1]), z, atol=1e-5, rtol=0)
-    assert store.statistics(hooks[0])["mean"].shape == (32,)
+    assert store.rows([0], hooks[0]).shape == (1, 32)
 
 
 def test_a_store_reads_without_the_model(fill):
@@ -122,9 +113,9 @@ def test_a_shard_depends_on_no_file_that_another_is_written_to(fill, model, batc
         ranks[shard % 2].write(shard, texts, {HOOK: shards[shard][HOOK]})
         after = contents(ranks[0].folder)
         assert before.items() <= after.items() and len(after) == len(before) + 1
-    assert ranks[0].missing() == ranks[1].missing() == [] and not ranks[0].complete
-    ranks[1].summarize()
-    assert ranks[0].complete and contents(ranks[0].folder) == contents(whole.folder)
+        assert ranks[0].complete == (shard == 1)
+    assert ranks[0].missing() == ranks[1].missing() == []
+    assert contents(ranks[0].folder) == contents(whole.folder)
     assert ranks[0].digests == whole.digests
 
 
@@ -193,8 +184,6 @@ harvest(model, batch, {HOOK!r}, store=opened, batch_size=2, progress=False)
     assert left.read(1)[HOOK].shape[1] == 32 and not left.complete
     with pytest.raises(DamagedShard, match="not written yet"):
         left.read(2)
-    with pytest.raises(DamagedShard, match="not written yet"):
-        left.statistics(HOOK)
     before = contents(left.folder)
     continued, whole = fill("killed"), fill("whole")
     after = contents(continued.folder)
@@ -245,6 +234,19 @@ def exchange(folder, name, change):
     save_file(tensors, path, metadata=metadata)
 
 
+def test_a_shard_with_other_rows_than_the_manifest_says_is_not_written(fill, batch):
+    store = fill()
+    before, vectors = contents(store.folder), {HOOK: store.read(1)[HOOK]}
+    for texts, given in (
+        (batch[:3], vectors),
+        (batch[3:6], {HOOK: vectors[HOOK][:-1]}),
+        (batch[3:5], {HOOK: vectors[HOOK][: batch[3:5].n_real]}),
+    ):
+        with pytest.raises(ValueError, match="one row for each"):
+            store.write(1, texts, given)
+    assert contents(store.folder) == before
+
+
 LAYOUTS = {
     "narrow": lambda t: t | {HOOK: t[HOOK][:, :7]},
     "wide": lambda t: t | {HOOK: t[HOOK].repeat(1, 2)},
@@ -273,29 +275,6 @@ def test_other_values_under_the_key_of_a_shard_are_refused(fill, change):
     with pytest.warns(UserWarning, match="shard-00001"):
         fill()
     assert contents(folder) == before
-
-
-def test_statistics_of_another_shape_are_refused_and_made_anew(fill):
-    folder = fill().folder
-    before = contents(folder)
-    for change in (
-        lambda t: t | {f"{HOOK}/mean": t[f"{HOOK}/mean"][:3]},
-        lambda t: {f"{HOOK}/mean": t[f"{HOOK}/mean"]},
-    ):
-        exchange(folder, "statistics", change)
-        with pytest.raises(DamagedShard):
-            ActivationStore(folder).statistics(HOOK)
-        assert contents(fill().folder) == before
-
-
-def test_lost_statistics_are_made_anew(fill):
-    store = fill()
-    before = contents(store.folder)
-    (store.folder / "statistics.safetensors").write_bytes(b"")
-    with pytest.raises(DamagedShard, match=r"statistics"):
-        ActivationStore(store.folder).statistics(HOOK)
-    fill()
-    assert contents(store.folder) == before
 
 
 def test_a_complete_store_is_not_computed_again(fill, monkeypatch):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import mmap
 import os
 import platform
@@ -134,7 +133,7 @@ def content_key(*parts: Any) -> str:
 def _in_full(value: Any) -> Any:
     """Of an array or a table its values: their text leaves out those in the middle."""
     if is_dataclass(value):
-        return vars(value)
+        return {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, pd.DataFrame):
         return value.to_dict("tight")
     return value.tolist() if hasattr(value, "tolist") else str(value)
@@ -267,17 +266,8 @@ class Result:
 
 
 def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, pd.DataFrame):
-        value = value.to_dict("records")
-    if hasattr(value, "tolist"):  # arrays, tensors and their scalars
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """As JSON gives it back; it has no NaN and no infinity."""
+    return json.loads(json.dumps(value, default=_in_full), parse_constant=lambda _: None)
 
 
 def saved_result(name: str, inputs: Any) -> pd.DataFrame | None:
@@ -303,7 +293,8 @@ def save_result(name: str, result: Result, inputs: Any, *, ships: bool) -> Path:
     """Keep a result with its `to_frame()` for `saved_result`: with the project where it `ships`,
     else in this user's cache."""
     path = _result_files(name, inputs)[SHIPPED if ships else CACHED]
-    result.save(path, name=name, key=content_key(inputs), table=result.to_frame())
+    table = result.to_frame().to_dict("records")
+    result.save(path, name=name, key=content_key(inputs), table=table)
     return path
 
 

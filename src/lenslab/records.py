@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
@@ -78,11 +77,6 @@ class ActivationRecord:
         activations = {hook: value.tolist() for hook, value in self.activations.items()}
         return self._header() | {"activations": activations}
 
-    def to_frame(self, hook: str) -> pd.DataFrame:
-        """One row per position: token, id, real, and the components of a `[pos, d]` hook."""
-        words = pd.DataFrame({"token": self.tokens, "id": self.token_ids, "real": self.real})
-        return words.join(pd.DataFrame(_vectors(self, hook).float().numpy()))
-
 
 def extract_batch(
     model: TransformerBridge, texts: Sequence[str], hooks: str | Sequence[str]
@@ -124,11 +118,8 @@ def save_record(records: ActivationRecord | Sequence[ActivationRecord], path: st
     suffix = _suffix(path)
     one = isinstance(records, ActivationRecord)
     listed = [records] if one else records
-    header = {
-        "one": one,
-        "records": [record._header() for record in listed],
-        "key": _key(one, listed),
-    }
+    header = {"one": one, "records": [record._header() for record in listed]}
+    header["key"] = _key(one, listed)
     tensors = {}
     for i, record in enumerate(listed):
         for hook, value in record.activations.items():

@@ -10,11 +10,10 @@ How a store is filled:
    its name and the manifest. No shard shares a file with another: several processes may each write
    some;
 4. a later run keeps every shard whose key is right and computes the others, so what comes out is
-   the same bytes as from a run that was never broken off;
-5. at the end, mean, variance and mean norm are summed over the shards in order, in float64.
+   the same bytes as from a run that was never broken off.
 
 `shard-00003.safetensors` holds one `[row, d]` tensor per hook, and `text`, `position` and `token`
-`[row]`; its metadata holds the key; `statistics.safetensors` likewise.
+`[row]`; its metadata holds the key.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from lenslab import runtime
 from lenslab.files import atomic_write, cache_path, content_key, signed, verified, write_json
 from lenslab.hooks import check_hooks, vector_width
 from lenslab.loading import as_bytes
-from lenslab.metrics import Moments
 from lenslab.models import model_key, model_name
 from lenslab.tokens import TokenBatch
 
@@ -70,9 +68,8 @@ class ActivationStore:
         try:
             self.manifest = verified(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            reason = "was changed, or is of an earlier layout"
-            message = f"The manifest of {self.folder.name} {reason}: delete the store."
-            raise ValueError(message) from error
+            message = f"{self.folder.name}: its manifest was changed or is of an earlier layout"
+            raise ValueError(f"{message}: delete the store.") from error
         self.dtype: torch.dtype = getattr(torch, self.manifest["dtype"])
         rows = self.manifest["rows"]
         self.shards = [f"shard-{number:05d}" for number in range(len(rows))]
@@ -134,8 +131,8 @@ class ActivationStore:
 
     @property
     def complete(self) -> bool:
-        """Whether every shard and the statistics were written."""
-        return self._file("statistics").is_file()
+        """Whether every shard was written."""
+        return all(self._file(name).is_file() for name in self.shards)
 
     @property
     def digests(self) -> list[str | None]:
@@ -167,15 +164,6 @@ class ActivationStore:
             result[inside] = values[indices[inside] - (int(self._ends[shard]) - len(values))]
         return result
 
-    def statistics(self, hook: str) -> dict[str, Tensor]:
-        """'mean' `[d]`, 'variance' `[d]` (divided by the count of rows) and 'mean_norm' `[]` (of
-        the Euclidean norms) over all rows at a hook, in float64.
-
-        Raises DamagedShard before the store is complete and when the file was changed.
-        """
-        tensors = load_file(self._path("statistics"))
-        return {name: tensors[f"{hook}/{name}"] for name in ("mean", "variance", "mean_norm")}
-
     def missing(self) -> list[int]:
         """Shards to be written: those not yet there and, with a warning, those damaged."""
         missing = [shard for shard, name in enumerate(self.shards) if not self._whole(name)]
@@ -185,49 +173,32 @@ class ActivationStore:
         return missing
 
     def write(self, shard: int, texts: TokenBatch, vectors: dict[str, Tensor]) -> None:
-        """One shard: `{hook: [row, d]}` of the real tokens of its texts. Raises NotWritten."""
-        self._file("statistics").unlink(missing_ok=True)
+        """One shard: `{hook: [row, d]}` of the real tokens of its texts. Raises NotWritten,
+        ValueError for another number of rows than the manifest says."""
         text, position = texts.real.nonzero().int().T.contiguous()
         origin = {
             "text": text + shard * self.manifest["texts_per_shard"],
             "position": position,
             "token": texts.tokens[texts.real].int(),
         }
-        self._write(self.shards[shard], vectors | origin)
-
-    def summarize(self) -> None:
-        """Step 5, unless it was done."""
-        if self._whole("statistics"):
-            return
-        statistics = {}
-        for hook in self.manifest["hooks"]:
-            moments = Moments()
-            norms = Moments()
-            for shard in range(len(self.shards)):
-                vectors = self._column(shard, hook)  # [row, d]
-                moments.update(vectors)
-                norms.update(vectors.double().norm(dim=1, keepdim=True))
-            statistics[f"{hook}/mean"] = moments.mean
-            statistics[f"{hook}/variance"] = moments.variance
-            statistics[f"{hook}/mean_norm"] = norms.mean[0]
-        self._write("statistics", statistics)
-
-    def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        name, tensors = self.shards[shard], vectors | origin
+        if {len(value) for value in tensors.values()} != {self.manifest["rows"][shard]}:
+            raise ValueError(f"{name} is to hold one row for each real token of its own texts.")
         with atomic_write(self._file(name)) as temporary:
             save_file(tensors, temporary, metadata={"key": self._key(name, tensors)})
         self._verified.add(name)
 
     def _key(self, name: str, tensors: dict[str, Tensor]) -> str:
-        """Of the values of a file, and of which file of which store it is."""
+        """Of the values of a shard, and of which shard of which store it is."""
         return content_key(self.manifest, name, tensors_key(tensors))
 
     def _digest(self, name: str) -> str | None:
-        """The key in a file; None where there is none that can be opened."""
+        """The key in a shard; None where there is none that can be opened."""
         with suppress(OSError, SafetensorError), safe_open(self._file(name), "pt") as file:
             return (file.metadata() or {}).get("key")
 
     def _whole(self, name: str) -> bool:
-        """Whether the values of a file are those that were written, for this store."""
+        """Whether the values of a shard are those that were written, for this store."""
         digest = self._digest(name)
         return digest is not None and digest == self._key(name, load_file(self._file(name)))
 
@@ -240,7 +211,7 @@ class ActivationStore:
             return file.get_tensor(name)
 
     def _path(self, name: str) -> Path:
-        """Where a whole file lies, else DamagedShard; its bytes are hashed the first time only."""
+        """Where a whole shard lies, else DamagedShard; its bytes are hashed the first time only."""
         if name not in self._verified and not self._whole(name):
             state = "half-written or changed" if self._file(name).exists() else "not written yet"
             raise DamagedShard(f"{name} is {state}: harvest(..., store=store) makes it anew.")
