@@ -101,7 +101,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     write(tmp_path / "mine", "a.txt", b"one")
     for source in ("~/mine", "~/mine/a.txt", Path("~/mine/a.txt")):
         assert load_texts(source) == ["one"]
-    assert hub_texts("~/mine", progress=False) == ["one"]
+    assert hub_texts("~/mine") == ["one"]
     assert not (tmp_path / "~").exists()
 
 
@@ -210,7 +210,7 @@ def test_a_data_set_is_streamed_from_the_split_that_was_named(twin):
     assert hub_texts(twin) == TEXTS
     assert hub_texts(twin, split="test") == ["held out"]
     # the empty first row does not count
-    assert hub_texts(twin, limit=1, progress=False) == TEXTS[:1]
+    assert hub_texts(twin, limit=1) == TEXTS[:1]
 
 
 @pytest.mark.parametrize(

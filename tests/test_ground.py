@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import make_dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -421,6 +422,17 @@ def test_a_content_key_is_of_all_values():
     named, numbered = pd.DataFrame({"x": [1]}, index=["a"]), pd.DataFrame({"x": [1]})
     assert files.content_key(named) != files.content_key(numbered)
     assert files.content_key(tables[0]) == files.content_key(tables[0].copy())
+
+
+def test_the_key_of_a_dataclass_is_of_its_fields_alone():
+    class Made(make_dataclass("Fields", ["values"])):
+        @cached_property
+        def total(self):
+            return sum(self.values)
+
+    made = Made([1, 2])
+    before = files.content_key(made)
+    assert made.total == 3 and files.content_key(made) == before != files.content_key(Made([2, 1]))
 
 
 def test_what_is_signed_is_known_again_and_any_change_is_not(tmp_path):

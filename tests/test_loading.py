@@ -12,7 +12,14 @@ import pytest
 import torch
 from conftest import SMALL, make_tokenizer, save_random
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from lenslab.capture import harvest
 from lenslab.files import BUNDLED, REPOSITORY, data_path
@@ -247,6 +254,24 @@ def test_the_key_covers_the_buffers_of_the_file(tmp_path):
     plain, other = (load_model(f) for f in (folder, changed(folder, tmp_path / "new", corrected)))
     assert weights_key(plain) == weights_key(other) and model_key(plain) != model_key(other)
     assert model_key(plain) == model_key(load_model(folder))
+
+
+def test_a_bridge_that_the_user_made_has_a_key_that_follows_weights_and_buffers(llama_folder):
+    def booted():
+        weights = AutoModelForCausalLM.from_pretrained(llama_folder)
+        tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+        options = dict(hf_model=weights, tokenizer=tokenizer, device="cpu")
+        return TransformerBridge.boot_transformers("tiny", **options)
+
+    model = booted()
+    key = model_key(model)
+    assert key == model_key(booted()) and weights_key(model) == weights_key(
+        load_model(llama_folder)
+    )
+    next(model.original_model.buffers()).mul_(2)
+    assert model_key(model) != key and weights_key(model) == weights_key(booted())
+    next(model.original_model.parameters()).data.mul_(2)
+    assert weights_key(model) != weights_key(booted())
 
 
 @pytest.mark.parametrize(

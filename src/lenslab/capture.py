@@ -108,7 +108,6 @@ def harvest(
                 values = _run(model, part, hooks, part.real, bar=bar, first=first, **options)
                 vectors = {hook: value[part.real].flatten(1) for hook, value in values.items()}
                 store.write(shard, part, vectors)
-            store.summarize()
     return store
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import mmap
 import os
 import platform
@@ -24,6 +23,7 @@ from typing import Any
 from uuid import uuid4
 
 import pandas as pd
+import torch
 from safetensors import SafetensorError
 
 REPOSITORY = Path(__file__).resolve().parents[2]  # the package is installed editable
@@ -131,7 +131,7 @@ def content_key(*parts: Any) -> str:
     canonical JSON, arrays with all their values."""
     digest = hashlib.sha256()
     for part in parts:
-        if not isinstance(part, bytes):
+        if not isinstance(part, bytes | memoryview):
             part = json.dumps(part, sort_keys=True, default=_in_full).encode()
         digest.update(len(part).to_bytes(8, "big") + part)  # ("ab", "c") is not ("a", "bc")
     return digest.hexdigest()[:16]
@@ -140,7 +140,7 @@ def content_key(*parts: Any) -> str:
 def _in_full(value: Any) -> Any:
     """Of an array or a table its values: their text leaves out those in the middle."""
     if is_dataclass(value):
-        return vars(value)
+        return {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, pd.DataFrame):
         return value.to_dict("tight")
     return value.tolist() if hasattr(value, "tolist") else str(value)
@@ -203,8 +203,6 @@ def only_writer(folder: Path) -> Iterator[None]:
 def save_checkpoint(folder: Path, state: dict, name: str | None = None) -> Path:
     """Write `state`; without a name, also drop all but the newest two. A failed write leaves the
     old ones, and says so."""
-    import torch
-
     file = folder / (name or f"step-{state['step']:08d}.pt")
     try:
         with atomic_write(file) as temporary:
@@ -224,8 +222,6 @@ def save_checkpoint(folder: Path, state: dict, name: str | None = None) -> Path:
 
 def load_checkpoint(file: Path) -> dict:
     """A checkpoint whose hash matches. Raises ValueError where the file is damaged."""
-    import torch
-
     with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as raw:
         if hashlib.sha256(memoryview(raw)[:-DIGEST]).digest() != raw[-DIGEST:]:
             raise ValueError(f"checkpoint {file.name} is damaged: its hash does not match")
@@ -277,17 +273,8 @@ class Result:
 
 
 def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, pd.DataFrame):
-        value = value.to_dict("records")
-    if hasattr(value, "tolist"):  # arrays, tensors and their scalars
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """As JSON gives it back; it has no NaN and no infinity."""
+    return json.loads(json.dumps(value, default=_in_full), parse_constant=lambda _: None)
 
 
 def saved_result(name: str, inputs: Any) -> pd.DataFrame | None:
@@ -313,7 +300,8 @@ def save_result(name: str, result: Result, inputs: Any, *, ships: bool) -> Path:
     """Keep a result with its `to_frame()` for `saved_result`: with the project where it `ships`,
     else in this user's cache."""
     path = _result_files(name, inputs)[SHIPPED if ships else CACHED]
-    result.save(path, name=name, key=content_key(inputs), table=result.to_frame())
+    table = result.to_frame().to_dict("records")
+    result.save(path, name=name, key=content_key(inputs), table=table)
     return path
 
 

@@ -62,7 +62,8 @@ def model_key(model: TransformerBridge) -> str:
     that were changed since."""
     config = text_config(model).to_diff_dict()
     told = {name: value for name, value in config.items() if name not in SILENT}
-    told |= dict(buffer_hashes(model).items() - model.built_buffers.items())
+    # a bridge that somebody made himself has no list of what was built: all its buffers count
+    told |= dict(buffer_hashes(model).items() - getattr(model, "built_buffers", {}).items())
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
     return weights_key(model) + ("" if digest in UNMARKED else f"-{digest}")
 

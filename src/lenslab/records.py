@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
@@ -36,6 +35,7 @@ from lenslab.capture import harvest
 from lenslab.files import atomic_write, content_key, versions
 from lenslab.hooks import by_pair, by_token
 from lenslab.models import model_key, model_name
+from lenslab.store import tensors_key
 from lenslab.tokens import tokenize
 
 SUFFIXES = (".safetensors", ".npz", ".json", ".json.gz", ".pt")
@@ -64,9 +64,7 @@ class ActivationRecord:
 
     def __eq__(self, other: object) -> bool:
         """Equal to the last bit, dtypes included."""
-        if not isinstance(other, ActivationRecord) or self._header() != other._header():
-            return False
-        return all(torch.equal(v, other.activations[h]) for h, v in self.activations.items())
+        return isinstance(other, ActivationRecord) and _key(True, [self]) == _key(True, [other])
 
     def _header(self) -> dict[str, Any]:
         """All but the values, as JSON holds it."""
@@ -78,11 +76,6 @@ class ActivationRecord:
         """Everything as plain Python values, the activations as nested lists."""
         activations = {hook: value.tolist() for hook, value in self.activations.items()}
         return self._header() | {"activations": activations}
-
-    def to_frame(self, hook: str) -> pd.DataFrame:
-        """One row per position: token, id, real, and the components of a `[pos, d]` hook."""
-        words = pd.DataFrame({"token": self.tokens, "id": self.token_ids, "real": self.real})
-        return words.join(pd.DataFrame(_vectors(self, hook).float().numpy()))
 
 
 def extract_batch(
@@ -125,11 +118,8 @@ def save_record(records: ActivationRecord | Sequence[ActivationRecord], path: st
     suffix = _suffix(path)
     one = isinstance(records, ActivationRecord)
     listed = [records] if one else records
-    header = {
-        "one": one,
-        "records": [record._header() for record in listed],
-        "key": _key(one, listed),
-    }
+    header = {"one": one, "records": [record._header() for record in listed]}
+    header["key"] = _key(one, listed)
     tensors = {}
     for i, record in enumerate(listed):
         for hook, value in record.activations.items():
@@ -186,10 +176,7 @@ def _key(one: bool, records: Sequence[ActivationRecord]) -> str:
     """Of all that a file holds, to the last bit."""
     parts: list[Any] = [one]
     for record in records:
-        shapes = {hook: list(value.shape) for hook, value in record.activations.items()}
-        parts += [record._header(), shapes]
-        for value in record.activations.values():
-            parts.append(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        parts += [record._header(), tensors_key(record.activations)]
     return content_key(*parts)
 
 

@@ -89,7 +89,6 @@ def hub_texts(
     column: str = "text",
     limit: int | None = None,
     skip_empty: bool = False,
-    progress: bool = True,
 ) -> list[str]:
     """Documents of a data set on the hub, streamed: only what `limit` needs is downloaded.
 
@@ -109,8 +108,7 @@ def hub_texts(
     try:
         rows = datasets.load_dataset(expanduser(name), config, split=split, streaming=True)
         texts = islice(_documents(rows, column, name, skip_empty), limit)
-        about = {"total": limit, "desc": f"texts of {name}", "unit": "text"}
-        return list(progress_bar(texts, progress=progress, **about))
+        return list(progress_bar(texts, total=limit, desc=f"texts of {name}", unit="text"))
     except (OSError, datasets.exceptions.DatasetsError) as error:  # offline, unknown, gated
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if datasets.config.HF_HUB_OFFLINE:

@@ -26,6 +26,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lenslab.files import content_key
+from lenslab.loading import as_bytes
 from lenslab.metrics import as_mask
 from lenslab.models import check_eval
 from lenslab.runtime import derive_generator, progress_bar
@@ -101,8 +102,7 @@ class TokenBatch:
         """Content key of the tokens and masks: what caches of activations are keyed by, whatever
         `document` says."""
         tensors = (self.tokens.long(), self.real, self.attention)
-        raw = [tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors]
-        return content_key(list(self.tokens.shape), *raw)
+        return content_key(list(self.tokens.shape), *map(as_bytes, tensors))
 
     def strings(self, row: int) -> list[str]:
         """One readable string per position, '' at padding; bytes that are no whole character as
@@ -133,12 +133,11 @@ def tokenize(
             that has none.
         max_length: in tokens, BOS included; default the model's context.
         truncate: cut longer texts, with a warning that says how many; otherwise they are refused.
+        pad_side: 'right' or 'left'.
 
     Raises NoRealToken, TextTooLong, TypeError (what is no text), ValueError (no texts; half a
     character in one; a length beyond the context; no BOS).
     """
-    if pad_side not in ("left", "right"):
-        raise ValueError(f"pad_side is 'left' or 'right', not {pad_side!r}.")
     texts, start = _inputs(model, texts, bos)
     rows = _encode(model.tokenizer, texts, start)
     length = _checked_length(model, model.cfg.n_ctx if max_length is None else max_length, 2)
@@ -195,15 +194,13 @@ def generate(
 
     Returns prompt and continuation, one string per prompt. The model reads the tokens of
     `tokenize`; `bos` is as there. Raises ValueError when the prompt and the new tokens do not fit
-    the context, or the prompt is empty; for a temperature that is none; for a model in train mode
-    or with NaN or Inf in its logits.
+    the context; NoRealToken for an empty prompt; ValueError for a temperature that is none, a model
+    in train mode or with NaN or Inf in its logits.
     """
     prompts, start = _inputs(model, prompt, bos)
     check_eval(model)
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"A temperature is 0 (greedy) or above and finite, not {temperature}.")
-    if not all(text.strip() for text in prompts):
-        raise ValueError("An empty prompt: give the model at least one word to continue.")
     rows = [[*start, *row[:, 0].tolist()] for row in _encode(model.tokenizer, prompts, start)]
     longest, context = max(map(len, rows)), model.cfg.n_ctx
     if longest + max_new_tokens > context:
