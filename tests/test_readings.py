@@ -11,6 +11,7 @@ from lenslab.features.activations import FeatureActivations
 from lenslab.features.readings import (
     CLASSES,
     direct_logits,
+    feature_names,
     final_norm,
     firing_summary,
     form_and_concept,
@@ -75,6 +76,18 @@ def test_activation_is_shared_out_over_classes(model):
     assert table["2"].isna().all(), "a feature that never fires has no shares"
     assert table["all tokens"]["digits"] == pytest.approx(digit.sum() / batch.n_real)
     assert table["all tokens"].iloc[:-1].sum() == pytest.approx(1)
+
+
+def test_features_are_named_by_the_token_they_fire_on_most(model):
+    batch = tokenize(model, ["(7)", "2 (7"])
+    seven, bracket = (np.zeros(batch.real.shape) for _ in range(2))
+    for row, position in batch.real.nonzero().tolist():
+        string = batch.strings(row)[position].strip()
+        seven[row, position], bracket[row, position] = string == "7", string == "("
+    fa = planted(batch, [2 * seven + bracket, seven + 2 * bracket, 0 * seven])
+    first, second, silent = feature_names(fa, np.array([0, 1, 2]))
+    assert first == "0 '7'" and second.startswith("1 ") and "(" in second
+    assert silent.startswith("2 ")
 
 
 def test_the_main_class_is_named_and_the_score_is_told_without_it(model):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -52,9 +52,6 @@ Indices = Sequence[Index] | np.ndarray | Tensor
 
 
 Labels = Sequence | np.ndarray | pd.Series  # one a text
-
-
-FEATURES = 2048  # columns made dense at a time
 
 
 TEXTS, ROWS = 64, 2048  # texts harvested and tokens encoded at a time: what is dense stays small
@@ -95,13 +92,6 @@ def check_features(features: Indices, n_features: int) -> None:
         raise ValueError(f"Feature {beyond[0]} is not one of 0 to {n_features - 1}.")
 
 
-def blocks(matrix: np.ndarray | scipy.sparse.csc_array) -> Iterator[tuple[slice, np.ndarray]]:
-    """(columns, those columns dense `[text, feature]`), as many at a time as stay small."""
-    for start in range(0, matrix.shape[1], FEATURES):
-        columns = slice(start, start + FEATURES)
-        yield columns, dense(matrix[:, columns])
-
-
 def columns_of(matrix: Matrix, features: Indices) -> Shaped[np.ndarray, "text chosen"]:
     """Some features of a matrix, dense and in the order given. ValueError for one that it has
     not."""
@@ -125,19 +115,10 @@ class FeatureActivations:
     def n_features(self) -> int:
         return self.matrix.shape[1]
 
-    @property
-    def n_texts(self) -> int:
-        return len(self.batch)
-
     @cached_property
     def text(self) -> Int[np.ndarray, " token"]:
         """The row of the batch that each token is from."""
         return self.batch.real.nonzero()[:, 0].numpy()
-
-    @cached_property
-    def position(self) -> Int[np.ndarray, " token"]:
-        """Where in its row each token stands."""
-        return self.batch.real.nonzero()[:, 1].numpy()
 
     def pool(self, how: str = "max") -> scipy.sparse.csr_array:
         """`[text, feature]` over the real tokens of each text: 'max', 'mean' or 'fraction' (share
@@ -167,7 +148,8 @@ class FeatureActivations:
     def __getitem__(self, rows: slice | Indices) -> FeatureActivations:
         """The activations of some texts, in the order given. ValueError for none."""
         rows = rows if isinstance(rows, slice) else list(rows)
-        chosen = np.arange(self.n_texts)[rows or slice(0)]  # NumPy takes [] for numbers with commas
+        # NumPy takes [] for numbers with commas
+        chosen = np.arange(len(self.batch))[rows or slice(0)]
         if not len(chosen):
             raise ValueError("No text is chosen, so there are no activations.")
         tokens = np.concatenate([np.flatnonzero(self.text == row) for row in chosen])
