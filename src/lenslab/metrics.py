@@ -29,7 +29,6 @@ DENSE = 0.1  # share of tokens above which a latent is called dense
 
 Array = np.ndarray | Tensor  # on the CPU
 Tokens = Num[Tensor, "*token d"]
-Latents = Num[Tensor, "*token latent"]
 Mask = Shaped[Array, "*token"] | None  # booleans, or 0 and 1
 Logits = Float[Tensor, "text pos vocab"]
 Ids = Int[Tensor, "text pos"]
@@ -185,7 +184,7 @@ class FeatureActivity:
         self.counts: Tensor | None = None  # [latent] tokens at which each latent was active
         self._absolute = 0.0
 
-    def update(self, features: Latents, real: Mask = None) -> FeatureActivity:
+    def update(self, features: Num[Tensor, "*token latent"], real: Mask = None) -> FeatureActivity:
         """Take in one batch; returns itself. ValueError on NaN, Inf and no real token."""
         rows = _real_rows(features, real)  # [token, latent]
         fired = (rows != 0).sum(0)

@@ -38,8 +38,6 @@ Scores = Num[np.ndarray, "text feature"]
 Mask = Shaped[np.ndarray, "text ..."]
 Codes = Shaped[np.ndarray, " text"]
 Strata = Codes | None
-Values = Num[np.ndarray, "text ..."]
-Statistic = Callable[[np.ndarray], Any]
 
 
 @dataclass(frozen=True)
@@ -198,10 +196,10 @@ def auroc_difference(
 
 
 def bootstrap_by_document(
-    values: Values,
-    documents: Codes,
+    values: Num[np.ndarray, "row ..."],
+    documents: Shaped[np.ndarray, " row"],
     generator: Generator,
-    statistic: Statistic = np.mean,
+    statistic: Callable[[np.ndarray], Any] = np.mean,
     n: int = 1000,
 ) -> Interval:
     """95 % percentile interval of `statistic(values)`, whole documents drawn with replacement.

@@ -175,8 +175,7 @@ def head_scores(
         first = batch.attention.long().argmax(dim=1)  # [text]
         inner = torch.arange(batch.tokens.shape[1]) > first[:, None] + 1  # [text, pos]
         text, query = (batch.real & inner).nonzero(as_tuple=True)  # [token]
-        weights = _mean_weights(patterns, hooks, text, query, query - 1)
-        scores["previous_token_on_text"] = weights
+        scores["previous_token_on_text"] = _mean_weights(patterns, hooks, text, query, query - 1)
     nats = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().mT, tokens[:, 1:].to(logits.device), reduction="none"
     )

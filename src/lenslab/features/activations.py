@@ -73,13 +73,13 @@ def check_matrix(
         raise ValueError(f"{matrix.shape[0]} texts but {len(labels)} labels: one each is needed.")
     if labels is not None and pd.isna(np.asarray(labels, dtype=object)).any():
         raise ValueError("A label is None or NaN: leave such texts out, or name what they are.")
-    matrix = matrix if hasattr(matrix, "astype") else np.asarray(matrix)
-    matrix = matrix.astype(np.result_type(matrix.dtype, np.float32), copy=False)
     sparse = scipy.sparse.issparse(matrix)
+    matrix = scipy.sparse.csc_array(matrix) if sparse else np.asarray(matrix)
+    matrix = matrix.astype(np.result_type(matrix.dtype, np.float32), copy=False)
     if not np.isfinite(matrix.data if sparse else matrix).all():
         text, feature = np.argwhere(~np.isfinite(dense(matrix)))[0]
         raise ValueError(f"NaN or Inf at text {text}, feature {feature}: find what made it.")
-    return scipy.sparse.csc_array(matrix) if sparse else np.asarray(matrix)
+    return matrix
 
 
 def check_features(features: Indices, n_features: int) -> None:
