@@ -198,7 +198,7 @@ def test_the_direct_path_is_the_final_norm_and_the_unembedding(folder, request):
 
 
 def test_effects_are_sorted_named_and_scaled_by_chance(model, sae):
-    frame = vocabulary_effects(model, sae, [4, 7], n=5).to_frame()
+    frame = vocabulary_effects(model, sae, [4, 7], n=5)
     logits = direct_logits(model, sae.W_dec[[4, 7]]).detach()
     effects = frame.set_index(["feature", "effect", "rank"])["logit"]
     assert effects[4, "promoted", 1] == pytest.approx(float(logits[0].max()))
@@ -209,7 +209,7 @@ def test_effects_are_sorted_named_and_scaled_by_chance(model, sae):
     assert len(frame) == 20 and (frame["times_control"] > 0).all()
     twice = tiny_sae(model, architecture="topk", d_sae=32)
     twice.W_dec.data *= 2
-    double = vocabulary_effects(model, twice, [4, 7], n=5).to_frame()
+    double = vocabulary_effects(model, twice, [4, 7], n=5)
     assert np.allclose(double["logit"], 2 * frame["logit"])
     # chance has the same norm as the feature
     assert np.allclose(double["times_control"], frame["times_control"])
@@ -220,14 +220,14 @@ def test_a_direction_of_one_token_promotes_that_token(model):
     planted = tiny_sae(model, architecture="topk", d_sae=32)
     row = model.W_U[:, token].detach()
     planted.W_dec.data[3] = (row - row.mean()) / model.ln_final.weight.detach()
-    first = vocabulary_effects(model, planted, [3], n=1).to_frame().iloc[0]
+    first = vocabulary_effects(model, planted, [3], n=1).iloc[0]
     assert first["token"] == token_string(model.tokenizer, token) and first["times_control"] > 1.3
 
 
 def test_an_sae_without_a_decoder_matrix_is_asked_by_decoding(model, sae):
     x = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
     null = random_sae(sae, x, 4)
-    found = vocabulary_effects(model, null, [2], n=1).to_frame()
+    found = vocabulary_effects(model, null, [2], n=1)
     expected = float(direct_logits(model, null.directions[[2]]).detach().max())
     assert found["logit"][0] == pytest.approx(expected, rel=1e-4)
 

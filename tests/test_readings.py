@@ -78,6 +78,18 @@ def test_activation_is_shared_out_over_classes(model):
     assert table["all tokens"].iloc[:-1].sum() == pytest.approx(1)
 
 
+def test_features_are_named_by_the_token_they_fire_on_most(model):
+    batch = tokenize(model, ["(7)", "2 (7"])
+    seven, bracket = (np.zeros(batch.real.shape) for _ in range(2))
+    for row, position in batch.real.nonzero().tolist():
+        string = batch.strings(row)[position].strip()
+        seven[row, position], bracket[row, position] = string == "7", string == "("
+    fa = planted(batch, [2 * seven + bracket, seven + 2 * bracket, 0 * seven])
+    first, second, silent = feature_names(fa, np.array([0, 1, 2]))
+    assert first == "0 '7'" and second.startswith("1 ") and "(" in second
+    assert silent.startswith("2 ")
+
+
 def test_the_main_class_is_named_and_the_score_is_told_without_it(model):
     """Feature 0 tells digits apart by commas alone, 1 by its digits; 2 never fires."""
     rows = [(kind, f"{kind} {i}{i + 1}" + ", " * (kind == "a")) for i in range(6) for kind in "ab"]

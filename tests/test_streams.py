@@ -86,8 +86,8 @@ def test_context_similarity_is_one_where_context_is_ignored(model, monkeypatch):
 def test_context_similarity_is_a_mean_over_pairs_of_tokens_in_different_texts(model):
     batch = tokenize(model, TEXTS)
     name = "blocks.1.hook_mlp_out"
-    value = harvest(model, batch, name)[name].double()
-    unit = torch.nn.functional.normalize(value - value[batch.real].mean(0), dim=-1)
+    x = harvest(model, batch, name)[name].double()
+    unit = torch.nn.functional.normalize(x - x[batch.real].mean(0), dim=-1)
     real = batch.real.nonzero().tolist()
     same, other = {}, []
     for i, p in real:
@@ -161,8 +161,7 @@ def test_head_scores_tell_planted_heads_apart_by_what_they_do(gpt2_folder):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_heads_that_look_back_in_text_only_are_found_on_text(gpt2_folder, side, monkeypatch):
-    """Head 0 of layer 1 looks at the token before where the two stand together in the texts, head 1
-    at the first position."""
+    """Head 0 of layer 1 looks at the token before where the two stand together in the texts."""
     model = load_model(gpt2_folder)
     batch = tokenize(model, TEXTS, pad_side=side)
     plain = head_scores(model, batch, n=4, length=12)
@@ -180,16 +179,13 @@ def test_heads_that_look_back_in_text_only_are_found_on_text(gpt2_folder, side, 
             for query in range(1, len(tokens)):
                 if (tokens[query - 1], tokens[query]) in pairs:
                     pattern[row, 0, query, query - 1] = 1
-            first = tokens.index(model.tokenizer.bos_token_id)
-            pattern[row, 1, :, first] = 1
         return pattern
 
     model.blocks[1].attn.hook_pattern.add_hook(plant, is_permanent=True)
     monkeypatch.setattr(streams, "harvest", partial(harvest, edited=True))
     scores = head_scores(model, batch, n=4, length=12)
     assert scores.best("previous_token_on_text") == (1, 0, 1.0)
-    assert scores.best("first_position_on_text") == (1, 1, 1.0)
-    assert scores.previous_token[1, 0] < 0.2 and scores.first_position_on_text[1, 0] == 0
+    assert scores.previous_token[1, 0] < 0.2
     alone = head_scores(load_model(gpt2_folder), n=4, length=12)
     assert np.array_equal(alone.induction, plain.induction)
     assert alone.previous_token_on_text is None
@@ -198,15 +194,13 @@ def test_heads_that_look_back_in_text_only_are_found_on_text(gpt2_folder, side, 
 def test_scores_on_text_are_means_over_real_tokens(model):
     batch = tokenize(model, TEXTS)
     scores = head_scores(model, batch, n=2, length=10)
-    weights, starts = [], []
+    weights = []
     for text in TEXTS:
         tokens = tokenize(model, text).tokens
         with torch.inference_mode():
             pattern = model.run_with_cache(tokens)[1]["blocks.2.attn.hook_pattern"][0, 3]
         weights += pattern.diagonal(-1)[1:].tolist()  # from the second token after BOS on
-        starts += pattern[2:, 0].tolist()
     assert scores.previous_token_on_text[2, 3] == pytest.approx(np.mean(weights), rel=1e-4)
-    assert scores.first_position_on_text[2, 3] == pytest.approx(np.mean(starts), rel=1e-4)
 
 
 def test_losses_of_the_two_copies_leave_out_what_nothing_announces(model):

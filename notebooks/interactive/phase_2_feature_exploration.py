@@ -499,8 +499,7 @@ contexts.quantiles(feature, n=5, per=2)[["quantile", "activation", "context"]].r
 # %%
 from lenslab.features.readings import vocabulary_effects
 
-effects = vocabulary_effects(model, sae, [feature], n=5)
-table = effects.to_frame()
+table = vocabulary_effects(model, sae, [feature], n=5)
 print(table.assign(token=table["token"].map(repr)).round(2).to_string(index=False))
 beyond = table.loc[table["times_control"] > 1.5, "token"].map(repr)
 so(

@@ -125,8 +125,8 @@ def repeated_tokens(
 @dataclass(frozen=True)
 class HeadScores:
     """Mean attention weight by head, each `[layer, head]`, at the second copy of repeated random
-    sequences; the loss in nats on the first and on the second copy; and the weights on text, None
-    where none was given."""
+    sequences; the loss in nats on the first and on the second copy; and the weight on the previous
+    token of text, None where none was given."""
 
     previous_token: Float[np.ndarray, "layer head"]
     duplicate_token: Float[np.ndarray, "layer head"]
@@ -135,7 +135,6 @@ class HeadScores:
     loss_first: float
     loss_second: float
     previous_token_on_text: Float[np.ndarray, "layer head"] | None = None
-    first_position_on_text: Float[np.ndarray, "layer head"] | None = None
 
     def best(self, kind: str) -> tuple[int, int, float]:
         """(layer, head, score) of the strongest head of a kind."""
@@ -153,8 +152,9 @@ def head_scores(
     seed: int = 0,
 ) -> HeadScores:
     """Where each head looks in random sequences repeated once; nothing but the repeat can be
-    predicted there. With a `batch` also where it looks in its texts, from every real token whose
-    previous place is not the first. A few texts will do: all their patterns are held at once.
+    predicted there. With a `batch` also how much it looks at the previous token of its texts, from
+    every real token whose previous place is not the first. A few texts will do: all their patterns
+    are held at once.
 
     Raises ValueError for a model in train mode; UnknownHook where attention patterns cannot be
     read; as `harvest` for the batch.
@@ -181,9 +181,7 @@ def head_scores(
         first = batch.attention.long().argmax(dim=1)  # [text]
         inner = torch.arange(batch.tokens.shape[1]) > first[:, None] + 1  # [text, pos]
         text, query = (batch.real & inner).nonzero(as_tuple=True)  # [token]
-        keys = {"previous_token_on_text": query - 1, "first_position_on_text": first[text]}
-        for kind, key in keys.items():
-            scores[kind] = _mean_weights(patterns, hooks, text, query, key)
+        scores["previous_token_on_text"] = _mean_weights(patterns, hooks, text, query, query - 1)
     nats = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().mT, tokens[:, 1:].to(logits.device), reduction="none"
     )

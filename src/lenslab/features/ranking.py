@@ -113,8 +113,9 @@ def summarize_features(
     strong = feature[columns.data > _cut(largest, threshold)[feature]]
     least = np.full(width, np.nan)
     if categories is not None:
-        _, sizes, fired = _fired_by_category(columns, categories)
-        least = (fired / sizes[:, None]).min(axis=0)
+        texts = pd.Series(range(n_texts)).groupby(np.asarray(categories)).indices
+        shares = [(columns[rows] > 0).sum(axis=0) / len(rows) for rows in texts.values()]
+        least = np.min(shares, axis=0)
     return FeatureSummary(
         n_texts=n_texts,
         largest=largest.astype(np.float64),
@@ -131,24 +132,16 @@ def _cut(largest: Shaped[np.ndarray, " feature"], threshold: Threshold) -> np.nd
     return np.maximum(cut, 0)
 
 
-def _fired_by_category(
-    columns: Matrix, categories: Labels
-) -> tuple[np.ndarray, np.ndarray, Int[np.ndarray, "category feature"]]:
-    """(names, texts of each, texts of each on which a feature fires)."""
-    names, codes, sizes = np.unique(np.asarray(categories), return_inverse=True, return_counts=True)
-    member = codes == np.arange(len(names))[:, None]  # [category, text]
-    return names, sizes, np.asarray(member.astype(np.int64) @ (columns > 0))
-
-
 def features_per_category(matrix: Matrix, categories: Labels, top: int = 5) -> pd.DataFrame:
     """Per category the `top` features above zero on most of its texts: `category`, `feature`,
     `texts`, `of`."""
-    names, sizes, fired = _fired_by_category(check_matrix(matrix, categories), categories)
-    rows = []
-    for category, size, texts in zip(names, sizes, fired, strict=True):
-        first = np.argsort(-texts, kind="stable")[:top]
-        rows += [(category, feature, texts[feature], size) for feature in first]
-    return pd.DataFrame(rows, columns=["category", "feature", "texts", "of"])
+    columns, best = check_matrix(matrix, categories), []
+    texts = pd.Series(range(len(categories))).groupby(np.asarray(categories)).indices
+    for category, rows in texts.items():
+        fired = (columns[rows] > 0).sum(axis=0)  # [feature] texts
+        first = np.argsort(-fired, kind="stable")[:top]
+        best += [(category, feature, fired[feature], len(rows)) for feature in first]
+    return pd.DataFrame(best, columns=["category", "feature", "texts", "of"])
 
 
 def category_profile(matrix: Matrix, categories: Labels, features: Indices) -> pd.DataFrame:

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import unicodedata
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -32,7 +31,6 @@ from lenslab.features.activations import (
     check_matrix,
     columns_of,
 )
-from lenslab.files import Result
 from lenslab.metrics import as_mask, auroc
 from lenslab.runtime import derive_generator
 from lenslab.sae.load import RESIDUAL, SparseAutoencoder, check_sae, sae_hook
@@ -84,8 +82,8 @@ def _token_table(fa: FeatureActivations) -> pd.DataFrame:
         raise ValueError(
             "Negative activations have no shares: choose an SAE that is never below 0."
         )
-    strings = [fa.batch.strings(row) for row in range(fa.n_texts)]
-    seen = [strings[t][p] for t, p in zip(fa.text.tolist(), fa.position.tolist(), strict=True)]
+    strings = [fa.batch.strings(row) for row in range(len(fa.batch))]
+    seen = [strings[text][position] for text, position in fa.batch.real.nonzero().tolist()]
     classes = pd.Categorical([token_class(string) for string in seen], CLASSES)
     return pd.DataFrame({"text": fa.text, "token": seen, "class": classes})
 
@@ -114,8 +112,8 @@ def token_classes(fa: FeatureActivations, features: Indices) -> pd.DataFrame:
 def feature_names(fa: FeatureActivations, features: Indices) -> list[str]:
     """Each feature's number and the token that holds most of its activation, for pictures and
     tables. ValueError for negative activations."""
-    shares = _shares(_token_table(fa), "token", columns_of(fa.matrix, features)).fillna(0)
-    return [f"{f} {token!r}" for f, token in zip(features, shares.idxmax(), strict=True)]
+    by_token = _shares(_token_table(fa), "token", columns_of(fa.matrix, features)).fillna(0)
+    return [f"{f} {token!r}" for f, token in zip(features, by_token.idxmax(), strict=True)]
 
 
 def firing_summary(
@@ -129,8 +127,8 @@ def firing_summary(
     `token_share`; `auroc` of the largest value in a text, and `auroc_without` where tokens of that
     class do not count. ValueError for negative activations and for other texts than the labels'.
     """
-    if fa.n_texts != len(labels):
-        raise ValueError(f"{fa.n_texts} texts but {len(labels)} labels: encode labels.texts.")
+    if len(fa.batch) != len(labels):
+        raise ValueError(f"{len(fa.batch)} texts but {len(labels)} labels: encode labels.texts.")
     held_out = as_mask(labels.held_out)
     fa, inside = fa[np.flatnonzero(held_out)], labels.inside[held_out]  # [text, category]
     tokens, values = _token_table(fa), columns_of(fa.matrix, features)  # [token, category]
@@ -203,19 +201,6 @@ def _epsilon_squared(
     return np.stack([ss_form - (f - 1) * noise, ss_concept - (c - 1) * noise]) / ss_total
 
 
-@dataclass(frozen=True, eq=False)
-class VocabularyEffects(Result):
-    """Tokens that features promote and suppress by the direct path, largest effect first."""
-
-    # feature, effect ("promoted", "suppressed"), rank, token; logit: per unit of activation, before
-    # the final norm's scale; times_control: over the largest of a random direction of equal norm
-    table: pd.DataFrame
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per feature and token."""
-        return self.table
-
-
 @torch.inference_mode()
 def vocabulary_effects(
     model: TransformerBridge,
@@ -225,9 +210,14 @@ def vocabulary_effects(
     n: int = 10,
     controls: int = 20,
     seed: int = 0,
-) -> VocabularyEffects:
-    """The `n` most promoted and most suppressed tokens of some features, and the scale of chance:
-    the largest logit of a random direction, median of `controls`.
+) -> pd.DataFrame:
+    """The `n` tokens that each feature most promotes and most suppresses by the direct path, and
+    the scale of chance: the largest logit of a random direction of equal norm, median of
+    `controls`.
+
+    One row per feature and token, largest effect first: `feature`, `effect` ("promoted",
+    "suppressed"), `rank`, `token`, `logit` (per unit of activation, before the final norm's scale)
+    and `times_control` (over the scale of chance).
 
     Raises as `check_sae`; ValueError for features that the SAE has not, and for an SAE that does
     not write into the residual stream (`hook_z`, `mlp.hook_post`): its directions are no sums of
@@ -263,8 +253,7 @@ def vocabulary_effects(
         frame["logit"] = sign * size.ravel()
         frame["times_control"] = (size / chance.cpu().double().numpy()[:, None]).ravel()
         frames.append(frame)
-    table = pd.concat(frames).sort_values(["feature", "effect", "rank"], ignore_index=True)
-    return VocabularyEffects(table)
+    return pd.concat(frames).sort_values(["feature", "effect", "rank"], ignore_index=True)
 
 
 def direct_logits(

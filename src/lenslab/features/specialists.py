@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from lenslab.features.activations import Labels, Matrix, blocks, check_matrix, columns_of
+from lenslab.features.activations import Labels, Matrix, check_matrix, columns_of, dense
 from lenslab.features.ranking import CountNull, Threshold, count_specialists, count_specialists_null
 from lenslab.files import Result
 from lenslab.metrics import Mask, as_mask, auroc, auroc_of_rank_sums, mid_ranks
@@ -39,6 +39,7 @@ from lenslab.stats import auroc_difference, benjamini_hochberg, matched_auroc_pe
 from lenslab.texts import LabelledTexts, label_texts
 
 PRECISION = 0.5  # held-out precision that a specialist needs
+FEATURES = 2048  # candidates made dense at a time
 
 
 class Best(NamedTuple):
@@ -60,9 +61,11 @@ class Ranked:
         exact = np.float32 if searched.sum() < 4000 else np.float64
         ranks = np.empty((int(searched.sum()), matrix.shape[1]), dtype=exact)
         variance = np.empty(matrix.shape[1])
-        for part, block in blocks(matrix):
-            ranks[:, part] = mid_ranks(block[searched])
-            variance[part] = block[searched].var(axis=0, dtype=np.float64)
+        for start in range(0, matrix.shape[1], FEATURES):
+            part = slice(start, start + FEATURES)
+            block = dense(matrix[:, part])[searched]  # [searched text, candidate]
+            ranks[:, part] = mid_ranks(block)
+            variance[part] = block.var(axis=0, dtype=np.float64)
         self.candidates = np.argsort(-variance, kind="stable")  # the highest variance first
         self.ranks = ranks[:, self.candidates]
 

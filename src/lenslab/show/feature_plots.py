@@ -15,13 +15,13 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from lenslab.metrics import DENSE
 from lenslab.show import plots
 from lenslab.show.plots import Labels, Values, label, numbers, styled
 
 ACTIVATION = [[0, "#fafafa"], [0.12, "#f5ddd4"], [0.6, plots.ACCENT], [1, "#6e2410"]]
 STRIP = ["#c8ccd0", "#80868b"]  # neighbouring categories in turn
 MOST_NUMBERS = 120  # cells of a heatmap that still have room for their number
-DENSE = 0.1  # share of tokens above which a feature is called dense
 
 
 def text_feature_heatmap(
