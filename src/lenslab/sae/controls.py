@@ -145,12 +145,6 @@ def _pooled(
     return torch.cat(pooled).numpy()
 
 
-def random_directions(n: int, d_in: int, seed: int = 0) -> Float[Tensor, "{n} {d_in}"]:
-    """Unit vectors, uniform over all directions."""
-    directions = torch.randn(n, d_in, generator=derive_generator(seed, "random SAE"))
-    return directions / directions.norm(dim=1, keepdim=True)
-
-
 @dataclass
 class RandomSAE:
     """The null of an SAE: random unit directions, the `k` strongest used, one scale fitted. See
@@ -161,10 +155,6 @@ class RandomSAE:
     mean: Float[Tensor, " d_in"]
     k: int
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.k not in range(1, len(self.directions) + 1):
-            raise ValueError(f"k is a whole number from 1 to {len(self.directions)}, not {self.k}.")
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         strength = torch.relu((x - self.mean) @ self.directions.T)
@@ -183,7 +173,9 @@ def random_sae(
     What it scores needs no learning. To be a fair null it is given what costs nothing: the mean of
     `x` as its bias, and the one factor on its activations that fits `x` best.
     """
-    directions = random_directions(sae.cfg.d_sae, sae.cfg.d_in, seed).to(x)
+    generator = derive_generator(seed, "random SAE")
+    directions = torch.randn(sae.cfg.d_sae, sae.cfg.d_in, generator=generator)
+    directions = (directions / directions.norm(dim=1, keepdim=True)).to(x)
     null = RandomSAE(cfg=sae.cfg, directions=directions, mean=x.mean(0), k=k)
     guess = null.decode(null.encode(x)) - null.mean
     null.scale = float(((x - null.mean) * guess).sum() / guess.square().sum().clamp_min(1e-30))
@@ -191,19 +183,10 @@ def random_sae(
 
 
 def evaluate_null(
-    model: TransformerBridge,
-    sae: SparseAutoencoder,
-    batch: TokenBatch,
-    l0: float,
-    *,
-    seed: int = 0,
-    **options: Any,
+    model: TransformerBridge, sae: SparseAutoencoder, batch: TokenBatch, l0: float, seed: int = 0
 ) -> SAEMetrics:
     """`evaluate_sae` of the random SAE with the same rounded L0, its scale fitted on the first
-    texts of `batch`.
-
-    `options` go to `evaluate_sae`.
-    """
+    texts of `batch`."""
     transform, hook = input_transform(sae, model), sae_hook(sae)
     fit = max(1, 4096 // batch.tokens.shape[1])
     first = batch[: texts_per_pass(model, batch, limit=fit)]
@@ -211,4 +194,4 @@ def evaluate_null(
         _, value = forward(model, hook, first)
         x = transform(value)[first.real.to(value.device)]
     null = random_sae(sae, x, min(max(1, round(l0)), sae.cfg.d_sae), seed)
-    return evaluate_sae(model, null, batch, name="random directions, same L0", **options)
+    return evaluate_sae(model, null, batch, name="random directions, same L0")

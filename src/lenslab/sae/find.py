@@ -93,7 +93,7 @@ def _kept_or_trained(
     folder = cache_path("saes", content_key(model_key(model), hook, batch.key, settings))
     with suppress(SAENotHere, NotAnSAE):
         return load_sae(folder, device=str(model.cfg.device))
-    sae = train_small_sae(model, hook, batch, steps=steps)
+    sae = train_small_sae(model, hook, batch, steps)
     try:
         save_sae(sae, folder)
     except OSError as error:
@@ -113,16 +113,9 @@ def _at_hand(model: TransformerBridge, hooks: list[str]) -> Iterator[FoundSAE]:
 
 
 def train_small_sae(
-    model: TransformerBridge,
-    hook: str,
-    batch: TokenBatch,
-    *,
-    d_sae: int = 1024,
-    k: int = 16,
-    steps: int = 600,
-    seed: int = 0,
+    model: TransformerBridge, hook: str, batch: TokenBatch, steps: int
 ) -> SparseAutoencoder:
-    """A TopK SAE for a model that has none, by `lenslab.sae.train.trainer`.
+    """A TopK SAE of 1,024 latents, 16 active at a token, by `lenslab.sae.train.trainer`.
 
     300 steps on 100,000 tokens of a model of width 128 took 50 s on one core; wider models take
     longer.
@@ -132,14 +125,12 @@ def train_small_sae(
     2. `steps` steps of 2,048 vectors; scale and centre are folded into the weights that come back.
 
     `batch` is read as often as the steps need. Raises ValueError when its real tokens do not fill
-    one step or k exceeds d_sae; UnknownHook.
+    one step; UnknownHook.
     """
-    source = ModelSource(model, batch, hook, seed=seed, progress=True)
-    sae = build_sae("topk", source.widths[hook], d_sae, k=k, seed=seed)
+    source = ModelSource(model, batch, hook, progress=True)
+    sae = build_sae("topk", source.widths[hook], d_sae=1024, k=16)
     dead_after = max(20, steps // 20) * TRAIN_BATCH
-    config = TrainingConfig(
-        vectors=steps * TRAIN_BATCH, batch=TRAIN_BATCH, lr=LR, dead_after=dead_after, seed=seed
-    )
+    config = TrainingConfig(steps * TRAIN_BATCH, TRAIN_BATCH, LR, dead_after=dead_after)
     return train({"sae": sae.to(model.cfg.device)}, source, config)["sae"].sae
 
 

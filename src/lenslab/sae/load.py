@@ -35,6 +35,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab.files import content_key, data_path, sha256_file
 from lenslab.hooks import check_hooks, check_unhooked, hook_names
+from lenslab.loading import as_bytes
 from lenslab.models import check_eval, model_name, weights_key
 from lenslab.runtime import default_device
 from lenslab.sae import registry
@@ -345,20 +346,17 @@ def sae_key(sae: SparseAutoencoder) -> str:
     if isinstance(sae, torch.nn.Module):
         check_unhooked(sae)
         held = sae.state_dict()
-        described = [
-            f"{function} {_scalars(vars(function))}"
-            for function in (sae.activation_fn, sae.get_activation_fn())
-        ]
-        if len(set(described)) > 1:
-            settings["activation_fn"] = described[0]
+        functions = (sae.activation_fn, sae.get_activation_fn())
+        own, usual = (f"{function} {_scalars(vars(function))}" for function in functions)
+        if own != usual:
+            settings["activation_fn"] = own
     settings = _scalars({**settings, **held})
     if processing := sae.cfg.metadata.model_from_pretrained_kwargs:
         settings["processing"] = processing
     tensors = []
     for name, value in sorted(held.items()):
         if isinstance(value, Tensor):
-            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            tensors += [name, list(value.shape), raw.numpy().tobytes()]
+            tensors += [name, list(value.shape), bytes(as_bytes(value))]
     return content_key(type(sae).__name__, settings, *tensors)
 
 

@@ -36,6 +36,7 @@ from lenslab.store import ActivationStore
 from lenslab.tokens import TokenBatch
 
 POOL = 1 << 17  # vectors; 134 MB a hook at width 256
+BATCH = 32  # texts that the model runs at a time
 RUN = 256  # rows of a tensor or a store that stay together as pools are dealt out
 
 
@@ -156,13 +157,12 @@ class ModelSource(VectorSource):
         batch: TokenBatch,
         hooks: str | Sequence[str],
         *,
-        batch_size: int = 32,
         pool: int = POOL,
         seed: int = 0,
         progress: bool = False,
     ):
         widths = {hook: vector_width(model, hook) for hook in check_hooks(model, hooks)}
-        options = {"compute": str(compute_dtype()).removeprefix("torch."), "batch_size": batch_size}
+        options = {"compute": str(compute_dtype()).removeprefix("torch."), "batch_size": BATCH}
         identity = (model_key(model), batch.key, options)
         super().__init__(batch.real.sum(1).tolist(), pool, seed, widths, *identity)
         self.model, self.batch, self.options, self.progress = model, batch, options, progress
