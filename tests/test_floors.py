@@ -70,11 +70,11 @@ def test_where_there_are_no_neurons_they_are_left_out(model, olmoe_folder):
     assert list(controls.control_matrices(mixture, sae, batch)) == ["PCA axes", "character n-grams"]
 
 
-def test_random_directions_are_unit_vectors_drawn_from_the_seed():
-    directions = controls.random_directions(6, 32)
-    assert torch.allclose(directions.norm(dim=1), torch.ones(6))
-    assert torch.equal(directions, controls.random_directions(6, 32, seed=0))
-    assert not torch.allclose(directions, controls.random_directions(6, 32, seed=1))
+def test_random_directions_are_unit_vectors_drawn_from_the_seed(model):
+    sae, x = tiny_sae(model), torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+    first, again, other = (controls.random_sae(sae, x, 3, seed).directions for seed in (0, 0, 1))
+    assert torch.allclose(first.norm(dim=1), torch.ones(48))
+    assert torch.equal(first, again) and not torch.allclose(first, other)
 
 
 def test_ngrams_read_the_text_alone():

@@ -43,7 +43,7 @@ def control_matrices(
     model: TransformerBridge, sae: SparseAutoencoder, batch: TokenBatch, how: str = "max"
 ) -> dict[str, Float[np.ndarray, "text candidate"]]:
     """The controls that need no training, by name: axes, neurons (where the model has such a hook)
-    and n-grams. `how` is as in `FeatureActivations.pool`.
+    and n-grams. `how` is "max" or "mean", as in `FeatureActivations.pool`.
 
     The definition of a specialist asks for these and for an SAE on the random twin; add that one
     yourself.
@@ -133,12 +133,10 @@ def _pooled(
     model: TransformerBridge, batch: TokenBatch, hook: str, describe: Callable, how: str
 ) -> Float[np.ndarray, "text candidate"]:
     """What `describe` makes of values `[token, *width]`, `[token, candidate]`, pooled per text."""
-    reduce = {"max": "amax", "mean": "mean", "fraction": "mean"}[how]
+    reduce = {"max": "amax", "mean": "mean"}[how]
     pooled = []
     for part, values in _real_values(model, batch, hook):
         candidates = describe(values)
-        if how == "fraction":
-            candidates = (candidates > 0).to(candidates)
         text = part.real.nonzero()[:, :1].expand_as(candidates)
         empty = candidates.new_zeros(len(part), candidates.shape[1])
         pooled.append(empty.scatter_reduce(0, text, candidates, reduce, include_self=False))

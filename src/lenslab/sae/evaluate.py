@@ -46,9 +46,7 @@ class SAEMetrics(Result):
     model: str
     hook: str
     d_sae: int
-    n_texts: int
-    n_tokens: int  # real tokens: the denominator of everything but the losses
-    n_predicted: int  # positions whose target is real: the denominator of the losses
+    n_tokens: int  # real tokens: the denominator of everything but the losses (next tokens)
     l0: float  # mean count of non-zero latents per token
     variance_explained: float  # pooled over tokens, mean per dimension over the whole set
     fvu: float  # one minus variance explained
@@ -126,9 +124,7 @@ def evaluate_sae(
         model=model_name(model),
         hook=hook,
         d_sae=sae.cfg.d_sae,
-        n_texts=len(batch),
         n_tokens=activity.tokens,
-        n_predicted=n_predicted,
         l0=activity.l0,
         variance_explained=error.variance_explained,
         fvu=error.fvu,

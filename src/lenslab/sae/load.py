@@ -245,11 +245,9 @@ def check_sae(sae: SparseAutoencoder, model: TransformerBridge) -> None:
     hook, given = sae_hook(sae), model_name(model)
     check_scaling(sae.cfg)
     about = sae.cfg.metadata
-    if about.model_name and plain_name(about.model_name) != plain_name(given):
-        raise SAEMismatch(
-            f"The SAE was made for {about.model_name}, the model is {given}: load it; for its "
-            f"fine-tune, say so: sae.cfg.metadata.model_name = {given!r} and .model_key = None."
-        )
+    if (made := about.model_name) and plain_name(made) != plain_name(given):
+        tuned = f"for its fine-tune, sae.cfg.metadata.model_name = {given!r}, .model_key = None"
+        raise SAEMismatch(f"The SAE was made for {made}, the model is {given}: {tuned}.")
     check_hooks(model, [hook])
     shape = hook_names(model)[hook]  # of one text of two tokens
     if shape[:2] != (1, 2) or math.prod(shape[2:]) != sae.cfg.d_in:
@@ -283,9 +281,7 @@ def _centred(sae: SparseAutoencoder, model: TransformerBridge) -> bool:
         applied -= VALUE_BIASES
     if other := applied - {"center_writing_weights"}:
         names = ", ".join(sorted(other))
-        raise SAEMismatch(
-            f"No unprocessed model gives at {hook} what one loaded with {names} does."
-        )
+        raise SAEMismatch(f"No unprocessed model gives at {hook} what one with {names} does.")
     # RMSNorm reads the mean too, so TransformerLens leaves such models uncentred
     layer_norm = str(model.cfg.normalization_type) in {"LN", "LNPre"}
     return bool(applied) and writes and layer_norm
@@ -306,7 +302,8 @@ class InputTransform:
         """`[.., *width]` -> `[.., d_in]`. SAEMismatch for other axes, ValueError for integers."""
         if value.shape[-len(self.width) :] != self.width:
             raise SAEMismatch(f"{tuple(value.shape)} does not end in {self.width}, as at the hook.")
-        _check_vectors(value)
+        if not value.is_floating_point():
+            raise ValueError(f"An SAE reads activations, not {value.dtype}: tokens, or a mask?")
         x = value.flatten(-len(self.width))
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
@@ -365,16 +362,10 @@ def _scalars(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in numbers.items() if k not in ("name", "training")}  # of modules
 
 
-def _check_vectors(x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise ValueError(f"An SAE reads activations, not {x.dtype}: are these tokens or a mask?")
-
-
 @torch.inference_mode()
 def encode(sae: SparseAutoencoder, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_sae"]:
     """`sae.encode` on the SAE's device and dtype, back on the CPU in float32. ValueError on NaN and
-    Inf, and on integers."""
-    _check_vectors(x)
+    Inf."""
     own = next(iter(sae.parameters()), None) if isinstance(sae, torch.nn.Module) else None
     features = sae.encode(x if own is None else x.to(own.device, own.dtype)).float().cpu()
     if not bool(features.isfinite().all()):
