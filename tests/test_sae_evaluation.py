@@ -293,12 +293,14 @@ def test_what_does_not_fit_is_refused_before_the_run(bold, batch, monkeypatch):
         evaluate_sae(bold, tiny_sae(bold), batch)
 
 
-def test_a_text_of_one_token_counts_among_others_and_alone_is_refused(bold, batch):
+def test_a_text_of_one_token_counts_among_others_and_alone_is_refused(bold, batch, monkeypatch):
     """Without BOS it predicts nothing: whichever texts share its pass."""
     rows = (batch.tokens[:, 1:].clone(), batch.real[:, 1:].clone(), batch.attention[:, 1:].clone())
     rows[1][0, 1:] = rows[2][0, 1:] = False
     short = TokenBatch(*rows, batch.texts)
-    whole, single = (evaluate_sae(bold, tiny_sae(bold), short, batch_size=n) for n in (4, 1))
+    whole = evaluate_sae(bold, tiny_sae(bold), short)
+    monkeypatch.setattr(evaluate, "TEXTS", 1)
+    single = evaluate_sae(bold, tiny_sae(bold), short)
     assert without_tensors(single) == pytest.approx(without_tensors(whole), rel=1e-4, abs=1e-5)
     with pytest.raises(ValueError, match="nothing to predict"):
         evaluate_sae(bold, tiny_sae(bold), short[:1])

@@ -506,7 +506,7 @@ def test_on_a_model_of_long_context_an_sae_is_trained_on_short_windows(model, mo
     seen = []
     monkeypatch.setattr(model.cfg, "n_ctx", 131_072)
     monkeypatch.setattr(
-        find, "_kept_or_trained", lambda model, hook, batch, steps: seen.append(batch) or 1 / 0
+        find, "small_sae", lambda model, hook, batch, steps: seen.append(batch) or 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
         find.find_sae(model)

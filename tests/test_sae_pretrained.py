@@ -469,7 +469,7 @@ def test_check_finds_a_cut_off_file_and_says_so(hub, tmp_path, capsys):
     weights = next(f for f in (root / "blobs").iterdir() if f.stat().st_size > 2000)
     os.truncate(weights, 1000)
     assert hub_commands.main(["check", RELEASE, SAE_ID]) == 1
-    assert re.search(r"sae_weights.safetensors is cut off.* download ", capsys.readouterr().err)
+    assert re.search(r"sae_weights.safetensors is damaged.* download ", capsys.readouterr().err)
 
 
 def test_the_list_counts_what_is_cached_and_marks_pickles(hub, tmp_path, capsys):
