@@ -208,8 +208,8 @@ def test_an_sae_of_ones_own_is_saved_loaded_and_better_than_random_directions(
     x = harvest(gemma, unseen, hook)[hook][unseen.real]
     atol = 1e-4 * float(x.norm(dim=1).mean())
     assert torch.allclose(trained[hook].sae.encode(x), sae.encode(x), atol=atol)
-    found = evaluate_sae(gemma, sae, unseen, progress=False)
-    null = evaluate_null(gemma, sae, unseen, found.l0, progress=False)
+    found = evaluate_sae(gemma, sae, unseen)
+    null = evaluate_null(gemma, sae, unseen, found.l0)
     assert found.n_tokens == unseen.n_real and found.l0 <= 4
     assert found.fvu < 0.7 * null.fvu
     assert found.kl < null.kl

@@ -61,14 +61,14 @@ def test_the_sae_of_the_random_twin_is_found_on_every_processor(pocket):
 @pytest.fixture
 def trainings(tmp_path, monkeypatch):
     """A cache of our own, and the batches that small SAEs are trained on."""
-    batches, train = [], find.train_small_sae
+    batches, train = [], find.train
     monkeypatch.setenv("LENSLAB_CACHE", str(tmp_path))
 
-    def noted(model, hook, batch, **options):
-        batches.append(batch)
-        return train(model, hook, batch, **options)
+    def noted(saes, source, config):
+        batches.append(source.batch)
+        return train(saes, source, config)
 
-    monkeypatch.setattr(find, "train_small_sae", noted)
+    monkeypatch.setattr(find, "train", noted)
     return batches
 
 

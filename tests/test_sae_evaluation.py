@@ -15,7 +15,7 @@ from lenslab.models import load_model, random_twin
 from lenslab.sae import evaluate
 from lenslab.sae.controls import evaluate_null, random_sae
 from lenslab.sae.evaluate import evaluate_sae
-from lenslab.sae.find import train_small_sae
+from lenslab.sae.find import small_sae
 from lenslab.sae.load import SAEMismatch, sae_key
 from lenslab.tokens import TokenBatch, pack, tokenize
 
@@ -62,19 +62,9 @@ def close(a, b, tolerance=1e-5):
 
 def test_a_perfect_sae_changes_nothing(bold, batch):
     m = evaluate_sae(bold, known_sae(bold, "perfect"), batch)
-    assert (
-        close(m.variance_explained, 1)
-        and close(m.cosine, 1)
-        and close(m.l2_ratio, 1)
-        and close(m.mse, 0)
-    )
-    assert (
-        close(m.reconstruction_bias, 1)
-        and close(m.ce_difference, 0)
-        and close(m.kl, 0)
-        and close(m.l0, 32)
-    )
-    assert (m.n_tokens, m.n_texts, m.d_in, m.d_sae, m.hook) == (batch.n_real, 4, 32, 64, HOOK)
+    assert close(m.variance_explained, 1) and close(m.cosine, 1) and close(m.l2_ratio, 1)
+    assert close(m.ce_difference, 0) and close(m.kl, 0) and close(m.l0, 32)
+    assert (m.n_tokens, m.d_sae, m.hook) == (batch.n_real, 64, HOOK)
 
 
 def test_saying_the_mean_explains_nothing_and_is_the_mean_ablation(bold, batch):
@@ -110,11 +100,12 @@ def without_tensors(metrics):
     }
 
 
-def test_neither_batch_size_nor_padding_changes_a_metric(bold, batch):
+def test_neither_batch_size_nor_padding_changes_a_metric(bold, batch, monkeypatch):
     sae = tiny_sae(bold, architecture="topk")
-    whole = evaluate_sae(bold, sae, batch, batch_size=4)
+    whole = evaluate_sae(bold, sae, batch)
+    monkeypatch.setattr(evaluate, "TEXTS", 1)
     for other in (batch, tokenize(bold, TEXTS, pad_side="left")):
-        cut = evaluate_sae(bold, sae, other, batch_size=1)
+        cut = evaluate_sae(bold, sae, other)
         assert without_tensors(cut) == pytest.approx(without_tensors(whole), rel=1e-4, abs=1e-5)
         assert cut.dead == whole.dead
 
@@ -144,7 +135,6 @@ def test_losses_are_those_of_the_splice_at_real_tokens(bold, batch):
         and close(m.ce_spliced, spliced)
         and close(m.ce_difference, spliced - clean)
     )
-    assert m.n_predicted == int(batch.real[:, 1:].sum())
 
 
 def test_losses_and_divergence_agree_with_saelens(bold):
@@ -180,12 +170,9 @@ def test_sparsity_and_reconstruction_agree_with_formulas_written_out(bold, batch
     m, x = evaluate_sae(bold, sae, batch), values(bold, batch).double()
     f = sae.encode(x.float())
     y = sae.decode(f).double()
-    assert close(m.l0, float((f != 0).sum(1).double().mean())) and close(
-        m.l1, float(f.abs().sum(1).mean()), 1e-4
-    )
-    assert close(m.mse, float((x - y).square().sum(1).mean()), 1e-4)
+    assert close(m.l0, float((f != 0).sum(1).double().mean()))
     assert close(m.cosine, float(torch.cosine_similarity(x, y).mean()))
-    assert close(m.reconstruction_bias, float(y.square().sum() / (x * y).sum()), 1e-4)
+    assert close(m.l2_ratio, float((y.norm(dim=1) / x.norm(dim=1)).mean()), 1e-4)
     rate = (f != 0).double().mean(0)
     assert m.dead == int((rate == 0).sum()) and m.dense == int((rate > 0.1).sum())
 
@@ -238,23 +225,17 @@ def test_the_random_null_has_the_shape_and_l0_asked_for_and_its_scale_is_the_bes
     assert 0 < m.l0 <= 6 and m.variance_explained > 0 and m.sae.startswith("random")
 
 
-def test_a_trained_sae_beats_its_random_null_on_trained_weights(shared):
+def test_a_trained_sae_beats_its_random_null_on_trained_weights(shared, tmp_path, monkeypatch):
     model = load_model(shared / "fixtures" / "tinystories-656k")
     stories = json.loads(
         (shared / "fixtures" / "tinystories" / "tinystories_1000.json").read_text()
     )
     texts = [story if isinstance(story, str) else story["text"] for story in stories]
-    sae = train_small_sae(
-        model,
-        "blocks.0.hook_resid_post",
-        pack(model, texts[:60], length=128),
-        d_sae=256,
-        k=12,
-        steps=60,
-    )
+    monkeypatch.setenv("LENSLAB_CACHE", str(tmp_path))
+    sae = small_sae(model, "blocks.0.hook_resid_post", pack(model, texts[:60], length=128), 60)
     held_out = pack(model, texts[900:906], length=128)
-    m = evaluate_sae(model, sae, held_out, progress=False)
-    null = evaluate_null(model, sae, held_out, m.l0, progress=False)
+    m = evaluate_sae(model, sae, held_out)
+    null = evaluate_null(model, sae, held_out, m.l0)
     assert m.variance_explained > null.variance_explained + 0.1
     assert m.ce_difference < null.ce_difference
     assert m.ce_clean < m.ce_spliced < m.ce_zero and m.ce_recovered_zero > null.ce_recovered_zero
@@ -265,12 +246,6 @@ def test_a_transcoder_is_not_measured_against_its_own_input(bold, batch):
         evaluate_sae(bold, tiny_sae(bold, hook_name_out="blocks.1.hook_mlp_out"), batch)
 
 
-@pytest.mark.parametrize("k", [0, -3, 49, 2.5])
-def test_a_random_sae_uses_as_many_directions_as_there_are(bold, k):
-    with pytest.raises((ValueError, TypeError), match=r"from 1 to 48|int"):
-        random_sae(tiny_sae(bold), torch.randn(9, 32), k)
-
-
 @pytest.mark.parametrize("hook", [HOOK, "blocks.2.hook_resid_post"])
 def test_a_forgotten_hook_is_not_measured_as_the_saes(bold, batch, hook):
     bold.add_hook(hook, lambda value, hook: value * 0)
@@ -279,7 +254,7 @@ def test_a_forgotten_hook_is_not_measured_as_the_saes(bold, batch, hook):
             evaluate_sae(bold, tiny_sae(bold), batch)
     finally:
         bold.reset_hooks()
-    assert evaluate_sae(bold, tiny_sae(bold), batch).n_texts == 4
+    assert evaluate_sae(bold, tiny_sae(bold), batch).n_tokens == batch.n_real
 
 
 def test_a_hook_left_on_the_sae_is_not_measured_as_the_saes(bold, batch):
@@ -305,7 +280,7 @@ def test_texts_longer_than_the_windows_of_the_training_are_told(bold, recwarn, w
 @pytest.mark.parametrize("cells", [1, 900, 20_000])
 def test_logits_reduced_in_pieces_give_the_same_metrics(bold, batch, cells, monkeypatch):
     sae = tiny_sae(bold, architecture="topk")
-    whole = evaluate_sae(bold, sae, batch, batch_size=4)
+    whole = evaluate_sae(bold, sae, batch)
     monkeypatch.setattr(evaluate, "CELLS", cells)
     pieces = evaluate_sae(bold, sae, batch)
     assert without_tensors(pieces) == pytest.approx(without_tensors(whole), rel=1e-4, abs=1e-5)
@@ -318,12 +293,14 @@ def test_what_does_not_fit_is_refused_before_the_run(bold, batch, monkeypatch):
         evaluate_sae(bold, tiny_sae(bold), batch)
 
 
-def test_a_text_of_one_token_counts_among_others_and_alone_is_refused(bold, batch):
+def test_a_text_of_one_token_counts_among_others_and_alone_is_refused(bold, batch, monkeypatch):
     """Without BOS it predicts nothing: whichever texts share its pass."""
     rows = (batch.tokens[:, 1:].clone(), batch.real[:, 1:].clone(), batch.attention[:, 1:].clone())
     rows[1][0, 1:] = rows[2][0, 1:] = False
     short = TokenBatch(*rows, batch.texts)
-    whole, single = (evaluate_sae(bold, tiny_sae(bold), short, batch_size=n) for n in (4, 1))
+    whole = evaluate_sae(bold, tiny_sae(bold), short)
+    monkeypatch.setattr(evaluate, "TEXTS", 1)
+    single = evaluate_sae(bold, tiny_sae(bold), short)
     assert without_tensors(single) == pytest.approx(without_tensors(whole), rel=1e-4, abs=1e-5)
     with pytest.raises(ValueError, match="nothing to predict"):
         evaluate_sae(bold, tiny_sae(bold), short[:1])

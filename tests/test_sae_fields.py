@@ -219,8 +219,8 @@ def test_an_sae_trained_without_bos_does_not_read_texts_that_begin_with_it(model
     with pytest.raises(SAEMismatch, match="bos=False"):
         encode_features(model, sae, batch)
     rows = (batch.tokens[:, 1:], batch.real[:, 1:], batch.attention[:, 1:])
-    assert evaluate_sae(model, sae, TokenBatch(*rows, batch.texts)).n_texts == 2
-    assert evaluate_sae(model, tiny_sae(model, prepend_bos=True), batch).n_texts == 2
+    assert evaluate_sae(model, sae, TokenBatch(*rows, batch.texts)).l0 > 0
+    assert evaluate_sae(model, tiny_sae(model, prepend_bos=True), batch).l0 > 0
 
 
 def test_arguments_that_only_say_how_to_load_are_no_processing(model, x):
@@ -487,8 +487,6 @@ def test_tokens_and_masks_are_no_activations(model, dtype):
     x = torch.ones(7, 32, dtype=dtype)
     with pytest.raises(REFUSED, match=r"activations|parameter"):
         input_transform(tiny_sae(model), model)(x)
-    with pytest.raises(REFUSED, match=r"activations|parameter"):
-        encode(tiny_sae(model), x)
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
@@ -508,7 +506,7 @@ def test_on_a_model_of_long_context_an_sae_is_trained_on_short_windows(model, mo
     seen = []
     monkeypatch.setattr(model.cfg, "n_ctx", 131_072)
     monkeypatch.setattr(
-        find, "_kept_or_trained", lambda model, hook, batch, steps: seen.append(batch) or 1 / 0
+        find, "small_sae", lambda model, hook, batch, steps: seen.append(batch) or 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
         find.find_sae(model)

@@ -587,7 +587,7 @@ def test_an_interrupt_waits_for_the_step_to_end_and_leaves_a_checkpoint(vectors,
     assert all(equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_an_interrupt_before_the_first_step_says_that_nothing_is_lost(vectors, tmp_path, capsys):
+def test_an_interrupt_before_the_first_step_loses_nothing(vectors, tmp_path):
     """While documents are hashed, the first vectors made, and an SAE is fitted."""
 
     class Stopped(TensorSource):
@@ -602,12 +602,10 @@ def test_an_interrupt_before_the_first_step_says_that_nothing_is_lost(vectors, t
     for options in ({"held_out": held_out}, {"folder": tmp_path}):
         with pytest.raises(KeyboardInterrupt):
             train(saes, Stopped(vectors), SHORT, progress=False, **options)
-        assert "before the first step, nothing is lost" in capsys.readouterr().out
     fit = saes["a"].fit
     saes["a"].fit = lambda *given: (ctrl_c(), fit(*given))
     with pytest.raises(KeyboardInterrupt):
         train(saes, TensorSource(vectors), SHORT, folder=tmp_path, progress=False)
-    assert capsys.readouterr().out.count("nothing is lost") == 1
     resumed = train(saes, TensorSource(vectors), SHORT, folder=tmp_path, progress=False)
     assert all(equal(whole[name], resumed[name]) for name in whole)
 
@@ -919,20 +917,6 @@ def test_documents_are_known_in_another_packing(model, tmp_path):
     ):
         with pytest.raises(ValueError, match="trained on"):
             train(members(), source, config, held_out=again)
-
-
-def test_constant_held_out_vectors_are_refused_before_the_first_step(vectors):
-    sae = new()
-    sae.loss = None
-    with pytest.raises(ValueError, match="constant at vectors"):
-        run(sae, vectors, held_out=TensorSource(torch.full((300, D_IN), 2.0)))
-    both = TensorSource({"vectors": vectors, "other": vectors})
-    half = {"vectors": planted(300, "h"), "other": torch.zeros(300, D_IN)}
-    transcoder = new("transcoder", metadata={"hook_name_out": "other"})
-    with pytest.raises(ValueError, match="constant at other"):
-        run(transcoder, both, held_out=TensorSource(half))
-    run(new(), both, replace(CONFIG, vectors=512), held_out=TensorSource(half))
-    run(new(), vectors, replace(CONFIG, vectors=512), held_out=TensorSource(planted(2, "h")))
 
 
 @pytest.mark.parametrize("kind", ["store", "model"])

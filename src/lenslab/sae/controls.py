@@ -43,7 +43,7 @@ def control_matrices(
     model: TransformerBridge, sae: SparseAutoencoder, batch: TokenBatch, how: str = "max"
 ) -> dict[str, Float[np.ndarray, "text candidate"]]:
     """The controls that need no training, by name: axes, neurons (where the model has such a hook)
-    and n-grams. `how` is as in `FeatureActivations.pool`.
+    and n-grams. `how` is "max" or "mean", as in `FeatureActivations.pool`.
 
     The definition of a specialist asks for these and for an SAE on the random twin; add that one
     yourself.
@@ -133,22 +133,14 @@ def _pooled(
     model: TransformerBridge, batch: TokenBatch, hook: str, describe: Callable, how: str
 ) -> Float[np.ndarray, "text candidate"]:
     """What `describe` makes of values `[token, *width]`, `[token, candidate]`, pooled per text."""
-    reduce = {"max": "amax", "mean": "mean", "fraction": "mean"}[how]
+    reduce = {"max": "amax", "mean": "mean"}[how]
     pooled = []
     for part, values in _real_values(model, batch, hook):
         candidates = describe(values)
-        if how == "fraction":
-            candidates = (candidates > 0).to(candidates)
         text = part.real.nonzero()[:, :1].expand_as(candidates)
         empty = candidates.new_zeros(len(part), candidates.shape[1])
         pooled.append(empty.scatter_reduce(0, text, candidates, reduce, include_self=False))
     return torch.cat(pooled).numpy()
-
-
-def random_directions(n: int, d_in: int, seed: int = 0) -> Float[Tensor, "{n} {d_in}"]:
-    """Unit vectors, uniform over all directions."""
-    directions = torch.randn(n, d_in, generator=derive_generator(seed, "random SAE"))
-    return directions / directions.norm(dim=1, keepdim=True)
 
 
 @dataclass
@@ -161,10 +153,6 @@ class RandomSAE:
     mean: Float[Tensor, " d_in"]
     k: int
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.k not in range(1, len(self.directions) + 1):
-            raise ValueError(f"k is a whole number from 1 to {len(self.directions)}, not {self.k}.")
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         strength = torch.relu((x - self.mean) @ self.directions.T)
@@ -183,7 +171,9 @@ def random_sae(
     What it scores needs no learning. To be a fair null it is given what costs nothing: the mean of
     `x` as its bias, and the one factor on its activations that fits `x` best.
     """
-    directions = random_directions(sae.cfg.d_sae, sae.cfg.d_in, seed).to(x)
+    generator = derive_generator(seed, "random SAE")
+    directions = torch.randn(sae.cfg.d_sae, sae.cfg.d_in, generator=generator)
+    directions = (directions / directions.norm(dim=1, keepdim=True)).to(x)
     null = RandomSAE(cfg=sae.cfg, directions=directions, mean=x.mean(0), k=k)
     guess = null.decode(null.encode(x)) - null.mean
     null.scale = float(((x - null.mean) * guess).sum() / guess.square().sum().clamp_min(1e-30))
@@ -191,19 +181,10 @@ def random_sae(
 
 
 def evaluate_null(
-    model: TransformerBridge,
-    sae: SparseAutoencoder,
-    batch: TokenBatch,
-    l0: float,
-    *,
-    seed: int = 0,
-    **options: Any,
+    model: TransformerBridge, sae: SparseAutoencoder, batch: TokenBatch, l0: float, seed: int = 0
 ) -> SAEMetrics:
     """`evaluate_sae` of the random SAE with the same rounded L0, its scale fitted on the first
-    texts of `batch`.
-
-    `options` go to `evaluate_sae`.
-    """
+    texts of `batch`."""
     transform, hook = input_transform(sae, model), sae_hook(sae)
     fit = max(1, 4096 // batch.tokens.shape[1])
     first = batch[: texts_per_pass(model, batch, limit=fit)]
@@ -211,4 +192,4 @@ def evaluate_null(
         _, value = forward(model, hook, first)
         x = transform(value)[first.real.to(value.device)]
     null = random_sae(sae, x, min(max(1, round(l0)), sae.cfg.d_sae), seed)
-    return evaluate_sae(model, null, batch, name="random directions, same L0", **options)
+    return evaluate_sae(model, null, batch, name="random directions, same L0")

@@ -33,6 +33,7 @@ from lenslab.runtime import progress_bar
 from lenslab.sae.load import SparseAutoencoder, input_transform, refuse_transcoder, sae_hook
 from lenslab.tokens import TokenBatch
 
+TEXTS = 16  # per forward pass; fewer where logits or features would be large
 CELLS = 2**26  # logits or features at a time: 256 MB
 
 
@@ -44,20 +45,13 @@ class SAEMetrics(Result):
     sae: str
     model: str
     hook: str
-    d_in: int
     d_sae: int
-    n_texts: int
-    n_tokens: int  # real tokens: the denominator of everything but the losses
-    n_predicted: int  # positions whose target is real: the denominator of the losses
+    n_tokens: int  # real tokens: the denominator of everything but the losses (next tokens)
     l0: float  # mean count of non-zero latents per token
-    l1: float  # mean of the summed absolute activations per token
     variance_explained: float  # pooled over tokens, mean per dimension over the whole set
     fvu: float  # one minus variance explained
-    mse: float  # mean squared distance per token, summed over dimensions
     cosine: float
     l2_ratio: float  # mean ||x_hat|| / ||x||: below 1 is shrinkage
-    # mean ||x_hat||^2 / mean x.x_hat (arXiv 2404.16014, eq. 10): below 1 is shrinkage
-    reconstruction_bias: float
     dead: int  # latents never active in n_tokens
     dense: int  # latents active on more than 10 % of them
     ce_clean: float
@@ -76,19 +70,10 @@ class SAEMetrics(Result):
 
 @torch.inference_mode()
 def evaluate_sae(
-    model: TransformerBridge,
-    sae: SparseAutoencoder,
-    batch: TokenBatch,
-    *,
-    name: str | None = None,
-    batch_size: int = 16,
-    progress: bool = True,
+    model: TransformerBridge, sae: SparseAutoencoder, batch: TokenBatch, name: str | None = None
 ) -> SAEMetrics:
-    """Every metric of an SAE on texts that it was not trained on. Four forward passes over `batch`.
-
-    Args:
-        name: what to call it in tables; default its class and hook.
-        batch_size: texts per forward pass; fewer where logits or features would be large.
+    """Every metric of an SAE on texts that it was not trained on. Four forward passes over `batch`,
+    a few texts at a time. `name` is what to call it in tables; default its class and hook.
 
     Raises as `input_transform` and `texts_per_pass`; ValueError when no real token follows another,
     on NaN or Inf, for a transcoder, and for a model that holds hooks.
@@ -99,15 +84,14 @@ def evaluate_sae(
     if isinstance(sae, torch.nn.Module):
         check_unhooked(sae)
     few = max(1, CELLS // (batch.tokens.shape[1] * sae.cfg.d_sae))
-    batch_size = texts_per_pass(model, batch, limit=min(batch_size, few))
+    step = texts_per_pass(model, batch, limit=min(TEXTS, few))
     n_predicted = int(batch.real[:, 1:].sum())
     if not n_predicted:
         raise ValueError("No real token follows another: there is nothing to predict.")
     error, activity = metrics.ReconstructionError(), metrics.FeatureActivity()
-    squared = product = 0.0
     totals = dict.fromkeys(("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl"), 0.0)
-    parts = [batch[start : start + batch_size] for start in range(0, len(batch), batch_size)]
-    for part in progress_bar(parts, desc="evaluate SAE", progress=progress):
+    parts = [batch[start : start + step] for start in range(0, len(batch), step)]
+    for part in progress_bar(parts, desc="evaluate SAE"):
         # 1. and 4. Clean and spliced
         clean, value = forward(model, hook, part)
         x = transform(value)  # [text, pos, d_in]
@@ -125,9 +109,6 @@ def evaluate_sae(
         real = part.real.to(x.device)
         error.update(x, x_hat, real)
         activity.update(features, real)
-        x, x_hat = metrics.in_float64(x[real]), metrics.in_float64(x_hat[real])  # [token, d_in]
-        squared += float(x_hat.square().sum())
-        product += float((x * x_hat).sum())
         # 3. Ablated
         totals["ce_zero"] += _nats(forward(model, hook, part, torch.zeros_like)[0], part)
     mean = error.moments.mean.float().to(model.cfg.device)  # [d_in]
@@ -135,26 +116,20 @@ def evaluate_sae(
     def to_mean(value: Tensor) -> Tensor:
         return transform.inverse(mean.expand_as(transform(value)), value)
 
-    for part in progress_bar(parts, desc="mean ablation", progress=progress):
+    for part in progress_bar(parts, desc="mean ablation"):
         totals["ce_mean"] += _nats(forward(model, hook, part, to_mean)[0], part)
     losses = {name: total / n_predicted for name, total in totals.items()}
     return SAEMetrics(
         sae=name or f"{type(sae).__name__} {hook}",
         model=model_name(model),
         hook=hook,
-        d_in=sae.cfg.d_in,
         d_sae=sae.cfg.d_sae,
-        n_texts=len(batch),
         n_tokens=activity.tokens,
-        n_predicted=n_predicted,
         l0=activity.l0,
-        l1=activity.l1,
         variance_explained=error.variance_explained,
         fvu=error.fvu,
-        mse=error.mse,
         cosine=error.cosine_similarity,
         l2_ratio=error.l2_ratio,
-        reconstruction_bias=squared / product if product else 0.0,
         dead=int(activity.dead.sum()),
         dense=int(activity.dense.sum()),
         ce_difference=losses["ce_spliced"] - losses["ce_clean"],

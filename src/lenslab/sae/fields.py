@@ -69,10 +69,8 @@ def check_scaling(config: Any) -> None:
     """Raise NotAnSAE where inputs are to be scaled by numbers that the SAE does not hold."""
     scaling = getattr(config, "normalize_activations", "none")
     if scaling not in {"none", *BY_TOKEN}:
-        raise NotAnSAE(
-            f"normalize_activations is {scaling}, by numbers that are not in the SAE. Open it with "
-            "SAELens, sae.fold_activation_norm_scaling_factor(sqrt(d_in) / mean norm), save_sae."
-        )
+        how = "in SAELens, sae.fold_activation_norm_scaling_factor(sqrt(d_in) / mean norm)"
+        raise NotAnSAE(f"normalize_activations is {scaling}, by numbers not in the SAE: {how}.")
 
 
 class _NormsRemembered:

@@ -80,25 +80,9 @@ def find_sae(
                 return found
     batch = pack(model, sampled_text(documents, model_name(model)))
     batch = batch[: POOL // batch.tokens.shape[1]]
-    sae = _kept_or_trained(model, hooks[0], batch, steps)
+    sae = small_sae(model, hooks[0], batch, steps)
     origin = f"none at hand: a small one trained here, {steps} steps on {batch.n_real:,} tokens"
     return FoundSAE(sae, f"small SAE of {model_name(model)}", origin)
-
-
-def _kept_or_trained(
-    model: TransformerBridge, hook: str, batch: TokenBatch, steps: int
-) -> SparseAutoencoder:
-    """`train_small_sae`, once on this machine for the same model, hook, text and settings."""
-    settings = [steps, TRAIN_BATCH, LR, str(compute_dtype()), versions()]
-    folder = cache_path("saes", content_key(model_key(model), hook, batch.key, settings))
-    with suppress(SAENotHere, NotAnSAE):
-        return load_sae(folder, device=str(model.cfg.device))
-    sae = train_small_sae(model, hook, batch, steps=steps)
-    try:
-        save_sae(sae, folder)
-    except OSError as error:
-        warnings.warn(f"The small SAE is not kept for the next time: {error}", stacklevel=3)
-    return sae
 
 
 def _at_hand(model: TransformerBridge, hooks: list[str]) -> Iterator[FoundSAE]:
@@ -112,17 +96,11 @@ def _at_hand(model: TransformerBridge, hooks: list[str]) -> Iterator[FoundSAE]:
                 yield FoundSAE(sae, f"{release} {hook}", "published, from the cache of the hub")
 
 
-def train_small_sae(
-    model: TransformerBridge,
-    hook: str,
-    batch: TokenBatch,
-    *,
-    d_sae: int = 1024,
-    k: int = 16,
-    steps: int = 600,
-    seed: int = 0,
+def small_sae(
+    model: TransformerBridge, hook: str, batch: TokenBatch, steps: int
 ) -> SparseAutoencoder:
-    """A TopK SAE for a model that has none, by `lenslab.sae.train.trainer`.
+    """A TopK SAE for a model that has none: 1,024 latents, 16 active at a token. Trained once on
+    this machine for the same model, hook, text and settings, then kept in the cache.
 
     300 steps on 100,000 tokens of a model of width 128 took 50 s on one core; wider models take
     longer.
@@ -132,15 +110,22 @@ def train_small_sae(
     2. `steps` steps of 2,048 vectors; scale and centre are folded into the weights that come back.
 
     `batch` is read as often as the steps need. Raises ValueError when its real tokens do not fill
-    one step or k exceeds d_sae; UnknownHook.
+    one step; UnknownHook.
     """
-    source = ModelSource(model, batch, hook, seed=seed, progress=True)
-    sae = build_sae("topk", source.widths[hook], d_sae, k=k, seed=seed)
+    settings = [steps, TRAIN_BATCH, LR, str(compute_dtype()), versions()]
+    folder = cache_path("saes", content_key(model_key(model), hook, batch.key, settings))
+    with suppress(SAENotHere, NotAnSAE):
+        return load_sae(folder, device=str(model.cfg.device))
+    source = ModelSource(model, batch, hook, progress=True)
+    new = build_sae("topk", source.widths[hook], d_sae=1024, k=16).to(model.cfg.device)
     dead_after = max(20, steps // 20) * TRAIN_BATCH
-    config = TrainingConfig(
-        vectors=steps * TRAIN_BATCH, batch=TRAIN_BATCH, lr=LR, dead_after=dead_after, seed=seed
-    )
-    return train({"sae": sae.to(model.cfg.device)}, source, config)["sae"].sae
+    config = TrainingConfig(steps * TRAIN_BATCH, TRAIN_BATCH, LR, dead_after=dead_after)
+    sae = train({"sae": new}, source, config)["sae"].sae
+    try:
+        save_sae(sae, folder)
+    except OSError as error:
+        warnings.warn(f"The small SAE is not kept for the next time: {error}", stacklevel=3)
+    return sae
 
 
 def card_table(model: TransformerBridge | None = None) -> pd.DataFrame:

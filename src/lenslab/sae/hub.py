@@ -1,7 +1,7 @@
 """SAEs of the hub: list them, download one ahead of a session, check what is on this machine.
 
 .venv/bin/python -m lenslab.sae.hub list [RELEASE] [--model gpt2-small]
-.venv/bin/python -m lenslab.sae.hub download gpt2-small-res-jb blocks.6.hook_resid_pre [--to FOLDER]
+.venv/bin/python -m lenslab.sae.hub download gpt2-small-res-jb blocks.6.hook_resid_pre
 .venv/bin/python -m lenslab.sae.hub check gpt2-small-res-jb blocks.6.hook_resid_pre
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from unittest.mock import patch
 
 from huggingface_hub import constants
 
@@ -32,23 +33,19 @@ def listing(release: str | None = None, model: str | None = None) -> str:
     return table.to_string(index=False)
 
 
-def download(release: str, sae_id: str, to: str | None = None) -> str:
-    """Fetch an SAE into the hub's cache, verify it, load it; with `to`, also save it as a folder.
+def download(release: str, sae_id: str) -> str:
+    """Fetch an SAE into the hub's cache, verify it, load it.
 
     What is cached and whole is not fetched again, an interrupted download goes on where it stopped,
     and a file that does not have its hash is fetched anew. Raises as `load_sae`.
     """
     from lenslab.sae.load import load_sae
-    from lenslab.sae.save import save_sae
 
     for file in registry.damaged_files(release, sae_id):
         file.resolve().unlink()
         file.unlink()
-    sae = load_sae(release, sae_id, device="cpu")
-    checked = check(release, sae_id)
-    if to is not None:
-        save_sae(sae, to)
-    return checked
+    load_sae(release, sae_id, device="cpu")
+    return check(release, sae_id)
 
 
 def check(release: str, sae_id: str | None = None) -> str:
@@ -58,15 +55,9 @@ def check(release: str, sae_id: str | None = None) -> str:
 
     damaged = registry.damaged_files(release, sae_id) if sae_id else []
     if damaged:
-        raise NotAnSAE(
-            f"{damaged[0].name} is cut off or damaged: {COMMAND} download {release} {sae_id}"
-        )
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
+        raise NotAnSAE(f"{damaged[0].name} is damaged: {COMMAND} download {release} {sae_id}")
+    with patch.object(constants, "HF_HUB_OFFLINE", True):
         sae = load_sae(release, sae_id, device="cpu")
-    finally:
-        constants.HF_HUB_OFFLINE = before
     about, shape = sae.cfg.metadata, f"{sae.cfg.d_in} -> {sae.cfg.d_sae}"
     return f"{about.hook_name} of {about.model_name}: {shape}, {sae.cfg.architecture()}; whole"
 
@@ -82,7 +73,6 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("download", help="fetch one SAE, or go on fetching it; verify it")
     command.add_argument("release")
     command.add_argument("sae_id")
-    command.add_argument("--to", metavar="FOLDER", help="save it there, for load_sae(FOLDER)")
     command.set_defaults(run=download)
     command = commands.add_parser("check", help="verify what is on this machine; fetches nothing")
     command.add_argument("release", help="a release, bundled name or folder")

@@ -35,6 +35,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab.files import content_key, data_path, sha256_file
 from lenslab.hooks import check_hooks, check_unhooked, hook_names
+from lenslab.loading import as_bytes
 from lenslab.models import check_eval, model_name, weights_key
 from lenslab.runtime import default_device
 from lenslab.sae import registry
@@ -244,11 +245,9 @@ def check_sae(sae: SparseAutoencoder, model: TransformerBridge) -> None:
     hook, given = sae_hook(sae), model_name(model)
     check_scaling(sae.cfg)
     about = sae.cfg.metadata
-    if about.model_name and plain_name(about.model_name) != plain_name(given):
-        raise SAEMismatch(
-            f"The SAE was made for {about.model_name}, the model is {given}: load it; for its "
-            f"fine-tune, say so: sae.cfg.metadata.model_name = {given!r} and .model_key = None."
-        )
+    if (made := about.model_name) and plain_name(made) != plain_name(given):
+        tuned = f"for its fine-tune, sae.cfg.metadata.model_name = {given!r}, .model_key = None"
+        raise SAEMismatch(f"The SAE was made for {made}, the model is {given}: {tuned}.")
     check_hooks(model, [hook])
     shape = hook_names(model)[hook]  # of one text of two tokens
     if shape[:2] != (1, 2) or math.prod(shape[2:]) != sae.cfg.d_in:
@@ -282,9 +281,7 @@ def _centred(sae: SparseAutoencoder, model: TransformerBridge) -> bool:
         applied -= VALUE_BIASES
     if other := applied - {"center_writing_weights"}:
         names = ", ".join(sorted(other))
-        raise SAEMismatch(
-            f"No unprocessed model gives at {hook} what one loaded with {names} does."
-        )
+        raise SAEMismatch(f"No unprocessed model gives at {hook} what one with {names} does.")
     # RMSNorm reads the mean too, so TransformerLens leaves such models uncentred
     layer_norm = str(model.cfg.normalization_type) in {"LN", "LNPre"}
     return bool(applied) and writes and layer_norm
@@ -305,7 +302,8 @@ class InputTransform:
         """`[.., *width]` -> `[.., d_in]`. SAEMismatch for other axes, ValueError for integers."""
         if value.shape[-len(self.width) :] != self.width:
             raise SAEMismatch(f"{tuple(value.shape)} does not end in {self.width}, as at the hook.")
-        _check_vectors(value)
+        if not value.is_floating_point():
+            raise ValueError(f"An SAE reads activations, not {value.dtype}: tokens, or a mask?")
         x = value.flatten(-len(self.width))
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
@@ -345,20 +343,17 @@ def sae_key(sae: SparseAutoencoder) -> str:
     if isinstance(sae, torch.nn.Module):
         check_unhooked(sae)
         held = sae.state_dict()
-        described = [
-            f"{function} {_scalars(vars(function))}"
-            for function in (sae.activation_fn, sae.get_activation_fn())
-        ]
-        if len(set(described)) > 1:
-            settings["activation_fn"] = described[0]
+        functions = (sae.activation_fn, sae.get_activation_fn())
+        own, usual = (f"{function} {_scalars(vars(function))}" for function in functions)
+        if own != usual:
+            settings["activation_fn"] = own
     settings = _scalars({**settings, **held})
     if processing := sae.cfg.metadata.model_from_pretrained_kwargs:
         settings["processing"] = processing
     tensors = []
     for name, value in sorted(held.items()):
         if isinstance(value, Tensor):
-            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            tensors += [name, list(value.shape), raw.numpy().tobytes()]
+            tensors += [name, list(value.shape), bytes(as_bytes(value))]
     return content_key(type(sae).__name__, settings, *tensors)
 
 
@@ -367,16 +362,10 @@ def _scalars(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in numbers.items() if k not in ("name", "training")}  # of modules
 
 
-def _check_vectors(x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise ValueError(f"An SAE reads activations, not {x.dtype}: are these tokens or a mask?")
-
-
 @torch.inference_mode()
 def encode(sae: SparseAutoencoder, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_sae"]:
     """`sae.encode` on the SAE's device and dtype, back on the CPU in float32. ValueError on NaN and
-    Inf, and on integers."""
-    _check_vectors(x)
+    Inf."""
     own = next(iter(sae.parameters()), None) if isinstance(sae, torch.nn.Module) else None
     features = sae.encode(x if own is None else x.to(own.device, own.dtype)).float().cpu()
     if not bool(features.isfinite().all()):

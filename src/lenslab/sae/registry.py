@@ -7,7 +7,6 @@ SAELens brings TransformerLens along, ten seconds for a table.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib.util
 import os
 from collections.abc import Iterable
@@ -19,8 +18,9 @@ import pandas as pd
 import yaml
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils.sha import git_hash
 
-from lenslab.files import HUB, data_path, sha256_file
+from lenslab.files import HUB, sha256_file
 
 # SAELens's readers of releases whose weights are pickles, which can run code when opened
 PICKLED = {"connor_rob_hook_z", "goodfire", "deepseek_r1", "qwen_scope", "dictionary_learning_1"}
@@ -78,9 +78,6 @@ def plain_name(name: str) -> str:
 
 def check_release(release: str) -> None:
     """Raise NotAnSAE for what is no release, with the nearest."""
-    for folder in (data_path("saes", release), Path(release).expanduser()):
-        if release not in releases() and (folder / CONFIG).is_file():
-            raise NotAnSAE(f"{release} is a single SAE, no release: give its name without a hook.")
     if release not in releases():
         near = nearest(release, releases())
         raise NotAnSAE(f"No release {release!r}. {near} {COMMAND} list shows all.")
@@ -116,10 +113,7 @@ def intact(file: Path) -> bool:
     etag = Path(os.readlink(file)).name if file.is_symlink() else ""
     if len(etag) == 64:
         return sha256_file(file) == etag
-    if len(etag) == 40:
-        content = file.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == etag
-    return True
+    return len(etag) != 40 or git_hash(file.read_bytes()) == etag
 
 
 def damaged_files(release: str, sae_id: str) -> list[Path]:
@@ -130,14 +124,14 @@ def damaged_files(release: str, sae_id: str) -> list[Path]:
 def cached_ids(release: str) -> list[str]:
     """The SAEs of a release whose weights are on this machine in a safe format; whole or not,
     loading will tell."""
-    repository, paths = releases()[release]["repo_id"], paths_of(release)
+    repository = releases()[release]["repo_id"]
     if not is_safe(release) or not cached_files(repository):
         return []
-    suffixes = {
-        sae_id: {file.suffix for file in cached_files(repository, path)}
-        for sae_id, path in paths.items()
-    }
-    return [sae_id for sae_id, here in suffixes.items() if here & {".safetensors", ".npz"}]
+    return [
+        sae_id
+        for sae_id, path in paths_of(release).items()
+        if any(file.suffix in (".safetensors", ".npz") for file in cached_files(repository, path))
+    ]
 
 
 def list_releases(model: str | None = None) -> pd.DataFrame:

@@ -38,6 +38,8 @@ from lenslab.sae.train import sparse
 from lenslab.sae.train.base import Losses, SAEConfig, TrainableSAE
 
 FIRST_THRESHOLD = 0.01  # jumprelu, as SAELens
+BANDWIDTH = 0.05  # how near its threshold a pre-activation of jumprelu moves it, as SAELens
+NESTED = (16, 4, 1)  # matryoshka: d_sae over the latents in each nested dictionary
 AT_A_TIME = 512  # vectors whose dead latents are looked at together
 SPARSE_ENOUGH = 0.04  # share of active latents below which a ReLU SAE is cheaper without its zeros
 
@@ -140,7 +142,7 @@ class BatchTopK(TopK):
 
 class Matryoshka(BatchTopK):
     def reconstructions(self, values, code, target):
-        widths = self.config.widths or sorted({max(1, self.config.d_sae // n) for n in (16, 4, 1)})
+        widths = sorted({max(1, self.config.d_sae // n) for n in NESTED})
         partial = self.b_dec.expand_as(target)
         loss = target.new_zeros(())
         for begin, end in zip((0, *widths), widths, strict=False):
@@ -156,17 +158,17 @@ class _Rectangle(torch.autograd.Function):
     (arXiv 2407.14435)."""
 
     @staticmethod
-    def forward(ctx, pre, threshold, bandwidth, jump):
+    def forward(ctx, pre, threshold, jump):
         ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth, ctx.jump = bandwidth, jump
+        ctx.jump = jump
         return pre * (pre > threshold) if jump else (pre > threshold).to(pre)
 
     @staticmethod
     def backward(ctx, grad):
         pre, threshold = ctx.saved_tensors
-        near = ((pre - threshold).abs() < ctx.bandwidth / 2) * grad / ctx.bandwidth
+        near = ((pre - threshold).abs() < BANDWIDTH / 2) * grad / BANDWIDTH
         moved = -(near * threshold if ctx.jump else near).sum(0)
-        return (grad * (pre > threshold) if ctx.jump else None), moved, None, None
+        return (grad * (pre > threshold) if ctx.jump else None), moved, None
 
 
 class JumpReLU(TrainableSAE):
@@ -180,9 +182,9 @@ class JumpReLU(TrainableSAE):
     def loss(self, x, target, dead=None, warm=1.0) -> Losses:
         with _autocast(x):
             pre = ((x - self.b_dec) @ self.W_enc).float() + self.b_enc  # [batch, d_sae]
-            values = _Rectangle.apply(pre, self.threshold, self.config.bandwidth, True)
+            values = _Rectangle.apply(pre, self.threshold, True)
             x_hat = (values @ self.W_dec).float() + self.b_dec
-        active = _Rectangle.apply(pre, self.threshold, self.config.bandwidth, False).sum(-1).mean()
+        active = _Rectangle.apply(pre, self.threshold, False).sum(-1).mean()
         penalty = warm * self.config.sparsity * active
         return self._losses(target, x_hat, *_usage(values), sparsity=penalty)
 
@@ -227,7 +229,7 @@ PENALISED = {"relu": ReLU, "jumprelu": JumpReLU, "gated": Gated}
 ARCHITECTURES: dict[str, type[TrainableSAE]] = TOPK_FAMILY | PENALISED
 # options that only some architectures read
 FOR = {"k": TOPK_FAMILY, "auxiliary": TOPK_FAMILY, "sparsity": PENALISED, "tied": ["relu"]}
-FOR |= {"widths": ["matryoshka"], "bandwidth": ["jumprelu"], "d_out": ["transcoder"]}
+FOR["d_out"] = ["transcoder"]
 
 
 def build_sae(architecture: str, d_in: int, d_sae: int, **options: Any) -> TrainableSAE:
@@ -240,16 +242,10 @@ def build_sae(architecture: str, d_in: int, d_sae: int, **options: Any) -> Train
     for name in options:
         if architecture not in FOR.get(name, ARCHITECTURES):
             raise ValueError(f"{name} is for {', '.join(FOR[name])}, not for {architecture}.")
-    counts = (d_in, d_sae, d_in if config.d_out is None else config.d_out)
-    if not all(count >= 1 and count % 1 == 0 for count in counts):
-        raise ValueError(f"d_in, d_sae and d_out are whole numbers from 1 on, got {counts}.")
-    if not (config.sparsity >= 0 and config.auxiliary >= 0 and config.bandwidth > 0):
-        raise ValueError("sparsity and auxiliary are weights from 0 on, bandwidth is above 0.")
+    if not (config.sparsity >= 0 and config.auxiliary >= 0):
+        raise ValueError("sparsity and auxiliary are weights from 0 on.")
     if architecture in TOPK_FAMILY and (not 0 < config.k <= d_sae or config.k % 1):
         raise ValueError(f"k must lie between 1 and d_sae = {d_sae}, got {config.k}.")
-    widths = [0, *config.widths]
-    if config.widths and (widths != sorted({*widths, d_sae}) or any(w % 1 for w in widths)):
-        raise ValueError(f"widths must rise to d_sae = {d_sae}, got {config.widths}.")
     if config.scale not in ("mean", "unit", "none"):
         raise ValueError(f"scale is 'mean', 'unit' or 'none', not {config.scale!r}.")
     if config.scale == "unit" and (config.centre or architecture == "transcoder"):

@@ -56,9 +56,6 @@ class SAEConfig:
     sparsity: float = 1.0
     auxiliary: float = 1.0  # topk family: weight of AuxK
     tied: bool = False  # relu: the decoder is the encoder transposed
-    # matryoshka: latents in each nested dictionary; default d_sae / 16, / 4 and d_sae
-    widths: tuple[int, ...] = ()
-    bandwidth: float = 0.05  # jumprelu: how near its threshold a pre-activation moves it
     d_out: int | None = None  # transcoder: width of what is written
     # 'mean': one factor to norm sqrt(d_in) on average; 'unit': each vector to it; 'none'
     scale: str = "mean"

@@ -6,17 +6,14 @@ With z = (x - centre) * scale, an SAE on z equals one on x whose weights are cha
    the output, which makes decoder rows 1 long in the model's own units; encoder, biases and
    thresholds are multiplied alike;
 2. b_dec is divided by the scale and moved by the centre. Which latents are the largest k does not
-change: a topk SAE is only saved with decoder rows of equal length.
+change: a topk SAE's decoder rows are of equal length.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from lenslab.sae.load import SparseAutoencoder, finish
-from lenslab.sae.registry import NotAnSAE
 from lenslab.sae.train.base import TrainableSAE
 
 # ours -> SAELens's; the others become jumprelu: batchtopk and its kin with the threshold that was
@@ -30,7 +27,7 @@ def to_saelens(sae: TrainableSAE) -> SparseAutoencoder:
     `splice`.
 
     Its features are in the model's units: activation times a decoder row of length 1. Raises
-    NotAnSAE without a hook, for NaN, and for a topk SAE whose decoder rows are of unequal length.
+    NotAnSAE without a hook and for NaN.
     """
     from sae_lens import SAE
 
@@ -38,8 +35,6 @@ def to_saelens(sae: TrainableSAE) -> SparseAutoencoder:
     # a row that a penalty has shrunk to nothing still has a direction of zeros
     norms = sae.decoder.norm(dim=1).clamp_min(1e-12)
     unit = norms / sae.scale_out
-    if config.architecture == "topk" and float(unit.max() / unit.min()) > 1 + 1e-4:
-        raise NotAnSAE("A topk SAE with decoder rows of several lengths cannot be folded.")
     bias = sae.b_enc
     if sae.shift is None:  # a transcoder: the centre of what it reads goes into the encoder's bias
         bias = bias - (sae.centre * sae.scale) @ sae.W_enc
@@ -51,7 +46,7 @@ def to_saelens(sae: TrainableSAE) -> SparseAutoencoder:
     }
     architecture = KINDS.get(config.architecture, "jumprelu")
     heads = str(config.metadata.get("hook_name", "")).endswith("hook_z")
-    written: dict[str, Any] = {
+    written = {
         "architecture": architecture,
         "d_in": config.d_in,
         "d_sae": config.d_sae,

@@ -40,6 +40,7 @@ from lenslab.tokens import TokenBatch
 
 POOL = 1 << 17  # vectors; 134 MB a hook at width 256
 MASSIVE = 10.0  # times the median norm
+TEXTS = 32  # texts that the model runs at a time
 RUN = 256  # rows of a tensor or a store that stay together as pools are dealt out
 
 
@@ -166,16 +167,15 @@ class ModelSource(VectorSource):
         batch: TokenBatch,
         hooks: str | Sequence[str],
         *,
-        batch_size: int = 32,
         pool: int = POOL,
         seed: int = 0,
         progress: bool = False,
     ):
         widths = {hook: vector_width(model, hook) for hook in check_hooks(model, hooks)}
-        options = {"compute": str(compute_dtype()).removeprefix("torch."), "batch_size": batch_size}
+        options = {"compute": str(compute_dtype()).removeprefix("torch."), "batch_size": TEXTS}
         identity = (model_key(model), batch.key, options)
         super().__init__(batch.real.sum(1).tolist(), pool, seed, widths, *identity)
-        self.model, self.batch, self.options, self.progress = model, batch, options, progress
+        self.model, self.batch, self.options = model, batch, {"progress": progress, **options}
         position = batch.attention.cumsum(1)[batch.real] - 1  # padding is not counted
         self.metadata = _about(model_name(model), model_key(model), position)
 
@@ -199,8 +199,7 @@ class ModelSource(VectorSource):
         if model_key(self.model) != self.metadata["model_key"]:
             raise ValueError("The model was changed after this source was made: make a new one.")
         batch = self.batch[units]
-        given = {"progress": self.progress, **self.options}
-        vectors = harvest(self.model, batch, list(self.widths), **given)
+        vectors = harvest(self.model, batch, list(self.widths), **self.options)
         return {hook: value[batch.real].flatten(1).float() for hook, value in vectors.items()}
 
 
