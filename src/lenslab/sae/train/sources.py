@@ -185,7 +185,8 @@ class ModelSource(VectorSource):
         if model_key(self.model) != self.metadata["model_key"]:
             raise ValueError("The model was changed after this source was made: make a new one.")
         batch = self.batch[units]
-        vectors = harvest(self.model, batch, list(self.widths), progress=False, **self.options)
+        where = dict(device=self.model.cfg.device, progress=False)
+        vectors = harvest(self.model, batch, list(self.widths), **where, **self.options)
         return {hook: value[batch.real].flatten(1).float() for hook, value in vectors.items()}
 
 
