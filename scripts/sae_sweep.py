@@ -37,19 +37,22 @@ from lenslab.files import Result, content_key, save_result
 from lenslab.models import load_model
 from lenslab.runtime import default_device, machine_summary
 from lenslab.sae.evaluate import evaluate_sae
-from lenslab.sae.train import ModelSource, TrainingConfig, TrainingFailed, build_sae, train
+from lenslab.sae.train import ModelSource, TrainingConfig, build_sae, train
 from lenslab.sae.train.architectures import ARCHITECTURES, PENALISED
+from lenslab.sae.train.base import TrainingFailed
 from lenslab.sae.train.sources import POOL
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 LENGTHS = (400_000, 1_500_000)  # vectors
 LEVELS = (4, 8, 16, 32, 64)  # L0
 MIDDLE = 16
-# eight penalties, of which L0 between some 4 and 64 come at 2,048 latents; the middle ones are for
-# rates
-PENALTIES = {name: [float(f"{2 ** (i - 3):.3g}") for i in range(8)] for name in PENALISED}
+# of which L0 between some 4 and 64 come; the fourth is for rates
+SUMMED = (0.6, 1.0, 1.6, 2.5, 4.0, 6.3, 10.0, 16.0)
+COUNTED = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+PENALTIES = {"relu": SUMMED, "gated": SUMMED, "jumprelu": COUNTED}
 SEEDS = (1, 2, 3, 4)  # beside 0
 ABOUT = ("architecture", "d_sae", "vectors", "lr", "level", "seed")
+DEAD_AFTER = 100_000  # vectors
 GROUP = 12  # trained together: their optimizers and codes must fit the memory
 
 
@@ -129,9 +132,8 @@ class Bench:
         batch, self.held_out = texts(given, self.model)
         self.hooks = [f"blocks.{given.layer}.hook_resid_post"]
         if "transcoder" in given.only:
-            self.hooks += [
-                f"blocks.{given.layer}.{name}" for name in ("mlp.hook_in", "hook_mlp_out")
-            ]
+            block = f"blocks.{given.layer}"
+            self.hooks += [f"{block}.mlp.hook_in", f"{block}.hook_mlp_out"]
         device = default_device()
         options = dict(batch_size=PASS[device])
         kind = KeptSource if device == "cuda" else ModelSource
@@ -143,7 +145,7 @@ class Bench:
         """What is not done yet; together what shares rate and length. A run whose rate is too high
         is kept as such, and the others of its group begin anew."""
         known = finished(self.file)
-        known = [] if known.empty else known[list(ABOUT)].to_dict("records")
+        known = known.loc[known["asked_by"] == asked_by, list(ABOUT)].to_dict("records")
         groups = defaultdict(list)
         for run in runs:
             if run not in known:
@@ -164,9 +166,8 @@ class Bench:
 
     def add(self, group: list[dict[str, Any]], asked_by: str) -> None:
         saes = {title(run): self.build(run) for run in group}
-        config = TrainingConfig(
-            group[0]["vectors"], self.given.batch, group[0]["lr"], dead_after=100_000
-        )
+        length, lr = group[0]["vectors"], group[0]["lr"]
+        config = TrainingConfig(length, self.given.batch, lr, dead_after=DEAD_AFTER)
         folder = self.given.work / content_key(group)
         started = time.perf_counter()
         trained = train(saes, self.source, config, folder=folder, held_out=self.checked)
@@ -246,9 +247,7 @@ def penalty_of_l0(runs: pd.DataFrame) -> dict[str, Any]:
 def two_best(sweep: pd.DataFrame) -> list[str]:
     """The architectures with the least FVU, mean over levels; a transcoder writes something
     else."""
-    first = sweep[(sweep["seed"] == 0) & (sweep["architecture"] != "transcoder")].dropna(
-        subset="fvu"
-    )
+    first = sweep.query("seed == 0 and architecture != 'transcoder' and fvu == fvu")
     scores = {name: np.mean(at_levels(r, "fvu")) for name, r in first.groupby("architecture")}
     return sorted(scores, key=scores.get)[:2]
 
@@ -256,12 +255,7 @@ def two_best(sweep: pd.DataFrame) -> list[str]:
 def collect(given: argparse.Namespace) -> list[Path]:
     """Both results, from whatever is finished."""
     done, written = finished(given.work / "runs.jsonl"), []
-    inputs = {
-        "model": given.model,
-        "layer": given.layer,
-        "d_sae": given.d_sae,
-        "vectors": given.vectors,
-    }
+    inputs = {key: vars(given)[key] for key in ("model", "layer", "d_sae", "vectors")}
     for name in ("rates", "sweep"):
         runs = done[done["asked_by"] == name].drop(columns="asked_by")
         if runs.empty:
@@ -304,10 +298,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--validation", type=float, default=2e4, help="held-out tokens to measure on")
     add("--only", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     add("--work", type=Path, default=Path("runs/sae-sweep"), help="finished runs, checkpoints")
-    add("--smoke", action="store_true", help="64 latents on 8 thousand vectors, for development")
+    add("--smoke", action="store_true", help="64 latents on 4 thousand vectors, for development")
     given = parser.parse_args(arguments)
     if given.smoke:
-        given.d_sae, given.vectors, given.batch, given.validation = 64, 8192, 1024, 2e3
+        given.d_sae, given.vectors, given.batch, given.validation = 64, 4096, 1024, 200
     given.seeds = [0]  # of the windows
     return given
 

@@ -30,7 +30,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ import pocket_corpus as corpus
 import torch
 
 from lenslab.capture import harvest
-from lenslab.files import VERSIONED, atomic_write, data_path
+from lenslab.files import atomic_write, data_path, versions
 from lenslab.hooks import stream_hook
 from lenslab.models import load_model, model_key, model_name, random_twin
 from lenslab.runtime import default_device, machine_summary
@@ -52,7 +51,7 @@ from lenslab.tokens import TokenBatch, pack
 
 STREAMS = {"resid": "residual", "attn": "attention"}  # as `stream_hook` calls them
 PASS = {"cpu": 32, "cuda": 128}  # windows that go through the model at a time
-POOL = 1 << 16  # vectors of each hook in memory
+POOL = {"cpu": 1 << 16, "cuda": 1 << 18}  # vectors of each hook in memory
 NEAR = 32  # windows that a threshold is chosen on
 
 
@@ -233,7 +232,7 @@ def main(arguments: list[str] | None = None) -> list[Path]:
     model = random_twin(model) if given.twin else model
     # "pocket-gpt (random twin)" as a folder's name
     called = re.sub(r"[^\w.-]+", "-", model_name(model)).strip("-")
-    batch, held_out = texts(given, model)
+    batch, held_out = both = texts(given, model)
     if given.write_tokens:
         write_tokens(given.write_tokens, model, {"train": batch, "held_out": held_out})
         return [given.write_tokens]
@@ -256,10 +255,9 @@ def main(arguments: list[str] | None = None) -> list[Path]:
                     sae = build_sae(architecture, d_in, d_sae, **options).to(default_device())
                     saes[f"{name} {architecture}"] = sae
                     names[f"{name} {architecture}"] = name
-    source = ModelSource(
-        model, batch, list(hooks.values()), batch_size=PASS[default_device()], pool=POOL
-    )
-    checked = ModelSource(model, held_out, list(hooks.values()), batch_size=PASS[default_device()])
+    device = default_device()
+    options = dict(batch_size=PASS[device], pool=POOL[device])
+    source, checked = (ModelSource(model, t, list(hooks.values()), **options) for t in both)
     count = min(batch.n_real, int(given.vectors)) // given.batch * given.batch
     config = TrainingConfig(count, given.batch, given.lr)
     started = time.perf_counter()
@@ -309,7 +307,7 @@ def main(arguments: list[str] | None = None) -> list[Path]:
             "at_l0": measured[full],
             "not_kept": others,
             "machine": machine_summary(),
-            "versions": {package: version(package) for package in VERSIONED},
+            "versions": versions(),
         }
         card = json.loads(json.dumps(card))
         written.append(save_sae(sae, given.out / name, dtype=torch.bfloat16, card=card))

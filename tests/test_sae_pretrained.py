@@ -673,13 +673,12 @@ def test_the_script_saves_an_sae_that_loads_with_its_measures_and_its_null(
         str(tmp_path / "corpus"),
         "--model",
         str(gpt2_folder),
-        "--layers",
-        "1",
+        "--sites",
+        "resid-1",
         "--smoke",
     ]
-    (out,) = train_pocket_saes.main(
-        [*options, "--out", str(tmp_path / "saes"), "--work", str(tmp_path / "work")]
-    )
+    where = ["--out", str(tmp_path / "saes"), "--work", str(tmp_path / "work")]
+    (out,) = train_pocket_saes.main([*options, *where])
     model, sae, card = (
         load_model(gpt2_folder),
         load_sae(out, device="cpu"),
