@@ -39,7 +39,7 @@ from lenslab.runtime import default_device, machine_summary
 from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.train import ModelSource, TrainingConfig, build_sae, train
 from lenslab.sae.train.architectures import ARCHITECTURES, PENALISED
-from lenslab.sae.train.base import TrainingFailed
+from lenslab.sae.train.base import TrainableSAE, TrainingFailed
 from lenslab.sae.train.sources import POOL
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
@@ -85,6 +85,8 @@ def rate_runs(given: argparse.Namespace) -> list[dict[str, Any]]:
         lengths = sorted({min(length, given.vectors) for length in LENGTHS})[-1 if few else 0 :]
         widths = [1, 0.5, 2] if architecture == "topk" else [1]  # of the usual one
         rates = RATES[1:4] if few else RATES
+        # a threshold moves by no more than the rate in a step, whatever the penalty
+        rates = [*rates, 2 * max(rates)] if architecture == "jumprelu" else rates
         level = MIDDLE if architecture not in PENALISED else PENALTIES[architecture][3]
         runs += [
             run_of(architecture, level, lr, d_sae=int(times * given.d_sae), vectors=vectors)
@@ -130,16 +132,14 @@ class Bench:
         self.file, self.given = given.work / "runs.jsonl", given
         self.model = load_model(given.model)
         batch, self.held_out = texts(given, self.model)
-        self.hooks = [f"blocks.{given.layer}.hook_resid_post"]
-        if "transcoder" in given.only:
-            block = f"blocks.{given.layer}"
-            self.hooks += [f"{block}.mlp.hook_in", f"{block}.hook_mlp_out"]
+        self.block = f"blocks.{given.layer}"
+        self.hooks = {hook for name in given.only for hook in self.metadata(name).values()}
         device = default_device()
         options = dict(batch_size=PASS[device])
         kind = KeptSource if device == "cuda" else ModelSource
         pool = batch.n_real if kind is KeptSource else POOL
-        self.source = kind(self.model, batch, self.hooks, pool=pool, **options)
-        self.checked = ModelSource(self.model, self.held_out, self.hooks, **options)
+        self.source = kind(self.model, batch, sorted(self.hooks), pool=pool, **options)
+        self.checked = ModelSource(self.model, self.held_out, sorted(self.hooks), **options)
 
     def train(self, runs: list[dict[str, Any]], asked_by: str) -> None:
         """What is not done yet; together what shares rate and length. A run whose rate is too high
@@ -187,12 +187,17 @@ class Bench:
         write(self.file, rows)
         shutil.rmtree(folder)
 
-    def build(self, run: dict[str, Any]):
-        architecture, metadata = run["architecture"], {"hook_name": self.hooks[0]}
-        if architecture == "transcoder":
-            metadata = {"hook_name": self.hooks[1], "hook_name_out": self.hooks[2]}
+    def metadata(self, architecture: str) -> dict[str, str]:
+        """Which hooks an architecture reads and writes."""
+        if architecture != "transcoder":
+            return {"hook_name": f"{self.block}.hook_resid_post"}
+        names = {"hook_name": "mlp.hook_in", "hook_name_out": "hook_mlp_out"}
+        return {key: f"{self.block}.{name}" for key, name in names.items()}
+
+    def build(self, run: dict[str, Any]) -> TrainableSAE:
+        architecture = run["architecture"]
         what = "sparsity" if architecture in PENALISED else "k"
-        options = {what: run["level"], "seed": run["seed"], "metadata": metadata}
+        options = {what: run["level"], "seed": run["seed"], "metadata": self.metadata(architecture)}
         d_in = self.model.cfg.d_model
         return build_sae(architecture, d_in, run["d_sae"], **options).to(default_device())
 
