@@ -34,7 +34,7 @@ from torch import Tensor
 from train_pocket_saes import PASS, texts
 
 from lenslab.files import Result, content_key, save_result
-from lenslab.models import load_model
+from lenslab.models import load_model, model_key
 from lenslab.runtime import default_device, machine_summary
 from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.train import ModelSource, TrainingConfig, build_sae, train
@@ -52,6 +52,7 @@ COUNTED = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 PENALTIES = {"relu": SUMMED, "gated": SUMMED, "jumprelu": COUNTED}
 SEEDS = (1, 2, 3, 4)  # beside 0
 ABOUT = ("architecture", "d_sae", "vectors", "lr", "level", "seed")
+NEAR = 1.15  # times an L0 that was reached
 DEAD_AFTER = 100_000  # vectors
 GROUP = 12  # trained together: their optimizers and codes must fit the memory
 
@@ -232,11 +233,15 @@ def finished(file: Path) -> pd.DataFrame:
 # What the runs say
 
 
-def at_levels(runs: pd.DataFrame, column: str) -> list[float]:
-    """A column at LEVELS, interpolated on log L0 between runs of one architecture and seed; ends
-    are kept."""
+def at_levels(runs: pd.DataFrame, column: str) -> np.ndarray:
+    """A column at LEVELS, interpolated on log L0 between an architecture's runs; NaN at levels that
+    they did not come near."""
     rows = runs[runs["l0"] > 0].groupby("l0")[column].mean().sort_index()
-    return np.interp(np.log(LEVELS), np.log(rows.index), rows.to_numpy()).tolist()
+    if rows.empty:
+        return np.full(len(LEVELS), np.nan)
+    levels, l0 = np.array(LEVELS), rows.index.to_numpy()
+    near = (levels > l0[0] / NEAR) & (levels < l0[-1] * NEAR)
+    return np.where(near, np.interp(np.log(levels), np.log(l0), rows.to_numpy()), np.nan)
 
 
 def penalty_of_l0(runs: pd.DataFrame) -> dict[str, Any]:
@@ -250,17 +255,19 @@ def penalty_of_l0(runs: pd.DataFrame) -> dict[str, Any]:
 
 
 def two_best(sweep: pd.DataFrame) -> list[str]:
-    """The architectures with the least FVU, mean over levels; a transcoder writes something
-    else."""
+    """The architectures with the least FVU, mean over all levels but the ends, which not all
+    reach; a transcoder writes something else."""
     first = sweep.query("seed == 0 and architecture != 'transcoder' and fvu == fvu")
-    scores = {name: np.mean(at_levels(r, "fvu")) for name, r in first.groupby("architecture")}
-    return sorted(scores, key=scores.get)[:2]
+    groups = first.groupby("architecture")
+    scores = {name: at_levels(runs, "fvu")[1:-1].mean() for name, runs in groups}
+    return sorted((name for name in scores if scores[name] < np.inf), key=scores.get)[:2]
 
 
 def collect(given: argparse.Namespace) -> list[Path]:
     """Both results, from whatever is finished."""
     done, written = finished(given.work / "runs.jsonl"), []
-    inputs = {key: vars(given)[key] for key in ("model", "layer", "d_sae", "vectors")}
+    inputs = {key: vars(given)[key] for key in ("layer", "d_sae", "vectors")}
+    inputs["model_key"] = model_key(load_model(given.model))
     for name in ("rates", "sweep"):
         runs = done[done["asked_by"] == name].drop(columns="asked_by")
         if runs.empty:

@@ -618,7 +618,7 @@ def test_a_sweep_repeats_nothing_and_a_rate_that_is_too_high_stops_no_other(
 
     monkeypatch.setenv("LENSLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sae_sweep, "RATES", (1e-3, 1e4))
-    monkeypatch.setattr(sae_sweep, "LEVELS", (2, 4))
+    monkeypatch.setattr(sae_sweep, "LEVELS", (2, 4, 8))
     monkeypatch.setattr(sae_sweep, "MIDDLE", 4)
     monkeypatch.setattr(sae_sweep, "PENALTIES", {"relu": [0.5, 1.0, 2.0, 4.0]})
     monkeypatch.setattr(sae_sweep, "SEEDS", (1,))
@@ -628,10 +628,25 @@ def test_a_sweep_repeats_nothing_and_a_rate_that_is_too_high_stops_no_other(
     failed = {(run["architecture"], run["lr"]) for run in rates["config"]["table"] if run["failed"]}
     assert failed and {lr for _, lr in failed} == {1e4}
     runs = sweep["config"]["table"]
-    assert [run["level"] for run in runs if run["architecture"] == "topk"] == [2, 2, 4, 4]
+    assert [run["level"] for run in runs if run["architecture"] == "topk"] == [2, 2, 4, 4, 8, 8]
     assert all(run["lr"] == 1e-3 and 0 < run["fvu"] < 2 and run["ce_difference"] for run in runs)
-    assert sorted(sweep["values"]["findings"]["best"]) == ["relu", "topk"]
+    assert "topk" in sweep["values"]["findings"]["best"]
     before = (tmp_path / "work" / "runs.jsonl").read_text()
     monkeypatch.setattr(sae_sweep, "train", None)
     sae_sweep.main(options.split())
     assert (tmp_path / "work" / "runs.jsonl").read_text() == before
+
+
+def test_what_never_came_near_a_level_has_no_value_there_and_is_not_the_best(tokens_file):
+    import sae_sweep
+
+    l0 = {"topk": sae_sweep.LEVELS, "gated": sae_sweep.LEVELS, "relu": (40, 50, 70)}
+    rows = [
+        {"architecture": name, "seed": 0, "l0": level, "fvu": (name != "relu") / level}
+        for name, levels in l0.items()
+        for level in levels
+    ]
+    runs = sae_sweep.pd.DataFrame(rows)
+    assert sorted(sae_sweep.two_best(runs)) == ["gated", "topk"]
+    far = sae_sweep.at_levels(runs[runs["architecture"] == "relu"], "fvu")
+    assert np.isnan(far[:4]).all() and far[4] == 0
