@@ -49,7 +49,8 @@ MIDDLE = 16
 # of which L0 between some 4 and 64 come; the fourth is for rates
 SUMMED = (0.6, 1.0, 1.6, 2.5, 4.0, 6.3, 10.0, 16.0)
 COUNTED = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-PENALTIES = {"relu": SUMMED, "gated": SUMMED, "jumprelu": COUNTED}
+DOUBLED = tuple(2 * penalty for penalty in SUMMED)
+PENALTIES = {"relu": SUMMED, "gated": DOUBLED, "jumprelu": COUNTED}
 SEEDS = (1, 2, 3, 4)  # beside 0
 ABOUT = ("architecture", "d_sae", "vectors", "lr", "level", "seed")
 NEAR = 1.15  # times an L0 that was reached
