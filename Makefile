@@ -1,5 +1,5 @@
 # `make run` and `make test` need Python 3.11 or newer and nothing else: they set up .venv first.
-#   make run MODEL=gpt2 NOTEBOOKS="phase_1_loading"    another model (bundled name, folder, hub name), some notebooks
+#   make run MODEL=smollm2 NOTEBOOKS="phase_1_loading" another model (bundled name, smollm2, folder, hub name), some notebooks
 #   make run FULL=1                                    recompute the long results that ship with the project
 #   make run PYTHON=/path/to/python3.12                which Python .venv is made of
 

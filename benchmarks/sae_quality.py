@@ -13,7 +13,7 @@ of its own:
    exactly k by interpolation in log FVU over log L0; each seed's search starts from the weight that
    the seed before it ended with.
 
-The rule (`lenslab.stats.paired_seeds`): no worse means that the upper end of the 95 % interval of
+The rule (`paired_seeds`): no worse means that the upper end of the 95 % interval of
 the ratio ours / SAELens lies below 1.01.
 
     python benchmarks/sae_quality.py             # about half an hour on two cores:
@@ -35,6 +35,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -140,11 +142,26 @@ def one_seed(train: entries.Train, job: Job, file: str) -> tuple[int, Callable[[
     return job.samples * (2 + len(points)), lambda: {"found": found}
 
 
+def paired_seeds(ours: list[float], peer: list[float]) -> dict[str, float]:
+    """Geometric mean of the errors' ratios ours / peer, paired over at least 5 shared seeds, with
+    the ends of Student's two-sided 95 % interval.
+
+    ValueError on fewer seeds, lengths that differ, and errors that are not positive.
+    """
+    errors = np.array([ours, peer])  # [2, seed]
+    if errors.shape[1] < 5:
+        raise ValueError(f"{errors.shape[1]} shared seeds: the rule needs at least 5")
+    if errors.min() <= 0:
+        raise ValueError("errors must be positive for their ratio to mean something")
+    logs = np.log(errors[0] / errors[1])
+    interval = scipy.stats.ttest_1samp(logs, 0).confidence_interval(0.95)
+    ends = {"estimate": logs.mean(), "low": interval.low, "high": interval.high}
+    return {key: float(np.exp(end)) for key, end in ends.items()}
+
+
 def judge(seeds: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """{"peer architecture": ratio of the FVUs ours / peer with its interval, and whether ours is no
     worse}."""
-    from lenslab.stats import paired_seeds
-
     verdict: dict[str, dict[str, Any]] = {}
     for peer, name in product(PEERS, ARCHITECTURES):
         ours, theirs = (
@@ -154,9 +171,12 @@ def judge(seeds: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
             why = "the search for the penalty did not enclose the L0 in every seed"
             verdict[f"{peer} {name}"] = {"not_compared": why}
             continue
-        found = paired_seeds(ours, theirs, lower_is_better=True)
-        interval = {key: round(getattr(found.ratio, key), 4) for key in ("estimate", "low", "high")}
-        verdict[f"{peer} {name}"] = {**interval, "no_worse": found.no_worse, "better": found.better}
+        ratio = paired_seeds(ours, theirs)
+        verdict[f"{peer} {name}"] = {
+            **{key: round(end, 4) for key, end in ratio.items()},
+            "no_worse": ratio["high"] < 1.01,
+            "better": ratio["high"] < 1,
+        }
     return verdict
 
 

@@ -1,11 +1,28 @@
 """Do the notebooks keep to the policy, and does comparing their printed text mean anything?
 
 - `policy`: what can be read off the files (also a test): built from their source, executed, short,
-  small, printing.
+  small, printing, with findings in words and pictures that can be read.
 - `stability`: executed with 1 and 2 threads and on other instruction sets, every compared cell
   prints the same.
 - `sensitivity`: executed on the random-weight twin, at least 40 % of the compared cells print
-  something else; else the comparison would pass whatever the model does.
+  something else, and at least half of the verdicts do; else the comparison would pass whatever the
+  model does.
+
+What counts:
+1. A *printed verdict* is a printed line that starts with `So: `. A *written* one is a paragraph of
+   a markdown cell that starts with `**So:**`.
+2. A *section* begins at a heading `## ` and ends before the next. It is numbered where the heading
+   begins with a number, `## 3. `. Every numbered section after section 1 that has a code cell needs
+   a verdict, printed or written.
+3. The last section, and no other, is `## What was found, and what was not`.
+4. A figure is plotly's data in an output. Its axes are named: `x` and `y`, and each further axis
+   that shows its tick labels, has a title that is not blank. (Figures without axes have none.)
+5. A figure has a point: a number in `z` of a heatmap, in `y` of any other trace (Inf, NaN and null
+   are none).
+6. A cell that draws a figure ends in `.show()`: a plain `python NAME.py` shows it no other way.
+7. Of verdicts, *sensitivity* compares the n-th printed by a cell with the n-th printed by the same
+   cell on the twin; one that is missing there has changed, but in a cell that fails none has.
+   Verdicts that are written say how to read a number and are not counted.
 
 The last two execute everything several times (`make check-notebooks`, minutes) and write what they
 measured to `benchmarks/results/notebooks.json`.
@@ -14,6 +31,7 @@ measured to `benchmarks/results/notebooks.json`.
 from __future__ import annotations
 
 import argparse
+import base64
 import importlib.metadata
 import re
 import sys
@@ -22,6 +40,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from nbformat import NotebookNode
 from notebook_execution import (
     REFERENCE,
@@ -44,15 +63,21 @@ SHORT_LINES = 12
 SHORT_SHARE = 0.9  # of code cells that have no more lines than that
 LONGEST_OUTPUT = 40  # lines
 SENSITIVE_SHARE = 0.4  # of compared cells that print something else on the twin
+SENSITIVE_VERDICTS = 0.5  # of printed verdicts
 MAY_DEFINE = ("phase_4",)  # builds an SAE before the reader's eyes
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:work|root|home|Users|tmp|var|opt|usr)/[\w.]")
+SO_PRINTED = re.compile(r"^So: .*$", re.MULTILINE)
+SO_WRITTEN = re.compile(r"(?:\A|\n\s*\n)\*\*So:\*\*")
+HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
+LIMITS = "What was found, and what was not"
 TOO_PRECISE = re.compile(r"(?<![\w.])-?\d+\.\d{5,}")
 NETWORK = re.compile(r"""(?i)(?:src|href)\s*=\s*["']?(?:https?:)?//[^"'>]+\.(?:js|css)""")
 DEFINITION = re.compile(r"^\s*(?:async )?(?:def|class) ", re.MULTILINE)
 PACKAGES = ("torch", "transformer-lens", "sae-lens", "nbval")
 CLAIM = (
     "Printed results of the notebooks are the same with 1 and 2 threads and on other instruction "
-    f"sets, and at least {SENSITIVE_SHARE:.0%} of them change on the random-weight twin"
+    f"sets, and at least {SENSITIVE_SHARE:.0%} of them and {SENSITIVE_VERDICTS:.0%} of the "
+    "verdicts change on the random-weight twin"
 )
 
 # One line per condition: threads, then instruction sets. Torch's own kernels, oneDNN and MKL each
@@ -85,6 +110,7 @@ def policy(source: Path, built: Path) -> tuple[list[str], dict]:
         "within_12_lines": _share(short),
         "definitions": sum(len(DEFINITION.findall(cell.source)) for cell in cells),
         "figures": len(figures),
+        "verdicts": sum(len(verdicts(printed(cell))) for cell in cells),
     }
     faults = []
     if not same_source(notebook, read_source(source)):
@@ -105,8 +131,70 @@ def policy(source: Path, built: Path) -> tuple[list[str], dict]:
         faults.append("not executed from top to bottom")
     if missing := sum("image/png" not in data for data in figures):
         faults.append(f"{missing} figures have no PNG beside them: `make notebooks` with Chromium")
+    faults += _section_faults(notebook)
     faults += _cell_faults(notebook)
     return faults, facts
+
+
+def verdicts(text: str) -> list[str]:
+    """The lines of a cell's printed text that say what was found."""
+    return SO_PRINTED.findall(text)
+
+
+def sections(notebook: NotebookNode) -> Iterator[tuple[str, list[NotebookNode]]]:
+    """(heading, cells) of each part of a notebook, its beginning under ''. A heading inside a cell
+    splits it."""
+    heading, cells = "", []
+    for cell in notebook.cells:
+        parts = HEADING.split(cell.source) if cell.cell_type == "markdown" else [cell]
+        for i, part in enumerate(parts):
+            if i % 2:
+                yield heading, cells
+                heading, cells = part.strip(), []
+            else:
+                kept = NotebookNode(cell_type="markdown", source=part) if len(parts) > 1 else cell
+                cells.append(kept)
+    yield heading, cells
+
+
+def _section_faults(notebook: NotebookNode) -> Iterator[str]:
+    """Sections without a verdict, and what is wrong with the one on limits."""
+    headings = []
+    for heading, cells in sections(notebook):
+        headings.append(heading)
+        number = re.match(r"\d+", heading)
+        code = [cell for cell in cells if cell.cell_type == "code"]
+        if not code or number is None or int(number.group()) == 1:
+            continue
+        written = [c.source for c in cells if c.cell_type == "markdown"]
+        if not any(map(SO_WRITTEN.search, written)) and not any(verdicts(printed(c)) for c in code):
+            yield f"section {heading!r} says no **So:** in words or in print"
+    if headings.count(LIMITS) != 1 or headings[-1] != LIMITS:
+        yield f"must end in one section '## {LIMITS}'"
+
+
+def figure_faults(figure: dict) -> Iterator[str]:
+    """What is wrong with a figure (`data`, `layout`) of plotly's."""
+    layout = figure.get("layout", {})
+    traces = figure.get("data", [])
+    axes = {axis + trace.get(f"{axis}axis", axis)[1:] for trace in traces for axis in "xy"}
+    for axis in sorted(axes if any({"y", "z"} & set(trace) for trace in traces) else ()):
+        options = layout.get(f"{axis[0]}axis{axis[1:]}", {})
+        title = options.get("title") or {}
+        text = title if isinstance(title, str) else title.get("text") or ""
+        shown = axis in ("x", "y") or options.get("showticklabels", True)
+        if shown and not text.strip():
+            yield f"a {axis} axis without a name"
+    if not any(_points(trace.get("z", trace.get("y"))) for trace in traces):
+        yield "nothing in it"
+
+
+def _points(values: list | dict | None) -> int:
+    """How many finite numbers plotly's JSON holds: lists, or bytes in base 64."""
+    if isinstance(values, dict):
+        values = np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"])
+    flat = np.ravel(np.array([] if values is None else values, dtype=object))
+    return sum(isinstance(value, int | float | np.number) and np.isfinite(value) for value in flat)
 
 
 def _share(of_cells: Iterable[bool]) -> float:
@@ -139,6 +227,10 @@ def _faults_of(cell: NotebookNode, before: NotebookNode | None) -> Iterator[str]
         yield f"names a path of a machine ({found.group()}...)"
     if NETWORK.search(html.replace("\\", "")):
         yield "loads something from the network"
+    figures = [o.data[PLOTLY_MIME] for o in cell.outputs if PLOTLY_MIME in o.get("data", {})]
+    yield from (f"draws a figure with {fault}" for f in figures for fault in figure_faults(f))
+    if figures and not cell.source.rstrip().endswith(".show()"):
+        yield "draws a figure that a plain script would not: end it in `.show()`"
 
 
 def _says_something(markdown: str) -> bool:
@@ -182,7 +274,8 @@ def stability(source: Path, folder: Path) -> dict:
 
 
 def sensitivity(source: Path, folder: Path) -> dict:
-    """How many of the compared cells print something else on the random-weight twin.
+    """How many of the compared cells, and of the printed verdicts, are something else on the
+    random-weight twin.
 
     A cell that fails on the twin is counted apart, not as changed: it would say that something
     broke, not that a number moved.
@@ -197,7 +290,23 @@ def sensitivity(source: Path, folder: Path) -> dict:
         "share": _share(n in changed for n in compared),
         "unchanged": [n for n in compared if n not in changed and n not in errors],
         "errors": errors,
+        "verdicts": changed_verdicts(committed, texts, errors),
     }
+
+
+def changed_verdicts(committed: list[str], texts: list[str], errors: list[int]) -> dict:
+    """How many verdicts the cells' committed texts hold, how many are something else in `texts`,
+    and those that are not. In the cells `errors`, from 1, none has changed."""
+    same, n_verdicts = [], 0
+    for number, (before, after) in enumerate(zip(committed, texts, strict=True), 1):
+        others = verdicts(after)
+        for i, verdict in enumerate(verdicts(before)):
+            n_verdicts += 1
+            if number in errors or verdict in others[i : i + 1]:
+                same.append(verdict)
+    changed = n_verdicts - len(same)
+    share = round(changed / max(n_verdicts, 1), 3)
+    return {"printed": n_verdicts, "changed": changed, "share": share, "unchanged": same}
 
 
 def examine(source: Path, folder: Path, checks: list[str]) -> tuple[dict, list[str]]:
@@ -218,6 +327,10 @@ def examine(source: Path, folder: Path, checks: list[str]) -> tuple[dict, list[s
         print(f"{source.stem}: {changed} on the random twin")
         if found["share"] < SENSITIVE_SHARE:
             bad.append(f"only {found['share']:.0%} of the cells change")
+        said = found["verdicts"]
+        print(f"{source.stem}: {said['changed']} of {said['printed']} verdicts change")
+        if said["share"] < SENSITIVE_VERDICTS:
+            bad.append(f"only {said['share']:.0%} of the verdicts change: {said['unchanged']}")
     return values, bad
 
 

@@ -1,41 +1,57 @@
-"""Fill in what the README shows: the table of notebooks from their last build, and the picture from
-a figure.
+"""Fill in what README.md and benchmarks/README.md show of the results: tables, one finding, a
+picture.
 
-Nothing in the README's tables is typed: `make notebooks` measures, this writes, and a test
-compares.
+Nothing between the markers is typed: `make notebooks` and the benchmarks measure, this writes, and
+a test compares. The picture is a screenshot of `assets/feature.html`, which holds what a
+notebook's cell shows: that page is compared, since no two machines draw the same bytes.
 
     python scripts/readme_tables.py          # write
-    python scripts/readme_tables.py --check  # exit 1 where the README differs from the results
+    python scripts/readme_tables.py --check  # exit 1 where a file differs from the results
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
-from lenslab.files import REPOSITORY, atomic_write
+from choreographer import Browser
 
-PICTURE = (
-    "phase_1_loading",
-    "Head ",
-    "attention.png",
-    "Attention of one head of pocket-gpt, drawn by phase 1",
-)
+from lenslab.files import REPOSITORY, atomic_write
+from lenslab.show.images import find_browser, page
+
+RESULTS = REPOSITORY / "benchmarks" / "results"
+PICTURE = {
+    "notebook": "phase_2_feature_exploration",
+    "heading": "Feature ",  # how the title of the cell's HTML begins
+    "file": "feature",  # in assets/, .html and .png
+    "alternative": "One feature of pocket-gpt's SAE on texts, drawn by phase 2",
+    "width": 880,  # pixels, as the most of the height; the rest of the page is cut off
+    "height": 616,
+}
+# Notebook, words of the section's heading, how its lines begin.
+FINDING = ("phase_2_feature_exploration", "Does it take an SAE?", "So: ")
 TITLES = {
     "phase_1_loading": "Load a model, find its hook points, read its streams, encode with an SAE",
     "phase_2_feature_exploration": "Which features tell kinds of text apart, and does it take an "
-    "SAE? Four "
-    "controls",
+    "SAE? Four controls",
 }
+PARAMETERS = {  # a test counts them by transformers' own classes
+    "pocket-gpt": 6_901_760,
+    "GPT-2 small": 124_439_808,
+    "SmolLM2-135M": 134_515_008,
+    "Gemma 3 1B": 999_885_952,
+    "OLMoE 7B": 6_919_161_856,
+}
+COUNTLESS = 1000  # beyond it a ratio is told by its order of magnitude
 
 
 def notebooks_table() -> str:
-    runs = json.loads((REPOSITORY / "benchmarks/results/notebook_runs.json").read_text())[
-        "notebooks"
-    ]
+    runs = json.loads((RESULTS / "notebook_runs.json").read_text())["notebooks"]
     rows = ["| notebook | what it asks | time | memory |", "|---|---|---|---|"]
     for run in runs:
         name, minutes = run["name"], max(1, math.ceil(run["seconds"] / 60))
@@ -46,76 +62,172 @@ def notebooks_table() -> str:
     return "\n".join(rows)
 
 
-def benchmarks_table() -> str:
-    """One row per result with peers: its claim, ours (lowest and highest round), and how many times
-    each peer's value that is."""
-    rows = ["| result | claim | ours (its rounds) | ours over each peer |", "|---|---|---|---|"]
-    for file in sorted((REPOSITORY / "benchmarks/results").glob("*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
-        if "ratios" not in result:
-            continue
-        ours = result["ours"] if isinstance(result["ours"], dict) else {"": result["ours"]}
-        ours = (
-            ", ".join(f"{name} {value:,}".strip() for name, value in ours.items())
-            + f" {result['unit']}"
-        )
-        if len(rounds := result.get("rounds", {}).get("lenslab", ())) > 1:
-            ours += f" ({min(rounds):,} to {max(rounds):,})"
-        known = {peer: ratio for peer, ratio in result["ratios"].items() if ratio is not None}
-        ratios = ", ".join(
-            f"{peer} {ratio:,.0f}" if ratio >= 100 else f"{peer} {ratio:.2f}"
-            for peer, ratio in known.items()
-        )
-        name = file.stem.replace("_", " ")
+def size(n_bytes: float) -> str:
+    """1.5e9 -> '1.5 GB'; below a gigabyte in megabytes."""
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
+
+
+def memory_table() -> str:
+    """What the weights of well-known models take: parameters times bytes."""
+    head = "| model | parameters | float32 | bfloat16 | float32, with its random twin |"
+    rows = [head, "|---|---|---|---|---|"]
+    for model, n in PARAMETERS.items():
         rows.append(
-            f"| [{name}](benchmarks/results/{file.name}) | {result['claim']} | {ours} | {ratios} |"
+            f"| {model} | {n / 1e6:,.0f} million | {size(4 * n)} | {size(2 * n)} | {size(8 * n)} |"
         )
     return "\n".join(rows)
 
 
-def picture() -> bytes:
-    """The PNG of the figure whose title starts as PICTURE says. ValueError where no notebook cell
-    holds it."""
-    notebook, title, *_ = PICTURE
-    cells = json.loads((REPOSITORY / f"notebooks/{notebook}.ipynb").read_text(encoding="utf-8"))[
-        "cells"
+def times(ratio: float) -> str:
+    """A ratio to two digits after the point, or its order of magnitude."""
+    if ratio < COUNTLESS:
+        return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.2f}"
+    return f"about 10^{math.log10(ratio):.0f}"
+
+
+def benchmarks_table() -> str:
+    """One row per result with peers: its claim, ours (lowest and highest round), and how many times
+    better than each peer. Above 1 ours is better: rates are ours over the peer's, and where less
+    is better (errors, memory) the peer's over ours."""
+    rows = [
+        "| result | claim | ours (its rounds) | better is | times better than each peer |",
+        "|---|---|---|---|---|",
     ]
-    for output in (output for cell in cells for output in cell.get("outputs", [])):
-        data = output.get("data", {})
-        layout = data.get("application/vnd.plotly.v1+json", {}).get("layout", {})
-        if (layout.get("title") or {}).get("text", "").startswith(title) and "image/png" in data:
-            return base64.b64decode(data["image/png"])
-    raise ValueError(
-        f"{notebook}.ipynb has no figure {title!r} with a PNG: run `make notebooks` with Chromium"
+    for file in sorted(RESULTS.glob("*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if "ratios" not in result:
+            continue
+        rate = result["unit"].endswith("/s")
+        ours = result["ours"] if isinstance(result["ours"], dict) else {"": result["ours"]}
+        values = ", ".join(f"{name} {value:,}".strip() for name, value in ours.items())
+        values += f" {result['unit']}"
+        if len(rounds := result.get("rounds", {}).get("lenslab", ())) > 1:
+            values += f" ({min(rounds):,} to {max(rounds):,})"
+        better = ", ".join(
+            f"{peer} {times(ratio if rate else 1 / ratio)}"
+            for peer, ratio in result["ratios"].items()
+            if ratio is not None
+        )
+        rows.append(
+            f"| [{file.stem.replace('_', ' ')}](results/{file.name}) | {result['claim']} | "
+            f"{values} | {'more' if rate else 'less'} | {better} |"
+        )
+    return "\n".join(rows)
+
+
+def families_sentence() -> str:
+    """How many families of models were compared and which are refused, from the table in
+    data/README.md."""
+    card = (REPOSITORY / "data" / "README.md").read_text(encoding="utf-8")
+    table = card.split("<!-- architectures -->")[1].split("<!-- end of architectures -->")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.split("\n")[3:-1]]
+    refused = [family for family, result in rows if result == "refused"]
+    return (
+        f"Of {len(rows)} families compared, {len(rows) - len(refused)} load and {len(refused)} are "
+        f"refused ({', '.join(refused)}): [the table](data/README.md#which-families-load)."
     )
 
 
-def filled(readme: str) -> str:
-    *_, name, alternative = PICTURE
-    shown = {"notebooks": notebooks_table(), "benchmarks": benchmarks_table()}
-    for marker, text in {**shown, "picture": f"![{alternative}](assets/{name})"}.items():
+def printed(cells: list[dict], heading: str, start: str) -> list[str]:
+    """The lines, printed or displayed as text, that begin with `start` in the sections whose
+    heading holds the words `heading`."""
+    inside, lines = not heading, []
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown" and (title := re.search(r"^#+ .*", source, re.M)):
+            inside = heading in title[0]
+        for output in cell.get("outputs", []) if inside else []:
+            text = "".join(output.get("text", output.get("data", {}).get("text/plain", "")))
+            lines += [line for line in text.splitlines() if line.startswith(start)]
+    return lines
+
+
+def notebook_cells(name: str) -> list[dict]:
+    return json.loads((REPOSITORY / f"notebooks/{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def finding() -> str:
+    """What phase 2 says as its answer, as a quotation. ValueError where it says nothing."""
+    name, heading, start = FINDING
+    if lines := printed(notebook_cells(name), heading, start):
+        return "\n>\n".join(f"> {line}" for line in lines)
+    raise ValueError(f"No notebook prints a line as described in FINDING: {FINDING}")
+
+
+def feature_page() -> str:
+    """The page of the first HTML in the notebook whose title begins as PICTURE says. ValueError
+    where no cell holds it."""
+    cells = notebook_cells(PICTURE["notebook"])
+    for output in (output for cell in cells for output in cell.get("outputs", [])):
+        body = "".join(output.get("data", {}).get("text/html", ""))
+        if f'<div class="lh"><b>{PICTURE["heading"]}' in body:
+            return page(PICTURE["alternative"], body, "<style>body{margin:8px}</style>")
+    raise ValueError(
+        f"{PICTURE['notebook']} has no HTML titled {PICTURE['heading']!r}: run `make notebooks`"
+    )
+
+
+async def screenshot(file: Path, width: int, height: int) -> bytes:
+    """The top of a page as PNG, in pixels, twice as fine; no higher than the page is."""
+    async with Browser(path=find_browser()) as browser:
+        tab = await browser.create_tab()
+        screen = {"width": width, "height": 1, "deviceScaleFactor": 2, "mobile": False}
+        await tab.send_command("Emulation.setDeviceMetricsOverride", screen)
+        await tab.send_command("Emulation.setScrollbarsHidden", {"hidden": True})
+        await tab.send_command("Page.enable")
+        loaded = tab.subscribe_once("Page.loadEventFired")
+        await tab.send_command("Page.navigate", {"url": file.as_uri()})
+        await loaded
+        metrics = await tab.send_command("Page.getLayoutMetrics")
+        size = metrics["result"]["cssContentSize"]
+        clip = size | {"height": min(size["height"], height), "scale": 1}
+        options = {"clip": clip, "captureBeyondViewport": True}
+        picture = await tab.send_command("Page.captureScreenshot", options)
+    return base64.b64decode(picture["result"]["data"])
+
+
+def picture_line() -> str:
+    return f"![{PICTURE['alternative']}](assets/{PICTURE['file']}.png)"
+
+
+MARKERS = {  # file -> marker -> what stands between it and its end
+    "README.md": {
+        "picture": picture_line,
+        "finding": finding,
+        "notebooks": notebooks_table,
+        "families": families_sentence,
+        "memory": memory_table,
+    },
+    "benchmarks/README.md": {"benchmarks": benchmarks_table},
+}
+
+
+def filled(text: str, markers: dict) -> str:
+    """`text` with what each marker's function returns between `<!-- marker -->` and its end."""
+    for marker, made in markers.items():
         start, end = f"<!-- {marker} -->", f"<!-- end of {marker} -->"
-        before, rest = readme.split(start, 1)
-        after = rest.split(end, 1)[1] if end in rest else rest
-        readme = f"{before}{start}\n{text}\n{end}{after}"
-    return readme
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{made()}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def main() -> None:
-    file: Path = REPOSITORY / "README.md"
-    now = file.read_text(encoding="utf-8")
-    new = filled(now)
-    asset, png = REPOSITORY / "assets" / PICTURE[2], picture()
+    asset = REPOSITORY / "assets" / f"{PICTURE['file']}.html"
+    wanted: dict[Path, bytes] = {asset: feature_page().encode()}
+    for name, markers in MARKERS.items():
+        file = REPOSITORY / name
+        wanted[file] = filled(file.read_text(encoding="utf-8"), markers).encode()
+    drawing = asset.with_suffix(".png")
     if "--check" in sys.argv:
-        same = new == now and asset.exists() and asset.read_bytes() == png
-        sys.exit(
-            0
-            if same
-            else "README.md or its picture differs from the results: run scripts/readme_tables.py"
-        )
-    for place, content in ((file, new.encode()), (asset, png)):
-        with atomic_write(place) as temporary:
+        stale = [f.name for f, new in wanted.items() if not f.exists() or f.read_bytes() != new]
+        stale += [] if drawing.exists() else [drawing.name]
+        sys.exit(f"{', '.join(stale)}: run scripts/readme_tables.py" if stale else 0)
+    for file, content in wanted.items():
+        with atomic_write(file) as temporary:
             temporary.write_bytes(content)
+    png = asyncio.run(screenshot(asset, PICTURE["width"], PICTURE["height"]))
+    with atomic_write(drawing) as temporary:
+        temporary.write_bytes(png)
 
 
 if __name__ == "__main__":

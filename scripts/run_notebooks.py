@@ -33,16 +33,19 @@ from notebook_execution import (
     write_notebook,
 )
 
-from lenslab.files import REPOSITORY, outputs_path, write_json
+from lenslab.files import FETCHED, REPOSITORY, NotAModel, outputs_path, write_json
+from lenslab.smollm2 import smollm2_folder
 
 LONG = REPOSITORY / "benchmarks" / "error_rate_and_power.py"
 
 
 def resolve_model(model: str, caller: str | None = None) -> str:
-    """A folder as an absolute path, from the working directory or the caller's (`make -C`); else
-    the name itself."""
+    """A folder as an absolute path, from the working directory or the caller's (`make -C`), or in
+    the cache for what is fetched (here, where it shows); else the name itself."""
     if not model:
         return ""
+    if FETCHED.get(model, model) in FETCHED.values():
+        return str(smollm2_folder())
     for base in (os.getcwd(), caller):
         if base and Path(base, model).expanduser().is_dir():
             return str(Path(base, model).expanduser().resolve())
@@ -100,7 +103,7 @@ def compute_long(environment: dict[str, str]) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--model", default="", help="bundled name, local Hugging Face folder, or name on the hub"
+        "--model", default="", help="bundled name, smollm2, Hugging Face folder, name on the hub"
     )
     parser.add_argument("--notebooks", default="", help="names, separated by spaces (default: all)")
     parser.add_argument(
@@ -110,10 +113,10 @@ def main() -> int:
     options = parser.parse_args()
     try:
         sources = find_notebooks(options.folder, options.notebooks)
-    except FileNotFoundError as error:
+        model = resolve_model(options.model, os.environ.get("LENSLAB_CALLER"))
+    except (OSError, NotAModel) as error:
         print(error, file=sys.stderr)
         return 2
-    model = resolve_model(options.model, os.environ.get("LENSLAB_CALLER"))
     outputs = outputs_path().resolve()
     signal.signal(
         signal.SIGTERM, signal.default_int_handler

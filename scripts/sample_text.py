@@ -1,31 +1,42 @@
-"""Sample a corpus from a bundled model: text that may ship with the project, for what needs more
-text than the probes.
+"""Sample a corpus from a model: text that may ship with the project, for what needs more text than
+the probes.
 
 1. For every category there are a few neutral openings. A batch is one opening, many times: all rows
    have one length.
 2. Tokens are drawn at temperature 1, nothing cut off (BOS and padding apart, which are no text),
-   with keys and values cached, until EOS or the end of the context; in bf16 where the machine
-   computes that fast.
+   with keys and values cached, until EOS, another special token or `--length`; in bf16 where the
+   machine computes that fast.
 3. Batch i depends on the model, on the seed and on i alone. Each is kept in --work as it is made,
    so a killed run goes on where it stopped.
 4. All batches, in order, become `sampled.parquet` (id, category, prompt, text, tokens), and a
    README beside it says what it is and what it cannot show.
 
     python scripts/sample_text.py --tokens 1e6
+    python scripts/sample_text.py --model smollm2 --tokens 1e5 --batch 32
     python scripts/sample_text.py --tokens 2e4 --batch 16 --out FOLDER      # a look
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import takewhile
 from pathlib import Path
 
 import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lenslab.files import atomic_write, content_key, data_path, sha256_file
+from lenslab.files import (
+    BUNDLED,
+    DEFAULT,
+    FETCHED,
+    atomic_write,
+    content_key,
+    data_path,
+    sha256_file,
+)
 from lenslab.runtime import compute_dtype, default_device, derive_generator, progress_bar
+from lenslab.smollm2 import smollm2_folder
 
 OPENINGS = {
     "narrative": [
@@ -100,25 +111,28 @@ def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 @torch.inference_mode()
 def sample_batch(
-    model, prompt: list[int], rows: int, generator: torch.Generator, banned: list[int]
+    model, tokenizer, prompt: list[int], rows: int, generator: torch.Generator, length: int
 ) -> list[list[int]]:
-    """`rows` continuations of one prompt of ids (BOS first), each up to EOS or the end of the
-    context; prompt kept."""
-    device, end = next(model.parameters()).device, model.config.eos_token_id
+    """`rows` continuations of one prompt of ids (BOS first), each up to a special token or
+    `length` tokens; prompt kept."""
+    device, special = next(model.parameters()).device, set(tokenizer.added_tokens_decoder)
+    banned = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+    ends = torch.tensor(sorted(special - banned), device=device)
     tokens = torch.tensor([prompt] * rows, device=device)
     cache, new, ended = None, tokens, torch.zeros(rows, dtype=torch.bool, device=device)
-    while tokens.shape[1] < model.config.max_position_embeddings and not bool(ended.all()):
+    while tokens.shape[1] < length and not bool(ended.all()):
         output = model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, logits = output.past_key_values, output.logits[:, -1].float()
-        logits[:, banned] = -torch.inf
+        logits[:, sorted(banned)] = -torch.inf
         new = draw(logits.cpu(), generator).to(device)
         tokens = torch.cat([tokens, new], dim=1)
-        ended |= new[:, 0] == end
+        ended |= torch.isin(new[:, 0], ends)
+    ends = set(ends.tolist())
     ids = [row.tolist() for row in tokens.cpu()]
-    return [row[: row.index(end)] if end in row else row for row in ids]
+    return [row[:1] + list(takewhile(lambda i: i not in ends, row[1:])) for row in ids]
 
 
-def batch_frame(model, tokenizer, number: int, rows: int, seed: int) -> pd.DataFrame:
+def batch_frame(model, tokenizer, number: int, rows: int, seed: int, length: int) -> pd.DataFrame:
     """Batch `number`: category by category in turn, each time with its next opening."""
     categories = list(OPENINGS)
     category = categories[number % len(categories)]
@@ -126,8 +140,8 @@ def batch_frame(model, tokenizer, number: int, rows: int, seed: int) -> pd.DataF
     opening = openings[number // len(categories) % len(openings)]
     prompt = [tokenizer.bos_token_id, *tokenizer(opening, add_special_tokens=False).input_ids]
     generator = derive_generator(seed, f"sampled text {number}")
-    banned = [tokenizer.bos_token_id, tokenizer.pad_token_id]
-    texts = [ids[1:] for ids in sample_batch(model, prompt, rows, generator, banned)]
+    ids = sample_batch(model, tokenizer, prompt, rows, generator, length)
+    texts = [row[1:] for row in ids]
     return pd.DataFrame(
         {
             "id": [f"{category}-{number:05d}-{row:03d}" for row in range(len(texts))],
@@ -140,7 +154,14 @@ def batch_frame(model, tokenizer, number: int, rows: int, seed: int) -> pd.DataF
 
 
 def sample(
-    folder: Path, out: Path, work: Path, tokens: int, rows: int, seed: int, progress: bool = True
+    folder: Path,
+    out: Path,
+    work: Path,
+    tokens: int,
+    rows: int,
+    seed: int,
+    length: int = 256,
+    progress: bool = True,
 ) -> Path:
     """Batches until `tokens` are there, then the file and its card; returns the file."""
     model = (
@@ -152,17 +173,17 @@ def sample(
         "eager"
     )  # for one new token a step faster on a CPU than the fused kernel
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    length = min(length, model.config.max_position_embeddings)
     key = sha256_file(folder / "model.safetensors")[:16]
-    parts = work / content_key(key, rows, seed, str(compute_dtype()), OPENINGS)
+    parts = work / content_key(key, rows, seed, length, str(compute_dtype()), OPENINGS)
     frames, done, number = [], 0, 0
     with progress_bar(total=tokens, desc="sample", unit="tok", progress=progress) as bar:
         while done < tokens:
             file = parts / f"batch-{number:05d}.parquet"
             if not file.exists():
                 with atomic_write(file) as temporary:
-                    batch_frame(model, tokenizer, number, rows, seed).to_parquet(
-                        temporary, index=False
-                    )
+                    frame = batch_frame(model, tokenizer, number, rows, seed, length)
+                    frame.to_parquet(temporary, index=False)
             frames.append(pd.read_parquet(file))
             new = int(frames[-1]["tokens"].sum())
             done, number = done + new, number + 1
@@ -193,8 +214,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=data_path("models", "pocket-gpt"))
-    parser.add_argument("--out", type=Path, default=data_path("corpus"))
+    parser.add_argument("--model", default="pocket-gpt", help="bundled, `smollm2`, or a folder")
+    parser.add_argument("--out", type=Path, help="default: where that model's text ships")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/sampled-text"), help="batches as they are made"
     )
@@ -203,8 +224,13 @@ def main() -> None:
         "--batch", type=int, default=128, help="texts per batch, all after one opening"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a text, with BOS")
     given = parser.parse_args()
-    file = sample(given.model, given.out, given.work, int(given.tokens), given.batch, given.seed)
+    folder = data_path("models", given.model) if given.model in BUNDLED else Path(given.model)
+    if given.model in FETCHED:
+        folder = smollm2_folder()
+    out = given.out or data_path("corpus", "" if given.model == DEFAULT else folder.name)
+    file = sample(folder, out, given.work, int(given.tokens), given.batch, given.seed, given.length)
     print(f"{file.name}: {file.stat().st_size / 1e6:.2f} MB")
 
 

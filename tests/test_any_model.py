@@ -11,7 +11,8 @@ from lenslab.hooks import stream_hook
 from lenslab.models import load_model, model_key, model_name, summarize
 from lenslab.sae.controls import evaluate_null
 from lenslab.sae.evaluate import evaluate_sae
-from lenslab.sae.load import SAEMismatch, check_sae, load_sae, sae_hook, save_sae
+from lenslab.sae.load import SAEMismatch, check_sae, load_sae, sae_hook
+from lenslab.sae.save import save_sae
 from lenslab.sae.train.architectures import build_sae
 from lenslab.sae.train.sources import ModelSource
 from lenslab.sae.train.trainer import TrainingConfig, train

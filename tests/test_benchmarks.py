@@ -454,6 +454,26 @@ def test_the_verdict_is_the_rule_of_the_definitions(quality):
     )
 
 
+def test_errors_are_compared_as_ratios_paired_over_seeds(quality):
+    peer, factors = [0.20, 0.25, 0.22, 0.21, 0.24], [0.9, 1.1, 0.95, 1.0, 1.02]
+    ours = [error * factor for error, factor in zip(peer, factors, strict=True)]
+    ratio, logs = quality.paired_seeds(ours, peer), np.log(factors)
+    half = 2.776445 * logs.std(ddof=1) / math.sqrt(5)  # Student's t for four degrees of freedom
+    expected = np.exp([logs.mean(), logs.mean() - half, logs.mean() + half])
+    assert list(ratio.values()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_too_few_or_mixed_seeds_are_not_compared(quality):
+    with pytest.raises(ValueError, match="at least 5"):
+        quality.paired_seeds([1.0] * 4, [1.0] * 4)
+    with pytest.raises(ValueError, match="shape"):
+        quality.paired_seeds([1.0] * 5, [1.0] * 6)
+    with pytest.raises(ValueError, match="positive"):
+        quality.paired_seeds([0.0] * 5, [1.0] * 5)
+    unknown = quality.paired_seeds([1.0] * 4 + [math.nan], [1.0] * 5)
+    assert not unknown["high"] < 1.01
+
+
 def test_vectors_without_their_mean_train_the_same_sae_moved_by_it(entries, planted, toy):
     """Folding the mean back is exact: what was trained on x - mean says the same of x."""
     vectors, mean = planted[:5000], planted[:5000].mean(0)

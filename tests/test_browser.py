@@ -1,6 +1,7 @@
 """Pages open in a real browser, from disk, without a network: plots are drawn and nothing goes
 wrong."""
 
+import asyncio
 import json
 import os
 import re
@@ -71,7 +72,7 @@ def outputs(tmp_path, monkeypatch) -> Path:
     error."""
     folder = tmp_path / "outputs"
     monkeypatch.setenv("LENSLAB_OUTPUTS", str(folder))
-    monkeypatch.setattr(images, "_png_failed", True)  # no PNGs here
+    monkeypatch.setattr(images, "_browser", False)  # no PNGs here
     cells = [
         new_markdown_cell("# Phase 0: a sample <of> pages\n\nIt draws. And more."),
         new_code_cell("draw()", outputs=[new_output("display_data", {PLOTLY_MIME: figure()})]),
@@ -170,19 +171,20 @@ def test_every_figure_of_features_draws_and_labels_stay_text(tmp_path):
         [7, "<b>bold", "$x$"],
         ["a", "b", "a", EVIL],
     )
+    titles = {"title": "t", "x_title": "x", "y_title": "y"}
+    intervals = {"SAE": ([1.0], [0.5], [1.5]), "null": ([0.2], None, None)}
     figures = [
-        feature_plots.text_feature_heatmap(values, names, kinds, ["t"] * 4),
+        feature_plots.text_feature_heatmap(values, names, kinds),
         feature_plots.category_feature_heatmap(values, [*kinds[:3], "d"], names),
         feature_plots.coactivation_heatmap(np.eye(3), names),
         feature_plots.firing_density({"SAE": [0.0, 0.01], "random": [0.2]}),
-        plots.null_histogram([5, 6, 7], {"SAE": 7}),
-        plots.intervals(
-            {"SAE": ([1.0], [0.5], [1.5]), "null": ([0.2], None, None)}, ["a"], reference=0.5
-        ),
-        plots.scatter([1, 2, 3], [3, 2, 1], marked=[1, 0, 0], diagonal=True),
-        plots.lines({"a": [1, 100]}, log_y=True),
-        plots.bars({"a": [1, 2]}),
-        plots.attention_map(np.eye(2), ["a", "a"]),
+        plots.null_histogram([5, 6, 7], {"SAE": 7}, title="t", x_title="x"),
+        plots.intervals(intervals, ["a"], reference=0.5, **titles),
+        plots.scatter([1, 2, 3], [3, 2, 1], marked=[1, 0, 0], diagonal=True, **titles),
+        plots.lines({"a": [1, 100]}, log_y=True, reference=2, **titles),
+        plots.lines({}, **titles),
+        plots.bars({"a": [1, 2]}, **titles),
+        plots.attention_map({"one": np.eye(2), "two": np.eye(2)}, ["a", "a"], title="t"),
     ]
     write_plotly_js(tmp_path)
     elements = "\n".join(
@@ -219,10 +221,24 @@ def test_the_browser_test_can_fail(tmp_path):
 
 
 @pytest.mark.browser
+def test_the_readmes_picture_is_as_high_as_its_page_or_the_limit(tmp_path):
+    from readme_tables import screenshot
+
+    page = tmp_path / "page.html"
+    page.write_text('<style>body{margin:0}</style><div style="height:150px">text</div>')
+    if find_browser() is None:
+        pytest.skip("no Chromium: install it (apt install chromium) to run the browser tests")
+    for limit, height in ((400, 150), (100, 100)):
+        picture = asyncio.run(screenshot(page, 300, limit))
+        size = [int.from_bytes(picture[at : at + 4], "big") for at in (16, 20)]
+        assert size == [600, 2 * height]  # twice as fine
+
+
+@pytest.mark.browser
 def test_chromium_draws_a_png_of_a_figure(monkeypatch):
     if find_browser() is None:
         pytest.skip("no Chromium: install it (apt install chromium) to run the browser tests")
-    monkeypatch.setattr(images, "_png_failed", False)
+    monkeypatch.setattr(images, "_browser", None)
     picture = images.render_png(
         go.Figure(go.Scatter(y=[1, 2]), layout={"width": 300, "height": 200})
     )

@@ -3,12 +3,16 @@
 import json
 
 import pytest
+import torch
+from tqdm.std import tqdm as Bar
 
+from lenslab import runtime
 from lenslab.files import data_path
 from lenslab.hooks import stream_hook
 from lenslab.models import load_model, random_twin
-from lenslab.sae.find import SHOWN, card_table, find_sae, read_card
-from lenslab.sae.load import bundled_saes, check_sae, finish, load_sae, sae_hook
+from lenslab.sae import find
+from lenslab.sae.find import SHOWN, card_table, find_sae
+from lenslab.sae.load import bundled_saes, check_sae, finish, load_sae, sae_hook, sae_key
 from lenslab.sae.registry import NotAnSAE
 
 TWIN = "pocket-gpt-random-twin-resid-3"
@@ -37,11 +41,6 @@ def test_the_table_says_what_the_cards_say(pocket):
     assert row["l0"] == card["sae"]["l0"] and row["null"] == card["null"]["variance_explained"]
 
 
-def test_an_unknown_card_is_named():
-    with pytest.raises(FileNotFoundError, match="no-such-sae"):
-        read_card("no-such-sae")
-
-
 def test_the_bundled_sae_of_the_middle_layer_is_found(pocket):
     found = find_sae(pocket)
     assert (
@@ -59,13 +58,62 @@ def test_the_sae_of_the_random_twin_is_found_on_every_processor(pocket):
     assert found.origin == "bundled" and "twin" in found.name
 
 
-def test_a_model_without_saes_gets_one_trained(model):
+@pytest.fixture
+def trainings(tmp_path, monkeypatch):
+    """A cache of our own, and the batches that small SAEs are trained on."""
+    batches, train = [], find.train_small_sae
+    monkeypatch.setenv("LENSLAB_CACHE", str(tmp_path))
+
+    def noted(model, hook, batch, **options):
+        batches.append(batch)
+        return train(model, hook, batch, **options)
+
+    monkeypatch.setattr(find, "train_small_sae", noted)
+    return batches
+
+
+def test_a_model_without_saes_gets_one_trained_once(model, trainings, tmp_path):
     found = find_sae(random_twin(model), documents=60, steps=3)
     check_sae(found.sae, random_twin(model))
     assert found.sae.cfg.d_in == model.cfg.d_model and "trained" in found.origin
+    again = find_sae(random_twin(model), documents=60, steps=3)
+    assert again[1:] == found[1:] and torch.equal(again.sae.W_enc, found.sae.W_enc)
+    assert sae_key(again.sae) == sae_key(found.sae) and len(trainings) == 1
+    for options in (dict(documents=60, steps=4), dict(documents=61, steps=3)):
+        find_sae(random_twin(model), **options)
+    find_sae(random_twin(model, seed=1), documents=60, steps=3)
+    assert len(trainings) == 4 == len(list(tmp_path.glob("saes/*")))
 
 
-def test_other_weights_that_go_by_a_bundled_name_are_not_given_its_sae(model):
+def test_a_kept_sae_that_is_damaged_is_trained_anew(model, trainings, tmp_path):
+    find_sae(model, documents=60, steps=3)
+    (config,) = tmp_path.glob("saes/*/cfg.json")
+    config.write_text(config.read_text().replace("blocks.1", "blocks.0"))
+    found = find_sae(model, documents=60, steps=3)
+    assert sae_hook(found.sae) == stream_hook(model, 1) and len(trainings) == 2
+
+
+def test_a_small_sae_that_cannot_be_kept_is_given_with_a_word(model, trainings, tmp_path):
+    (tmp_path / "saes").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="not kept"):
+        assert "trained" in find_sae(model, documents=60, steps=3).origin
+
+
+def test_a_small_sae_is_trained_on_one_pool_with_bars(model, trainings, monkeypatch):
+    bars = []
+    monkeypatch.setattr(find, "POOL", 5000)
+    monkeypatch.setattr(
+        runtime, "tqdm", lambda *given, **options: bars.append(options) or Bar(*given, **options)
+    )
+    monkeypatch.delenv("TQDM_DISABLE")
+    find_sae(model, documents=60, steps=3)
+    assert 4000 < trainings[0].n_real < 5000
+    assert [(bar["desc"], bar["disable"]) for bar in bars] == [
+        (what, False) for what in ("tokenize", "harvest", "train")
+    ]
+
+
+def test_other_weights_that_go_by_a_bundled_name_are_not_given_its_sae(model, trainings):
     twin = random_twin(model, label="pocket-gpt")
     assert bundled_saes(twin), "by name there are some"
     assert "trained" in find_sae(twin, documents=60, steps=3).origin

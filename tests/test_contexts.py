@@ -15,6 +15,7 @@ from lenslab.features.contexts import find_contexts
 from lenslab.features.readings import direct_logits, final_norm, vocabulary_effects
 from lenslab.models import load_model
 from lenslab.sae.controls import random_sae
+from lenslab.sae.load import SAEMismatch
 from lenslab.tokens import pack, token_string, tokenize
 
 WORDS = ["cat", "mat", "sat", "add", "city", "river", "they", "say", "Paris", "a", "2", "def"]
@@ -162,6 +163,14 @@ def test_features_that_the_sae_has_not_are_refused(model, sae, windows):
             find_contexts(model, sae, windows, features=[feature])
 
 
+def test_an_sae_trained_without_bos_is_refused_where_windows_begin_with_one(model, windows):
+    bare = tiny_sae(model, architecture="topk", d_sae=32, prepend_bos=False)
+    with pytest.raises(SAEMismatch, match="without BOS"):
+        find_contexts(model, bare, iter([windows]), progress=False)
+    without = tokenize(model, TEXTS, bos=False)
+    assert find_contexts(model, bare, without, k=1, progress=False).tokens == without.n_real
+
+
 def test_no_windows_are_refused(model, sae):
     with pytest.raises(ValueError, match="no windows"):
         find_contexts(model, sae, [])
@@ -189,7 +198,7 @@ def test_the_direct_path_is_the_final_norm_and_the_unembedding(folder, request):
 
 
 def test_effects_are_sorted_named_and_scaled_by_chance(model, sae):
-    frame = vocabulary_effects(model, sae, [4, 7], n=5).to_frame()
+    frame = vocabulary_effects(model, sae, [4, 7], n=5)
     logits = direct_logits(model, sae.W_dec[[4, 7]]).detach()
     effects = frame.set_index(["feature", "effect", "rank"])["logit"]
     assert effects[4, "promoted", 1] == pytest.approx(float(logits[0].max()))
@@ -200,7 +209,7 @@ def test_effects_are_sorted_named_and_scaled_by_chance(model, sae):
     assert len(frame) == 20 and (frame["times_control"] > 0).all()
     twice = tiny_sae(model, architecture="topk", d_sae=32)
     twice.W_dec.data *= 2
-    double = vocabulary_effects(model, twice, [4, 7], n=5).to_frame()
+    double = vocabulary_effects(model, twice, [4, 7], n=5)
     assert np.allclose(double["logit"], 2 * frame["logit"])
     # chance has the same norm as the feature
     assert np.allclose(double["times_control"], frame["times_control"])
@@ -211,14 +220,14 @@ def test_a_direction_of_one_token_promotes_that_token(model):
     planted = tiny_sae(model, architecture="topk", d_sae=32)
     row = model.W_U[:, token].detach()
     planted.W_dec.data[3] = (row - row.mean()) / model.ln_final.weight.detach()
-    first = vocabulary_effects(model, planted, [3], n=1).to_frame().iloc[0]
+    first = vocabulary_effects(model, planted, [3], n=1).iloc[0]
     assert first["token"] == token_string(model.tokenizer, token) and first["times_control"] > 1.3
 
 
 def test_an_sae_without_a_decoder_matrix_is_asked_by_decoding(model, sae):
     x = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
     null = random_sae(sae, x, 4)
-    found = vocabulary_effects(model, null, [2], n=1).to_frame()
+    found = vocabulary_effects(model, null, [2], n=1)
     expected = float(direct_logits(model, null.directions[[2]]).detach().max())
     assert found["logit"][0] == pytest.approx(expected, rel=1e-4)
 

@@ -101,7 +101,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     write(tmp_path / "mine", "a.txt", b"one")
     for source in ("~/mine", "~/mine/a.txt", Path("~/mine/a.txt")):
         assert load_texts(source) == ["one"]
-    assert hub_texts("~/mine", progress=False) == ["one"]
+    assert hub_texts("~/mine") == ["one"]
     assert not (tmp_path / "~").exists()
 
 
@@ -141,7 +141,11 @@ def test_a_limit_reads_no_further_than_it_needs(tmp_path):
         ("a.jsonl.gz", gzip.compress(rows().encode() * 50)[:-12], "cut off"),
         ("a.txt.gz", b"plain text under a false name", "damaged"),
         ("a.parquet", b"PAR1 but nothing after it", "damaged"),
-        ("a.csv", b"text\nx", r"\.txt, \.jsonl, \.parquet"),
+        ("a.csv", b"text\nx", r"\.txt, \.jsonl, \.parquet.*read_csv\(file\)\[.column.\]\.tolist"),
+        ("a.md", b"# x", r"\.txt, \.jsonl, \.parquet.*read_csv"),
+        ("a.txt", "text".encode("utf-16-le"), "NUL"),
+        ("a.txt", b"text\n\n\x00\x01", "NUL"),
+        ("a.txt", "text".encode("utf-16"), "UTF-8"),
     ],
 )
 def test_what_cannot_be_read_says_where_and_why(tmp_path, name, content, message):
@@ -206,7 +210,7 @@ def test_a_data_set_is_streamed_from_the_split_that_was_named(twin):
     assert hub_texts(twin) == TEXTS
     assert hub_texts(twin, split="test") == ["held out"]
     # the empty first row does not count
-    assert hub_texts(twin, limit=1, progress=False) == TEXTS[:1]
+    assert hub_texts(twin, limit=1) == TEXTS[:1]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import torch
+from IPython.core.formatters import DisplayFormatter
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from lenslab.features.activations import FeatureActivations, encode_features
 from lenslab.files import REPOSITORY
@@ -211,23 +213,45 @@ def test_what_it_begins_with_is_checked_at_once(explorer, model, sae, fa):
         FeatureExplorer(model, sae, explorer.fa, text="")
 
 
-def test_where_no_kernel_runs_the_same_page_is_left(explorer, monkeypatch):
+@pytest.fixture
+def shown(explorer, monkeypatch) -> list:
+    """Outputs of a cell that ends in the explorer, as a notebook keeps them."""
+    outputs = []
+
+    def display(thing, raw=False):
+        data = thing if raw else DisplayFormatter().format(thing)[0]
+        outputs.append(new_output("display_data", data))
+
+    monkeypatch.setattr("lenslab.show.explore.display", display)
+    explorer._ipython_display_()
+    return outputs
+
+
+def test_where_no_kernel_runs_the_same_page_is_left(explorer, shown):
     """The widget's output is dropped from what is committed; the page beside it is kept, and shown
     by our pages."""
     from build_site import render_output
-    from IPython.core.formatters import DisplayFormatter
-    from nbformat.v4 import new_output
     from notebook_execution import without_widgets
 
-    shown = []
-    monkeypatch.setattr("lenslab.show.explore.display", shown.append)
-    explorer._ipython_display_()
-    outputs = [new_output("display_data", DisplayFormatter().format(thing)[0]) for thing in shown]
-    kept = without_widgets(outputs)
-    assert len(outputs) == 2 and len(kept) == 1
+    kept = without_widgets(shown)
+    assert len(shown) == 2 and len(kept) == 1
     page, _ = render_output(kept[0], "output-1-0", "An explorer")
     assert f"Feature {explorer.number.value} in this text" in page
     assert "strongest features of this text" in page and "<script" not in page
+
+
+def test_a_saved_notebook_shows_the_page_and_no_list_of_widgets(explorer, shown):
+    """As a user's own notebook is: saved with the widget's output, then exported or listed."""
+    from build_site import render_notebook
+    from nbconvert import HTMLExporter
+
+    notebook = new_notebook(cells=[new_code_cell("explorer", outputs=shown)])
+    for document in (
+        render_notebook(notebook, "mine")[1],
+        HTMLExporter().from_notebook_node(notebook)[0],
+    ):
+        assert f"Feature {explorer.number.value} in this text" in document
+        assert "VBox" not in document and f"{explorer.static_class}{{display" not in document
 
 
 def test_the_live_widget_hides_the_page_beside_it(explorer):

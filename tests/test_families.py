@@ -74,7 +74,7 @@ def run_phase(folder_of, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PLOTLY_RENDERER", "json")  # none is shown; other tests keep theirs
     quick = partial(find_sae, documents=60, steps=20)
     monkeypatch.setattr("lenslab.sae.find.find_sae", quick)
-    monkeypatch.setattr("lenslab.texts.sampled_text", lambda n: sampled_text(n // 10))
+    monkeypatch.setattr("lenslab.texts.sampled_text", lambda n, model: sampled_text(n // 10))
 
     def run(family: str, phase: str) -> str:
         monkeypatch.setenv("LENSLAB_MODEL", str(folder_of(family)))

@@ -10,9 +10,12 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import make_dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -21,7 +24,9 @@ from safetensors.torch import save_file
 import lenslab
 from lenslab import files, runtime
 from lenslab.files import NotWritten
+from lenslab.models import load_model
 from lenslab.runtime import derive_generator
+from lenslab.sae.load import bundled_saes, load_sae
 
 
 def draw(seed, label):
@@ -109,6 +114,18 @@ def test_a_seed_is_a_whole_number(seed):
 def test_the_compute_dtype_follows_the_processor():
     assert runtime.compute_dtype() is (torch.bfloat16 if runtime.has_fast_bf16() else torch.float32)
     assert runtime.default_device() == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert runtime.default_device("cpu") == runtime.default_device(torch.device("cpu")) == "cpu"
+
+
+def test_apples_gpu_is_refused_in_words_wherever_a_device_is_given(gpt2_folder):
+    loads = (
+        lambda device: load_model(gpt2_folder, device=device),
+        lambda device: load_sae(bundled_saes()[0], device=device),
+    )
+    for load in loads:
+        for device in ("mps", "mps:0"):
+            with pytest.raises(ValueError, match="float64"):
+                load(device)
 
 
 def test_the_compute_dtype_can_be_asked_for(monkeypatch):
@@ -391,9 +408,31 @@ def test_a_content_key_is_of_all_values():
     long = torch.zeros(5000)
     other = long.clone()
     other[2500] = 1  # their text is the same
-    for a, b in ((long, other), (long.numpy(), other.numpy())):
+    made = make_dataclass("Made", ["values"], frozen=True)
+    tables = [pd.DataFrame({"x": values.numpy()}) for values in (long, other)]
+    for a, b in (
+        (long, other),
+        (long.numpy(), other.numpy()),
+        tables,
+        (made(long), made(other)),
+        (made(tables[0]), made(tables[1])),
+    ):
         assert str(a) == str(b) and files.content_key({"x": a}) != files.content_key({"x": b})
     assert files.content_key(np.int64(3)) == files.content_key(3)
+    named, numbered = pd.DataFrame({"x": [1]}, index=["a"]), pd.DataFrame({"x": [1]})
+    assert files.content_key(named) != files.content_key(numbered)
+    assert files.content_key(tables[0]) == files.content_key(tables[0].copy())
+
+
+def test_the_key_of_a_dataclass_is_of_its_fields_alone():
+    class Made(make_dataclass("Fields", ["values"])):
+        @cached_property
+        def total(self):
+            return sum(self.values)
+
+    made = Made([1, 2])
+    before = files.content_key(made)
+    assert made.total == 3 and files.content_key(made) == before != files.content_key(Made([2, 1]))
 
 
 def test_what_is_signed_is_known_again_and_any_change_is_not(tmp_path):

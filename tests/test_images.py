@@ -12,11 +12,11 @@ import plotly.io as pio
 import pytest
 
 from lenslab.show import images
+from lenslab.show.tokens import View
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
-    monkeypatch.setattr(images, "_png_failed", False)
     monkeypatch.setattr(images, "_browser", None)
     monkeypatch.setenv("LENSLAB_OUTPUTS", str(tmp_path))
     monkeypatch.delenv("LENSLAB_PNG", raising=False)
@@ -66,8 +66,15 @@ def test_with_a_picture_both_kinds_are_in_the_bundle(monkeypatch):
     assert bundle[images.PLOTLY_MIME]["data"][0]["type"] == "bar"
 
 
-def test_a_plain_script_prints_no_figure(capsys):
-    assert images.FigureRenderer().to_mimebundle({"data": [], "layout": {}}) == {}
+def test_a_plain_script_writes_its_figures_and_prints_where(tmp_path, monkeypatch, capsys):
+    """As in `python phase_1_loading.py`: no kernel runs here either."""
+    monkeypatch.setattr(pio.renderers, "default", "json")
+    images.set_up_figures()
+    go.Figure(go.Bar(y=[1, 2]), {"title": {"text": "Head 3.0: <b>&lt;s&gt;</b>"}}).show()
+    go.Figure(go.Bar(y=[1, 2])).show()
+    files = [tmp_path / "results" / name for name in ("head_3_0_s.html", "figure.html")]
+    assert capsys.readouterr().out.split() == list(map(str, files))
+    assert all("Plotly.newPlot" in file.read_text() for file in files)
 
 
 def test_a_renderer_chosen_by_the_user_stays(monkeypatch):
@@ -93,10 +100,24 @@ def test_a_saved_figure_is_a_page_that_loads_only_the_library_beside_it(tmp_path
     assert "<title>A</title>" in text
 
 
-@pytest.mark.parametrize("name", ["", "../escape", "a/b", ".hidden", "a b"])
-def test_a_result_cannot_be_written_elsewhere(name):
+@pytest.mark.parametrize("name", ["v", "v.html", Path("v.html")])
+def test_a_name_with_or_without_its_suffix_is_the_same_page(name, tmp_path):
+    assert View("<b>1</b>").save(name) == tmp_path / "results" / "v.html"
+    assert [file.name for file in (tmp_path / "results").iterdir()] == ["v.html"]
+
+
+@pytest.mark.parametrize("name", ["mine/v", "mine/v.html", "./v.html"])
+def test_a_name_with_a_folder_goes_there(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = View("<b>1</b>").save(name)
+    assert file.resolve() == (tmp_path / name).with_suffix(".html") and file.is_file()
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".html", "folder/"])
+def test_a_page_needs_a_name(name):
     with pytest.raises(ValueError, match="cannot name"):
-        images.save_figure(go.Figure(), name)
+        images.save_page(name, "", "")
 
 
 BROWSERS = {
@@ -150,4 +171,4 @@ def test_a_browser_stopped_after_a_picture_is_given_up(monkeypatch):
     os.killpg(process.pid, signal.SIGSTOP)
     monkeypatch.setattr(images, "SECONDS", 2)
     assert images.render_png(go.Figure(go.Bar(y=[1, 2]))) is None
-    assert process.wait(timeout=10) is not None and images._browser is None
+    assert process.wait(timeout=10) is not None and images._browser is False

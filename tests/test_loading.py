@@ -2,17 +2,28 @@
 else, tokens without an embedding; and keys that follow what a model computes."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
 from conftest import SMALL, make_tokenizer, save_random
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
+from lenslab.capture import harvest
 from lenslab.files import BUNDLED, REPOSITORY, data_path
-from lenslab.hooks import check_hooks, hook_names
+from lenslab.hooks import by_token, check_hooks, hook_names, vector_width
 from lenslab.models import (
     NotAModel,
     check_ids,
@@ -22,6 +33,7 @@ from lenslab.models import (
     summarize,
     weights_key,
 )
+from lenslab.tokens import tokenize
 
 
 def changed(folder, target, edit=lambda weights: weights, **config):
@@ -71,7 +83,7 @@ def own_head(rows):
         (as_type(torch.int8), {}, "type I8"),
         (as_type(torch.int32), {}, "type I32"),
         (as_type(torch.float8_e4m3fn), {}, "type F8"),
-        (lambda weights: {}, {}, "no tensor"),
+        (lambda weights: {}, {}, "missing in the file"),
         (lambda w: {n: v * torch.nan for n, v in w.items()}, {}, "NaN"),
         (dict, {"scale_attn_weights": False}, "otherwise than Hugging Face"),
     ],
@@ -95,6 +107,32 @@ def test_an_index_that_names_a_pickle_is_refused(gpt2_folder, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(NotAModel, match=r"00001\.bin, a pickle"):
         load_model(tmp_path)
+
+
+def test_an_adapter_beside_weights_is_refused(gpt2_folder, tmp_path):
+    shutil.copytree(gpt2_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(NotAModel, match="merge_and_unload"):
+        load_model(tmp_path)
+
+
+def test_a_file_is_no_folder(gpt2_folder):
+    with pytest.raises(NotAModel, match="give the folder"):
+        load_model(gpt2_folder / "config.json")
+    with pytest.raises(NotAModel, match="give the folder"):
+        load_model(os.path.relpath(gpt2_folder / "config.json"))
+
+
+def test_the_hub_is_asked_once_where_there_is_no_network():
+    code = "import time\nfrom lenslab.models import load_model\nbegun = time.time()\n"
+    code += "try:\n    load_model('no-such/model')\n"
+    code += "except ValueError as error:\n    print(time.time() - begun, error)"
+    kept = {name: v for name, v in os.environ.items() if not name.endswith("_OFFLINE")}
+    command, nowhere = [sys.executable, "-c", code], {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run(command, env=kept | nowhere, capture_output=True, text=True)
+    seconds, message = done.stdout.split(" ", 1)
+    assert float(seconds) < 5 and "no-such/model could not be loaded" in message
+    assert "Retry" not in done.stderr and "thrown" not in done.stderr
 
 
 @pytest.mark.parametrize("file", ["model.safetensors.index.json", "config.json"])
@@ -193,6 +231,49 @@ def test_keys_notice_edits_past_the_version_counter(gpt2_folder, edit):
     assert before[0] != after[0] and before[1] != after[1]
 
 
+def test_the_key_follows_rotary_frequencies(llama_folder):
+    model = load_model(llama_folder)
+    before = model_key(model), weights_key(model)
+    rotary = next(m for m in model.original_model.modules() if hasattr(m, "inv_freq"))
+    rotary.inv_freq.data[1] *= 2
+    assert model_key(model) != before[0] and weights_key(model) == before[1]
+    rotary.inv_freq.data[1] /= 2
+    assert model_key(model) == before[0] == model_key(load_model(llama_folder))
+
+
+def test_the_key_covers_the_buffers_of_the_file(tmp_path):
+    """A router's corrections choose the experts, and are no parameter."""
+    experts = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    options = experts | dict(n_group=1, topk_group=1, first_k_dense_replace=1)
+    folder = save_random(tmp_path / "plain", "Glm4Moe", **options)
+
+    def corrected(weights):
+        name = next(name for name in weights if "e_score_correction_bias" in name)
+        return weights | {name: weights[name] + torch.tensor([0.0, 0.5, 0.0, 0.0])}
+
+    plain, other = (load_model(f) for f in (folder, changed(folder, tmp_path / "new", corrected)))
+    assert weights_key(plain) == weights_key(other) and model_key(plain) != model_key(other)
+    assert model_key(plain) == model_key(load_model(folder))
+
+
+def test_a_bridge_that_the_user_made_has_a_key_that_follows_weights_and_buffers(llama_folder):
+    def booted():
+        weights = AutoModelForCausalLM.from_pretrained(llama_folder)
+        tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+        options = dict(hf_model=weights, tokenizer=tokenizer, device="cpu")
+        return TransformerBridge.boot_transformers("tiny", **options)
+
+    model = booted()
+    key = model_key(model)
+    assert key == model_key(booted()) and weights_key(model) == weights_key(
+        load_model(llama_folder)
+    )
+    next(model.original_model.buffers()).mul_(2)
+    assert model_key(model) != key and weights_key(model) == weights_key(booted())
+    next(model.original_model.parameters()).data.mul_(2)
+    assert weights_key(model) != weights_key(booted())
+
+
 @pytest.mark.parametrize(
     "config", [{"layer_norm_epsilon": 1.0}, {"n_head": 2}, {"activation_function": "relu"}]
 )
@@ -240,6 +321,25 @@ def test_hooks_that_are_switched_on_later_are_found(gpt2_folder):
     assert "blocks.0.attn.hook_result" not in hook_names(model)
     model.set_use_attn_result(True)
     check_hooks(model, ["blocks.0.attn.hook_result"])
+
+
+def test_two_heads_are_not_taken_for_two_tokens(tmp_path):
+    """`[text, head, pos, d_head]` after the norms of queries and keys, of two heads."""
+    model = load_model(save_random(tmp_path, "Qwen3", head_dim=8))
+    hook, whole = "blocks.1.attn.k_norm.hook_out", "blocks.1.attn.k.hook_out"
+    assert hook_names(model)[hook] == (1, 2, 2, 8)
+    assert not by_token(model, hook) and by_token(model, whole)
+    assert vector_width(model, whole) == 16
+    with pytest.raises(ValueError, match="no vector per token"):
+        vector_width(model, hook)
+    texts = ["A cat sat on the mat.", "A cat"]
+    batch = tokenize(model, texts)
+    values = harvest(model, batch, hook)[hook]
+    for i, text in enumerate(texts):
+        alone = tokenize(model, text)
+        expected = harvest(model, alone, hook)[hook][0]  # [head, pos, d_head]
+        assert torch.allclose(values[i][:, batch.attention[i]], expected, atol=1e-5)
+        assert (values[i][:, ~batch.attention[i]] == 0).all()
 
 
 def test_a_model_loaded_inside_inference_mode_can_be_used_and_edited(gpt2_folder):
@@ -320,10 +420,12 @@ def test_the_table_of_architectures_is_that_of_its_script(monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
     import architecture_table as script
 
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    shown = readme.split(script.BEGIN)[1].split(script.END)[0]
+    card = (REPOSITORY / "data" / "README.md").read_text(encoding="utf-8")
+    shown = card.split(script.BEGIN)[1].split(script.END)[0]
     assert [line.split("|")[1].strip() for line in shown.strip().splitlines()[2:]] == [
-        family.removesuffix("LMHeadModel") for family in script.FAMILIES
+        family.split("For")[0].removesuffix("LMHeadModel") for family in script.FAMILIES
     ]
     assert script.row("Cohere")[1] == "refused"
+    switch = script.row("SwitchTransformersForConditionalGeneration")
+    assert switch[1::2] == ["loaded", "4 / 4", ""]
     assert script.row("Qwen3Moe")[1::2] == ["loaded", "3 / 1", "2"]

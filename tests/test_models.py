@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import make_tokenizer
 
+from lenslab.capture import harvest
+from lenslab.circuits.streams import head_scores, token_bits
 from lenslab.files import BUNDLED, data_path
 from lenslab.hooks import UnknownHook, check_hooks, hook_names, hook_table, stream_hook
 from lenslab.models import (
@@ -23,7 +25,7 @@ from lenslab.models import (
     random_twin,
     summarize,
 )
-from lenslab.tokens import generate
+from lenslab.tokens import generate, tokenize
 
 TEXTS = ["The river froze early that year.", "def add(a, b):\n    return a + b", "Yes."]
 
@@ -226,6 +228,93 @@ def test_streams_add_up(model):
         assert not torch.allclose(pre, post, atol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def encoder_decoder_folder(tmp_path_factory):
+    """A random Switch as published: an encoder of three blocks, a decoder of two, four experts in
+    some of them."""
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("switch-base")
+    make_tokenizer(folder)
+    config = SwitchTransformersConfig(
+        vocab_size=300,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_heads=4,
+        num_layers=3,
+        num_decoder_layers=2,
+        num_experts=4,
+        num_sparse_encoder_layers=2,
+        num_sparse_decoder_layers=1,
+        decoder_start_token_id=2,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    torch.manual_seed(3)
+    SwitchTransformersForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def test_an_encoder_decoder_computes_what_hugging_face_computes(encoder_decoder_folder):
+    from transformers import AutoModelForSeq2SeqLM
+
+    model = load_model(encoder_decoder_folder)
+    read, written = model.to_tokens(TEXTS[0]), model.to_tokens(TEXTS[1])
+    reference = AutoModelForSeq2SeqLM.from_pretrained(encoder_decoder_folder).eval()
+    options = dict(output_hidden_states=True, output_router_logits=True)
+    with torch.inference_mode():
+        expected = reference(read, decoder_input_ids=written, **options)
+        logits, cache = model.run_with_cache(read, decoder_input=written)
+    assert logits.shape[1] == written.shape[1] != read.shape[1]
+    assert torch.allclose(logits, expected.logits, atol=1e-5) and expected.logits.std() > 0.01
+    for stack, layer in (("encoder", 1), ("decoder", 1)):
+        stream = cache[f"{stack}_blocks.{layer}.hook_resid_pre"]
+        assert torch.allclose(stream, expected[f"{stack}_hidden_states"][layer], atol=1e-5)
+    gates = [name for name in hook_names(model) if name.endswith("mlp.gate.hook_out")]
+    assert {name.split("_")[0] for name in gates} == {"encoder", "decoder"}
+    for name in gates:
+        assert cache[name].shape[1:] == ((read if "enc" in name else written).shape[1], 4)
+        assert (cache[name].sum(-1) == 1).all()  # the expert that was chosen
+    summary = summarize(model)
+    assert (summary.experts, summary.d_mlp) == (4, 48)
+    assert summary.parameters == sum(p.numel() for p in reference.parameters())
+    assert model_key(random_twin(model)) == model_key(random_twin(model)) != model_key(model)
+
+
+def test_what_needs_a_decoder_only_refuses_an_encoder_decoder(encoder_decoder_folder):
+    """TransformerLens would shift the text and give it to the decoder, one token late."""
+    model = load_model(encoder_decoder_folder)
+    batch = tokenize(model, TEXTS)
+    for measure in (
+        lambda: generate(model, "A cat"),
+        lambda: harvest(model, batch, "decoder_blocks.1.hook_resid_post"),
+        lambda: head_scores(model),
+        lambda: token_bits(model, batch),
+        lambda: stream_hook(model, 1),
+    ):
+        with pytest.raises(ValueError, match="is an encoder-decoder"):
+            measure()
+
+
+@pytest.mark.parametrize("stack", ["encoder_blocks", "decoder_blocks"])
+def test_both_parts_of_an_encoder_decoder_are_held_against_hugging_face(
+    encoder_decoder_folder, monkeypatch, stack
+):
+    from lenslab import loading
+
+    computed = loading._computed
+
+    def wrong(*arguments):
+        values = computed(*arguments)
+        name = f"{stack}.1.hook_resid_pre"
+        return values | {name: values[name] + 1}
+
+    monkeypatch.setattr(loading, "_computed", wrong)
+    with pytest.raises(NotAModel, match=f"{stack}.*otherwise than Hugging Face"):
+        load_model(encoder_decoder_folder)
+
+
 def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(NotAModel, match=r"config\.json"):
         load_model(tmp_path)
@@ -253,7 +342,7 @@ def test_a_cut_off_download(gpt2_folder, tmp_path):
 
 def test_a_hub_name_without_network_says_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(NotAModel, match=r"hf download nobody/no-such-model.*HF_HUB_OFFLINE"):
+    with pytest.raises(NotAModel, match=r"HF_HUB_OFFLINE.*hf download nobody/no-such-model"):
         load_model("nobody/no-such-model")
     with pytest.raises(NotAModel, match="Did you mean 'pocket-gpt'"):
         load_model("pocket-gtp")
@@ -262,23 +351,16 @@ def test_a_hub_name_without_network_says_what_to_do(monkeypatch):
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_gated_model_says_how_to_get_at_it(monkeypatch, status):
     import httpx
-    import transformers
     from huggingface_hub.errors import GatedRepoError
 
-    def gated(source, **options):
-        request = httpx.Request("GET", f"https://huggingface.co/{source}")
-        try:
-            raise GatedRepoError("Cannot access", response=httpx.Response(status, request=request))
-        except GatedRepoError as error:  # as transformers wraps it
-            raise OSError("You are trying to access a gated repo.\nMake sure to ...") from error
+    def gated(url, **options):
+        response = httpx.Response(status, request=httpx.Request("HEAD", url))
+        raise GatedRepoError("Cannot access", response=response)
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", gated)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    licence = r"licence on https://huggingface\.co/google/gemma-3-1b-pt .* as HF_TOKEN\."
-    with pytest.raises(NotAModel, match=licence):
-        load_model("gemma-3-1b")
+    monkeypatch.setattr("lenslab.loading.get_hf_file_metadata", gated)
     monkeypatch.setenv("HF_TOKEN", "hf_none")
-    with pytest.raises(NotAModel, match="has no access") as refused:
+    licence = r"licence on https://huggingface\.co/google/gemma-3-1b-pt .* as HF_TOKEN\."
+    with pytest.raises(NotAModel, match=licence) as refused:
         load_model("gemma-3-1b")
     assert "hf_none" not in str(refused.value)
 

@@ -543,11 +543,12 @@ def test_tokens_are_drawn_as_often_as_they_are_likely_and_never_where_they_canno
 
 
 def test_cached_keys_and_values_change_no_sample(scripts, gpt2_folder):
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(gpt2_folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_folder)
     fast = scripts.sample_text.sample_batch(
-        model, [0, 40, 41], 4, derive_generator(0, "sample"), [0, 2]
+        model, tokenizer, [0, 40, 41], 4, derive_generator(0, "sample"), 64
     )
     generator, tokens = derive_generator(0, "sample"), torch.tensor([[0, 40, 41]] * 4)
     while tokens.shape[1] < 64:

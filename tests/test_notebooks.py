@@ -14,7 +14,7 @@ from lenslab.files import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
-from check_notebooks import policy
+from check_notebooks import changed_verdicts, figure_faults, policy, verdicts
 from notebook_execution import (
     code_cells,
     execute,
@@ -40,6 +40,17 @@ print(total)
 
 # %%
 {code}
+
+# %% [markdown]
+# ## 2. A second section
+# It has a verdict.
+
+# %%
+print("So: the sum is", total)
+
+# %% [markdown]
+# ## What was found, and what was not
+# Sums are found.
 """
 
 
@@ -57,10 +68,12 @@ def sample(tmp_path):
     source = tmp_path / "interactive" / "phase_0_sample.py"
     source.write_text(SAMPLE.format(code="total"))
     notebook = read_source(source)
-    first, second = code_cells(notebook)
+    first, second, third = code_cells(notebook)
     first.outputs = [new_output("stream", name="stdout", text="2\n")]
     second.outputs = [new_output("execute_result", {"text/plain": "2"}, execution_count=2)]
-    first.execution_count, second.execution_count = 1, 2
+    third.outputs = [new_output("stream", name="stdout", text="So: the sum is 2\n")]
+    for count, cell in enumerate((first, second, third), 1):
+        cell.execution_count = count
     write_notebook(notebook, tmp_path / "phase_0_sample.ipynb")
     return tmp_path
 
@@ -80,6 +93,14 @@ def test_a_notebook_as_built_has_no_faults(sample):
 
 PLOT = {"application/vnd.plotly.v1+json": {"data": []}}
 BREAKS = {
+    "section '2. A second section' says no **So:**": lambda nb, cells: cells[2].update(outputs=[]),
+    "must end in one section": lambda nb, cells: nb.cells[-1].update(source="It ends. Here."),
+    "with nothing in it": lambda nb, cells: cells[0].outputs.append(
+        new_output("display_data", PLOT)
+    ),
+    "end it in `.show()`": lambda nb, cells: cells[0].outputs.append(
+        new_output("display_data", PLOT)
+    ),
     "differs from its source": lambda nb, cells: cells[0].update(source="total = 3"),
     "print a result": lambda nb, cells: [cell.update(outputs=[]) for cell in cells],
     "within 12 lines": lambda nb, cells: cells[0].update(source="a = 1\n" * 13),
@@ -105,6 +126,85 @@ BREAKS = {
 @pytest.mark.parametrize("complaint", BREAKS)
 def test_the_policy_notices(sample, complaint):
     assert complaint in faults_after(sample, BREAKS[complaint])
+
+
+def markdown(text: str):
+    return nbformat.v4.new_markdown_cell(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda nb: nb.cells.insert(6, markdown("**So:** sums are right.")), ""),
+        (lambda nb: nb.cells[4].update(source="## 2. A\nIt is.\n\n**So:** sums are right."), ""),
+        (lambda nb: nb.cells[4].update(source="## 2. A\nIt is. **So:** not a paragraph."), "2. A"),
+        (lambda nb: nb.cells.insert(4, markdown("**So:** of the section before.")), "2. A second"),
+        (lambda nb: nb.cells[4].update(source="## 2. A\n**So:** b.\n## 3. C\nIt."), "3. C"),
+        (lambda nb: nb.cells[4].update(source="## Not numbered\nIt is."), ""),
+        (lambda nb: nb.cells[4].update(source="## 1. The first\nIt is."), ""),
+        (lambda nb: nb.cells.insert(6, markdown("## 3. In words only\nIt is.")), "2. A second"),
+    ],
+)
+def test_a_section_with_code_says_what_was_found(sample, change, fault):
+    """The printed verdict is taken away, and put elsewhere or in words."""
+
+    def changed(notebook, cells):
+        cells[2].outputs = []
+        change(notebook)
+
+    said = [part for part in faults_after(sample, changed).split("; ") if "no **So:**" in part]
+    assert len(said) == bool(fault) and all(fault in part for part in said)
+
+
+@pytest.mark.parametrize("where", [0, 6, 7])
+def test_limits_come_once_and_last(sample, where):
+    limits = markdown("## What was found, and what was not\nMuch.")
+    more = [limits] if where < 7 else [markdown("## 3. More\nMuch.")]
+    assert "must end in one" in faults_after(
+        sample, lambda nb, cells: nb.cells.__setitem__(slice(where, where), more)
+    )
+
+
+def test_a_verdict_is_a_line_that_begins_so():
+    assert verdicts("So: a\nnot so: b\n So: c\nSo it is\nSo: d") == ["So: a", "So: d"]
+
+
+NAMED = {"xaxis": {"title": {"text": "layer"}}, "yaxis": {"title": {"text": "norm"}}}
+FLAT = {"type": "scatter", "y": [1, 2]}
+GAPS = {"type": "scatter", "y": {"dtype": "f4", "bdata": "AADAfwAAgH8="}}  # NaN and Inf
+BYTES = {"type": "scatter", "y": {"dtype": "f4", "bdata": "AADAfwAAgD8="}}  # NaN and 1
+SECOND = {"type": "heatmap", "z": [[1]], "xaxis": "x2", "yaxis": "y2"}
+HIDDEN = {"xaxis2": {"title": {"text": "layer"}}, "yaxis2": {"showticklabels": False}}
+
+
+@pytest.mark.parametrize(
+    ("data", "layout", "faults"),
+    [
+        ([FLAT], NAMED, []),
+        ([BYTES], NAMED, []),
+        ([FLAT], NAMED | {"yaxis": {"title": {"text": " "}}}, ["a y axis without a name"]),
+        ([FLAT], {"yaxis": {"title": "norm"}}, ["a x axis without a name"]),
+        ([FLAT, SECOND], NAMED | HIDDEN, []),
+        ([FLAT, SECOND], NAMED, ["a x2 axis without a name", "a y2 axis without a name"]),
+        ([GAPS], NAMED, ["nothing in it"]),
+        ([{"type": "heatmap", "x": [1], "y": [2], "z": [[None]]}], NAMED, ["nothing in it"]),
+        ([], {}, ["nothing in it"]),
+    ],
+)
+def test_figures_have_names_on_their_axes_and_something_in_them(data, layout, faults):
+    assert list(figure_faults({"data": data, "layout": layout})) == faults
+
+
+def test_verdicts_that_change_on_the_twin_are_counted():
+    committed = ["So: a 1", "text\nSo: b 1\nSo: c 1", "no verdict", "So: d 1", "So: e 1"]
+    twin = ["So: a 2", "text\nSo: b 1", "no verdict", "So: d 1", "So: e 2"]
+    assert changed_verdicts(committed, twin, errors=[5]) == {
+        "printed": 5,
+        "changed": 2,
+        "share": 0.4,
+        "unchanged": ["So: b 1", "So: d 1", "So: e 1"],
+    }
+    assert changed_verdicts(["text"], ["other"], [])["share"] == 0
 
 
 def test_a_missing_notebook_is_a_fault_with_its_remedy(sample):
@@ -154,6 +254,16 @@ def test_a_model_folder_is_found_from_where_the_caller_stands(tmp_path, monkeypa
     assert resolve_model("mine") == str(tmp_path / "models" / "mine")
     assert resolve_model("models/mine", str(tmp_path)) == str(tmp_path / "models" / "mine")
     assert resolve_model("gpt2") == "gpt2"
+
+
+def test_a_model_from_the_package_index_is_a_folder_before_the_first_notebook(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LENSLAB_CACHE", str(tmp_path))
+    (tmp_path / "models" / "smollm2-135m-q4").mkdir(parents=True)
+    folder = resolve_model("smollm2")
+    assert folder == str(tmp_path / "models" / "smollm2-135m-q4") == resolve_model(folder)
+    assert environment_for(folder, tmp_path)["HF_HUB_OFFLINE"] == "1"
 
 
 def test_only_a_name_on_the_hub_may_use_the_network(tmp_path):
@@ -206,7 +316,7 @@ def test_an_interrupted_run_keeps_what_was_done(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_all(find_notebooks(tmp_path), tmp_path, tmp_path / "outputs", {})
     kept = nbformat.read(tmp_path / "outputs" / "notebooks" / "phase_1_long.ipynb", as_version=4)
-    assert [printed(cell) for cell in code_cells(kept)] == ["2", ""]
+    assert [printed(cell) for cell in code_cells(kept)] == ["2", "", ""]
     assert "not finished in the last run" in (tmp_path / "outputs" / "index.html").read_text()
 
 

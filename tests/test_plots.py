@@ -1,11 +1,14 @@
 """Figures show what they were given, and a control looks like one."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
 import torch
 
+from lenslab.show import plots
 from lenslab.show.feature_plots import (
     category_feature_heatmap,
     coactivation_heatmap,
@@ -13,20 +16,13 @@ from lenslab.show.feature_plots import (
     text_feature_heatmap,
 )
 from lenslab.show.images import figure_json
-from lenslab.show.plots import (
-    ACCENT,
-    CONTROL,
-    GREYS,
-    MOST_POINTS,
-    attention_map,
-    bars,
-    heatmap,
-    intervals,
-    label,
-    lines,
-    null_histogram,
-    scatter,
-)
+from lenslab.show.plots import ACCENT, CONTROL, GREYS, MOST_POINTS, label
+
+TITLES = {"title": "what one sees", "x_title": "layer", "y_title": "norm"}
+DRAW = (plots.lines, plots.bars, plots.heatmap, plots.intervals, plots.scatter)
+lines, bars, heatmap, intervals, scatter = (partial(draw, **TITLES) for draw in DRAW)
+null_histogram = partial(plots.null_histogram, title="chance", x_title="AUROC")
+attention_map = partial(plots.attention_map, title="one head")
 
 
 def test_a_control_is_grey_and_dashed_and_nothing_else_is():
@@ -38,10 +34,95 @@ def test_a_control_is_grey_and_dashed_and_nothing_else_is():
     assert tuple(model.y) == (1, 2)
 
 
-@pytest.mark.parametrize(("values", "dtick"), [([1, 1000], 1), ([1, 2], None)])
-def test_log_axes_name_whole_decades_where_there_are_some(values, dtick):
-    figure = lines({"a": values}, log_y=True)
-    assert figure.layout.yaxis.type == "log" and figure.layout.yaxis.dtick == dtick
+@pytest.mark.parametrize("draw", DRAW)
+@pytest.mark.parametrize("missing", TITLES)
+def test_a_figure_needs_its_title_and_both_axes_named(draw, missing):
+    given = {name: text for name, text in TITLES.items() if name != missing}
+    values = ([[1.0]], ["a"], ["a"]) if draw is plots.heatmap else ({"a": [1.0]}, ["a"])
+    values = ([1.0], [2.0]) if draw is plots.scatter else values
+    values = ({"a": ([1.0], None, None)}, ["a"]) if draw is plots.intervals else values
+    assert axes(draw(*values, **TITLES)) == ["layer", "norm"]
+    with pytest.raises(TypeError, match=missing):
+        draw(*values, **given)
+
+
+def axes(figure) -> list[str]:
+    return [figure.layout.xaxis.title.text, figure.layout.yaxis.title.text]
+
+
+def test_figures_of_features_name_their_axes():
+    for figure in (
+        text_feature_heatmap(VALUES, [7, 9], ["a"] * 3),
+        category_feature_heatmap(VALUES, ["a", "b", "c"], [7, 9]),
+        coactivation_heatmap(np.eye(2), [7, 9]),
+        firing_density({"SAE": [0.1]}),
+        null_histogram([1, 2], {}),
+    ):
+        assert all(axes(figure))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: lines({}),
+        lambda: lines({"a": [np.nan, np.nan]}, log_y=True),
+        lambda: bars({"a": []}),
+        lambda: heatmap(np.full((1, 2), np.nan), "ab", "x"),
+        lambda: intervals({"a": ([], None, None)}, []),
+        lambda: scatter([], [], diagonal=True),
+        lambda: scatter([np.nan], [1.0], marked=[False]),
+        lambda: text_feature_heatmap(np.zeros((0, 2)), [7, 9], []),
+        lambda: category_feature_heatmap(np.zeros((2, 0)), ["a", "b"], []),
+        lambda: coactivation_heatmap(np.eye(1), [7]),
+        lambda: firing_density({}),
+    ],
+)
+def test_where_there_is_nothing_to_draw_the_figure_says_so(draw):
+    assert "Nothing to draw" in [note.text[:15] for note in draw().layout.annotations]
+
+
+def test_a_figure_with_one_value_says_nothing_of_the_kind():
+    assert not lines({"a": [np.nan, 1.0]}).layout.annotations
+
+
+def test_a_ratio_has_its_reference_line():
+    figure = lines({"model": [3, 9], "random twin": [1, 1]}, reference=1)
+    assert [(line.y0, line.y1) for line in figure.layout.shapes] == [(1, 1)]
+    assert not lines({"model": [3, 9]}).layout.shapes
+
+
+def test_heads_side_by_side_share_one_scale_and_their_tokens():
+    tokens = ["<s>", "the", "the"]
+    figure = attention_map({"3.1 <induction>": np.eye(3), "2.0": np.eye(3) / 2}, tokens)
+    assert [cells.coloraxis for cells in figure.data] == ["coloraxis", "coloraxis"]
+    scale = figure.layout.coloraxis
+    assert (scale.cmin, scale.cmax) == (0, 1)
+    assert [cells.xaxis for cells in figure.data] == ["x", "x2"]
+    assert [note.text for note in figure.layout.annotations] == ["3.1 &lt;induction&gt;", "2.0"]
+    for axis in (figure.layout.xaxis, figure.layout.xaxis2, figure.layout.yaxis):
+        assert tuple(axis.ticktext) == ("&lt;s&gt;", "the", "the")
+    assert figure.layout.yaxis2.showticklabels is False and not figure.layout.yaxis2.title.text
+    with pytest.raises(ValueError, match=r"\[2, 2\]"):
+        attention_map({"a": np.eye(3), "b": np.eye(2)}, tokens)
+
+
+def test_a_legend_of_several_lines_keeps_clear_of_the_title():
+    short, long = (lines({f"{'name' * n}{i}": [1] for i in range(6)}) for n in (1, 6))
+    assert long.layout.margin.t >= short.layout.margin.t + 20
+
+
+def test_features_are_drawn_under_their_names():
+    names = ["1025 full stops and commas", "7 <indentation>"]
+    shown = ["1025 full stops and commas (max 4)", "7 &lt;indentation&gt; (max 10)"]
+    figure = text_feature_heatmap(VALUES, names, ["a"] * 3)
+    assert list(figure.layout.yaxis.ticktext) == shown
+    figure = category_feature_heatmap(VALUES, ["a", "b", "c"], names)
+    assert list(figure.layout.xaxis.ticktext) == shown and figure.layout.xaxis.tickangle == -60
+
+
+def test_a_log_axis_is_one_on_request():
+    assert lines({"a": [1, 1000]}, log_y=True).layout.yaxis.type == "log"
+    assert lines({"a": [1, 1000]}).layout.yaxis.type is None
 
 
 @pytest.mark.parametrize("overlay", [True, False])
@@ -139,13 +220,13 @@ VALUES = np.array([[4.0, 0.0], [0.0, 10.0], [2.0, 5.0]])  # three texts, two fea
 
 
 def test_texts_are_grouped_by_category_and_features_keep_their_own_scale():
-    figure = text_feature_heatmap(VALUES, [7, 9], ["web", "math", "web"], ["a", "<b>", "c"])
+    figure = text_feature_heatmap(VALUES, [7, 9], ["web", "math", "web"])
     cells = figure.data[0]
     # texts 0, 2, 1; each feature over its largest value
     assert np.allclose(cells.z.T, [[1, 0], [0.5, 0.5], [0, 1]])
     assert np.allclose(cells.customdata.T, VALUES[[0, 2, 1]]) and (cells.zmin, cells.zmax) == (0, 1)
     assert tuple(figure.layout.yaxis.ticktext) == ("7 (max 4)", "9 (max 10)")
-    assert tuple(figure.layout.xaxis.ticktext) == ("0: a", "2: c", "1: &lt;b&gt;")
+    assert tuple(figure.layout.xaxis.ticktext) == ("0", "2", "1")
     strip = [(shape.x0, shape.x1) for shape in figure.layout.shapes if shape.type == "rect"]
     assert strip == [(-0.5, 1.5), (1.5, 2.5)]
     assert [note.text for note in figure.layout.annotations] == ["web", "math"]
@@ -163,14 +244,12 @@ def test_labels_that_do_not_number_the_values_are_refused():
 
 def test_columns_of_a_table_are_labels_too():
     kinds = pd.Series(["web", "math", "web"], index=[5, 6, 7])
-    texts = pd.Series(list("abc"), index=[5, 6, 7])
-    by_list = text_feature_heatmap(VALUES, [7, 9], kinds.tolist(), list("abc"))
-    assert text_feature_heatmap(VALUES, np.array([7, 9]), kinds, texts) == by_list
+    by_list = text_feature_heatmap(VALUES, [7, 9], kinds.tolist())
+    assert text_feature_heatmap(VALUES, np.array([7, 9]), kinds) == by_list
 
 
 def test_a_figure_of_hundreds_of_texts_stays_small():
-    texts = ["word " * 60] * 420
-    figure = text_feature_heatmap(np.ones((420, 10)), list(range(10)), ["a", "b"] * 210, texts)
+    figure = text_feature_heatmap(np.ones((420, 10)), list(range(10)), ["a", "b"] * 210)
     assert len(str(figure_json(figure))) < 150_000
 
 
@@ -262,8 +341,8 @@ def test_names_keep_a_place_each_and_are_shown_as_they_are(draw, names):
         lambda: intervals({"a": ([1, 2, 3], [0, 1, 2], None)}, ["x", "y", "z"]),
         lambda: text_feature_heatmap(VALUES, [7], ["a"] * 3),
         lambda: text_feature_heatmap(VALUES, [7, 9], ["a", None, "b"]),
-        lambda: text_feature_heatmap(VALUES, [7, 9], ["a"] * 3, ["one", "two"]),
-        lambda: text_feature_heatmap(VALUES, [7, 9], ["a"] * 3, ["one", "two", "three", "four"]),
+        lambda: text_feature_heatmap(VALUES, [7, 9], ["a"] * 4),
+        lambda: text_feature_heatmap(VALUES, [7, 9], ["a", "b", "a", None]),
         lambda: category_feature_heatmap(VALUES, ["a", "b", "c"], [7, 9, 11]),
         lambda: category_feature_heatmap(VALUES, ["a", "b"], [7, 9]),
     ],

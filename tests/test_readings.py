@@ -1,6 +1,7 @@
 """Classes of tokens, and form against content, on data whose answers are known by hand."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse
 from conftest import TEXTS, save_random
@@ -10,12 +11,16 @@ from lenslab.features.activations import FeatureActivations
 from lenslab.features.readings import (
     CLASSES,
     direct_logits,
+    feature_names,
     final_norm,
+    firing_summary,
     form_and_concept,
     token_class,
     token_classes,
 )
+from lenslab.features.specialists import discriminate
 from lenslab.models import load_model
+from lenslab.texts import label_texts
 from lenslab.tokens import tokenize
 
 FORMS, CONCEPTS = 4, 12
@@ -73,6 +78,68 @@ def test_activation_is_shared_out_over_classes(model):
     assert table["all tokens"].iloc[:-1].sum() == pytest.approx(1)
 
 
+def test_features_are_named_by_the_token_they_fire_on_most(model):
+    batch = tokenize(model, ["(7)", "2 (7"])
+    seven, bracket = (np.zeros(batch.real.shape) for _ in range(2))
+    for row, position in batch.real.nonzero().tolist():
+        string = batch.strings(row)[position].strip()
+        seven[row, position], bracket[row, position] = string == "7", string == "("
+    fa = planted(batch, [2 * seven + bracket, seven + 2 * bracket, 0 * seven])
+    first, second, silent = feature_names(fa, np.array([0, 1, 2]))
+    assert first == "0 '7'" and second.startswith("1 ") and "(" in second
+    assert silent.startswith("2 ")
+
+
+def test_the_main_class_is_named_and_the_score_is_told_without_it(model):
+    """Feature 0 tells digits apart by commas alone, 1 by its digits; 2 never fires."""
+    rows = [(kind, f"{kind} {i}{i + 1}" + ", " * (kind == "a")) for i in range(6) for kind in "ab"]
+    table = pd.DataFrame(rows, columns=["category", "text"]).assign(
+        split=["discovery"] * 6 + ["held_out"] * 6
+    )
+    labels = label_texts(table)
+    batch = tokenize(model, list(labels.texts))
+    strings = [batch.strings(row) for row in range(len(batch))]
+    comma = np.array([["," in s for s in row] for row in strings]) & batch.real.numpy()
+    digit = np.array([[token_class(s) == "digits" for s in row] for row in strings])
+    digit &= batch.real.numpy()
+    inside = labels.inside[:, [0]]
+    fires = [comma * 9.0 + digit * 0.25, digit * (1.0 + inside) + comma * 0.5, digit * 0.0]
+    fa = planted(batch, fires)
+    found = firing_summary(fa, [0, 0], labels).loc[0]
+    assert found["category"] == "a" and found["fires_on"] == "operator or punctuation"
+    held = labels.held_out
+    commas, digits = comma[held].sum() * 9.0, digit[held].sum() * 0.25
+    assert found["share"] == pytest.approx(commas / (commas + digits)) == found["token_share"]
+    assert found["token"].strip() == ","
+    assert found["auroc"] == 1 and found["auroc_without"] == 0.5
+    assert feature_names(fa[labels.held_out], [0])[0] == f"0 {found['token']!r}"
+    found = firing_summary(fa, [1, 2], labels)
+    assert found.loc[0, ["fires_on", "auroc", "auroc_without"]].tolist() == ["digits", 1, 1]
+    assert found["fires_on"][1] == "nothing" and found["share"][1] == 0
+    assert found["auroc"][1] == found["auroc_without"][1] == 0.5
+    with pytest.raises(ValueError, match="encode labels"):
+        firing_summary(fa[:7], [0, 1], labels)
+    with pytest.raises(ValueError, match="Negative"):
+        firing_summary(planted(batch, [digit * -1.0]), [0, 0], labels)
+
+
+def test_the_summary_is_of_the_held_out_half(model):
+    """Shares as `token_classes` of it, and the score that `discriminate` gives."""
+    rows = [(kind, f"{kind * (i + 1)} {i}+{i}, ({i})") for i in range(6) for kind in "ab"]
+    labels = label_texts(pd.DataFrame(rows, columns=["category", "text"]))
+    batch = tokenize(model, list(labels.texts))
+    random = np.random.default_rng(0)
+    fa = planted(batch, [random.random(batch.real.shape) * batch.real.numpy() for _ in range(3)])
+    found = discriminate({"x": fa.pool("max")}, labels, n=5)
+    summary = firing_summary(fa, found["feature"].tolist(), labels)
+    assert np.allclose(summary["auroc"], found["auroc"])
+    shares = token_classes(fa[np.flatnonzero(labels.held_out)], summary["feature"].tolist())
+    for row in summary.itertuples():
+        of_classes = shares[str(row.feature)].iloc[:-1]
+        assert row.fires_on == of_classes.idxmax() and row.share == of_classes.max()
+        assert row.token_share == shares[str(row.feature)]["one token"]
+
+
 def grid():
     form = np.repeat([f"form {i}" for i in range(FORMS)], CONCEPTS)
     concept = np.tile([f"concept {i}" for i in range(CONCEPTS)], FORMS)
@@ -122,17 +189,23 @@ def test_a_concept_without_a_form_is_refused():
         form_and_concept(values, form[1:], concept)
 
 
-def test_a_constant_feature_has_no_shares():
+@pytest.mark.parametrize("value", [1.0, 0.1, 3.3e7])
+def test_a_feature_that_does_not_vary_is_left_out(value):
+    """It has no variance to share out: its shares were NaN, or rounding over rounding."""
     form, concept = grid()
-    found = form_and_concept(np.ones((len(form), 1)), form, concept, n=5)
-    assert np.isnan(found.form[0]) and np.isnan(found.concept[0])
+    rounding = 1 + 1e-7 * np.random.default_rng(0).random(len(form))
+    varies = np.random.default_rng(1).random(len(form))
+    constant = np.full(len(form), value)
+    matrix = np.column_stack([constant, varies, constant * rounding])
+    found = form_and_concept(matrix.astype(np.float32), form, concept, n=5)
+    assert found["feature"].tolist() == [1] and found.notna().all(axis=None)
+    alone = form_and_concept(matrix[:, 1:2], form, concept, n=5)
+    assert np.allclose(found.drop(columns="feature"), alone.drop(columns="feature"), atol=1e-6)
+    none = form_and_concept(matrix[:, :1], form, concept, n=5)
+    assert none.empty and list(none.columns) == list(found.columns)
 
 
-def test_a_constant_feature_is_no_evidence_for_form_or_content():
-    """NaN is never at or above NaN: its p was the smallest there is."""
-    form, concept = np.repeat(["a", "b"], 6), np.tile(np.arange(6), 2)
-    table = form_and_concept(np.ones((12, 1)), form, concept, n=20)
-    assert table["form"].isna().all() and (table[["form_p", "concept_p"]] == 1).all(axis=None)
+def test_two_forms_and_two_contents_are_needed():
     with pytest.raises(ValueError, match="two of each"):
         form_and_concept(np.ones((12, 1)), ["a"] * 12, np.arange(12))
 

@@ -192,6 +192,7 @@ def test_licence_is_mit_of_the_lenslab_authors():
 
 FLOORS = (  # each may import those before it, and its own
     ("runtime", "files", "stats", "metrics"),
+    ("smollm2",),
     ("texts", "loading", "models"),
     ("hooks", "tokens", "capture", "store", "records"),
     ("sae",),

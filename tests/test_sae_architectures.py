@@ -20,8 +20,9 @@ from sae_lens import (
 from sae_lens.saes.sae import TrainStepInput
 
 from lenslab.runtime import derive_generator
-from lenslab.sae.load import load_sae, save_sae
+from lenslab.sae.load import load_sae
 from lenslab.sae.registry import NotAnSAE
+from lenslab.sae.save import save_sae
 from lenslab.sae.train import architectures
 from lenslab.sae.train.architectures import ARCHITECTURES, FOR, TOPK_FAMILY, build_sae
 from lenslab.sae.train.convert import to_saelens

@@ -16,7 +16,7 @@ from lenslab.sae import evaluate
 from lenslab.sae.controls import evaluate_null, random_sae
 from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.find import train_small_sae
-from lenslab.sae.load import SAEMismatch
+from lenslab.sae.load import SAEMismatch, sae_key
 from lenslab.tokens import TokenBatch, pack, tokenize
 
 TEXTS = [
@@ -116,7 +116,7 @@ def test_neither_batch_size_nor_padding_changes_a_metric(bold, batch):
     for other in (batch, tokenize(bold, TEXTS, pad_side="left")):
         cut = evaluate_sae(bold, sae, other, batch_size=1)
         assert without_tensors(cut) == pytest.approx(without_tensors(whole), rel=1e-4, abs=1e-5)
-        assert torch.equal(cut.fired, whole.fired)
+        assert cut.dead == whole.dead
 
 
 def test_what_is_at_bos_and_padding_never_counts(bold, batch):
@@ -188,7 +188,6 @@ def test_sparsity_and_reconstruction_agree_with_formulas_written_out(bold, batch
     assert close(m.reconstruction_bias, float(y.square().sum() / (x * y).sum()), 1e-4)
     rate = (f != 0).double().mean(0)
     assert m.dead == int((rate == 0).sum()) and m.dense == int((rate > 0.1).sum())
-    assert torch.equal(m.fired, (f != 0).sum(0))
 
 
 def test_saved_metrics_hold_values_versions_and_config(bold, batch, tmp_path):
@@ -198,7 +197,7 @@ def test_saved_metrics_hold_values_versions_and_config(bold, batch, tmp_path):
     assert saved["values"] == m.to_dict() and saved["values"]["l0"] == m.l0
     assert saved["config"] == {"texts": "four lines"} and "sae-lens" in saved["versions"]
     frame = m.to_frame()
-    assert len(frame) == 1 and frame.loc[0, "sae"] == "tiny" and "fired" not in frame
+    assert len(frame) == 1 and frame.loc[0, "sae"] == "tiny"
     with pytest.raises(dataclasses.FrozenInstanceError):
         m.l0 = 1.0
 
@@ -281,6 +280,26 @@ def test_a_forgotten_hook_is_not_measured_as_the_saes(bold, batch, hook):
     finally:
         bold.reset_hooks()
     assert evaluate_sae(bold, tiny_sae(bold), batch).n_texts == 4
+
+
+def test_a_hook_left_on_the_sae_is_not_measured_as_the_saes(bold, batch):
+    sae = tiny_sae(bold)
+    sae.add_hook("hook_sae_acts_post", lambda value, hook: value * 0)
+    with pytest.raises(ValueError, match="hook_sae_acts_post has a hook"):
+        evaluate_sae(bold, sae, batch)
+    with pytest.raises(ValueError, match="hook_sae_acts_post has a hook"):
+        sae_key(sae)
+
+
+@pytest.mark.parametrize("window", [5, 6, 7, None])
+def test_texts_longer_than_the_windows_of_the_training_are_told(bold, recwarn, window):
+    batch = tokenize(bold, ["A cat sat.", "2 + 2 = 4"])
+    longest = int(batch.attention.sum(1).max())
+    window = window and longest + window - 6
+    evaluate_sae(bold, tiny_sae(bold, context_size=window), batch)
+    told = [str(each.message) for each in recwarn if "windows of" in str(each.message)]
+    assert len(told) == (window == longest - 1)
+    assert all(f"windows of {window} tokens" in each and str(longest) in each for each in told)
 
 
 @pytest.mark.parametrize("cells", [1, 900, 20_000])

@@ -10,26 +10,28 @@ import shutil
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from test_sae_pretrained import HOOK, edit_config, shaken_folder, tiny_sae  # noqa: F401  (a fixture)
 
 from lenslab.circuits.interventions import splice
 from lenslab.features.activations import encode_features
 from lenslab.files import data_path
 from lenslab.models import load_model, model_key, model_name, random_twin
-from lenslab.sae import find, load
+from lenslab.sae import find, save
 from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.load import (
     SAEMismatch,
     bundled_saes,
     check_sae,
     encode,
+    finish,
     input_transform,
     load_sae,
     neuronpedia_link,
     sae_key,
-    save_sae,
 )
 from lenslab.sae.registry import NotAnSAE
+from lenslab.sae.save import save_sae
 from lenslab.tokens import TokenBatch, tokenize
 
 REFUSED = (ValueError, TypeError)  # by the code, or before it by the types that tests check
@@ -89,6 +91,60 @@ def test_a_field_that_would_be_ignored_is_refused_by_name(
     folder = written_by_hand(model, tmp_path / "sae", architecture, **change)
     with pytest.raises(NotAnSAE, match=named):
         load_sae(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "architecture, field",
+    [("standard", "apply_b_dec_to_input"), ("topk", "rescale_acts_by_decoder_norm")],
+)
+@pytest.mark.parametrize("value", ["false", 0, None])
+def test_what_is_neither_true_nor_false_is_not_taken_for_true(
+    model, tmp_path, architecture, field, value
+):
+    folder = written_by_hand(model, tmp_path / "sae", architecture, **{field: value})
+    with pytest.raises(NotAnSAE, match=f"{field} is {value!r}, not true or false"):
+        load_sae(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        dict(prepend_bos="false"),
+        dict(prepend_bos=0),
+        dict(model_from_pretrained_kwargs=["center_writing_weights"]),
+        dict(model_key=813541),
+        dict(context_size="12"),
+        dict(hook_name=[HOOK]),
+    ],
+)
+def test_metadata_of_another_kind_are_refused_by_name(model, tmp_path, about):
+    folder = written_by_hand(model, tmp_path / "sae", about=about)
+    with pytest.raises(NotAnSAE, match=f"sae: {next(iter(about))} is .*, not "):
+        load_sae(folder, device="cpu")
+
+
+def test_metadata_that_are_a_list_are_no_saes(model, tmp_path):
+    folder = written_by_hand(model, tmp_path / "sae")
+    edit_config(folder, lambda config: config.update(metadata=[1]))
+    with pytest.raises(NotAnSAE, match="does not fit"):
+        load_sae(folder, device="cpu")
+
+
+def test_weights_that_are_integers_are_refused(model, tmp_path):
+    file = written_by_hand(model, tmp_path / "sae") / "sae_weights.safetensors"
+    save_file({k: (10 * v).to(torch.int8) for k, v in load_file(file).items()}, file)
+    with pytest.raises(NotAnSAE, match="holds integers"):
+        load_sae(tmp_path / "sae", device="cpu")
+
+
+def test_an_sae_that_reads_several_tokens_at_a_time_is_refused(model):
+    from sae_lens import SAE
+
+    config = tiny_sae(model).cfg.to_dict() | dict(
+        architecture="temporal", kval_topk=3, n_heads=4, bottleneck_factor=1
+    )
+    with pytest.raises(NotAnSAE, match="several tokens"):
+        finish(SAE.from_dict(config), "mine")
 
 
 def old_config(model, folder, **fields):
@@ -198,11 +254,25 @@ def test_an_sae_is_used_on_a_copy_or_a_fine_tune_when_one_says_so(model, batch):
         check_sae(tiny_sae(model, "blocks.1.mlp.hook_post"), model)
 
 
-def test_the_same_weights_in_another_dtype_are_accepted_with_a_word(model, gpt2_folder):
-    sae = tiny_sae(model, model_key=model_key(model))
+def test_the_same_weights_in_another_dtype_are_accepted_with_a_word(model, gpt2_folder, tmp_path):
     half = load_model(gpt2_folder, dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match=r"bfloat16: not compared"):
-        check_sae(sae, half)
+        check_sae(tiny_sae(model, model_key=model_key(model)), half)
+    word = r"these weights in another dtype than torch\.float32"
+    with pytest.warns(UserWarning, match=word):
+        check_sae(tiny_sae(model, model_key=model_key(half)), model)
+    shutil.copytree(gpt2_folder, tmp_path / "half")
+    file = tmp_path / "half" / "model.safetensors"
+    save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, {"format": "pt"})
+    whole, half = (load_model(tmp_path / "half", dtype=d) for d in (torch.float32, torch.bfloat16))
+    for whole.cfg.model_name in [model_name(half)]:
+        with pytest.warns(UserWarning, match=word):
+            check_sae(tiny_sae(half, model_key=model_key(half)), whole)
+        with pytest.warns(UserWarning, match=word.replace("float32", "bfloat16")):
+            check_sae(tiny_sae(half, model_key=model_key(whole)), half)
+    other = random_twin(model, label=model_name(model))
+    with pytest.raises(SAEMismatch, match="has others"):
+        check_sae(tiny_sae(model, model_key=model_key(half)), other)
 
 
 def test_decoder_rows_of_several_lengths_are_told_with_how_to_fold_them(model, tmp_path, x):
@@ -230,6 +300,9 @@ def test_decoder_rows_of_several_lengths_are_told_with_how_to_fold_them(model, t
         lambda c: c.pop("k"),
         lambda c: c.update(apply_b_dec_to_input=False),
         lambda c: c.update(rescale_acts_by_decoder_norm=True),
+        lambda c: c["metadata"].pop("config_key"),
+        lambda c: c["metadata"].update(config_key=None, prepend_bos=False),
+        lambda c: c["metadata"].pop("weights_sha256"),
     ],
 )
 def test_a_config_that_was_edited_is_refused_also_where_it_ships(model, tmp_path, change):
@@ -316,7 +389,7 @@ def test_a_full_disk_is_said_in_a_sentence_and_the_old_one_stays(
         swaps = iter([rename, rename, fail, rename])
         monkeypatch.setattr(os, "replace", lambda *places: next(swaps)(*places))
     else:
-        monkeypatch.setattr(load, step, fail)
+        monkeypatch.setattr(save, step, fail)
     with pytest.raises(OSError, match=r"sae was not saved, what was there stays: No space"):
         save_sae(tiny_sae(model, seed=2), tmp_path / "sae")
     monkeypatch.setattr(os, "replace", rename)
@@ -370,6 +443,23 @@ def test_the_key_of_an_sae_covers_all_that_changes_a_number(model):
     assert sae_key(base) == sae_key(copy.deepcopy(base))
 
 
+def test_the_key_of_an_sae_covers_an_activation_function_that_was_put_in(model):
+    sae = tiny_sae(model, architecture="topk")
+    keys = [sae_key(sae), sae_key(sae.train()), sae_key(copy.deepcopy(sae))]
+    assert len(set(keys)) == 1
+    sae.activation_fn.k = 2
+    keys.append(sae_key(sae))
+    for sae.activation_fn in (torch.nn.ReLU(), torch.nn.LeakyReLU(0.1), torch.nn.LeakyReLU(0.2)):
+        keys.append(sae_key(sae))
+    assert len(set(keys)) == 5
+
+
+def test_arguments_that_are_swapped_are_named(model, batch):
+    for function in (check_sae, input_transform):
+        with pytest.raises(TypeError, match=r"is no SAE: .*\(sae, model\)|parameter 'sae'"):
+            function(model, tiny_sae(model))
+
+
 def test_keys_of_what_ships_stay(model):
     known = {
         "pocket-gpt-resid-3": "f704a2961b60693f",
@@ -415,9 +505,11 @@ def test_a_latent_that_is_not_there_has_no_page(model, index):
 
 
 def test_on_a_model_of_long_context_an_sae_is_trained_on_short_windows(model, monkeypatch):
-    asked = []
+    seen = []
     monkeypatch.setattr(model.cfg, "n_ctx", 131_072)
-    monkeypatch.setattr(find, "pack", lambda model, texts, length: asked.append(length) or 1 / 0)
+    monkeypatch.setattr(
+        find, "_kept_or_trained", lambda model, hook, batch, steps: seen.append(batch) or 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         find.find_sae(model)
-    assert asked == [1024]
+    assert seen[0].tokens.shape == (128, 1024)  # as many as one pool holds

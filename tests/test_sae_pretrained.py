@@ -21,7 +21,7 @@ from lenslab.files import data_path
 from lenslab.hooks import UnknownHook
 from lenslab.models import load_model, model_name, random_twin
 from lenslab.sae import hub as hub_commands
-from lenslab.sae import load, registry
+from lenslab.sae import registry, save
 from lenslab.sae.find import TRAIN_BATCH, find_sae, train_small_sae
 from lenslab.sae.load import (
     SAEMismatch,
@@ -30,9 +30,9 @@ from lenslab.sae.load import (
     load_sae,
     neuronpedia_link,
     sae_hook,
-    save_sae,
 )
 from lenslab.sae.registry import NotAnSAE, SAENotHere
+from lenslab.sae.save import save_sae
 from lenslab.tokens import pack
 
 HOOK = "blocks.1.hook_resid_post"
@@ -100,7 +100,7 @@ def test_saving_again_replaces_the_folder_and_a_failed_save_leaves_the_old_one(
     save_sae(first, tmp_path / "sae")
     save_sae(second, tmp_path / "sae")
     assert torch.equal(load_sae(tmp_path / "sae", device="cpu")(x), second(x))
-    monkeypatch.setattr(load, "write_json", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(save, "write_json", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_sae(first, tmp_path / "sae")
     assert torch.equal(load_sae(tmp_path / "sae", device="cpu")(x), second(x))
@@ -131,9 +131,12 @@ def flip_a_byte(file):
     [
         (lambda f: edit_config(f, lambda c: c.pop("metadata")), "hook"),
         (
-            lambda f: edit_config(f, lambda c: c["metadata"].pop("sae_lens_version")),
+            lambda f: edit_config(
+                f, lambda c: c.update(metadata=dict(hook_name=HOOK))
+            ),  # as written by hand, without hashes
             "sae_lens_version",
         ),
+        (lambda f: edit_config(f, lambda c: c["metadata"].pop("sae_lens_version")), "hash"),
         (lambda f: edit_config(f, lambda c: c.update(architecture="nonesuch")), "nonesuch"),
         (lambda f: edit_config(f, lambda c: c.update(d_in=31)), "fit"),
         (lambda f: (f / "cfg.json").write_text("{"), "JSON"),
@@ -418,15 +421,36 @@ def test_what_the_commands_advise_are_commands(hub, capsys):
     assert ".venv/bin/python -m lenslab.sae.hub list shows all" in capsys.readouterr().err
 
 
+def test_a_bundled_sae_or_a_folder_is_not_taken_for_a_release(model, tmp_path, capsys):
+    folder = save_sae(tiny_sae(model), tmp_path / "sae")
+    for name in ("pocket-gpt-resid-3", str(folder)):
+        for command in (["check", name, HOOK], ["download", name, HOOK], ["list", name]):
+            assert hub_commands.main(command) == 1
+            assert f"{name} is a single SAE, no release" in capsys.readouterr().err
+        with pytest.raises(NotAnSAE, match="single SAE"):
+            load_sae(name, HOOK)
+    assert hub_commands.main(["check", "pocket-gpt-resid-3"]) == 0
+
+
+def test_the_list_of_a_release_names_its_saes_and_which_are_here(hub, tmp_path, capsys):
+    fill_cache(hub, REPOSITORY, twin_of_res_jb(tmp_path / "twin"))
+    assert hub_commands.main(["list", RELEASE]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(registry.paths_of(RELEASE))
+    assert [line for line in lines if "cached" in line] == [f"{SAE_ID}  (cached)"]
+    assert hub_commands.main(["list", "gpt2-small-res-jbb"]) == 1
+    assert RELEASE in capsys.readouterr().err
+
+
 def test_the_list_is_printed_without_importing_transformer_lens():
     code = """
 import sys
 from lenslab.sae.hub import main
-assert main(["list", "--model", "gpt2"]) == 0
+assert main(["list", "--model", "gpt2"]) == main(["list", "gpt2-small-res-jb"]) == 0
 print([name for name in ("transformer_lens", "sae_lens", "transformers") if name in sys.modules])
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert RELEASE in ran.stdout and ran.stdout.splitlines()[-1] == "[]"
+    assert RELEASE in ran.stdout and SAE_ID in ran.stdout and ran.stdout.splitlines()[-1] == "[]"
 
 
 def test_the_list_is_the_one_that_saelens_loads_from():

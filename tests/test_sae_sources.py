@@ -295,3 +295,24 @@ def test_rows_are_known_again_too():
     assert len(mine) == 1500 and TensorSource(x[700:705]).documents() <= mine
     assert not TensorSource(x[1500:]).documents() & mine
     assert share(TensorSource(x[1250:1750].double()).documents(), mine) == 0.5
+
+
+def test_massive_vectors_give_their_place_to_others():
+    """At every hook: what a transcoder reads and writes stays together."""
+    read = torch.nn.functional.normalize(torch.randn(1000, 8, generator=derive_generator(0, "v")))
+    written = 3 * read
+    read[[7, 500]] *= 200
+    written[600] *= 200
+    source = TensorSource({"read": read, "written": written})
+    pool = source.pool(0, 0)
+    assert source.sizes(0) == [1000] == [len(pool["read"])]
+    assert pool["read"].norm(dim=1).max() < 1.001 and pool["written"].norm(dim=1).max() < 3.001
+    assert torch.allclose(pool["written"], 3 * pool["read"])
+    distinct = pool["read"].unique(dim=0)
+    assert len(distinct) == 997
+    assert torch.equal(source.pool(0, 0)["read"], pool["read"])
+
+
+def test_where_no_vector_is_massive_all_are_dealt_out():
+    values = numbered(1000)
+    assert torch.equal(rows(TensorSource(values))[0].sort().values, torch.arange(1000))

@@ -20,7 +20,8 @@ from lenslab.capture import harvest
 from lenslab.files import NotWritten, latest_checkpoint, save_checkpoint
 from lenslab.models import model_key, model_name, random_twin
 from lenslab.runtime import derive_generator, progress_bar
-from lenslab.sae.load import load_sae, save_sae
+from lenslab.sae.load import SAEMismatch, input_transform, load_sae
+from lenslab.sae.save import save_sae
 from lenslab.sae.train import (
     ModelSource,
     StoreSource,
@@ -34,7 +35,7 @@ from lenslab.sae.train import (
 from lenslab.sae.train.architectures import ARCHITECTURES, FOR
 from lenslab.sae.train.base import TrainingFailed
 from lenslab.store import ActivationStore
-from lenslab.tokens import pack
+from lenslab.tokens import pack, tokenize
 
 D_IN, D_SAE, K = 16, 64, 3
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
@@ -187,6 +188,32 @@ def test_what_the_saved_sae_says(model, tmp_path):
         "lenslab_version": __version__,
     }
     assert {key: metadata[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("kind", ["store", "model"])
+def test_a_saved_sae_says_whether_its_texts_began_with_bos(kind, bos, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("LENSLAB_COMPUTE", "float32")
+    batch = tokenize(model, TEXTS, bos=bos, pad_side="left")
+    source = ModelSource(model, batch, HOOKS)
+    if kind == "store":
+        source = StoreSource(stored(model, batch, tmp_path / "store"))
+    config, told = TrainingConfig(16, batch=16), {"hook_name": HOOKS[0], "prepend_bos": not bos}
+    sae = train(members(), source, config, progress=False)["first"].sae
+    loaded = load_sae(save_sae(sae, tmp_path / "sae"))
+    assert loaded.cfg.metadata.prepend_bos is bos
+    assert loaded.cfg.metadata.context_size == batch.tokens.shape[1]
+    input_transform(loaded, model, batch)
+    if not bos:
+        with pytest.raises(SAEMismatch, match="without BOS"):
+            input_transform(loaded, model, tokenize(model, TEXTS))
+    with pytest.raises(ValueError, match="prepend_bos"):
+        run(build_sae("topk", 32, 64, k=4, metadata=told), source, config)
+
+
+def test_of_vectors_alone_nobody_knows_whether_there_was_a_bos(vectors, tmp_path):
+    sae = run(new(), vectors, replace(CONFIG, vectors=512)).sae
+    assert load_sae(save_sae(sae, tmp_path / "sae")).cfg.metadata.prepend_bos is None
 
 
 # Dead latents
@@ -407,8 +434,8 @@ def test_another_version_or_machine_is_said_when_a_run_goes_on(
 ):
     interrupted(new(), 9, vectors, ALWAYS, folder=tmp_path)
     with monkeypatch.context() as patched:
-        there = trainer.versions() | {"torch": "99.1"}
-        patched.setattr(trainer, "versions", lambda: there)
+        there = trainer.files.versions() | {"torch": "99.1"}
+        patched.setattr(trainer.files, "versions", lambda: there)
         interrupted(new(), 9, vectors, ALWAYS, folder=tmp_path)
     assert "perhaps not to the bit: torch was" in capsys.readouterr().out
     monkeypatch.setenv("LENSLAB_COMPUTE", "bfloat16")
@@ -557,6 +584,31 @@ def test_an_interrupt_waits_for_the_step_to_end_and_leaves_a_checkpoint(vectors,
     assert state["step"] == 30 and len(state["members"]["b"]["history"]) == 3
     resumed = train(saes, source, SHORT, folder=tmp_path, progress=False)
     assert "goes on at step 30 of 40" in capsys.readouterr().out
+    assert all(equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_an_interrupt_before_the_first_step_says_that_nothing_is_lost(vectors, tmp_path, capsys):
+    """While documents are hashed, the first vectors made, and an SAE is fitted."""
+
+    class Stopped(TensorSource):
+        def documents(self):
+            ctrl_c()
+
+        def pool(self, epoch, number, enough=None):
+            ctrl_c()
+
+    held_out, saes = TensorSource(planted(300, "h")), {"a": new(), "b": new("relu")}
+    whole = train({"a": new(), "b": new("relu")}, TensorSource(vectors), SHORT, progress=False)
+    for options in ({"held_out": held_out}, {"folder": tmp_path}):
+        with pytest.raises(KeyboardInterrupt):
+            train(saes, Stopped(vectors), SHORT, progress=False, **options)
+        assert "before the first step, nothing is lost" in capsys.readouterr().out
+    fit = saes["a"].fit
+    saes["a"].fit = lambda *given: (ctrl_c(), fit(*given))
+    with pytest.raises(KeyboardInterrupt):
+        train(saes, TensorSource(vectors), SHORT, folder=tmp_path, progress=False)
+    assert capsys.readouterr().out.count("nothing is lost") == 1
+    resumed = train(saes, TensorSource(vectors), SHORT, folder=tmp_path, progress=False)
     assert all(equal(whole[name], resumed[name]) for name in whole)
 
 
@@ -799,6 +851,31 @@ def test_a_loss_that_runs_away_slowly_stops_the_run_too(vectors):
         run(sae, vectors)
 
 
+@pytest.mark.parametrize("architecture", ["topk", "relu"])
+def test_vectors_far_from_the_origin_are_no_divergence_and_one_of_theirs_is_told(
+    architecture, vectors
+):
+    """Not centred: at the start the error is the mean itself, thousands of times the variance."""
+    far = vectors + 1000
+    rows = run(new(architecture, centre=False), far).history.fvu
+    assert rows.iloc[0] > 100 and rows.iloc[-1] < 0.2 * rows.iloc[0]
+    with pytest.raises(TrainingFailed, match="Lower lr"):
+        run(new(architecture, centre=False), far, replace(CONFIG, lr=30.0))
+
+
+@pytest.mark.parametrize(("log_every", "moved"), [(1000, 100.0), (1, 3.0)])
+def test_far_vectors_diverge_in_one_step_or_in_a_row(log_every, moved, vectors):
+    sae, after = new(centre=False), []
+
+    def worse():
+        after.append(1)
+        sae.b_dec.data += moved * (len(after) == 60)
+
+    sae.after_step = worse
+    with pytest.raises(TrainingFailed, match=r"step 6\d: diverged"):
+        run(sae, vectors + 1000, replace(CONFIG, log_every=log_every))
+
+
 @pytest.mark.parametrize("architecture", ["relu", "gated"])
 def test_a_penalty_that_silences_every_latent_is_no_divergence(architecture, vectors):
     config = replace(CONFIG, lr=1e-2)
@@ -842,6 +919,30 @@ def test_documents_are_known_in_another_packing(model, tmp_path):
     ):
         with pytest.raises(ValueError, match="trained on"):
             train(members(), source, config, held_out=again)
+
+
+def test_constant_held_out_vectors_are_refused_before_the_first_step(vectors):
+    sae = new()
+    sae.loss = None
+    with pytest.raises(ValueError, match="constant at vectors"):
+        run(sae, vectors, held_out=TensorSource(torch.full((300, D_IN), 2.0)))
+    both = TensorSource({"vectors": vectors, "other": vectors})
+    half = {"vectors": planted(300, "h"), "other": torch.zeros(300, D_IN)}
+    transcoder = new("transcoder", metadata={"hook_name_out": "other"})
+    with pytest.raises(ValueError, match="constant at other"):
+        run(transcoder, both, held_out=TensorSource(half))
+    run(new(), both, replace(CONFIG, vectors=512), held_out=TensorSource(half))
+    run(new(), vectors, replace(CONFIG, vectors=512), held_out=TensorSource(planted(2, "h")))
+
+
+@pytest.mark.parametrize("kind", ["store", "model"])
+def test_a_hook_of_equal_width_that_the_data_are_not_of_is_refused(kind, model, tmp_path):
+    batch, metadata = packed(model, 30), {"hook_name": "blocks.1.hook_resid_post"}
+    source = ModelSource(model, batch, HOOKS)
+    if kind == "store":
+        source = StoreSource(stored(model, batch, tmp_path / "store"))
+    with pytest.raises(ValueError, match=r"no hook_name blocks\.1\.hook_resid_post"):
+        run(build_sae("topk", 32, 64, k=4, metadata=metadata), source)
 
 
 def test_held_out_vectors_of_another_model_or_without_tokens_are_refused(model):

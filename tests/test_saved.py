@@ -7,6 +7,7 @@ from random import Random
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from lenslab import files
 from lenslab.files import Result, save_result, saved_result
@@ -120,3 +121,26 @@ def test_a_saved_result_says_by_itself_whether_it_was_changed(tmp_path):
     content = files.verified(json.loads((tmp_path / "result.json").read_text()))
     assert content["values"] == {"value": None}
     assert content["config"] == {"seed": 3, "sizes": [1, 2]}
+
+
+def test_every_kind_of_value_of_a_result_becomes_plain_json():
+    @dataclass(frozen=True)
+    class Mixed(Result):
+        array: np.ndarray
+        tensor: torch.Tensor
+        table: pd.DataFrame
+        inner: tuple
+        by_number: dict
+
+    mixed = Mixed(
+        array=np.array([[1.5, np.nan], [-np.inf, 2.0]]),
+        tensor=torch.tensor([True, False]),
+        table=pd.DataFrame({"a": [1, 2]}, index=["x", "y"]),
+        inner=(Number(float("inf")), np.float32(0.5), None),
+        by_number={3: np.int64(4)},
+    )
+    plain = mixed.to_dict()
+    assert plain["array"] == [[1.5, None], [None, 2.0]] and plain["tensor"] == [True, False]
+    assert plain["table"]["index"] == ["x", "y"] and plain["table"]["data"] == [[1], [2]]
+    assert plain["inner"] == [{"value": None}, 0.5, None] and plain["by_number"] == {"3": 4}
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain

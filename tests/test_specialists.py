@@ -16,6 +16,7 @@ from lenslab.features.specialists import (
     discriminate,
     find_specialists,
     halves,
+    label_rows,
     language_folds,
     precision_at_best_f1,
     search,
@@ -309,10 +310,62 @@ def test_the_older_score_and_its_null_stand_beside_and_all_is_saved(tmp_path):
     assert saved["values"]["table"][0]["feature"] == 3 and saved["values"]["seed"] == 0
 
 
-def test_features_that_never_fire_are_refused_with_the_reason():
+def test_features_that_never_fire_are_no_specialists():
     labels = label_texts(table(n=10))
-    with pytest.raises(ValueError, match="fires on any text"):
-        find_specialists(noisy(labels) * 0, labels, {"nothing": noisy(labels, seed=2)}, n=20)
+    found = find_specialists(noisy(labels) * 0, labels, {"nothing": noisy(labels, seed=2)}, n=20)
+    assert not found.table["specialist"].any() and not any(n.observed for n in found.count_nulls)
+
+
+def test_best_by_count_names_no_kind_where_no_score_is_above_zero():
+    labels = label_texts(table(n=10))
+    controls = {"nothing": noisy(labels, seed=2)}
+    found = find_specialists(noisy(labels, good=1), labels, controls, n=20)
+    assert found.best_by_count() == found.best_by_count(5.0) == "a"
+    for score in (-1, 0):
+        found.table["count_score_half"] = score
+        assert found.best_by_count() is None and found.best_by_count(5.0) == "a"
+
+
+# A matrix and its labels
+
+
+def test_a_matrix_and_plain_labels_are_enough():
+    labels = label_texts(table())
+    values = noisy(labels, good=1)
+    found = discriminate(scipy.sparse.csr_array(values), labels.category.tolist(), n=99)
+    assert found["category"].tolist() == ["a", "b", "c"] and (found["sae"] == "SAE").all()
+    assert found["feature"][0] == 3 and found["auroc"][0] == 1 and found["discriminating"][0]
+    rows = label_rows(labels.category)
+    again = discriminate({"SAE": values}, rows, n=99)
+    pd.testing.assert_frame_equal(found, again)
+    assert np.bincount(rows.held_out).tolist() == [30, 30] and not rows.stratum.any()
+    other = discriminate(values, labels.category, n=99, seed=1)
+    assert not other["auroc_discovery"].equals(found["auroc_discovery"])
+    frame = pd.Series(labels.category, index=range(100, 160))  # a Series goes by its order
+    pd.testing.assert_frame_equal(found, discriminate(values, frame, n=99))
+
+
+def test_halves_and_strata_may_be_given():
+    labels = label_texts(table())
+    values = noisy(labels, good=0.5)
+    marks = labels.held_out.astype(int)
+    rows = label_rows(labels.category, held_out=marks, strata=labels.stratum.astype(str))
+    found, expected = (discriminate({"x": values}, one, n=99) for one in (rows, labels))
+    pd.testing.assert_frame_equal(found, expected)
+    one = discriminate(values, label_rows(labels.category, held_out=marks), n=99)
+    assert one["auroc"].equals(expected["auroc"]) and not one["p"].equals(expected["p"])
+
+
+@pytest.mark.parametrize("missing", [None, np.nan, ""])
+def test_a_missing_label_or_stratum_is_refused(missing):
+    labels = ["a", "b"] * 10
+    with pytest.raises(ValueError, match="missing"):
+        label_rows([*labels[:-1], missing])
+    if missing != "":
+        with pytest.raises(ValueError, match="missing"):
+            label_rows(labels, strata=[*labels[:-1], missing])
+    with pytest.raises(ValueError, match="20 texts but 19 labels"):
+        discriminate(np.ones((20, 2)), labels[:-1])
 
 
 def test_controls_and_a_fitting_discrimination_are_needed(unchecked):

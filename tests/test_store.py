@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import inspect
 import json
 import os
 import signal
@@ -10,11 +11,13 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lenslab import capture
 from lenslab import store as store_module
 from lenslab.capture import BadActivations, harvest
-from lenslab.files import REPOSITORY, NotWritten, content_key, only_writer
+from lenslab.files import REPOSITORY, NotWritten, only_writer, signed
 from lenslab.hooks import UnknownHook, stream_hook
 from lenslab.models import random_twin
 from lenslab.store import ActivationStore, DamagedShard, StoreMismatch
@@ -74,20 +77,12 @@ def test_rows_come_in_the_order_asked_for(fill):
     asked = torch.tensor([len(store) - 1, 0, 7, 7, 50])
     assert torch.equal(store.rows(asked, HOOK), rows[asked])
     assert store.rows([], HOOK).shape == (0, 32)
-    for bad in ([len(store)], [-1]):
+    mask = [True] + [False] * (len(store) - 1)  # as numbers, it would be rows 1 and 0
+    for bad in ([len(store)], [-1], mask, torch.tensor(mask), [0.5], [1.0]):
         with pytest.raises(IndexError):
-            store.rows(bad, HOOK)
+            inspect.unwrap(ActivationStore.rows)(store, bad, HOOK)  # without the tests' types
     with pytest.raises(IndexError):
         store.read(4)
-
-
-def test_statistics_are_those_of_all_rows(fill):
-    store = fill()
-    rows = store.rows(torch.arange(len(store)), HOOK).double()
-    statistics = store.statistics(HOOK)
-    torch.testing.assert_close(statistics["mean"], rows.mean(0))
-    torch.testing.assert_close(statistics["variance"], rows.var(0, correction=0))
-    assert float(statistics["mean_norm"]) == pytest.approx(float(rows.norm(dim=1).mean()))
 
 
 def test_several_hooks_share_one_run_and_heads_lie_side_by_side(model, batch, fill):
@@ -95,7 +90,7 @@ def test_several_hooks_share_one_run_and_heads_lie_side_by_side(model, batch, fi
     store = fill(hooks=hooks)
     z = harvest(model, batch, hooks[1], compute="float32")[hooks[1]][batch.real].flatten(1)
     torch.testing.assert_close(store.rows(torch.arange(len(store)), hooks[1]), z, atol=1e-5, rtol=0)
-    assert store.statistics(hooks[0])["mean"].shape == (32,)
+    assert store.rows([0], hooks[0]).shape == (1, 32)
 
 
 def test_a_store_reads_without_the_model(fill):
@@ -117,10 +112,10 @@ def test_a_shard_depends_on_no_file_that_another_is_written_to(fill, model, batc
         texts = batch[shard * 3 : shard * 3 + 3]
         ranks[shard % 2].write(shard, texts, {HOOK: shards[shard][HOOK]})
         after = contents(ranks[0].folder)
-        assert before.items() <= after.items() and len(after) == len(before) + 2
-    assert ranks[0].missing() == ranks[1].missing() == [] and not ranks[0].complete
-    ranks[1].summarize()
-    assert ranks[0].complete and contents(ranks[0].folder) == contents(whole.folder)
+        assert before.items() <= after.items() and len(after) == len(before) + 1
+        assert ranks[0].complete == (shard == 1)
+    assert ranks[0].missing() == ranks[1].missing() == []
+    assert contents(ranks[0].folder) == contents(whole.folder)
     assert ranks[0].digests == whole.digests
 
 
@@ -166,12 +161,12 @@ from lenslab.capture import harvest
 from lenslab.models import load_model
 from lenslab.tokens import tokenize
 save, written = store.save_file, []
-def killed(tensors, path):
+def killed(tensors, path, **options):
     if len(written) == 2:
         path.write_bytes(b"half a shard")
         os.kill(os.getpid(), signal.SIGKILL)
     written.append(path)
-    save(tensors, path)
+    save(tensors, path, **options)
 store.save_file = killed
 model = load_model({str(gpt2_folder)!r}, device="cpu")
 batch = tokenize(model, {TEXTS!r}, pad_side="left")
@@ -189,8 +184,6 @@ harvest(model, batch, {HOOK!r}, store=opened, batch_size=2, progress=False)
     assert left.read(1)[HOOK].shape[1] == 32 and not left.complete
     with pytest.raises(DamagedShard, match="not written yet"):
         left.read(2)
-    with pytest.raises(DamagedShard, match="not written yet"):
-        left.statistics(HOOK)
     before = contents(left.folder)
     continued, whole = fill("killed"), fill("whole")
     after = contents(continued.folder)
@@ -215,8 +208,7 @@ def test_a_damaged_shard_is_refused_then_redone_and_said(fill, damage):
     if damage == "missing":
         path.unlink()
     elif damage == "of another run":  # a whole shard with its own right hash, of other rows
-        for suffix in (".safetensors", ".json"):
-            path.with_suffix(suffix).write_bytes(before[f"shard-00000{suffix}"])
+        path.write_bytes(before["shard-00000.safetensors"])
     else:
         path.write_bytes(damaged[damage])
     fresh = ActivationStore(store.folder)
@@ -225,19 +217,64 @@ def test_a_damaged_shard_is_refused_then_redone_and_said(fill, damage):
     with pytest.raises(DamagedShard):
         fresh.rows([0, sum(fresh.manifest["rows"][:2])], HOOK)
     assert fresh.rows([0], HOOK).shape == (1, 32), "the others can be read"
-    with pytest.warns(UserWarning, match="shard-00002"):
+    if damage == "missing":
         fill()
+    else:
+        with pytest.warns(UserWarning, match="shard-00002"):
+            fill()
     assert contents(store.folder) == before
 
 
-def test_lost_statistics_are_made_anew(fill):
+def exchange(folder, name, change):
+    """Write other tensors into a file of a store, with the key that is there."""
+    path = folder / f"{name}.safetensors"
+    tensors = {key: value.contiguous() for key, value in change(load_file(path)).items()}
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata=metadata)
+
+
+def test_a_shard_with_other_rows_than_the_manifest_says_is_not_written(fill, batch):
     store = fill()
-    before = contents(store.folder)
-    (store.folder / "statistics.safetensors").write_bytes(b"")
-    with pytest.raises(DamagedShard, match=r"statistics"):
-        ActivationStore(store.folder).statistics(HOOK)
-    fill()
+    before, vectors = contents(store.folder), {HOOK: store.read(1)[HOOK]}
+    for texts, given in (
+        (batch[:2], vectors),
+        (batch[3:6], {HOOK: vectors[HOOK][:-1]}),
+        (batch[3:5], {HOOK: vectors[HOOK][: batch[3:5].n_real]}),
+    ):
+        with pytest.raises(ValueError, match="one row for each"):
+            store.write(1, texts, given)
     assert contents(store.folder) == before
+
+
+LAYOUTS = {
+    "narrow": lambda t: t | {HOOK: t[HOOK][:, :7]},
+    "wide": lambda t: t | {HOOK: t[HOOK].repeat(1, 2)},
+    "one axis more": lambda t: t | {HOOK: t[HOOK][..., None]},
+    "flat": lambda t: t | {HOOK: t[HOOK].flatten()},
+    "another dtype": lambda t: t | {HOOK: t[HOOK].half()},
+    "fewer rows": lambda t: t | {HOOK: t[HOOK][:-1]},
+    "fewer positions": lambda t: t | {"position": t["position"][:-1]},
+    "no vectors": lambda t: {key: t[key] for key in ("text", "position", "token")},
+    "another hook": lambda t: t | {"blocks.0.hook_resid_post": t[HOOK].clone()},
+    "one other value": lambda t: t | {HOOK: t[HOOK].index_fill(0, torch.tensor([1]), 0.5)},
+    "rows in another order": lambda t: t | {HOOK: t[HOOK].flip(0)},
+}
+
+
+@pytest.mark.parametrize("change", LAYOUTS.values(), ids=LAYOUTS)
+def test_other_values_under_the_key_of_a_shard_are_refused(fill, change):
+    folder = fill().folder
+    before = contents(folder)
+    exchange(folder, "shard-00001", change)
+    store = ActivationStore(folder)
+    with pytest.raises(DamagedShard, match="shard-00001"):
+        store.read(1)
+    with pytest.raises(DamagedShard, match="shard-00001"):
+        store.rows([len(store) - 1, store.manifest["rows"][0]], HOOK)
+    with pytest.warns(UserWarning, match="shard-00001"):
+        fill()
+    assert contents(folder) == before
 
 
 def test_a_complete_store_is_not_computed_again(fill, monkeypatch):
@@ -249,15 +286,15 @@ def test_a_complete_store_is_not_computed_again(fill, monkeypatch):
 def test_a_full_disk_leaves_what_was_written(fill, monkeypatch):
     whole, save, calls = contents(fill("whole").folder), store_module.save_file, []
 
-    def full(tensors, path):
+    def full(tensors, path, **options):
         calls.append(path)
         if len(calls) == 3:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(tensors, path)
+        save(tensors, path, **options)
 
     monkeypatch.setattr(store_module, "save_file", full)
-    with pytest.raises(OSError, match=r"shard-00002.*kept") as caught:
+    with pytest.raises(NotWritten, match=r"shard-00002.*free some space") as caught:
         fill("full")
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.setattr(store_module, "save_file", save)
@@ -358,6 +395,11 @@ def test_what_cannot_be_stored_is_refused(model, batch, tmp_path):
             ActivationStore.open(model, batch, hook, folder=tmp_path / "store")
     with pytest.raises(UnknownHook):
         ActivationStore.open(model, batch, "blocks.9.hook_resid_post", folder=tmp_path / "store")
+    for dtype in (torch.int8, torch.bool, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match="cut the values off"):
+            ActivationStore.open(model, batch, HOOK, folder=tmp_path / "store", dtype=dtype)
+        with pytest.raises(ValueError, match="cut the values off"):
+            harvest(model, batch, HOOK, dtype=dtype)
     assert not (tmp_path / "store").exists()
 
 
@@ -391,7 +433,7 @@ FORGERIES = {
     "files": lambda m: m.update(shards=[{"file": "../x", "sha256": None}]),
     "no rows": lambda m: m.pop("rows"),
     "no hooks": lambda m: m.pop("hooks"),
-    "no key": lambda m: m.pop("key"),
+    "no key": lambda m: m.pop("content_key"),
 }
 
 
@@ -414,15 +456,10 @@ def test_not_even_a_forged_key_makes_wrong_rows(fill, name):
     folder = fill().folder
     manifest = json.loads((folder / "manifest.json").read_text())
     FORGERIES[name](manifest)
-    del manifest["key"]
-    manifest["key"] = content_key(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    del manifest["content_key"]
+    (folder / "manifest.json").write_text(json.dumps(signed(manifest)))
     with pytest.raises(ValueError, match=r"harvest|manifest"):
         ActivationStore(folder).read(0)
-    for file in folder.glob("shard-*.json"):  # those beside the shards, too
-        entry = json.loads(file.read_text()) | {"store": manifest["key"]}
-        entry["rows"] = manifest["rows"][min(int(file.stem[-5:]), len(manifest["rows"]) - 1)]
-        file.write_text(json.dumps(entry))
     with pytest.raises(StoreMismatch, match="rows"):
         fill()
     if name != "a shard less":
@@ -447,10 +484,9 @@ def test_shards_of_equal_size_cannot_change_places_nor_come_from_another_store(f
     other = fill("two", batch=equal, texts_per_shard=1, model=twin)
     assert len(set(store.manifest["rows"])) == 1
     whole = contents(store.folder)
-    for suffix in (".safetensors", ".json"):
-        (store.folder / f"shard-00000{suffix}").write_bytes(whole[f"shard-00001{suffix}"])
-        foreign = (other.folder / f"shard-00001{suffix}").read_bytes()
-        (store.folder / f"shard-00001{suffix}").write_bytes(foreign)
+    first, second = "shard-00000.safetensors", "shard-00001.safetensors"
+    (store.folder / first).write_bytes(whole[second])
+    (store.folder / second).write_bytes((other.folder / second).read_bytes())
     for shard in (0, 1):
         with pytest.raises(DamagedShard, match=f"shard-0000{shard}"):
             ActivationStore(store.folder).read(shard)
@@ -458,14 +494,15 @@ def test_shards_of_equal_size_cannot_change_places_nor_come_from_another_store(f
         assert contents(fill("one", batch=equal, texts_per_shard=1).folder) == whole
 
 
-@pytest.mark.parametrize("content", ["[]", "7", "null", "{}", '{"rows": 1}'])
-def test_a_changed_file_beside_a_shard_makes_the_shard_be_redone(fill, content):
+@pytest.mark.parametrize("metadata", [None, {}, {"key": ""}, {"key": "0" * 16}])
+def test_a_shard_without_its_key_is_redone(fill, metadata):
     store = fill()
-    before = contents(store.folder)
-    (store.folder / "shard-00001.json").write_text(content)
-    with pytest.raises(DamagedShard):
+    before, path = contents(store.folder), store.folder / "shard-00001.safetensors"
+    save_file(load_file(path), path, metadata=metadata)
+    with pytest.raises(DamagedShard, match="changed"):
         ActivationStore(store.folder).read(1)
-    assert contents(fill().folder) == before
+    with pytest.warns(UserWarning, match="redone"):
+        assert contents(fill().folder) == before
 
 
 # Two at once

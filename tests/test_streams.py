@@ -1,5 +1,7 @@
 """The findings of phase 1: measured right where the answer is known."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -84,7 +86,8 @@ def test_context_similarity_is_one_where_context_is_ignored(model, monkeypatch):
 def test_context_similarity_is_a_mean_over_pairs_of_tokens_in_different_texts(model):
     batch = tokenize(model, TEXTS)
     name = "blocks.1.hook_mlp_out"
-    unit = torch.nn.functional.normalize(harvest(model, batch, name)[name].double(), dim=-1)
+    x = harvest(model, batch, name)[name].double()
+    unit = torch.nn.functional.normalize(x - x[batch.real].mean(0), dim=-1)
     real = batch.real.nonzero().tolist()
     same, other = {}, []
     for i, p in real:
@@ -154,6 +157,50 @@ def test_head_scores_tell_planted_heads_apart_by_what_they_do(gpt2_folder):
         others = [getattr(scores, other)[1, head] for other in kinds if other != kind]
         assert max(others) < 0.1
         assert getattr(scores, kind)[0].max() < 0.5
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_heads_that_look_back_in_text_only_are_found_on_text(gpt2_folder, side, monkeypatch):
+    """Head 0 of layer 1 looks at the token before where the two stand together in the texts."""
+    model = load_model(gpt2_folder)
+    batch = tokenize(model, TEXTS, pad_side=side)
+    plain = head_scores(model, batch, n=4, length=12)
+    pairs = {
+        (int(a), int(b))
+        for row, there in zip(batch.tokens, batch.attention, strict=True)
+        for a, b in zip(row[there][:-1], row[there][1:], strict=True)
+    }
+    seen = []
+    model.hook_dict["embed.hook_in"].add_hook(lambda tokens, hook: seen.append(tokens))
+
+    def plant(pattern, hook):
+        pattern[:, :2] = 0
+        for row, tokens in enumerate(seen[-1].tolist()):
+            for query in range(1, len(tokens)):
+                if (tokens[query - 1], tokens[query]) in pairs:
+                    pattern[row, 0, query, query - 1] = 1
+        return pattern
+
+    model.blocks[1].attn.hook_pattern.add_hook(plant, is_permanent=True)
+    monkeypatch.setattr(streams, "harvest", partial(harvest, edited=True))
+    scores = head_scores(model, batch, n=4, length=12)
+    assert scores.best("previous_token_on_text") == (1, 0, 1.0)
+    assert scores.previous_token[1, 0] < 0.2
+    alone = head_scores(load_model(gpt2_folder), n=4, length=12)
+    assert np.array_equal(alone.induction, plain.induction)
+    assert alone.previous_token_on_text is None
+
+
+def test_scores_on_text_are_means_over_real_tokens(model):
+    batch = tokenize(model, TEXTS)
+    scores = head_scores(model, batch, n=2, length=10)
+    weights = []
+    for text in TEXTS:
+        tokens = tokenize(model, text).tokens
+        with torch.inference_mode():
+            pattern = model.run_with_cache(tokens)[1]["blocks.2.attn.hook_pattern"][0, 3]
+        weights += pattern.diagonal(-1)[1:].tolist()  # from the second token after BOS on
+    assert scores.previous_token_on_text[2, 3] == pytest.approx(np.mean(weights), rel=1e-4)
 
 
 def test_losses_of_the_two_copies_leave_out_what_nothing_announces(model):

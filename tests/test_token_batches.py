@@ -1,6 +1,7 @@
 """TokenBatch: what counts as a token, whatever the tokenizer's special ids and the side of the
 padding."""
 
+import inspect
 import json
 from dataclasses import replace
 
@@ -202,6 +203,15 @@ def test_what_is_no_text_is_refused_by_number(model, make, texts, message):
         make(model, texts)
 
 
+@pytest.mark.parametrize("make", [tokenize, pack, generate])
+def test_what_is_no_model_is_said(model, make):
+    """In a user's process the types are not checked: the wrapped functions."""
+    unchecked = inspect.unwrap(make)
+    for first, second in ((TEXTS, model), (TEXTS[0], model), ("pocket-gpt", TEXTS)):
+        with pytest.raises(TypeError, match=r"First load_model\(name\), then the texts"):
+            unchecked(first, second)
+
+
 def test_texts_may_be_a_column_an_array_or_a_generator(model):
     frame = pd.DataFrame({"text": ["A", "B"]}, index=[7, 3])
     for texts in (frame["text"], frame["text"].to_numpy(), (text for text in "AB"), ("A", "B")):
@@ -390,8 +400,8 @@ def test_generation_refuses_what_does_not_fit(model):
     for prompt, new in (("A cat", 100), ("word " * 200, 1)):
         with pytest.raises(ValueError, match="context"):
             generate(model, prompt, max_new_tokens=new)
-    for prompt in ("", " ", ["A cat", "\n"]):
-        with pytest.raises(ValueError, match="empty prompt"):
+    for prompt in ("", ["A cat", ""]):
+        with pytest.raises(NoRealToken, match="no token"):
             generate(model, prompt)
     for temperature in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="temperature"):
@@ -417,3 +427,10 @@ def test_masks_of_zeros_and_ones_are_masks(model):
     assert torch.equal(same.real, batch.real) and same.key == batch.key
     with pytest.raises(ValueError, match="mask"):
         replace(batch, real=2 * batch.real.long())
+
+
+def test_a_batch_has_a_row_for_each_text_and_masks_of_its_shape(model):
+    batch = tokenize(model, TEXTS)
+    for texts in (batch.texts[:2], (*batch.texts, "one more")):
+        with pytest.raises(ValueError, match="one row for each text"):
+            replace(batch, texts=texts)

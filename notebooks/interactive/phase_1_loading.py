@@ -15,10 +15,12 @@
 # shown beside a control that could have refuted it.
 #
 # **Runs on** the bundled `pocket-gpt`, offline; the README says how long it takes and how much
-# memory. For another model set `LENSLAB_MODEL` to a name on the hub (`gpt2`) or a local Hugging
-# Face folder before you start Jupyter.
+# memory. For another model set `LENSLAB_MODEL` before you start Jupyter: to `smollm2` (fetched
+# once), a name on the hub (`gpt2`) or a local Hugging Face folder.
 #
 # **How to read it**: one question per section, then code, a printed check, the control, a picture.
+# Every section ends with a printed line that begins with *So:*. It is computed from the numbers
+# above it, so it is true of whatever model you run; these lines alone tell what was found.
 
 # %% [markdown]
 # ## 1. What is it made of?
@@ -26,11 +28,11 @@
 
 # %%
 import numpy as np
-import pandas as pd
 import torch
 
 from lenslab.models import load_model, model_name, parameter_table, random_twin, summarize
 from lenslab.show.images import set_up_figures
+from lenslab.show.words import so
 
 set_up_figures()
 model = load_model()
@@ -63,6 +65,7 @@ blocks = summary.block_parameters / summary.parameters
 embeddings = summary.embedding_parameters / summary.parameters
 print(f"in blocks {blocks:.1%}, in embeddings {embeddings:.1%}")
 print(f"{len(table)} tensors, {len(parameter_table(model, layer=0))} of them in block 0")
+so(f"of {size / 1e6:.1f} million parameters {blocks:.0%} are in the blocks.")
 parameter_table(model, layer=0)
 
 # %% [markdown]
@@ -100,12 +103,12 @@ try:
     check_hooks(model, [f"blocks.{middle}.hook_residpost"])
 except UnknownHook as error:
     print(str(error).split(". It has")[0])
+so(f"{len(hooks)} places can be read, and a name that is none of them is refused.")
 
 # %% [markdown]
 # ## 3. Which tokens count?
 # Twenty-eight short texts of seven kinds, written for this project, become one batch. `real` marks
-# the tokens that
-# belong to a text: not the beginning-of-sequence token (BOS), not padding.
+# the tokens that belong to a text: not the beginning-of-sequence token (BOS), not padding.
 
 # %%
 from lenslab.capture import harvest
@@ -136,8 +139,8 @@ for name, other in others.items():
 
 # %% [markdown]
 # **Control**: the check can fail. Without the mask, left padding shifts every position and is
-# attended to as if it were text. (Two unrelated vectors of equal norm would differ by the square
-# root of 2.)
+# attended to as if it were text. (Two unrelated vectors of equal norm would differ by 1.4 times
+# their length; more means that some vectors became far longer.)
 
 # %%
 with torch.inference_mode():
@@ -145,6 +148,12 @@ with torch.inference_mode():
 error = (careless[left.real] - right[batch.real]).norm() / right[batch.real].norm()
 equal = bool(error < 1e-3)
 print(f"left padding without a mask: relative error {float(error):.1f}, so equal: {equal}")
+largest = max(float((other - right[batch.real]).abs().max()) for other in others.values())
+same = "the same" if largest < 1e-3 else "not the same"
+so(
+    f"with the mask a text gives {same} activations alone and in a batch; "
+    f"without it they are off by {float(error):.0%} of their length."
+)
 
 # %% [markdown]
 # ## 4. The streams
@@ -159,20 +168,38 @@ holds = bool((profile.sum_error < 1e-5).all())
 without_mlp = profile.sum_error_without_mlp.min()
 print(f"before + attention + MLP = after in all {len(profile)} blocks: {holds}")
 print(f"control, the MLP left out: relative error {without_mlp:.2f} or more")
+sums = "is" if holds else "is not"
+so(
+    f"the residual stream {sums} the sum of what the blocks write: its error is "
+    f"{'below' if holds else 'above'} 0.001 %, and with the MLP left out {without_mlp:.0%} or more."
+)
 
 # %% [markdown]
 # How much does each block write? `residual` is the stream after the block, the other two are what
 # the block added.
 
 # %%
-from lenslab.show.plots import attention_map, bars, heatmap, lines
+from lenslab.show.plots import attention_map, bars, lines
 
 norms = profile[["residual", "attention", "mlp"]]
 print(norms.round(1).to_string())
 print("random twin, residual:", twin_profile.residual.round(1).tolist())
 curves = {**norms, "residual, twin": twin_profile.residual}
-by_layer = {"x_title": "layer", "log_y": True}
-lines(curves, title="What each stream carries", y_title="mean norm at real tokens", **by_layer)
+axes = {"x_title": "layer", "y_title": "mean norm at real tokens", "log_y": True}
+lines(curves, title="How long each stream is, layer by layer", **axes).show()
+
+# %% [markdown]
+# How long is what a block adds, beside the stream that it is added to? **Control**: the twin's.
+
+# %%
+written, twin_written = (
+    p[["attention", "mlp"]].max(axis=1)[1:] / p.residual[1:] for p in (profile, twin_profile)
+)
+so(
+    f"after block 0 the larger of the two outputs is {written.min():.0%} to {written.max():.0%} as "
+    f"long as the stream it is added to (in the untrained twin {twin_written.min():.0%} to "
+    f"{twin_written.max():.0%})."
+)
 
 # %% [markdown]
 # | stream | moves information between positions? | what it computes from |
@@ -182,23 +209,36 @@ lines(curves, title="What each stream carries", y_title="mean norm at real token
 # | residual stream | it is the sum | the embedding and every attention and MLP output so far |
 #
 # So an MLP's output depends on context too. That can be measured: how alike is a stream at two
-# occurrences of one token in different texts? One would mean that context is ignored; the level of
-# other tokens (the **control**), that the token does not matter.
+# occurrences of one token in different texts? A cosine of 1 means that the stream ignores context.
+# **Control**: pairs of other tokens; a cosine as high as theirs means that the token does not
+# matter. (All cosines of this notebook are taken after the mean over tokens is removed: section 5
+# shows why.)
 
 # %%
 from lenslab.circuits.streams import context_similarity
 
 shown = ["same token", "other token"]
 similarity = context_similarity(model, batch, middle)
+twin_similarity = context_similarity(twin, batch, middle)
 over = f"{similarity['tokens'].iloc[0]:.0f} tokens that occur in several texts"
 print(f"mean cosine at layer {middle}, over {over}:")
 print(similarity[shown].round(2).to_string())
-print("random twin:")
-print(context_similarity(twin, batch, middle)[shown].round(2).to_string())
+print(f"random twin:\n{twin_similarity[shown].round(2).to_string()}")
 
 # %% [markdown]
 # Where the same token is below 1, context (its position included) reaches the stream. Where the
 # twin shows as much, that is the architecture's doing and was not learned.
+
+# %%
+alike, twin_alike = similarity["same token"], twin_similarity["same token"]
+reached, least = int((alike < 0.95).sum()), alike.idxmin()
+as_much = int((twin_alike < alike + 0.05).sum())
+so(
+    f"context reaches {reached} of {len(alike)} streams, the {least} stream most: there one token "
+    f"has a cosine of {alike[least]:.2f} with itself in another text, and of "
+    f"{round(similarity['other token'][least], 1) + 0} with other tokens. In {as_much} of "
+    f"{len(alike)} streams the untrained twin shows as much: there it is the architecture's doing."
+)
 
 # %% [markdown]
 # ## 5. Is the first position odd?
@@ -211,27 +251,51 @@ if batch.real[:, 0].all():
 ratio, twin_ratio = (p.first_position / p.residual for p in (profile, twin_profile))
 print("norm at BOS over norm elsewhere, by layer:", ratio.round(1).tolist())
 print("random twin:", twin_ratio.round(1).tolist())
-print(f"largest: {ratio.max():.1f}; a huge vector (above 3 somewhere): {bool(ratio.max() > 3)}")
-curves = {"BOS": profile.first_position, "real tokens": profile.residual}
-curves["BOS, twin"] = twin_profile.first_position
-lines(curves, title="The first position", y_title="mean norm of the residual stream", **by_layer)
+huge = "a huge vector" if ratio.max() > 3 else "no huge vector"
+so(
+    f"there is {huge} at BOS (a norm above 3 times the others'): at most {ratio.max():.1f} times, "
+    f"in the untrained twin {twin_ratio.max():.1f} times."
+)
+axes = {"x_title": "layer", "y_title": "norm at BOS / norm elsewhere"}
+lines(
+    {"model": ratio, "random twin": twin_ratio}, title="How odd BOS is", reference=1, **axes
+).show()
 
 # %% [markdown]
-# A norm can hide in a few dimensions (*massive activations*, two of them in GPT-2). The share of
-# the squared norm that the two largest dimensions hold, at BOS, at real tokens (the **control**),
-# and at the twin's BOS. Which they are is asked in the layer where BOS is longest compared with the
-# others (the ratio above):
+# Norms can hide in a few dimensions (*massive activations*; GPT-2 has two of them, at BOS). Which
+# dimension of the residual stream is largest here, at BOS and at real tokens? **Control**: the
+# twin's largest. One that is large at every token makes any two vectors look alike.
 
 # %%
-share = profile[["two_largest_first", "two_largest_rest"]]
-print(share.assign(twin_first=twin_profile.two_largest_first).round(2).to_string())
-peak_layer = int(ratio.argmax())
-peak_hook = stream_hook(model, peak_layer)
-largest = harvest(model, batch[:1], peak_hook)[peak_hook][0, 0].abs().topk(2).indices
-held, elsewhere = profile.two_largest_first[peak_layer], profile.two_largest_rest[peak_layer]
-print(f"at layer {peak_layer} dimensions {sorted(largest.tolist())} hold {held:.0%} of it")
-print(f"at real tokens each token's own two largest hold {elsewhere:.0%}")
 residual = harvest(model, batch, hook)[hook]
+twin_residual = harvest(twin, batch, hook)[hook]
+squares, twin_squares = (x[batch.real].pow(2).mean(0) for x in (residual, twin_residual))
+dimension, share = int(squares.argmax()), float(squares.max() / squares.sum())
+starts = residual[:, 0].pow(2).mean(0)  # [d_model], BOS where the tokenizer has one
+print(
+    f"layer {middle}: dimension {dimension} holds {share:.0%} of the squared norm of real tokens,"
+)
+print(f"at BOS {starts[dimension] / starts.sum():.0%}; the twin's largest")
+print(f"{twin_squares.max() / twin_squares.sum():.0%}, an even share is {1 / len(squares):.1%}")
+
+# %% [markdown]
+# Two unrelated tokens, their cosine as it is, and after the mean over tokens is removed, where an
+# unrelated pair should be near 0:
+
+
+# %%
+def mean_cosine(x):  # [token, d_model], over all pairs of tokens
+    unit = torch.nn.functional.normalize(x.double(), dim=-1)
+    return float((unit.sum(0).norm() ** 2 - len(x)) / (len(x) * (len(x) - 1)))
+
+
+x, twin_x = residual[batch.real], twin_residual[batch.real]
+raw, centred = mean_cosine(x), abs(mean_cosine(x - x.mean(0)))
+print(f"mean cosine of two tokens {raw:.2f}, centred {centred:.2f}; twin {mean_cosine(twin_x):.2f}")
+so(
+    f"one dimension of {x.shape[1]} holds {share:.0%} of the squared norm; any two tokens have "
+    f"a cosine of {raw:.2f} for it, and of {centred:.2f} once the mean is removed."
+)
 
 # %% [markdown]
 # ## 6. Activations of the texts
@@ -246,83 +310,111 @@ print(f"{tuple(vectors.shape)} at {hook}")
 print(frame.iloc[::4].round(1).to_string(index=False))
 
 # %% [markdown]
-# One of them as it is: hundreds of values, none with a meaning of its own. Is it spread evenly over
-# the dimensions? What share of the sum of squares lies in the largest tenth of them. **Controls**:
-# the same text in the twin, and as many random normal numbers.
+# One of them as it is: hundreds of values, none with a meaning of its own. What share of the sum of
+# squares lies in the largest tenth of the dimensions? **Controls**: the same text in the twin, and
+# as many random normal numbers.
 
 # %%
 from lenslab.runtime import derive_generator
 
-twin_vector = harvest(twin, batch[:1], hook)[hook][0, last[0]].double().numpy()
+twin_vector = twin_residual[0, last[0]].double().numpy()
 noise = torch.randn(len(twin_vector), generator=derive_generator(0, "normal numbers"))
 values = {"model": vectors[0], "random twin": twin_vector, "normal numbers": noise.double().numpy()}
-for name, v in values.items():
-    squares = np.sort(v**2)[::-1]
-    share = squares[: len(v) // 10].sum() / squares.sum()
-    print(f"{name:14s} share of the largest tenth {share:.2f}")
-units = {name: values[name] / values[name].std() for name in ("model", "random twin")}
-title = "One activation, in units of its spread"
-bars(units, title=title, x_title="dimension", y_title="value", overlay=True)
+tenth = {name: np.sort(v**2)[-(len(v) // 10) :].sum() / (v**2).sum() for name, v in values.items()}
+so(
+    f"the largest tenth of the dimensions holds {tenth['model']:.0%} of the squared norm "
+    f"(the twin {tenth['random twin']:.0%}, random numbers {tenth['normal numbers']:.0%})."
+)
 
 # %% [markdown]
-# The same token in every layer: how much of it is still there after the next block? The cosine of
-# each layer's vector with the next one's. **Control**: with the next one's at the end of another
-# text.
+# The same, drawn: a bar that stands out is one dimension with a large value.
+
+# %%
+units = {name: values[name] / values[name].std() for name in ("model", "random twin")}
+axes = {"x_title": "dimension", "y_title": "value, in units of its spread"}
+bars(units, title="One activation, dimension by dimension", overlay=True, **axes).show()
+
+# %% [markdown]
+# The last token of a text in every layer: how much of it is still there after the next block? The
+# cosine of each layer's vector with the next one's. **Control**: with the next one's at the end of
+# another text.
 
 # %%
 through = [stream_hook(model, layer) for layer in range(model.cfg.n_layers)]
-found = harvest(model, batch[:2], through)
-ends = torch.stack([found[name][[0, 1], last[:2]] for name in through])  # [layer, text, d_model]
-unit = torch.nn.functional.normalize(ends, dim=-1)
-for name, other in (("the same text", 0), ("another text", 1)):
-    print(f"{name:14s}", (unit[:-1, 0] * unit[1:, other]).sum(-1).numpy().round(1) + 0)
-values = (ends[:, 0] / ends[:, 0].std(-1, keepdim=True)).clamp(-4, 4)
-layers, dimensions = (list(range(size)) for size in values.shape)
-title = "One token through the layers, in units of each layer's spread"
-axes = {"x_title": "dimension", "y_title": "layer"}
-heatmap(values, dimensions, layers, title=title, centre=True, **axes)
+found = harvest(model, batch, through, progress=False)
+rows = torch.arange(len(batch))
+ends = [found[name][rows, last] - found[name][batch.real].mean(0) for name in through]
+unit = torch.nn.functional.normalize(torch.stack(ends), dim=-1)  # [layer, text, d_model]
+same_text = (unit[:-1] * unit[1:]).sum(-1).mean(1)
+other_text = (unit[:-1] * unit[1:].roll(1, dims=1)).sum(-1).mean(1)
+print("same text ", [round(float(cosine), 1) + 0 for cosine in same_text])
+print("other text", [round(float(cosine), 1) + 0 for cosine in other_text])
+so(
+    f"from one layer to the next a token's vector keeps a cosine of {same_text.min():.1f} or "
+    f"more, with another text's at most {other_text.max():.1f}."
+)
+
+# %% [markdown]
+# The cosines by layer, drawn:
+
+# %%
+curves = {"the same text": same_text, "another text (control)": other_text}
+axes = {"x_title": "from layer", "y_title": "mean cosine with the next layer"}
+lines(curves, title="How much of a token's vector is there one layer later", **axes).show()
 
 # %% [markdown]
 # ## 7. Attention maps
-# In a random sequence that is repeated once, only looking back helps. Which heads do?
+# Where do heads look? In a random sequence that is repeated once, only looking back helps.
 # `previous_token`: weight on the token before; `duplicate_token`: on the same token, one copy
-# earlier; `induction`: on the token after that one. Head 2.3 is head 3 of layer 2. The loss is in
-# *nats*, minus the natural logarithm of the probability of what came. **Control**: the twin's best.
+# earlier; `induction`: on the token after that one. Head 2.3 is head 3 of layer 2. Some heads do
+# their job in text only: `on text` is the same score there. **Control**: the twin's best.
 
 # %%
 from lenslab.circuits.streams import head_scores
 
-heads, twin_heads = head_scores(model), head_scores(twin)
+heads, twin_heads = head_scores(model, batch), head_scores(twin)
 for kind in ("previous_token", "duplicate_token", "induction", "first_position"):
     layer, head, score = heads.best(kind)
     best = f"head {layer}.{head}: mean weight {score:.2f}"
     print(f"{kind:16s} {best}, the twin's best {twin_heads.best(kind)[2]:.2f}")
-first, second = heads.loss_first, heads.loss_second
-chance = np.log(summary.vocabulary)
-losses = f"{first:.1f} nats, on the second {second:.1f}, by chance {chance:.1f}"
-print(f"loss on the first copy {losses}")
-print(f"the second copy is predicted at least 1 nat better than chance: {second < chance - 1}")
+layer, head, score = heads.best("previous_token_on_text")
+print(f"on text, the previous token: head {layer}.{head}: {score:.2f}")
 
 # %% [markdown]
-# A weight near one would be a head with one job; a small one, a tendency. *Induction*, copying what
-# followed last time, shows as a second copy that is predicted well. Where the last line says False,
-# this model has not learned it.
-
-# %% [markdown]
-# One head on one text, the strongest on the previous token: a row says where a token looks, and
-# sums to one.
+# A weight near one is a head with one job; a small one, a tendency. Does the model *use* the
+# repeat? Its loss, in *nats* (minus the natural logarithm of the probability of what came), on the
+# first copy and on the second. (On the first it can be worse than chance: random tokens are not the
+# text that the model expects.) **Controls**: chance, and the twin.
 
 # %%
-layer, head, _ = heads.best("previous_token")
-sample = tokenize(model, "The dog saw the cat, and the cat saw the dog.")
-pattern_hook = f"blocks.{layer}.attn.hook_pattern"
-pattern = harvest(model, sample, pattern_hook)[pattern_hook][0, head]
-whole = bool(((pattern.sum(-1) - 1).abs() < 1e-4).all())
-ahead = bool(pattern.triu(1).any())
-print(f"rows sum to one: {whole}; looks ahead: {ahead}")
-to_previous = int((pattern[2:].argmax(-1) == torch.arange(1, len(pattern) - 1)).sum())
-print(f"in this text {to_previous} of {len(pattern) - 2} tokens look most at the one before them")
-attention_map(pattern.numpy(), sample.strings(0), title=f"Head {layer}.{head}")
+layer, head, score = heads.best("induction")
+twin_score = twin_heads.best("induction")[2]
+first, second, chance = heads.loss_first, heads.loss_second, np.log(summary.vocabulary)
+print(f"loss on the first copy {first:.1f}, on the second {second:.1f}, by chance {chance:.1f};")
+print(f"twin {twin_heads.loss_first:.1f} and {twin_heads.loss_second:.1f}")
+copies = "copies what came before" if second < chance - 1 else "does not copy what came before"
+so(
+    f"the model {copies}: {first:.1f} nats, the second time {second:.1f} (the twin "
+    f"{twin_heads.loss_second:.1f}); its best induction head, {layer}.{head}, puts {score:.2f} of "
+    f"its weight on what followed last time, the twin's best {twin_score:.2f}."
+)
+
+# %% [markdown]
+# Two heads on one text that says everything twice: the strongest on the previous token, and the
+# strongest at induction. A row says where a token looks, and sums to one.
+
+# %%
+sample = tokenize(model, "The old grey dog saw a cat. The old grey dog saw a cat.")
+pair = {kind: heads.best(kind)[:2] for kind in ("previous_token", "induction")}
+hooks_of = {kind: f"blocks.{layer}.attn.hook_pattern" for kind, (layer, _) in pair.items()}
+patterns = harvest(model, sample, list(hooks_of.values()))
+maps = {
+    f"{kind.replace('_', ' ')}: head {layer}.{head}": patterns[hooks_of[kind]][0, head]
+    for kind, (layer, head) in pair.items()
+}
+whole = all(bool(((map_.sum(-1) - 1).abs() < 1e-4).all()) for map_ in maps.values())
+print(f"rows sum to one: {whole}; looks ahead: {any(bool(m.triu(1).any()) for m in maps.values())}")
+attention_map(maps, sample.strings(0), title="The token before, and what followed last time").show()
 
 # %% [markdown]
 # ## 8. What does it say, and what does it know?
@@ -339,8 +431,9 @@ print("sampled:", repr(sampled))
 print("random twin:", repr(generate(twin, prompt, max_new_tokens=6)))
 
 # %% [markdown]
-# How much it knows shows in its loss, in bits per token. **Controls**: the same tokens in random
-# order, where only their frequency helps; the twin; and a uniform guess.
+# How much it knows shows in its loss, in *bits* per token (each bit halves the choice).
+# **Controls**: the same tokens in random order, where only their frequency helps; the twin; and a
+# uniform guess.
 
 # %%
 from lenslab.circuits.streams import token_bits
@@ -350,6 +443,12 @@ bits["shuffled"] = token_bits(model, batch, shuffle=True)
 bits["twin"] = token_bits(twin, batch)
 print(bits.groupby("category").mean().round(1).to_string())
 print(f"a uniform guess over the vocabulary: {np.log2(summary.vocabulary):.1f}")
+mean, kinds = bits.mean(numeric_only=True), bits.groupby("category")["model"].mean()
+so(
+    f"the model needs {mean['model']:.1f} bits a token, with the tokens out of order "
+    f"{mean['shuffled']:.1f}, its untrained twin {mean['twin']:.1f}; best is {kinds.idxmin()} "
+    f"({kinds.min():.1f}), worst {kinds.idxmax()} ({kinds.max():.1f})."
+)
 
 # %% [markdown]
 # ## 9. From dense to sparse
@@ -386,59 +485,47 @@ with torch.inference_mode():
 print("features [text, position, feature]:", tuple(features.shape))
 
 # %% [markdown]
-# What might an SAE find in each of the streams of section 4? A hypothesis, to be tested where SAEs
-# of several streams
-# are compared: in the attention output what is fetched from elsewhere (the subject of a verb, an
-# open bracket, what followed last time); in the MLP output what one place makes of it (a word's
-# sense, a known phrase); in the residual stream both. For GPT-2 small there are published SAEs of
-# all three: `.venv/bin/python -m lenslab.sae.hub list --model gpt2-small`. `hook_attn_out` is what
-# all heads write together; what each head writes is `hook_result`, computed only after
-# `model.set_use_attn_result(True)`.
-#
-# Dense against sparse, at one token: nearly every dimension of the activation is in use, few
-# features are. (A *TopK* SAE keeps a fixed number of features at every token: its L0 was chosen and
-# is no finding.) Dimension and feature numbers have nothing to do with each other; they only share
-# the axis.
+# Dense against sparse, at real tokens: nearly every dimension of an activation is in use, few
+# features are. (A *TopK* SAE keeps a fixed number of features at every token: its L0 was chosen,
+# and is no finding.)
 
 # %%
-x, f = activations[0, last[0]], features[0, last[0]]
-active = (features[batch.real] > 0).sum(-1).float()
-in_use = (x.abs() > 0.01).float().mean()
-print(f"activation: {(x == 0).sum()} exact zeros, {in_use:.0%} of dimensions above 0.01")
-print(f"features active per token (L0): mean {active.mean():.1f} of {sae.cfg.d_sae}")
-print(f"sparsity {1 - active.mean() / sae.cfg.d_sae:.2%}")
-title = "The first 100 dimensions and the first 100 features"
-both = {"activation": x[:100], "features": f[:100]}
-bars(both, title=title, x_title="index", y_title="value", overlay=True)
+x, f = activations[batch.real], features[batch.real]
+active = (f > 0).sum(-1).float().mean()
+in_use = (x.abs() > 0.01 * x.std()).float().mean()
+print(f"dimensions above a hundredth of the spread {in_use:.0%}; features active {active:.1f} of")
+print(f"{sae.cfg.d_sae} at a token (L0), so {1 - active / sae.cfg.d_sae:.1%} of them are silent")
+so(
+    f"where the model uses {in_use:.0%} of its {x.shape[1]} dimensions at a token, the SAE uses "
+    f"{active / sae.cfg.d_sae:.1%} of its {sae.cfg.d_sae} features."
+)
 
 # %% [markdown]
-# The ten strongest features at that token. Numbers mean nothing by themselves; published SAEs link
-# to Neuronpedia.
+# What might an SAE find in each of the streams of section 4? A hypothesis, to be tested where SAEs
+# of several streams are compared: in the attention output what is fetched from elsewhere (the
+# subject of a verb, an open bracket, what followed last time); in the MLP output what one place
+# makes of it (a word's sense, a known phrase); in the residual stream both. For GPT-2 small there
+# are published SAEs of all three: `.venv/bin/python -m lenslab.sae.hub list --model gpt2-small`.
+# `hook_attn_out` is what all heads write together; what each head writes is `hook_result`, computed
+# only after `model.set_use_attn_result(True)`.
+
+# %% [markdown]
+# The strongest features at one token. A feature's number means nothing by itself; published SAEs
+# link to Neuronpedia, where others have looked at theirs.
 
 # %%
+import pandas as pd
+
 from lenslab.sae.load import neuronpedia_link
 
-top = f.topk(10)
-links = [neuronpedia_link(sae, i) or "no page" for i in top.indices.tolist()]
-strongest = pd.DataFrame({"feature": top.indices, "activation": top.values, "Neuronpedia": links})
+top = features[0, last[0]].topk(6)
+rate = (f > 0).float().mean(0)
+columns = {"feature": top.indices, "activation": top.values, "active on tokens": rate[top.indices]}
+strongest = pd.DataFrame(columns)
+if neuronpedia_link(sae, 0):
+    strongest["Neuronpedia"] = [neuronpedia_link(sae, i) for i in top.indices.tolist()]
 print(f"at {batch.strings(0)[last[0]]!r}, the end of {probes['id'][0]}:")
-print(strongest.round(1).to_string(index=False))
-
-# %% [markdown]
-# Feature numbers carry no meaning, so the active ones should lie evenly over the range. **Null**:
-# the same number of features drawn at random, 500 times, and how uneven those are. (Where nearly
-# all features fired somewhere, neither can be uneven, and nothing is tested.)
-
-# %%
-ever = (features[batch.real] > 0).any(0).numpy()
-counts = ever.reshape(16, -1).sum(1)
-shuffle = np.random.default_rng(0)
-null = [np.ptp(shuffle.permutation(ever).reshape(16, -1).sum(1)) for _ in range(500)]
-as_uneven = np.mean(np.array(null) >= np.ptp(counts))
-print(f"{ever.sum()} features fired somewhere; in 16 equal bins {counts.min()} to {counts.max()}")
-print(f"random draws are at least as uneven in {as_uneven:.0%} of cases")
-axes = {"x_title": "bin of feature numbers", "y_title": "features"}
-bars({"active features": counts}, title="Where the active features lie", **axes)
+print(strongest.to_string(index=False, float_format="{:.2f}".format))
 
 # %% [markdown]
 # ## 10. Is the SAE any good?
@@ -461,6 +548,18 @@ both = pd.DataFrame({"SAE": scores.to_dict(), "random directions": null.to_dict(
 print(both.loc[shown.split()].astype(float).round(2).to_string(na_rep="none"))
 
 # %% [markdown]
+# What does the model lose when it reads through the SAE, and what through random directions?
+
+# %%
+costs = [m.ce_spliced - m.ce_clean for m in (scores, null)]
+better = "less" if scores.fvu < null.fvu and costs[0] < costs[1] else "no less"
+so(
+    f"the SAE loses {better} than random directions do: it misses {scores.fvu:.0%} of the "
+    f"variance (they {null.fvu:.0%}), and reading through it costs the model {costs[0]:.1f} nats "
+    f"a token (they {costs[1]:.1f})."
+)
+
+# %% [markdown]
 # ## 11. One feature, many texts
 # Choose a feature on one text and read it on all others: where does it fire, and on what tokens?
 # The strongest feature of all is often a *dense* one that fires everywhere; the choice is made
@@ -469,7 +568,6 @@ print(both.loc[shown.split()].astype(float).round(2).to_string(na_rep="none"))
 # %%
 from lenslab.features.activations import top_tokens
 
-rate = (features[batch.real] > 0).float().mean(0)
 peak = features[0][batch.real[0]].amax(0)
 first = int(peak.argmax())
 feature = int(peak.where(rate <= 0.1, 0).argmax())
@@ -492,15 +590,17 @@ strength = values.amax(1)[1:].numpy()  # the text of the choice left out
 kind = probes["category"][0]
 labels = (probes["category"] == kind).to_numpy()[1:]
 test = auroc_permutations(strength, labels, derive_generator(0, "one feature"))
-print(f"it fires on {int((strength > 0).sum())} of the {len(labels)} other texts")
-print(f"telling {kind} from the rest: AUROC {test.observed[0]:.2f}")
-few = f"{labels.sum()} texts of the kind are too few for a verdict"
-print(f"shuffled labels do as well with p = {test.p[0]:.3f}; {few}")
+so(
+    f"feature {feature} tells {kind} from other texts with an AUROC of {test.observed[0]:.2f} "
+    f"(shuffled labels do as well with p = {test.p[0]:.3f}), on {labels.sum()} texts of the kind: "
+    "too few for a verdict."
+)
 
 # %% [markdown]
 # ## 12. Keep what was measured
-# Activations with their tokens and hooks go into a file and come back equal. Pickles can run code
-# when opened, so they are neither written nor read.
+# Activations with their tokens and hooks go into a file and come back equal. A pickle can run code
+# when it is opened, so no record is written as one, and none is read. (A training's checkpoints are
+# PyTorch files; they are opened with `weights_only=True`, which runs nothing.)
 
 # %%
 from lenslab.files import outputs_path
@@ -508,11 +608,12 @@ from lenslab.records import extract_batch, load_record, save_record
 
 beginnings = [text[:40] for text in batch.texts[:4]]
 records = extract_batch(model, beginnings, [hook])
+equal = {}
 for suffix in ("safetensors", "npz", "json"):
     file = save_record(records, outputs_path("results", f"phase_1_records.{suffix}"))
     pairs = zip(load_record(file), records, strict=True)
-    same = all(torch.equal(a.activations[hook], b.activations[hook]) for a, b in pairs)
-    print(f"{suffix:12s} {len(records)} records come back equal: {same}")
+    equal[suffix] = all(torch.equal(a.activations[hook], b.activations[hook]) for a, b in pairs)
+so(f"{len(records)} records come back with equal values: {equal}.")
 
 # %% [markdown]
 # A pickle is refused, with the format to use instead.
@@ -525,11 +626,10 @@ except ValueError as error:
 
 # %% [markdown]
 # ## What was found, and what was not
-# **Found**, each against its control above: the residual stream is the sum of what the blocks
-# write; an MLP's output depends on context, in the untrained twin as well; some heads look where
-# the twin's heads do not; the model predicts text better than the same tokens out of order; the SAE
-# loses less than random directions do at the same sparsity. What sections 5 and 7 ask (a huge
-# vector at BOS, induction) is answered by what they print, and may be no.
+# **Found**: what the lines that begin with *So:* say, each beside its control. On any model the
+# stream is the sum of what the blocks write, and an SAE that is worth its name loses less than
+# random directions at the same sparsity. What sections 5 and 7 ask (a huge vector at BOS, copying)
+# is answered by what they print, and may be no.
 #
 # **Not shown**: that the features mean anything (phase 2 asks, with held-out texts), that these
 # streams matter for what the model says (that takes interventions), or that any of it holds for
@@ -539,15 +639,15 @@ except ValueError as error:
 # 1. Which layer's residual stream has the largest norm at BOS, and does it fall at the last layer?
 # 2. Draw the attention map of the head that looks most at the first position. What could such a
 #    head be for?
-# 3. Run this notebook on another model: `make run MODEL=gpt2 NOTEBOOKS=phase_1_loading`.
+# 3. Run this notebook on a model that people know: `make run MODEL=smollm2
+#    NOTEBOOKS=phase_1_loading`. Which of the lines that begin with *So:* change?
 #
 # <details><summary>Solutions</summary>
 #
 # 1. `profile.first_position.argmax()`, then `profile.first_position[-1]` beside it.
-# 2. In the last cell of section 7 put `"first_position"` for `"previous_token"`; leave its line on
-#    the token before aside. A head must attend somewhere, its weights sum to one; BOS is where it
-#    does no harm.
-# 3. The SAE is then a published one that was downloaded before (see the README), or a small one
-#    trained on the spot.
+# 2. In the last cell of section 7 put `"first_position"` for `"previous_token"`. A head must attend
+#    somewhere, for its weights sum to one; BOS is where it does no harm.
+# 3. Sections 5 and 7 above all: it does park a huge vector at BOS, and its induction heads sit in
+#    the middle layers. Its SAE is a small one that is trained on the spot.
 #
 # </details>

@@ -11,14 +11,17 @@
 #
 # **What you will learn**: how to read the features of a sparse autoencoder (SAE) on many texts;
 # which are strong, frequent, selective; whether a feature tells one kind of text from the others,
-# *on texts that it was not chosen on*; and whether it does so better than cheaper candidates do.
-# Every claim stands beside a control or a null; rankings, examples and heatmaps are descriptions.
+# *on texts that it was not chosen on*; whether it does so better than cheaper candidates do; and
+# whether it takes an SAE at all, when labels can be had. Every claim stands beside a control or a
+# null; rankings, examples and heatmaps are descriptions.
 #
 # **Runs on** the bundled `pocket-gpt` and its SAEs, offline; the README says how long it takes and
 # how much memory. For another model set `LENSLAB_MODEL` to a name on the hub (`gpt2`) or a local
 # Hugging Face folder before you start Jupyter.
 #
 # **How to read it**: one question per section, then code, a printed check, the control, a picture.
+# Every section ends with a line that begins with *So:*. It is computed from the numbers above it,
+# so it is true of whatever model you run; these lines alone tell what was found.
 
 # %% [markdown]
 # ## 1. The instrument
@@ -32,6 +35,7 @@ import torch
 from lenslab.models import load_model, model_name, random_twin
 from lenslab.sae.find import card_table, find_sae
 from lenslab.show.images import set_up_figures
+from lenslab.show.words import so
 
 set_up_figures()
 model = load_model()
@@ -61,10 +65,16 @@ print(pd.crosstab(labels.category, half, colnames=[""], rownames=[""]))
 from sklearn.metrics import roc_auc_score
 
 lengths = batch.real.sum(1).numpy().astype(float)
-for category in labels.categories:
-    inside = labels.category == category
-    auroc = roc_auc_score(inside, lengths)
-    print(f"{category:15s} {lengths[inside].mean():5.1f} tokens on average, AUROC {auroc:.2f}")
+by_length = {c: roc_auc_score(labels.category == c, lengths) for c in labels.categories}
+for category, auroc in by_length.items():
+    mean = lengths[labels.category == category].mean()
+    print(f"{category:15s} {mean:5.1f} tokens on average, AUROC {auroc:.2f}")
+told = [c for c, auroc in by_length.items() if abs(auroc - 0.5) > 0.1]
+so(
+    f"length alone tells apart: {', '.join(told) or 'no kind'} (AUROC "
+    f"{min(by_length.values()):.2f} to {max(by_length.values()):.2f}; beyond .4 to .6 the p of "
+    "section 5 could not be trusted)."
+)
 
 # %% [markdown]
 # ## 2. The SAEs
@@ -77,6 +87,13 @@ for category in labels.categories:
 # %%
 cards = card_table(model)
 print(cards.round(2).to_string(index=False) if len(cards) else "no bundled SAE for this model")
+if len(cards):
+    shipped = cards[cards["ships"]]
+    so(
+        f"{len(shipped)} SAEs ship; they explain {shipped['variance_explained'].min():.0%} to "
+        f"{shipped['variance_explained'].max():.0%} of the variance, random directions as sparse "
+        f"{shipped['null'].min():.0%} to {shipped['null'].max():.0%}."
+    )
 
 # %% [markdown]
 # One name selects the SAE that this notebook reads; without one it is a bundled SAE of the middle
@@ -134,14 +151,25 @@ values = torch.cat(values)
 seen = torch.tensor(pooled["max"].toarray()) > 0
 masks = {"real": batch.real, "+ BOS": batch.attention, "+ padding": batch.real | ~batch.attention}
 masks["+ both"] = torch.ones_like(batch.real)
+overlap = {}
 for name, mask in masks.items():
     average = (values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     with torch.inference_mode():
         found = sae.encode(prepare(average)) > 0
     both = (found & seen).sum()
-    fire = f"{both / found.sum():.0%} of its features fire at a token"
-    missed = f"{1 - both / seen.sum():.0%} of those that do are missed"
-    print(f"average of {name:9s}: {fire}, {missed}")
+    overlap[name] = fire, missed = both / found.sum(), 1 - both / seen.sum()
+    print(f"average of {name:9s}: {fire:.0%} of its features fire at a token, {missed:.0%} missed")
+
+# %% [markdown]
+# What the average is encoded to is another thing than what the tokens are encoded to:
+
+# %%
+fire, missed = overlap["real"]
+so(
+    f"averaging first misses {missed:.0%} of the features that fire in a text, and of those that "
+    f"it finds only {fire:.0%} fire at any token (with BOS and padding averaged in "
+    f"{overlap['+ both'][0]:.0%}). Features are encoded per token here, and pooled after."
+)
 
 # %% [markdown]
 # ## 4. Strong, frequent, selective
@@ -163,22 +191,44 @@ for name, table in (
     print(f"{name}:\n{table[['fired', 'largest', 'mean', 'strong', 'tied']].round(1).to_string()}")
 
 # %% [markdown]
+# On how many texts do the first of three rankings fire?
+
+# %%
+first = (summary.strongest(1), summary.frequent(1), summary.selective(1))
+strongest, frequent, selective = (int(table.index[0]) for table in first)
+so(
+    f"the strongest feature ({strongest}) fires on {summary.frequency[strongest]:.0%} of the "
+    f"texts, the most frequent ({frequent}) on {summary.frequency[frequent]:.0%}, the most "
+    f"selective ({selective}) on {summary.frequency[selective]:.0%}. What they are about, no "
+    "ranking says."
+)
+
+# %% [markdown]
 # **Control**: random directions, as many of them active per token as SAE features. What both curves
 # show is not the SAE's own.
 
 # %%
 from lenslab.capture import harvest
 from lenslab.sae.controls import random_sae
-from lenslab.show.plots import lines
+from lenslab.show.feature_plots import firing_density
 
-vectors = prepare(harvest(model, batch, middle)[middle])[batch.real]
-null_fa = encode_features(model, random_sae(sae, vectors, round(active)), batch, name="random")
-shares = {"SAE": summary.frequency}
-shares["random directions"] = summarize_features(null_fa.pool("max")).frequency
-for name, s in shares.items():
-    print(f"{name:17s}: on more than half of the texts {(s > 0.5).sum()}, on none {(s == 0).sum()}")
-curves = {name: np.sort(share)[::-1] for name, share in shares.items()}
-lines(curves, title="Share of texts a feature fires on", x_title="features, most frequent first")
+values = prepare(harvest(model, batch, middle)[middle])[batch.real]
+null_fa = encode_features(model, random_sae(sae, values, round(active)), batch, name="random")
+both = {"SAE": fa, "random directions": null_fa}
+firing = {name: (each.matrix > 0).mean(axis=0) for name, each in both.items()}
+
+# %% [markdown]
+# The shares of tokens on which features fire (on a logarithmic axis: each step is tenfold).
+
+# %%
+dense = {name: int((rate > 0.1).sum()) for name, rate in firing.items()}
+never = {name: int((rate == 0).sum()) for name, rate in firing.items()}
+so(
+    f"features fire at very different rates: {dense['SAE']} of {fa.n_features} on more than 10 % "
+    f"of the tokens and {never['SAE']} on none; of random directions {dense['random directions']} "
+    f"and {never['random directions']}."
+)
+firing_density(firing, title="How often features fire").show()
 
 # %% [markdown]
 # A simpler and common way counts: a value is *strong* above 5.0, whatever the feature's scale, and
@@ -187,12 +237,14 @@ lines(curves, title="Share of texts a feature fires on", x_title="features, most
 # %%
 from lenslab.features.ranking import count_leaders
 
-if summary.largest.max() <= 5:
-    print("no feature is above 5.0 on any text: there is no first place")
-else:
-    for row in count_leaders(pooled["max"]).itertuples():
-        tied = f"tied with {row.tied - 1} others"
-        print(f"{row.leader:15s} feature {row.feature}: {row.value:.0f} ({tied})")
+leaders = count_leaders(pooled["max"])
+for row in leaders.itertuples():
+    first = f"feature {row.feature}: {row.value:.3g} (tied with {row.tied - 1} others)"
+    print(f"{row.leader:15s} {first if row.tied else 'none'}")
+so(
+    f"by counting, up to {leaders['tied'].max()} features share first place: the one that is named "
+    "is the one with the lowest number."
+)
 
 # %% [markdown]
 # ## 5. A feature for each kind of text
@@ -208,6 +260,12 @@ from lenslab.features.specialists import discriminate, find_specialists
 found = discriminate({SAE: pooled["max"]}, labels)
 shown = ["category", "feature", "auroc_discovery", "auroc", "worst_register", "q", "discriminating"]
 print(found[shown].round(3).to_string(index=False))
+so(
+    f"{found['discriminating'].sum()} of {len(found)} kinds have a feature that tells them apart "
+    f"on texts it was not chosen on: AUROC {found['auroc'].min():.2f} to "
+    f"{found['auroc'].max():.2f}, where shuffled labels give .50 (largest q "
+    f"{found['q'].max():.3f})."
+)
 
 # %% [markdown]
 # ## 6. Better than cheaper candidates?
@@ -242,19 +300,36 @@ from lenslab.show.plots import intervals
 
 table = special.table[["category", "auroc", "precision", "specialist", "not_beaten"]]
 print(table.round(2).to_string(index=False))
-print(f"specialists: {table['specialist'].sum()} of {len(table)}")
+special_kinds = table.loc[table["specialist"], "category"]
+so(
+    f"{len(special_kinds)} of {len(table)} kinds have a specialist: "
+    f"{', '.join(special_kinds) or 'none'}. For the others something cheaper does as well, or the "
+    "feature is wrong on more than half of the texts it picks."
+)
+
+# %% [markdown]
+# Every difference with its interval: left of the line the control does better.
+
+# %%
 rows = {
     name: tuple(compared[["difference", "low", "high"]].to_numpy().T)
     for name, compared in special.comparisons.groupby("control", sort=False)
 }
-title = "Held-out AUROC of the SAE's feature minus each control's"
-intervals(rows, labels.categories, title=title, reference=0, controls=[])
+title = "The SAE's feature against each control's"
+axes = {"x_title": "difference of held-out AUROC (right: the SAE's is better)", "y_title": "kind"}
+intervals(rows, labels.categories, title=title, reference=0, controls=[], **axes).show()
 
 # %% [markdown]
 # Which languages does a lead over the controls come from, each scored where it was left out?
 
 # %%
-print(special.left_out.drop(columns="category").round(2).to_string(index=False))
+left_out = special.left_out.drop(columns="category")
+print(left_out.round(2).to_string(index=False))
+ahead = (left_out["auroc"] > left_out[list(controls)].max(axis=1)).sum()
+so(
+    f"in {ahead} of {len(left_out)} languages the SAE's feature beats every control's, in texts of "
+    "a language that took no part in the search."
+)
 
 # %% [markdown]
 # The counting way stands beside it: texts of a kind above a threshold less other texts above it,
@@ -263,21 +338,82 @@ print(special.left_out.drop(columns="category").round(2).to_string(index=False))
 # count can fail in two ways: by false alarms, and by missing what section 5 finds.
 
 # %%
-from lenslab.show.plots import null_histogram
-
 columns = ["count_score_5.0", "count_score_half", "specialist"]
 scores = special.table.set_index("category")[columns]
 print(scores.to_string())
-best = f"best by count: {scores['count_score_half'].idxmax()} (half)"
-print(f"features that ever reach 5.0: {(summary.largest > 5).mean():.0%}; {best}")
-for null in special.count_nulls:
-    shuffled = f"shuffled {null.mean_null:.1f}"
-    print(f"above {null.threshold}: {null.observed} kinds with a positive score, {shuffled}")
-title = "Kinds with a 'specialist' by counting"
-null_histogram(null.null, {"observed": null.observed}, title=title, x_title="kinds")
+best = {threshold: special.best_by_count(threshold) for threshold in ("half", 5.0)}
+print(f"features that ever reach 5.0: {(summary.largest > 5).mean():.0%}; best by count: {best}")
+half, fixed = special.count_nulls
+so(
+    f"counting finds {half.observed} of {len(scores)} kinds above half of a feature's largest "
+    f"value ({half.mean_null:.1f} by chance) and {fixed.observed} above 5.0 "
+    f"({fixed.mean_null:.1f}), where section 5 finds {found['discriminating'].sum()}."
+)
 
 # %% [markdown]
-# ## 7. How often is this method wrong?
+# ## 7. Does it take an SAE?
+# Where labels can be had, a direction can be fitted to them, on the texts' mean activations at the
+# same hook: by the *difference of means*, and by *logistic regression*. That is the ceiling beside
+# which a single feature, chosen by the labels but not fitted to them, has to be seen. Between the
+# two stand probes of the 5 and 16 features that labels select. **Controls**: the same two
+# directions on character n-grams, which show how much of the ceiling is spelling, and on the
+# random twin. All are fitted on the discovery half and scored on the other.
+
+# %%
+from lenslab.features.ceiling import ceiling
+from lenslab.sae.controls import mean_activations, ngram_features
+
+vectors = mean_activations(model, sae, batch)
+nulls = {"n-grams": ngram_features(batch.texts, sae.cfg.d_sae)}
+nulls["random twin"] = mean_activations(twin, twin_sae, batch)
+ways = ceiling(pooled["max"], found, vectors, labels, nulls)
+aurocs = ways.pivot(index="way", columns="category", values="auroc").loc[ways["way"].unique()]
+print(aurocs.round(2).to_string())
+
+# %% [markdown]
+# The interval of each direction's lead over the feature holds for all kinds together. A kind that
+# everything tells apart, the n-grams too, is too easy to say anything about SAEs.
+
+# %%
+leads = ways[ways["low"].round(2) > 0].groupby("way")["category"].agg(list)
+by_labels, by_spelling = "logistic regression", "n-grams: logistic regression"
+best_way = aurocs.loc[by_labels]
+so(
+    f"logistic regression on the activations tells the kinds apart with {best_way.min():.2f} to "
+    f"{best_way.max():.2f}, the best single feature with {aurocs.loc['best feature'].min():.2f} to "
+    f"{aurocs.loc['best feature'].max():.2f}; it is surely better for "
+    f"{', '.join(leads.get(by_labels, [])) or 'no kind'}. Spelling alone gives it "
+    f"{aurocs.loc[by_spelling].min():.2f} to {aurocs.loc[by_spelling].max():.2f}."
+)
+
+# %% [markdown]
+# The same by kind. A feature that lies left of the directions is the price of not being fitted; one
+# that lies right of the n-grams reads more than spelling.
+
+# %%
+beaten = aurocs.loc["best feature"] > aurocs.loc[by_spelling]
+needed = [c for c in labels.categories if beaten[c] and c not in leads.get(by_labels, [])]
+takes = ways.loc[(ways["way"] == by_labels) & (ways["high"].round(2) < 0), "category"]
+so(
+    f"where labels can be had it takes an SAE for {', '.join(takes) or 'no kind'}. What a feature "
+    "gives is a direction that was found without labels; one that is not surely worse than the "
+    f"fitted one, and better than spelling, was found for {', '.join(needed) or 'no kind'}."
+)
+
+# %% [markdown]
+# The same scores, drawn; grey are the controls.
+
+# %%
+drawn = ["best feature", "16 features", "difference of means", by_labels, by_spelling]
+drawn.append("random twin: logistic regression")
+rows = {way: (aurocs.loc[way, list(labels.categories)], None, None) for way in drawn}
+axes = {"x_title": "held-out AUROC (right is better)", "y_title": "kind"}
+intervals(
+    rows, labels.categories, title="One feature, and what labels fit", reference=0.5, **axes
+).show()
+
+# %% [markdown]
+# ## 8. How often is this method wrong?
 # `error_rate`: any kind called discriminating under shuffled labels. `power`: a planted feature
 # with a true AUROC of 0.9 found. `specialist_*`: the same for specialists, without leaving
 # languages out. The controls know nothing of shuffled labels, so `specialist_power` is an upper
@@ -298,7 +434,19 @@ else:
     print(rates.round(3).to_string(index=False))
 
 # %% [markdown]
-# ## 8. One feature, closely
+# In words, where it was measured:
+
+# %%
+if rates is not None:
+    rate = rates.set_index("measure")["estimate"].map("{:.0%}".format)
+    so(
+        f"under shuffled labels section 5 finds something in {rate['error_rate']} of cases, "
+        f"section 6 in {rate['specialist_error']}; of planted features with an AUROC of .9 they "
+        f"find {rate['power']} and {rate['specialist_power']}."
+    )
+
+# %% [markdown]
+# ## 9. One feature, closely
 # The feature of the kind that is told apart best on the discovery half: where it fires on held-out
 # texts. An excerpt is the start of the text; the marked tokens below it show where it fires.
 
@@ -311,22 +459,36 @@ held = np.flatnonzero(labels.held_out).tolist()
 held_fa = fa[held]
 print(f"feature {feature}, chosen for {kind}; on held-out texts:")
 print(held_fa.top_texts(feature, n=5).astype({"activation": float}).round(1).to_string(index=False))
+
+# %% [markdown]
+# Does it fire on other kinds, too? The text below can be stepped through where a kernel runs.
+
+# %%
+fires = held_fa.pool("max")[:, [feature]].toarray()[:, 0] > 0
+own = labels.category[held] == kind
+so(
+    f"feature {feature} fires on {fires[own].mean():.0%} of the held-out texts of its kind, "
+    f"{kind}, and on {fires[~own].mean():.0%} of the others."
+)
 explore_feature(held_fa, feature, categories=list(labels.category[held]))
 
 # %% [markdown]
 # What it fires on in running text: a sample from each fifth of its firings, 1 the strongest. The
-# text ships with the project and was sampled from `pocket-gpt`: nine kinds of text, as the model
-# would write them, not as people do.
+# text ships with the project: sampled from the model itself where that was done (`pocket-gpt`,
+# `smollm2`), else from `pocket-gpt`. It is text as a model would write it, not as people do.
 
 # %%
 from lenslab.features.contexts import find_contexts
-from lenslab.features.readings import vocabulary_effects
 from lenslab.texts import sampled_text
 from lenslab.tokens import pack
 
-windows = pack(model, sampled_text(450))
+windows = pack(model, sampled_text(450, model_name(model)))
 contexts = find_contexts(model, sae, windows, features=[feature], progress=False)
-print(f"fires somewhere in the running text: {contexts.fired[0] > 0}")
+rate_there = contexts.fired[0] / contexts.tokens
+so(
+    f"in running text feature {feature} fires on {rate_there:.1%} of the tokens, in the probes on "
+    f"{firing['SAE'][feature]:.1%}; the table shows at which."
+)
 contexts.quantiles(feature, n=5, per=2)[["quantile", "activation", "context"]].round(1)
 
 # %% [markdown]
@@ -335,22 +497,48 @@ contexts.quantiles(feature, n=5, per=2)[["quantile", "activation", "context"]].r
 # random directions of the same length; values near 1 say nothing.
 
 # %%
-effects = vocabulary_effects(model, sae, [feature], n=5)
-table = effects.to_frame()
+from lenslab.features.readings import vocabulary_effects
+
+table = vocabulary_effects(model, sae, [feature], n=5)
 print(table.assign(token=table["token"].map(repr)).round(2).to_string(index=False))
+beyond = table.loc[table["times_control"] > 1.5, "token"].map(repr)
+so(
+    f"along the direct path feature {feature} moves {len(beyond)} of {len(table)} shown tokens by "
+    f"more than 1.5 times what random directions do: {', '.join(beyond) or 'none'}."
+)
 
 # %% [markdown]
-# ## 9. Is it what the text says, or how it is written?
+# ## 10. Is it what the text says, or how it is written?
 # What each kind's feature fires on, by class of token. **Control**: how common each class is among
 # all tokens. The last row is the share that falls on the feature's single most frequent token; even
 # a feature of one token can carry a whole text where attention brings the text there.
 
 # %%
-from lenslab.features.readings import form_and_concept, token_classes
+from lenslab.features.readings import feature_names, firing_summary, form_and_concept, token_classes
 
 chosen = found["feature"].tolist()
-print("features:", dict(zip(labels.categories, chosen, strict=True)))
-print(token_classes(held_fa, chosen).round(2).to_string())
+classes = token_classes(held_fa, chosen)
+kind_names = {f: f"{f} {kind}" for kind, f in zip(labels.categories, chosen, strict=True)}
+print(classes.rename(columns=kind_names).round(2).to_string())
+
+# %% [markdown]
+# Most of it on punctuation, or on one token? Then that is what the feature is called, and its score
+# without those tokens shows what it knows beside.
+
+# %%
+readings = firing_summary(fa, chosen, labels)
+print(readings.round(2).to_string(index=False))
+narrow = readings[readings["share"] > 0.8]
+without = [
+    f"{row.feature} ({row.category}): {row.share:.0%} on {row.fires_on}, "
+    f"{row.token_share:.0%} on {row.token!r} alone: AUROC {row.auroc:.2f}, without those tokens "
+    f"{row.auroc_without:.2f}"
+    for row in narrow.itertuples()
+]
+so(
+    f"{len(narrow)} of {len(readings)} chosen features put more than 80 % of their activation on "
+    f"one class of tokens{': ' if without else ''}{'; '.join(without)}."
+)
 
 # %% [markdown]
 # The matched set says sixty things in four forms each: code or formula, plain, formal, another
@@ -375,67 +563,76 @@ for name, column in (("form", "form"), ("content", "concept")):
 from lenslab.show.plots import scatter
 
 by_form, by_content = split["form_p"] <= 0.05, split["concept_p"] <= 0.05
-content = f"by content alone {np.mean(by_content & ~by_form):.0%}"
-print(f"by form alone {np.mean(by_form & ~by_content):.0%}, {content}")
+so(
+    f"{np.mean(by_form & ~by_content):.0%} of {len(split)} features follow the form alone, "
+    f"{np.mean(by_content & ~by_form):.0%} the content alone, {np.mean(by_form & by_content):.0%} "
+    "both (by chance 5 %, 5 % and 0 %)."
+)
 marked = np.isin(split["feature"], chosen)
 print(split[marked].round(3).to_string(index=False))
-points = {"names": split["feature"], "marked": marked, "marked_name": "chosen for a kind"}
-axes = {"x_title": "share of variance: form", "y_title": "content", "diagonal": True}
-scatter(split["form"], split["concept"], title="Form and content", **points, **axes)
 
 # %% [markdown]
-# ## 10. Pictures of many features
-# The most frequent of the features that are on at most half of the discovery texts, drawn on
-# held-out texts.
+# Drawn, the features chosen for a kind in colour:
 
 # %%
-from lenslab.show.feature_plots import text_feature_heatmap
-
-discovery = fa[np.flatnonzero(~labels.held_out)].pool("max")
-share = summarize_features(discovery).frequency
-often = np.argsort(-np.where(share <= 0.5, share, 0), kind="stable")[:10]
-drawn = held_fa.pool("max")[:, often]
-on_held_out = f"on {np.mean(drawn.toarray() > 0):.0%} of held-out ones on average"
-low, high = share[often].min(), share[often].max()
-print(f"on {low:.0%} to {high:.0%} of discovery texts, {on_held_out}")
-title = "Frequent features on held-out texts"
-text_feature_heatmap(drawn, often, labels.category[held], title=title)
+points = {"names": split["feature"], "marked": marked, "marked_name": "chosen for a kind"}
+axes = {"x_title": "share of variance: form", "y_title": "share of variance: content"}
+scatter(
+    split["form"], split["concept"], title="Form and content", diagonal=True, **points, **axes
+).show()
 
 # %% [markdown]
+# ## 11. Pictures of many features
 # The features chosen for each kind, as means over the held-out texts of every kind: does a feature
 # also fire where another kind looks alike, a mathematical one on Python, say? By chance one of
 # seven is largest in its own kind.
 
 # %%
 from lenslab.features.ranking import category_profile
-from lenslab.show.feature_plots import category_feature_heatmap
 
-distinct = list(dict.fromkeys(chosen))  # one feature may have been chosen for two kinds
-profile = category_profile(held_fa.pool("max"), labels.category[held], distinct)
+profile = category_profile(held_fa.pool("max"), labels.category[held], list(kind_names))
 means = profile.pivot(index="category", columns="feature", values="mean")
-means = means.loc[list(labels.categories), distinct]
-own = sum(means[f].idxmax() == kind for kind, f in zip(labels.categories, chosen, strict=True))
-print(f"largest in the kind it was chosen for: {own} of {len(chosen)}")
-title = "Mean activation by kind, held-out texts"
-category_feature_heatmap(means, labels.categories, distinct, title=title)
+means = means.loc[list(labels.categories), list(kind_names)]
+pairs = list(zip(labels.categories, chosen, strict=True))
+own = sum(means[f].idxmax() == kind for kind, f in pairs)
+second = [means[f].drop(kind).max() / means[f].max() for kind, f in pairs]
+so(
+    f"{own} of {len(chosen)} chosen features are strongest in the kind they were chosen for (by "
+    f"chance 1); in the next kind they reach {min(second):.0%} to {max(second):.0%} of that."
+)
 
 # %% [markdown]
-# The same features and the leaders of section 4, one row each, on every held-out text.
+# A column is a feature, with the kind that it was chosen for; colours are shares of its largest
+# mean.
 
 # %%
-leaders = {"strongest": summary.strongest, "frequent": summary.frequent}
-leaders["selective"] = summary.selective
-rows = {int(ranked(1).index[0]): name for name, ranked in leaders.items()}
-rows |= {feature: kind for kind, feature in zip(labels.categories, chosen, strict=True)}
-names = [f"{feature} {why}" for feature, why in rows.items()]
-drawn = held_fa.pool("max")[:, list(rows)]
-above = f"{np.mean(drawn.toarray() > 0):.0%} of the cells are above zero"
-print(f"{len(rows)} features on {drawn.shape[0]} texts: {above}")
-title = "Chosen features on held-out texts"
-text_feature_heatmap(drawn, names, labels.category[held], title=title)
+from lenslab.show.feature_plots import category_feature_heatmap, text_feature_heatmap
+
+title = "What each kind's feature does in every kind (held-out texts)"
+category_feature_heatmap(means, labels.categories, list(kind_names.values()), title=title).show()
 
 # %% [markdown]
-# ## 11. Which features fire together?
+# The same features and the leaders of section 4, a row each, on every held-out text.
+
+# %%
+first_of = {"strongest": summary.strongest, "frequent": summary.frequent}
+first_of["selective"] = summary.selective
+for why, ranked in first_of.items():
+    leader = int(ranked(1).index[0])
+    kind_names[leader] = f"{kind_names.get(leader, leader)}, {why}"
+drawn = held_fa.pool("max")[:, list(kind_names)]
+fires = held_fa.pool("max")[:, chosen].toarray() > 0  # [text, kind]
+own = labels.inside[held]
+so(
+    f"a kind's feature fires on {fires[own].mean():.0%} of the held-out texts of its kind and on "
+    f"{fires[~own].mean():.0%} of the others; the strongest of all features on "
+    f"{np.mean(drawn[:, [list(kind_names).index(strongest)]].toarray() > 0):.0%}."
+)
+title = "Each kind's feature and the leaders on held-out texts"
+text_feature_heatmap(drawn, list(kind_names.values()), labels.category[held], title=title).show()
+
+# %% [markdown]
+# ## 12. Which features fire together?
 # First by kind: the features that fire on most of its texts. **Control**: the share of all texts on
 # which they do.
 
@@ -446,44 +643,68 @@ common = features_per_category(pooled["max"], labels.category, top=2)
 common["share"] = common["texts"] / common["of"]
 common["overall"] = summary.frequency[common["feature"].to_numpy()]
 print(common.round(2).to_string(index=False))
+everywhere = (common["overall"] > 0.9).sum()
+so(
+    f"{everywhere} of the {len(common)} most frequent features by kind fire on more than 90 % of "
+    "all texts: being frequent in a kind is not being about it."
+)
 
 # %% [markdown]
 # *PMI* is the log of how often two features fire together over what independence gives, over all
 # texts. **Null**: `expected` and `q` come from firings shuffled among texts of one kind, so that
-# what the kind explains does not
-# count: compare `joint` with `expected`.
+# what the kind explains does not count: compare `joint` with `expected`. Taken are the most
+# frequent of the features that are on at most half of the texts, each named by the token that it
+# fires on most.
 
 # %%
-from lenslab.features.together import coactivation, concept_features
-from lenslab.show.feature_plots import coactivation_heatmap
+from lenslab.features.together import coactivation
 
+often = np.argsort(-np.where(summary.frequency <= 0.5, summary.frequency, 0), kind="stable")[:10]
+names = feature_names(fa, often)
 together = coactivation(pooled["max"], often, strata=labels.category)
 pairs = together.to_frame()
-more = f"{(pairs['q'] <= 0.05).sum()} of {len(pairs)} pairs fire together more"
-print(f"{more} than within-kind chance (q <= .05)")
 columns = ["feature", "other", "p_other_given_feature", "joint", "expected", "pmi", "q"]
 print(pairs.head(5)[columns].round(3).to_string(index=False))
-coactivation_heatmap(together.pmi, often, title="Which features fire together")
+so(
+    f"{(pairs['q'] <= 0.05).sum()} of {len(pairs)} pairs fire together more than within-kind "
+    "chance (q <= .05; by chance none)."
+)
 
 # %% [markdown]
-# ## 12. Look for a concept
+# Red: more often together than independence gives; blue: less.
+
+# %%
+from lenslab.show.feature_plots import coactivation_heatmap
+
+coactivation_heatmap(together.pmi, names, title="Which features fire together").show()
+
+# %% [markdown]
+# ## 13. Look for a concept
 # The discovery texts about one topic, in any form, against the others: which features separate
 # them? `family_p`: how often the best of *all* features does as well under shuffled labels; a large
 # one means that nothing was found. The best one is then scored on the held-out half, where 0.5 is
 # chance. Python is the positive control.
 
 # %%
+from lenslab.features.together import concept_features
+
 about = (load_probes("categories")["topic"] == "music").to_numpy()[labels.row]
 matrix, half = pooled["max"], labels.held_out
+verdicts = []
 for name, inside in (("music", about), ("Python", labels.category == "python")):
     search = concept_features(matrix[inside & ~half], matrix[~inside & ~half]).head(3)
     values = matrix[:, [search["feature"][0]]].toarray()[half, 0]
     columns = ["feature", "auroc", "mean_concept", "mean_background", "family_p"]
     print(f"{name}:\n{search[columns].round(3).to_string(index=False)}")
-    print(f"the first on held-out texts: AUROC {roc_auc_score(inside[half], values):.2f}")
+    was = "found" if search["family_p"][0] <= 0.05 else "not found"
+    held_out_auroc = roc_auc_score(inside[half], values)
+    verdicts.append(
+        f"{name} is {was} (p = {search['family_p'][0]:.3f}), AUROC {held_out_auroc:.2f}"
+    )
+so(f"{'; '.join(verdicts)} on held-out texts, where .50 is chance.")
 
 # %% [markdown]
-# ## 13. Explore
+# ## 14. Explore
 # Type a text, see what fires at which token, step through the features. Without a running kernel
 # the same is shown as it stands.
 
@@ -496,11 +717,11 @@ explorer
 
 # %% [markdown]
 # ## What was found, and what was not
-# **Found**: for every kind of text that section 5 calls discriminating, a feature tells it apart on
-# texts that it was not chosen on. Section 6 shows how much of that is cheap: it runs the same
-# search over directions, neurons and bare characters, and says for which kinds the SAE does better
-# than all of them. The tables of section 9 show on which classes of token such features fire, and
-# whether they follow the form of a text or what it is about.
+# **Found**: what the lines that begin with *So:* say. Section 5 shows for which kinds one feature
+# tells the kind apart on texts that it was not chosen on; section 6, for which of them the same
+# search among directions, neurons and bare characters finds nothing as good; section 7, that this
+# is not the same as needing an SAE, for labels find directions of their own; section 10, what such
+# features fire on.
 #
 # **Not shown**: that the model uses these features (that takes interventions), that they mean what
 # the kind's name says, or that it holds for other models or SAEs. Seven kinds and 420 texts by one

@@ -29,7 +29,7 @@ from lenslab import runtime
 from lenslab.files import only_writer
 from lenslab.hooks import by_pair, by_token, check_hooks, check_unhooked, hook_names
 from lenslab.models import check_eval, check_ids, model_name, text_config
-from lenslab.store import ActivationStore
+from lenslab.store import ActivationStore, check_dtype
 from lenslab.tokens import TokenBatch
 
 MEMORY_SHARE = 0.5  # of the memory that is free: what `harvest` may fill
@@ -77,18 +77,14 @@ def harvest(  # noqa: PLR0913
 
     Raises UnknownHook, BadActivations, TooLargeForMemory, StoreMismatch, NotWritten, TypeError and
     ValueError (as `check_batch`; train mode; hooks left on the model; no hook asked for, or one
-    whose values have no text axis; integers as `dtype`).
+    whose values have no text axis; a `dtype` of integers or of 8 bits).
     """
     check_batch(model, batch)
-    hooks = (hooks,) if isinstance(hooks, str) else tuple(dict.fromkeys(hooks))
-    if not hooks:
-        raise ValueError("No hook is asked for; hook_table(model) lists them.")
-    if not dtype.is_floating_point:
-        raise ValueError(f"{dtype} would cut the values off: give a floating-point dtype.")
+    check_dtype(dtype)
     check_eval(model)
     if store is not None or not edited:
         check_unhooked(model)
-    check_hooks(model, hooks)
+    hooks = check_hooks(model, hooks)
     if compute == "auto":
         compute = "float32" if store is None else store.manifest["compute"]
     if compute not in ("float32", "bfloat16"):
@@ -115,7 +111,6 @@ def harvest(  # noqa: PLR0913
                 values = _run(model, part, hooks, part.real, bar=bar, first=first, **options)
                 vectors = {hook: value[part.real].flatten(1) for hook, value in values.items()}
                 store.write(shard, part, vectors)
-            store.summarize()
     return store
 
 

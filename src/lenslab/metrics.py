@@ -1,8 +1,8 @@
-"""Audited metrics of reconstructions, latents, predictions and distributions: small pure functions.
+"""Audited metrics of reconstructions, latents, predictions and rankings: small pure functions.
 
 Everything over tokens takes `real` (`TokenBatch.real`) and drops the other tokens before anything
 is computed, so that a NaN at a padded position harms nobody. Without `real` every token counts.
-Sums are kept in float64.
+Sums are kept in float64; on Apple's GPUs, which have none, by the CPU.
 
 How variance explained is computed, on data of any size:
 1. every batch of real tokens gives a count, a mean and a sum of squared deviations per dimension;
@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.nn import functional
 
 ROWS = 8192  # tokens turned to float64 at a time: 16 MB at d_model 256
+LOGITS = 1 << 21  # logits turned to float64 at a time: 16 MB
+DENSE = 0.1  # share of tokens above which a latent is called dense
 
 Array = np.ndarray | Tensor  # on the CPU
 Tokens = Num[Tensor, "*token d"]
-Latents = Num[Tensor, "*token latent"]
 Mask = Shaped[Array, "*token"] | None  # booleans, or 0 and 1
 Logits = Float[Tensor, "text pos vocab"]
 Ids = Int[Tensor, "text pos"]
@@ -42,6 +43,11 @@ def as_mask(marks: Array | Sequence) -> Bool[Array, "..."]:
     if not ((marks == 0) | (marks == 1)).all():
         raise ValueError("A mask holds True and False (or 1 and 0) and nothing else.")
     return marks == 1
+
+
+def in_float64(x: Num[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """x in float64, on the CPU where its device has no such numbers (MPS)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def _real_rows(x: Tensor, real: Array | None) -> Float[Tensor, "token d"]:
@@ -74,7 +80,7 @@ class Moments:
     def update(self, x: Tokens, real: Mask = None) -> Moments:
         """Take in the real tokens of x; returns itself. ValueError on NaN, Inf, no token."""
         for rows in _real_rows(x, real).split(ROWS):
-            rows = rows.double()  # [token, d]
+            rows = in_float64(rows)  # [token, d]
             block = Moments()
             block.count = len(rows)
             block.mean = rows.mean(0)
@@ -123,7 +129,7 @@ class ReconstructionError:
         rows, rows_hat = _real_rows(x, real), _real_rows(x_hat, real)
         self.moments.update(rows)
         for block, block_hat in zip(rows.split(ROWS), rows_hat.split(ROWS), strict=True):
-            block, block_hat = block.double(), block_hat.double()  # [token, d]
+            block, block_hat = in_float64(block), in_float64(block_hat)  # [token, d]
             norm = block.norm(dim=1)
             directed = norm > 0
             self.squared_error += float((block - block_hat).square().sum())
@@ -142,8 +148,9 @@ class ReconstructionError:
 
     @property
     def fvu(self) -> float:
-        """Fraction of variance unexplained. ValueError when x is constant: there is no variance to
-        explain."""
+        """Fraction of variance unexplained: sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, mean per
+        dimension over all tokens seen. An average of it over batches is another number. ValueError
+        when x is constant: there is no variance to explain."""
         total = self.moments.total_variance
         if total <= 1e-24 * float(self.moments.mean.square().sum()):  # a constant leaves 1e-32
             raise ValueError("x is the same at every token: there is no variance to explain")
@@ -165,41 +172,45 @@ class ReconstructionError:
         return self._ratios / self._directed
 
 
-def fvu(x: Tokens, x_hat: Tokens, real: Mask = None) -> float:
-    """Fraction of variance unexplained: sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, mean per
-    dimension over all real tokens given.
-
-    For data that comes in batches use `ReconstructionError`: an average of this over batches is
-    another number.
-    """
-    return ReconstructionError().update(x, x_hat, real).fvu
-
-
 # Latents
 
 
 class FeatureActivity:
     """How often and how strongly latents fire, over data seen in any pieces. Active is `!= 0`, not
-    `> 0`."""
+    `> 0`. Before any data there are no rates: AttributeError."""
 
     def __init__(self) -> None:
         self.tokens = 0
         self.counts: Tensor | None = None  # [latent] tokens at which each latent was active
         self._absolute = 0.0
 
-    def update(self, features: Latents, real: Mask = None) -> FeatureActivity:
+    def update(self, features: Num[Tensor, "*token latent"], real: Mask = None) -> FeatureActivity:
         """Take in one batch; returns itself. ValueError on NaN, Inf and no real token."""
         rows = _real_rows(features, real)  # [token, latent]
         fired = (rows != 0).sum(0)
         self.counts = fired if self.counts is None else self.counts + fired
         self.tokens += len(rows)
-        self._absolute += float(rows.abs().sum(dtype=torch.float64))
+        self._absolute += float(in_float64(rows.abs().sum(1)).sum())
         return self
 
     @property
     def firing_rate(self) -> Float[Tensor, " latent"]:
         """Share of tokens at which each latent is active."""
-        return self.counts.double() / self.tokens
+        return in_float64(self.counts) / self.tokens
+
+    @property
+    def dead(self) -> Bool[Tensor, " latent"]:
+        """Latents never active in the `tokens` tokens looked at.
+
+        Say that number with the result: a latent not seen in n tokens may still fire at a rate of
+        up to about 3/n (`stats.clopper_pearson(0, n)`).
+        """
+        return self.firing_rate == 0
+
+    @property
+    def dense(self) -> Bool[Tensor, " latent"]:
+        """Latents active on more than a tenth of the tokens."""
+        return self.firing_rate > DENSE
 
     @property
     def l0(self) -> float:
@@ -210,25 +221,6 @@ class FeatureActivity:
     def l1(self) -> float:
         """Mean over tokens of the summed absolute activation."""
         return self._absolute / self.tokens
-
-
-def dead(fired: Num[Tensor, " latent"], tokens: int) -> Bool[Tensor, " latent"]:
-    """Latents never active in the `tokens` tokens looked at; `fired` holds their rates or their
-    counts.
-
-    Say the number with the result: a latent not seen in n tokens may still fire at a rate of up to
-    about 3/n (`stats.clopper_pearson(0, n)`). ValueError when no token was looked at.
-    """
-    if tokens < 1:
-        raise ValueError("no tokens were looked at, so nothing is known to be dead")
-    return fired == 0
-
-
-def dense(rate: Float[Tensor, " latent"], threshold: float = 0.1) -> Bool[Tensor, " latent"]:
-    """Latents active on more than `threshold` of the tokens. ValueError for counts."""
-    if not (rate.is_floating_point() and bool((rate <= 1).all())):
-        raise ValueError("firing rates lie in [0, 1]: divide counts by the number of tokens")
-    return rate > threshold
 
 
 # Predictions
@@ -258,19 +250,24 @@ def next_token_nats(logits: Logits, tokens: Ids, real: Real) -> Float[Tensor, " 
 
 def cross_entropy(logits: Logits, tokens: Ids, real: Real) -> float:
     """Mean of `next_token_nats`: every real target weighs the same, whichever text it is in."""
-    return float(next_token_nats(logits, tokens, real).double().mean())
+    return float(in_float64(next_token_nats(logits, tokens, real)).mean())
 
 
 def kl_divergence(clean_logits: Logits, other_logits: Logits, real: Real) -> float:
     """Mean KL(clean || other) in nats over the positions that predict a real token, as
-    `cross_entropy`; NaN where a logit is."""
+    `cross_entropy`; never negative, NaN where a logit is.
+
+    In float64: the differences of two nearly equal float32 distributions are rounding below 1e-3.
+    """
     total, real = 0.0, as_mask(real)
+    step = max(1, LOGITS // clean_logits.shape[-1])
     texts = zip(clean_logits[:, :-1], other_logits[:, :-1], real[:, 1:], strict=True)
     for clean, other, scored in texts:
-        log_p = clean[scored].float().log_softmax(-1)  # [target, vocab]
-        log_q = other[scored].float().log_softmax(-1)
-        total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
-    return total / int(real[:, 1:].sum())
+        for rows in scored.nonzero()[:, 0].split(step):
+            log_p = in_float64(clean[rows]).log_softmax(-1)  # [target, vocab]
+            log_q = in_float64(other[rows]).log_softmax(-1)
+            total += float((log_p.exp() * (log_p - log_q)).sum())
+    return max(total, 0.0) / int(real[:, 1:].sum())  # equal ones round to either side of 0
 
 
 def recovered_fraction(clean: float, spliced: float, ablated: float) -> float:
@@ -286,39 +283,7 @@ def recovered_fraction(clean: float, spliced: float, ablated: float) -> float:
     return (ablated - spliced) / (ablated - clean)
 
 
-# Distributions and ranks
-
-
-def gini(x: Num[Array, " n"]) -> float:
-    """Concentration of non-negative values, times n / (n - 1): 0 when all are equal, 1 when one has
-    everything.
-
-    Without the correction five values cannot exceed 0.8 (Deltas 2003). ValueError on a negative
-    value, NaN, Inf, a sum of zero, or a single value.
-    """
-    ascending = np.sort(np.asarray(x, dtype=np.float64))
-    n = len(ascending)
-    if not (ascending >= 0).all() or not 0 < ascending.sum() < np.inf or n < 2:
-        raise ValueError("the Gini coefficient needs non-negative values, two or more, not all 0")
-    rank = np.arange(1, n + 1)
-    return float((2 * (rank * ascending).sum() / ascending.sum() - (n + 1)) / (n - 1))
-
-
-def jensen_shannon(
-    p: Num[Array, "*batch outcome"], q: Num[Array, "*batch outcome"]
-) -> Float[np.ndarray, "*batch"]:
-    """Jensen-Shannon *divergence* in nats, 0 to log 2, of shares or counts along the last axis.
-
-    SciPy's `jensenshannon` is its square root, and NaN for two that are nearly equal. Leave p's
-    samples out of q when q is a pool, and compare with a permutation null: shares of few counts
-    differ by chance. NaN where there are no counts; ValueError on a negative one and on NaN.
-    """
-    p, q = (np.asarray(counts, dtype=np.float64) for counts in (p, q))
-    if not ((p >= 0).all() and (q >= 0).all()):
-        raise ValueError("shares and counts are not negative, and not NaN")
-    shares = [p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)]
-    to_middle = [scipy.stats.entropy(share, sum(shares) / 2, axis=-1) for share in shares]
-    return np.asarray(np.maximum(sum(to_middle) / 2, 0))
+# Ranks
 
 
 def auroc(

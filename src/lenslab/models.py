@@ -18,15 +18,15 @@ import pandas as pd
 import torch
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from lenslab.loading import NotAModel as NotAModel
+from lenslab.files import NotAModel as NotAModel
+from lenslab.loading import as_bytes, buffer_hashes, build, model_name, text_config
 from lenslab.loading import check_ids as check_ids
 from lenslab.loading import load_model as load_model
-from lenslab.loading import model_name, text_config
 from lenslab.loading import random_twin as random_twin
 
-_KEYS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (state, key)
+_KEYS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (state, {dtype: key})
 # What a config says that changes no number; and the three configs, bundled models', whose keys were
 # written before configs were part of keys: their shapes of weights are no other config's here
 SILENT = ("transformers_version", "architectures", "dtype", "use_cache", "_name_or_path")
@@ -34,9 +34,9 @@ SILENT += ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 UNMARKED = ("52477a1d", "29a9eaab", "9348025a")
 
 
-def weights_key(model: TransformerBridge) -> str:
+def weights_key(model: TransformerBridge, dtype: torch.dtype | None = None) -> str:
     """16 hexadecimal digits of the SHA-256 of all weights and their types: what an SAE was made
-    for.
+    for. With `dtype`, the key that the model would have with its weights cast to it.
 
     Computed once per state of the weights (0.05 s for pocket-gpt, seconds for a billion
     parameters).
@@ -44,20 +44,26 @@ def weights_key(model: TransformerBridge) -> str:
     weights = sorted(model.original_model.named_parameters())
     state = [_state(parameter) for _, parameter in weights]
     if model not in _KEYS or _KEYS[model][0] != state:
+        _KEYS[model] = state, {}
+    keys = _KEYS[model][1]
+    if dtype not in keys:
         digest = hashlib.sha256()
         for name, parameter in weights:
-            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            values = parameter.detach().cpu().contiguous().flatten()
-            digest.update(values.view(torch.uint8).numpy().data)
-        _KEYS[model] = state, digest.hexdigest()[:16]
-    return _KEYS[model][1]
+            values = parameter.detach().to(dtype=dtype)
+            digest.update(f"{name}{tuple(values.shape)}{values.dtype}".encode())
+            digest.update(as_bytes(values))
+        keys[dtype] = digest.hexdigest()[:16]
+    return keys[dtype]
 
 
 def model_key(model: TransformerBridge) -> str:
     """The key of what a model computes, which caches of activations are keyed by: `weights_key`,
-    and 8 digits of the config where it is not a bundled model's."""
+    and 8 digits of the config where it is not a bundled model's, and of buffers that files hold or
+    that were changed since."""
     config = text_config(model).to_diff_dict()
     told = {name: value for name, value in config.items() if name not in SILENT}
+    # a bridge that somebody made himself has no list of what was built: all its buffers count
+    told |= dict(buffer_hashes(model).items() - getattr(model, "built_buffers", {}).items())
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
     return weights_key(model) + ("" if digest in UNMARKED else f"-{digest}")
 
@@ -70,9 +76,18 @@ def _state(parameter: torch.Tensor) -> tuple:
     return parameter.dtype, *(hash(s.float().cpu().numpy().tobytes()) for s in sums)
 
 
+def check_decoder_only(model: TransformerBridge) -> None:
+    """Raise ValueError for an encoder-decoder: TransformerLens would give its decoder the text that
+    the encoder reads, one token late."""
+    if model.original_model.config.is_encoder_decoder:
+        advice = "read its hooks with model.run_with_cache(tokens, decoder_input=...)."
+        raise ValueError(f"{model_name(model)} is an encoder-decoder, not a decoder only: {advice}")
+
+
 def check_eval(model: TransformerBridge) -> None:
-    """Raise ValueError for a model in train mode: dropout would change what it computes, a little
-    and at random."""
+    """Raise ValueError for a model in train mode, where dropout would change what it computes, a
+    little and at random, and as `check_decoder_only`."""
+    check_decoder_only(model)
     if model.training:
         raise ValueError(f"{model_name(model)} is in train mode (dropout): call model.eval().")
 
@@ -97,8 +112,7 @@ def parameter_table(model: TransformerBridge, layer: int | None = None) -> pd.Da
 def _plain(model: TransformerBridge) -> PreTrainedModel:
     """The Hugging Face model without bridge and without weights: names, shapes and modules."""
     with torch.device("meta"):
-        config = model.original_model.config
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return build(model.original_model.config)
 
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -137,7 +151,7 @@ def summarize(model: TransformerBridge) -> ModelSummary:
         heads=cfg.n_heads,
         key_value_heads=cfg.n_key_value_heads or cfg.n_heads,
         d_head=cfg.d_head,
-        d_mlp=cfg.d_mlp,
+        d_mlp=getattr(config, "d_ff", cfg.d_mlp),
         experts=_told(config, EXPERTS),
         experts_per_token=_told(config, EXPERTS_PER_TOKEN),
         vocabulary=cfg.d_vocab,

@@ -9,8 +9,9 @@ and compared.
 | `.pt`               | as they are                  | PyTorch                  | PyTorch code     |
 
 Every format holds the same two things, a header (JSON; in it the key of all that the file holds)
-and named tensors, and none can run code.
-Pickles can (`.pkl`, `.pickle`, or one that calls itself `.pt`) and are refused.
+and named tensors. None runs code when it is read here: a `.pt` is a pickle inside, read with
+`weights_only=True`, which makes tensors and plain values and refuses everything else; other pickles
+(`.pkl`, `.pickle`) are neither written nor read.
 """
 
 from __future__ import annotations
@@ -19,12 +20,10 @@ import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
@@ -33,9 +32,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab.capture import harvest
-from lenslab.files import atomic_write, content_key
+from lenslab.files import atomic_write, content_key, versions
 from lenslab.hooks import by_pair, by_token
 from lenslab.models import model_key, model_name
+from lenslab.store import tensors_key
 from lenslab.tokens import tokenize
 
 SUFFIXES = (".safetensors", ".npz", ".json", ".json.gz", ".pt")
@@ -64,9 +64,7 @@ class ActivationRecord:
 
     def __eq__(self, other: object) -> bool:
         """Equal to the last bit, dtypes included."""
-        if not isinstance(other, ActivationRecord) or self._header() != other._header():
-            return False
-        return all(torch.equal(v, other.activations[h]) for h, v in self.activations.items())
+        return isinstance(other, ActivationRecord) and _key(True, [self]) == _key(True, [other])
 
     def _header(self) -> dict[str, Any]:
         """All but the values, as JSON holds it."""
@@ -79,11 +77,6 @@ class ActivationRecord:
         activations = {hook: value.tolist() for hook, value in self.activations.items()}
         return self._header() | {"activations": activations}
 
-    def to_frame(self, hook: str) -> pd.DataFrame:
-        """One row per position: token, id, real, and the components of a `[pos, d]` hook."""
-        words = pd.DataFrame({"token": self.tokens, "id": self.token_ids, "real": self.real})
-        return words.join(pd.DataFrame(_vectors(self, hook).float().numpy()))
-
 
 def extract_batch(
     model: TransformerBridge, texts: Sequence[str], hooks: str | Sequence[str]
@@ -94,9 +87,7 @@ def extract_batch(
     """
     batch = tokenize(model, texts)
     values = harvest(model, batch, hooks)
-    metadata = {"model": model_name(model), "model_key": model_key(model)}
-    packages = ("lenslab", "torch", "transformers", "transformer-lens")
-    metadata["versions"] = {name: version(name) for name in packages}
+    metadata = {"model": model_name(model), "model_key": model_key(model), "versions": versions()}
     records = []
     for row, n in enumerate(batch.attention.sum(1).tolist()):
         activations = {}
@@ -119,18 +110,16 @@ def save_record(records: ActivationRecord | Sequence[ActivationRecord], path: st
     """Write one record or several; the format comes from the suffix. Returns the path, in which `~`
     is the home folder.
 
-    Raises NotARecord for a pickle or an unknown suffix, ValueError for NaN or Inf in `.json`, which
-    has no such numbers. A file that is there is replaced only once the new one is whole.
+    Raises NotARecord for `.pkl`, `.pickle` or an unknown suffix, ValueError for NaN or Inf in
+    `.json`, which has no such numbers. A file that is there is replaced only once the new one is
+    whole.
     """
     path = Path(path).expanduser()
     suffix = _suffix(path)
     one = isinstance(records, ActivationRecord)
     listed = [records] if one else records
-    header = {
-        "one": one,
-        "records": [record._header() for record in listed],
-        "key": _key(one, listed),
-    }
+    header = {"one": one, "records": [record._header() for record in listed]}
+    header["key"] = _key(one, listed)
     tensors = {}
     for i, record in enumerate(listed):
         for hook, value in record.activations.items():
@@ -157,8 +146,8 @@ def save_record(records: ActivationRecord | Sequence[ActivationRecord], path: st
 def load_record(path: str | Path) -> ActivationRecord | list[ActivationRecord]:
     """What `save_record` wrote: one record, or the list of several.
 
-    Raises NotARecord for a pickle (whatever it calls itself), a cut-off, changed or foreign file;
-    FileNotFoundError.
+    Raises NotARecord for a pickle of more than tensors and plain values, a cut-off, changed or
+    foreign file; FileNotFoundError.
     """
     path = Path(path).expanduser()
     suffix = _suffix(path)
@@ -187,10 +176,7 @@ def _key(one: bool, records: Sequence[ActivationRecord]) -> str:
     """Of all that a file holds, to the last bit."""
     parts: list[Any] = [one]
     for record in records:
-        shapes = {hook: list(value.shape) for hook, value in record.activations.items()}
-        parts += [record._header(), shapes]
-        for value in record.activations.values():
-            parts.append(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        parts += [record._header(), tensors_key(record.activations)]
     return content_key(*parts)
 
 
@@ -249,7 +235,7 @@ def _vectors(record: ActivationRecord, hook: str) -> Float[Tensor, "pos d"]:
     value = record.activations[hook]
     if len(value) != len(record.tokens) or value.ndim < 2:
         raise ValueError(f"{hook} has no vector for each token: its shape is {tuple(value.shape)}.")
-    return value.flatten(1)  # heads side by side
+    return value.detach().cpu().flatten(1)  # heads side by side
 
 
 def _suffix(path: Path) -> str:

@@ -120,9 +120,12 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if has_fast_bf16() else torch.float32
 
 
-def default_device() -> str:
-    """'cuda' where a GPU is at hand, else 'cpu'."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def default_device(device: str | torch.device | None = None) -> str:
+    """The device asked for, else 'cuda' where a GPU is at hand, else 'cpu'. ValueError for Apple's
+    'mps', which has no float64: sums of squares could not be kept exact."""
+    if str(device).startswith("mps"):
+        raise ValueError("MPS has no float64, which measures are kept in: leave out `device`.")
+    return str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def machine_summary() -> dict[str, str | int | bool]:

@@ -1,5 +1,4 @@
-"""Tests and intervals for findings: permutation, bootstrap by document, false discovery rate,
-shared seeds.
+"""Tests and intervals for findings: permutation, bootstrap by document, false discovery rate.
 
 How a feature's discrimination is tested (`auroc_permutations`):
 1. rank every feature over the texts once, ties at their mid-rank;
@@ -19,7 +18,7 @@ needs n of at least m / q shuffles. Intervals are two-sided, so a "95 % lower bo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +38,6 @@ Scores = Num[np.ndarray, "text feature"]
 Mask = Shaped[np.ndarray, "text ..."]
 Codes = Shaped[np.ndarray, " text"]
 Strata = Codes | None
-Values = Num[np.ndarray, "text ..."]
-Statistic = Callable[[np.ndarray], Any]
-Results = Sequence[float] | Float[np.ndarray, " seed"]
 
 
 @dataclass(frozen=True)
@@ -61,57 +57,31 @@ class Interval:
 
 @dataclass(frozen=True, eq=False)
 class PermutationResult:
-    """`observed` and `p` per statistic (0-d for a single one); `null_max [shuffle]`: each shuffle's
-    largest."""
+    """`observed` AUROC and `p` of each test; `null_max [shuffle]`: each shuffle's largest AUROC."""
 
-    observed: Float[np.ndarray, "*statistic"]
-    p: Float[np.ndarray, "*statistic"]
+    observed: Float[np.ndarray, " test"]
+    p: Float[np.ndarray, " test"]
     null_max: Float[np.ndarray, " shuffle"]
 
     @property
-    def family_p(self) -> Float[np.ndarray, "*statistic"]:
-        """p corrected for having searched all the statistics: against the largest of each shuffle.
+    def family_p(self) -> Float[np.ndarray, " test"]:
+        """p corrected for having searched all features: against the largest AUROC of each shuffle.
 
-        Statistics must share one scale (AUROCs do). Unlike BH over `p` it needs no more shuffles
-        for more features.
+        Unlike BH over `p` it needs no more shuffles for more features.
         """
         n = len(self.null_max)
-        below = np.searchsorted(np.sort(self.null_max), _least(self.observed))
-        return np.asarray((1 + n - below) / (1 + n))
-
-
-def _least(observed: np.ndarray) -> np.ndarray | np.floating:
-    """What counts as large as the observed: the same grouping may differ in its last digits."""
-    return observed - 1e-12 * np.maximum(1, np.abs(observed))
-
-
-def _against(observed: np.ndarray, null: np.ndarray) -> PermutationResult:
-    """A statistic `[*statistic]` against those of the shuffles `[shuffle, *statistic]`."""
-    p = (1 + (null >= _least(observed)).sum(axis=0)) / (1 + len(null))
-    return PermutationResult(observed, np.asarray(p), null.reshape(len(null), -1).max(axis=1))
-
-
-def permutation_test(
-    statistic: Statistic, labels: Codes, generator: Generator, n: int = 1000, strata: Strata = None
-) -> PermutationResult:
-    """One-sided test (large is extreme) of `statistic(labels)`, a number or an array of them,
-    against shuffled labels. ValueError as `shuffled_orders`, and when the statistic gives NaN."""
-    observed = np.asarray(statistic(labels), dtype=np.float64)
-    orders = shuffled_orders(labels, generator, n, strata)
-    null = np.stack([np.asarray(statistic(labels[order]), dtype=np.float64) for order in orders])
-    if np.isnan(observed).any() or np.isnan(null).any():
-        raise ValueError("the statistic is NaN for the labels or for a shuffle of them")
-    return _against(observed, null)
+        below = np.searchsorted(np.sort(self.null_max), self.observed)
+        return (1 + n - below) / (1 + n)
 
 
 def auroc_permutations(
     scores: Scores, labels: Mask, generator: Generator, n: int = 1000, strata: Strata = None
 ) -> PermutationResult:
-    """`permutation_test` of the AUROC (label against rest, mid-rank ties) of every feature, all at
-    once.
+    """Test of the AUROC (label against rest, mid-rank ties) of every feature, all at once, against
+    labels shuffled within `strata`.
 
-    One-sided: for features that are *silent* on the category pass `-scores`. ValueError on NaN,
-    when one class is absent, and as `shuffled_orders`.
+    One-sided (large is extreme): for features that are *silent* on the category pass `-scores`.
+    ValueError on NaN, when one class is absent, and as `shuffled_orders`.
     """
     starts = range(0, scores.shape[1], FEATURES)
     blocks = [(scores[:, start : start + FEATURES], labels) for start in starts]
@@ -143,7 +113,8 @@ def _rank_test(
         observed = auroc_of_rank_sums(labels @ ranks, labels.sum(), len(labels))
         shuffles = labels[orders].astype(np.float64) @ ranks  # [shuffle, feature]
         null = auroc_of_rank_sums(shuffles, labels.sum(), len(labels))
-        results.append(_against(observed, null))
+        p = (1 + (null >= observed).sum(axis=0)) / (1 + len(null))
+        results.append(PermutationResult(observed, p, null.max(axis=1)))
     return PermutationResult(
         observed=np.concatenate([result.observed for result in results]),
         p=np.concatenate([result.p for result in results]),
@@ -189,10 +160,16 @@ def benjamini_hochberg(p: Float[np.ndarray, "*test"]) -> Float[np.ndarray, "*tes
 
 
 def auroc_difference(
-    ours: Scores, theirs: Scores, inside: Mask, outside: Mask, generator: Generator, n: int = 1000
+    ours: Scores,
+    theirs: Scores,
+    inside: Mask,
+    outside: Mask,
+    generator: Generator,
+    n: int = 1000,
+    level: float = LEVEL,
 ) -> Interval:
-    """95 % percentile interval of AUROC(ours) - AUROC(theirs) on the same texts `[text, group]`,
-    drawn with replacement in each class.
+    """Percentile interval of AUROC(ours) - AUROC(theirs) on the same texts `[text, group]`, drawn
+    with replacement in each class.
 
     With several groups (languages left out in turn) column g is scored on `inside[:, g]` against
     `outside`, and the differences are averaged. Every text must be a document of its own.
@@ -213,22 +190,23 @@ def auroc_difference(
         drawn_inside = rng.multinomial(m, np.full(m, 1 / m), size=n) / m  # [resample, inside]
         estimate += float(gain.mean()) / groups
         resampled += ((drawn_inside @ gain) * drawn_outside).sum(axis=1) / groups
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     texts = int((inside.any(axis=1) | outside).sum())
-    return Interval(estimate, float(low), float(high), LEVEL, texts)
+    return Interval(estimate, float(low), float(high), level, texts)
 
 
 def bootstrap_by_document(
-    values: Values,
-    documents: Codes,
+    values: Num[np.ndarray, "row ..."],
+    documents: Shaped[np.ndarray, " row"],
     generator: Generator,
-    statistic: Statistic = np.mean,
+    statistic: Callable[[np.ndarray], Any] = np.mean,
     n: int = 1000,
 ) -> Interval:
     """95 % percentile interval of `statistic(values)`, whole documents drawn with replacement.
 
     Tokens of one document resemble each other: an interval that draws tokens is far too narrow.
-    Below about 20 documents this one is too narrow as well. ValueError on lengths that differ,
+    Below about 20 documents this one is too narrow as well. To compare two methods, pair them: rows
+    of (ours, theirs), and a statistic that is the difference. ValueError on lengths that differ,
     fewer than 2 documents and one that is None or NaN.
     """
     values, documents = np.asarray(values), np.asarray(documents)  # a Series goes by its index
@@ -247,81 +225,11 @@ def bootstrap_by_document(
     return Interval(float(statistic(values)), float(drawn.low), float(drawn.high), LEVEL, len(rows))
 
 
-def paired_bootstrap(
-    ours: Values,
-    theirs: Values,
-    documents: Codes,
-    generator: Generator,
-    statistic: Statistic = np.mean,
-    n: int = 1000,
-) -> Interval:
-    """Interval of `statistic(ours) - statistic(theirs)`, both on the same drawn documents.
-
-    A statistic that needs labels takes them as a column: rows of (score, label), for instance.
-    """
-
-    def difference(both: np.ndarray) -> float:  # [item, 2, ...]
-        return statistic(both[:, 0]) - statistic(both[:, 1])
-
-    both = np.stack([ours, theirs], axis=1)
-    return bootstrap_by_document(both, documents, generator, difference, n)
-
-
 def clopper_pearson(k: int, n: int, level: float = LEVEL) -> Interval:
     """Exact interval of a proportion, k successes in n *independent* trials (documents, not
     tokens). ValueError unless 0 <= k <= n and n >= 1."""
     interval = scipy.stats.binomtest(k, n).proportion_ci(level, method="exact")
     return Interval(k / n, float(interval.low), float(interval.high), level, n)
-
-
-# Shared seeds
-
-
-@dataclass(frozen=True)
-class PairedSeeds:
-    """Ours against a peer over shared seeds.
-
-    difference: mean of ours - peer, for scores where higher is better;
-    ratio: geometric mean of ours / peer, for errors such as FVU where lower is better; None when
-    not asked for. Bounds are the ends of Student's two-sided 95 % interval over the seeds.
-    """
-
-    difference: Interval
-    ratio: Interval | None
-
-    @property
-    def better(self) -> bool:
-        """The whole interval on our side."""
-        return self.ratio.high < 1 if self.ratio else self.difference.low > 0
-
-    @property
-    def no_worse(self) -> bool:
-        """Scores: lower bound above -0.01. Errors: upper bound of the ratio below 1.01."""
-        return self.ratio.high < 1.01 if self.ratio else self.difference.low > -0.01
-
-
-def paired_seeds(ours: Results, peer: Results, *, lower_is_better: bool = False) -> PairedSeeds:
-    """The rule for "better" and "no worse": paired over at least 5 shared seeds, in the same order.
-
-    ValueError on fewer seeds, lengths that differ, and errors (`lower_is_better`) that are not
-    positive.
-    """
-    ours, peer = np.array([ours, peer], dtype=np.float64)
-    if len(ours) < 5:
-        raise ValueError(f"{len(ours)} shared seeds: the rule needs at least 5")
-    if not lower_is_better:
-        return PairedSeeds(_student(ours - peer), None)
-    if min(ours.min(), peer.min()) <= 0:
-        raise ValueError("errors must be positive for their ratio to mean something")
-    return PairedSeeds(_student(ours - peer), _student(np.log(ours / peer), np.exp))
-
-
-def _student(samples: np.ndarray, scale: Callable[[float], float] = float) -> Interval:
-    """Student's interval of the mean, its ends taken to another `scale`."""
-    n, mean = len(samples), float(samples.mean())
-    half = scipy.stats.t.ppf((1 + LEVEL) / 2, n - 1) * scipy.stats.sem(samples)
-    estimate, low, high = (float(scale(end)) for end in (mean, mean - half, mean + half))
-    return Interval(estimate, low, high, LEVEL, n)
 
 
 def _numpy_generator(generator: Generator) -> np.random.Generator:

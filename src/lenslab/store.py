@@ -6,23 +6,22 @@ How a store is filled:
    `manifest.json`, which is written once, with a key of all that it says;
 2. texts are cut into runs of `texts_per_shard`; how many rows each shard has is therefore known
    beforehand;
-3. shard after shard is computed, written beside and renamed; then its name, number of rows and
-   SHA-256 and the manifest's key go into a small file beside it. No shard shares a file with
-   another: several processes may each write some;
-4. a later run keeps every shard whose hash is right and computes the others, so what comes out is
-   the same bytes as from a run that was never broken off;
-5. at the end, mean, variance and mean norm are summed over the shards in order, in float64.
+3. shard after shard is computed, written beside and renamed. In it stands the key of its values,
+   its name and the manifest. No shard shares a file with another: several processes may each write
+   some;
+4. a later run keeps every shard whose key is right and computes the others, so what comes out is
+   the same bytes as from a run that was never broken off.
 
 `shard-00003.safetensors` holds one `[row, d]` tensor per hook, and `text`, `position` and `token`
-`[row]`; `shard-00003.json` its rows, hash and key; `statistics.safetensors` and `.json` likewise.
+`[row]`; its metadata holds the key.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,13 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab import runtime
-from lenslab.files import atomic_write, cache_path, content_key, sha256_file, write_json
+from lenslab.files import atomic_write, cache_path, content_key, signed, verified, write_json
 from lenslab.hooks import check_hooks, vector_width
-from lenslab.metrics import Moments
+from lenslab.loading import as_bytes
 from lenslab.models import model_key, model_name
 from lenslab.tokens import TokenBatch
 
-FORMAT = 3  # of a store's folder; 2 had no key in the manifest
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHARD_BYTES = 64 << 20  # little is lost when a run breaks off, and it still reads fast
 
 
@@ -58,7 +57,7 @@ class ActivationStore:
     `ActivationStore.open(model, batch, hooks)` begins or continues one, `harvest(..., store=store)`
     fills it, `ActivationStore(folder)` reads it, without any model. Rows are ordered by text, then
     position. `manifest` says what it is for: 'model' and 'model_key', 'hooks' (with their widths),
-    'texts_key', 'dtype', 'compute', 'texts_per_shard', 'rows' (by shard) and 'key' (of all that).
+    'texts_key', 'dtype', 'compute', 'texts_per_shard' and 'rows' (by shard).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -67,17 +66,13 @@ class ActivationStore:
         self.folder = Path(folder).expanduser()
         file = self.folder / "manifest.json"
         try:
-            self.manifest: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):  # what follows says so
-            self.manifest = {"format": FORMAT}
-        if self.manifest.get("format") != FORMAT:
-            raise ValueError(f"{self.folder.name} is a store of an earlier layout: delete it.")
-        if self.manifest != _with_key(self.manifest):
-            raise ValueError(f"The manifest of {self.folder.name} was changed: delete the store.")
+            self.manifest = verified(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            message = f"{self.folder.name}: its manifest was changed or is of an earlier layout"
+            raise ValueError(f"{message}: delete the store.") from error
         self.dtype: torch.dtype = getattr(torch, self.manifest["dtype"])
         rows = self.manifest["rows"]
         self.shards = [f"shard-{number:05d}" for number in range(len(rows))]
-        self._rows = dict(zip(self.shards, rows, strict=True)) | {"statistics": sum(rows)}
         self._ends = torch.tensor(rows).cumsum(0)  # [shard]
         self._verified: set[str] = set()
 
@@ -102,12 +97,10 @@ class ActivationStore:
             texts_per_shard: where one begins; default as many as fill about 64 MB with padding.
 
         Raises StoreMismatch when the folder holds a store for something else, UnknownHook,
-        ValueError for a hook without a vector per token.
+        ValueError for a hook without a vector per token, no hook at all, and as `check_dtype`.
         """
-        hooks = (hooks,) if isinstance(hooks, str) else tuple(dict.fromkeys(hooks))
-        check_hooks(model, hooks)
-        if not hooks or not dtype.is_floating_point:
-            raise ValueError(f"A store needs a hook and a floating-point dtype: {hooks}, {dtype}.")
+        hooks = check_hooks(model, hooks)
+        check_dtype(dtype)
         if compute == "auto":
             compute = str(runtime.compute_dtype()).removeprefix("torch.")
         identity = {
@@ -128,23 +121,23 @@ class ActivationStore:
                 pair = f"{store.manifest[other[0]]}, not {identity[other[0]]}"
                 raise StoreMismatch(f"{folder.name} was made for another {other[0]} ({pair}).")
             return store
-        manifest = {"format": FORMAT, "model": model_name(model), "texts_per_shard": step}
-        write_json(folder / "manifest.json", _with_key(manifest | identity))
+        manifest = {"model": model_name(model), "texts_per_shard": step}
+        write_json(folder / "manifest.json", signed(manifest | identity))
         return cls(folder)
 
     def __len__(self) -> int:
         """Rows (real tokens), those of shards yet to be written included."""
-        return self._rows["statistics"]
+        return sum(self.manifest["rows"])
 
     @property
     def complete(self) -> bool:
-        """Whether every shard and the statistics were written."""
-        return (self.folder / "statistics.json").is_file()
+        """Whether every shard was written."""
+        return all(self._file(name).is_file() for name in self.shards)
 
     @property
     def digests(self) -> list[str | None]:
-        """SHA-256 of the shards in order; None where one is not written yet."""
-        return [self._entry(name).get("sha256") for name in self.shards]
+        """Keys of the shards in order; None where one is not written yet."""
+        return [self._digest(name) for name in self.shards]
 
     def read(self, shard: int) -> dict[str, Tensor]:
         """One shard: `{hook: [row, d], "text": [row], "position": [row], "token": [row]}`.
@@ -155,10 +148,12 @@ class ActivationStore:
 
     def rows(self, indices: Int[Tensor, " row"] | Sequence[int], name: str) -> Tensor:
         """Some rows in the order asked for: `[row, d]` of a hook, or `[row]` of `name` 'text',
-        'position' or 'token'. Raises IndexError, DamagedShard."""
-        indices = torch.as_tensor(indices, dtype=torch.long)
-        if bool((indices < 0).any()):
-            raise IndexError(f"Rows are counted from 0; {int(indices.min())} was asked for.")
+        'position' or 'token'. Raises IndexError (for a mask and fractions, too), DamagedShard."""
+        indices = torch.as_tensor(indices)
+        whole = not (indices.dtype is torch.bool or indices.is_floating_point())
+        if len(indices) and not (whole and bool((indices >= 0).all())):
+            raise IndexError(f"Rows are whole numbers from 0, not {indices.tolist()[:5]}.")
+        indices = indices.long()
         shards = torch.searchsorted(self._ends, indices, right=True)  # [row]
         result: Tensor | None = None
         for shard in shards.unique().tolist() or [0]:
@@ -169,85 +164,46 @@ class ActivationStore:
             result[inside] = values[indices[inside] - (int(self._ends[shard]) - len(values))]
         return result
 
-    def statistics(self, hook: str) -> dict[str, Tensor]:
-        """'mean' `[d]`, 'variance' `[d]` (divided by the count of rows) and 'mean_norm' `[]` (of
-        the Euclidean norms) over all rows at a hook, in float64.
-
-        Raises DamagedShard before the store is complete and when the file was changed.
-        """
-        tensors = load_file(self._path("statistics"))
-        return {name: tensors[f"{hook}/{name}"] for name in ("mean", "variance", "mean_norm")}
-
     def missing(self) -> list[int]:
         """Shards to be written: those not yet there and, with a warning, those damaged."""
         missing = [shard for shard, name in enumerate(self.shards) if not self._whole(name)]
-        for shard in missing:
-            name = self.shards[shard]
-            if self._entry(name):
-                warnings.warn(f"{name} is missing, half-written or changed: redone.", stacklevel=4)
+        for name in (self.shards[shard] for shard in missing):
+            if self._file(name).exists():
+                warnings.warn(f"{name} is half-written or changed: redone.", stacklevel=4)
         return missing
 
     def write(self, shard: int, texts: TokenBatch, vectors: dict[str, Tensor]) -> None:
-        """One shard: `{hook: [row, d]}` of the real tokens of its texts. Raises OSError on a full
-        disk."""
-        (self.folder / "statistics.json").unlink(missing_ok=True)
+        """One shard: `{hook: [row, d]}` of the real tokens of its texts. Raises NotWritten,
+        ValueError for another number of rows than the manifest says."""
         text, position = texts.real.nonzero().int().T.contiguous()
         origin = {
             "text": text + shard * self.manifest["texts_per_shard"],
             "position": position,
             "token": texts.tokens[texts.real].int(),
         }
-        self._write(self.shards[shard], vectors | origin)
-
-    def summarize(self) -> None:
-        """Step 5, unless it was done."""
-        if self._whole("statistics"):
-            return
-        statistics = {}
-        for hook in self.manifest["hooks"]:
-            moments = Moments()
-            norms = Moments()
-            for shard in range(len(self.shards)):
-                vectors = self._column(shard, hook)  # [row, d]
-                moments.update(vectors)
-                norms.update(vectors.double().norm(dim=1, keepdim=True))
-            statistics[f"{hook}/mean"] = moments.mean
-            statistics[f"{hook}/variance"] = moments.variance
-            statistics[f"{hook}/mean_norm"] = norms.mean[0]
-        self._write("statistics", statistics)
-
-    def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
-        try:
-            with atomic_write(self.folder / f"{name}.safetensors") as temporary:
-                save_file(tensors, temporary)
-                digest = sha256_file(temporary)
-            write_json(self.folder / f"{name}.json", self._expected(name, digest))
-        except (OSError, SafetensorError) as error:  # safetensors says it in a way of its own
-            if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
-                raise
-            message = f"Disk full at {name}: free some and harvest again, what is written is kept"
-            raise OSError(errno.ENOSPC, message) from error
+        name, tensors = self.shards[shard], vectors | origin
+        if {len(value) for value in tensors.values()} != {self.manifest["rows"][shard]}:
+            raise ValueError(f"{name} is to hold one row for each real token of its own texts.")
+        with atomic_write(self._file(name)) as temporary:
+            save_file(tensors, temporary, metadata={"key": self._key(name, tensors)})
         self._verified.add(name)
 
-    def _expected(self, name: str, digest: str) -> dict[str, Any]:
-        """What stands beside a whole file of this store."""
-        whose = {"store": self.manifest["key"], "file": name}
-        return whose | {"rows": self._rows[name], "sha256": digest}
+    def _key(self, name: str, tensors: dict[str, Tensor]) -> str:
+        """Of the values of a shard, and of which shard of which store it is."""
+        return content_key(self.manifest, name, tensors_key(tensors))
 
-    def _entry(self, name: str) -> dict[str, Any]:
-        """What was written beside a file; nothing before."""
-        try:
-            return dict(json.loads((self.folder / f"{name}.json").read_text()))
-        except (OSError, ValueError, TypeError):
-            return {}
+    def _digest(self, name: str) -> str | None:
+        """The key in a shard; None where there is none that can be opened."""
+        with suppress(OSError, SafetensorError), safe_open(self._file(name), "pt") as file:
+            return (file.metadata() or {}).get("key")
 
     def _whole(self, name: str) -> bool:
-        """Whether a file's bytes and rows are those that were written."""
-        path = self.folder / f"{name}.safetensors"
-        if not path.is_file() or self._entry(name) != self._expected(name, sha256_file(path)):
-            return False
-        with safe_open(path, framework="pt") as file:
-            return name == "statistics" or file.get_slice("text").get_shape() == [self._rows[name]]
+        """Whether the values of a shard are those that were written, for this store."""
+        digest = self._digest(name)
+        return digest is not None and digest == self._key(name, load_file(self._file(name)))
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
     def _column(self, shard: int, name: str) -> Tensor:
         """One tensor of a shard, memory-mapped: only the rows that are looked at are read."""
@@ -255,14 +211,23 @@ class ActivationStore:
             return file.get_tensor(name)
 
     def _path(self, name: str) -> Path:
-        """Where a whole file lies, else DamagedShard; its bytes are hashed the first time only."""
+        """Where a whole shard lies, else DamagedShard; its bytes are hashed the first time only."""
         if name not in self._verified and not self._whole(name):
-            state = "missing, half-written or changed" if self._entry(name) else "not written yet"
+            state = "half-written or changed" if self._file(name).exists() else "not written yet"
             raise DamagedShard(f"{name} is {state}: harvest(..., store=store) makes it anew.")
         self._verified.add(name)
-        return self.folder / f"{name}.safetensors"
+        return self._file(name)
 
 
-def _with_key(manifest: dict[str, Any]) -> dict[str, Any]:
-    content = {name: value for name, value in manifest.items() if name != "key"}
-    return content | {"key": content_key(content)}
+def check_dtype(dtype: Any) -> None:
+    """Raise ValueError for a dtype in which activations lose their values: integers, 8 bits."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{dtype} would cut the values off: take floating-point, 16 bits or more.")
+
+
+def tensors_key(tensors: Mapping[str, Tensor]) -> str:
+    """The key of named tensors: names, types, shapes and every bit of the values."""
+    parts = []
+    for name, value in sorted(tensors.items()):
+        parts += [[name, str(value.dtype), list(value.shape)], as_bytes(value)]
+    return content_key(*parts)

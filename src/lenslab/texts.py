@@ -1,8 +1,9 @@
 """Texts: the probe texts that ship with the project, text to train an SAE on, texts with labels.
 
 Text comes from files of one's own (`load_texts`), from a data set of the hub (`hub_texts`) or, on a
-machine with neither, from a million tokens that pocket-gpt wrote and that ship (`sampled_text`);
-each is a list of documents for `lenslab.tokens.pack` or `tokenize`.
+machine with neither, from what models wrote and what ships (`sampled_text`: a million tokens of
+pocket-gpt, a hundred thousand of smollm2); each is a list of documents for `lenslab.tokens.pack` or
+`tokenize`.
 
 How probe texts are made ready to be searched for features (`label_texts`):
 1. duplicates, broken and unlabelled texts are left out, and `skipped` says why;
@@ -28,7 +29,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Int, Num, Shaped
 
-from lenslab.files import data_path
+from lenslab.files import DEFAULT, FETCHED, data_path
 from lenslab.runtime import derive_generator, progress_bar
 
 FORMATS = (".txt", ".jsonl", ".parquet")  # the first two also as .gz
@@ -60,8 +61,10 @@ def load_texts(
     """Documents from files on this machine: one file, or a folder with all below it in order of
     path.
 
-    Read are `.txt` (documents end at a blank line) and `.jsonl` (one object a line), both also as
-    `.gz`, and `.parquet`. Empty documents are left out; with `limit` nothing is read beyond what it
+    Read are `.txt` (blank lines separate documents) and `.jsonl` (one object a line), both also as
+    `.gz`, and `.parquet`; `.csv`, `.md` and others are not, and in a folder are left alone: of a
+    table give `pandas.read_csv(file)["column"].tolist()` wherever texts are asked for. Empty
+    documents are left out; with `limit` nothing is read beyond what it
     needs. `skip_empty` also leaves out rows without `column` and those with something else than
     text in it, as long as some row of the file has the column.
 
@@ -86,7 +89,6 @@ def hub_texts(
     column: str = "text",
     limit: int | None = None,
     skip_empty: bool = False,
-    progress: bool = True,
 ) -> list[str]:
     """Documents of a data set on the hub, streamed: only what `limit` needs is downloaded.
 
@@ -106,8 +108,7 @@ def hub_texts(
     try:
         rows = datasets.load_dataset(expanduser(name), config, split=split, streaming=True)
         texts = islice(_documents(rows, column, name, skip_empty), limit)
-        about = {"total": limit, "desc": f"texts of {name}", "unit": "text"}
-        return list(progress_bar(texts, progress=progress, **about))
+        return list(progress_bar(texts, total=limit, desc=f"texts of {name}", unit="text"))
     except (OSError, datasets.exceptions.DatasetsError) as error:  # offline, unknown, gated
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if datasets.config.HF_HUB_OFFLINE:
@@ -118,14 +119,15 @@ def hub_texts(
         ) from error
 
 
-def sampled_text(n_documents: int | None = None) -> list[str]:
-    """Documents that pocket-gpt wrote, of nine kinds in turn; default all. See
-    `data/corpus/README.md`.
+def sampled_text(n_documents: int | None = None, model: str = DEFAULT) -> list[str]:
+    """Documents that `model` wrote where such ship, else pocket-gpt, of nine kinds in turn; default
+    all. See `data/corpus/README.md`.
 
     A stand-in for a corpus where there is none: not by people, and no measure of a model or an SAE
     on real text.
     """
-    frame = pd.read_parquet(data_path("corpus", "sampled.parquet"))
+    own = data_path("corpus", FETCHED.get(model, model), "sampled.parquet")
+    frame = pd.read_parquet(own if own.is_file() else data_path("corpus", "sampled.parquet"))
     # batches are of one opening each: deal them out
     turn = frame["id"].str.rsplit("-", n=1).str[-1].astype(int).argsort(kind="stable")
     return frame["text"].iloc[turn].iloc[:n_documents].tolist()
@@ -144,7 +146,8 @@ def _rows(file: Path, column: str = "text") -> Iterator[Any]:
     megabytes for the first line.
     """
     if (kind := _format(file)) not in FORMATS:
-        raise ValueError(f"{file.name} is none of {', '.join(FORMATS)}: save its text as one.")
+        advice = 'load a column of a table as pandas.read_csv(file)["column"].tolist().'
+        raise ValueError(f"{file.name} is none of {', '.join(FORMATS)}: {advice}")
     try:
         if kind == ".parquet":
             from pyarrow.parquet import ParquetFile
@@ -159,7 +162,10 @@ def _rows(file: Path, column: str = "text") -> Iterator[Any]:
                 yield from (json.loads(line) for line in lines if line.strip())
             else:
                 paragraphs = groupby(lines, key=str.isspace)
-                yield from ({column: "".join(p).strip()} for blank, p in paragraphs if not blank)
+                for document in ("".join(p).strip() for blank, p in paragraphs if not blank):
+                    if "\0" in document:  # UTF-16 and binary files may pass for UTF-8
+                        raise ValueError("it holds the character NUL")
+                    yield {column: document}
     except (EOFError, OSError, zlib.error, ValueError) as error:  # each reader raises its own
         raise ValueError(f"{file.name} is cut off, damaged or not UTF-8 ({error}).") from error
 

@@ -26,6 +26,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lenslab.files import content_key
+from lenslab.loading import as_bytes
 from lenslab.metrics import as_mask
 from lenslab.models import check_eval
 from lenslab.runtime import derive_generator, progress_bar
@@ -64,6 +65,9 @@ class TokenBatch:
     document: Int[Tensor, "text pos"] | None = None  # of each token its text; -1 where not real
 
     def __post_init__(self) -> None:
+        shape = (len(self.texts), self.tokens.shape[1])
+        if not shape == self.tokens.shape == self.real.shape == self.attention.shape:
+            raise ValueError("Tokens and masks are [text, pos], with one row for each text.")
         for name in ("real", "attention"):  # integers would select rows 0 and 1
             object.__setattr__(self, name, as_mask(getattr(self, name)))
         if bool((self.real & ~self.attention).any()):
@@ -98,8 +102,7 @@ class TokenBatch:
         """Content key of the tokens and masks: what caches of activations are keyed by, whatever
         `document` says."""
         tensors = (self.tokens.long(), self.real, self.attention)
-        raw = [tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors]
-        return content_key(list(self.tokens.shape), *raw)
+        return content_key(list(self.tokens.shape), *map(as_bytes, tensors))
 
     def strings(self, row: int) -> list[str]:
         """One readable string per position, '' at padding; bytes that are no whole character as
@@ -130,13 +133,12 @@ def tokenize(
             that has none.
         max_length: in tokens, BOS included; default the model's context.
         truncate: cut longer texts, with a warning that says how many; otherwise they are refused.
+        pad_side: 'right' or 'left'.
 
     Raises NoRealToken, TextTooLong, TypeError (what is no text), ValueError (no texts; half a
     character in one; a length beyond the context; no BOS).
     """
-    if pad_side not in ("left", "right"):
-        raise ValueError(f"pad_side is 'left' or 'right', not {pad_side!r}.")
-    texts, start = _texts(texts), bos_ids(model.tokenizer, bos)
+    texts, start = _inputs(model, texts, bos)
     rows = _encode(model.tokenizer, texts, start)
     length = _checked_length(model, model.cfg.n_ctx if max_length is None else max_length, 2)
     room = length - len(start)
@@ -168,8 +170,8 @@ def pack(
     Nothing is dropped: the last window may be shorter, padded on the right. Documents that give no
     token are refused, as in `tokenize`; `bos` and what is raised are as there.
     """
+    texts, start = _inputs(model, texts, bos)
     tokenizer, eos = model.tokenizer, model.tokenizer.eos_token_id
-    texts, start = _texts(texts), bos_ids(tokenizer, bos)
     length = min(model.cfg.n_ctx, WINDOW) if length is None else length
     room = _checked_length(model, length, 2 + len(start)) - len(start)  # an EOS is never alone
     end = _from_text(-1, start if eos is None else [eos])
@@ -192,15 +194,13 @@ def generate(
 
     Returns prompt and continuation, one string per prompt. The model reads the tokens of
     `tokenize`; `bos` is as there. Raises ValueError when the prompt and the new tokens do not fit
-    the context, or the prompt is empty; for a temperature that is none; for a model in train mode
-    or with NaN or Inf in its logits.
+    the context; NoRealToken for an empty prompt; ValueError for a temperature that is none, a model
+    in train mode or with NaN or Inf in its logits.
     """
+    prompts, start = _inputs(model, prompt, bos)
     check_eval(model)
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"A temperature is 0 (greedy) or above and finite, not {temperature}.")
-    prompts, start = _texts(prompt), bos_ids(model.tokenizer, bos)
-    if not all(text.strip() for text in prompts):
-        raise ValueError("An empty prompt: give the model at least one word to continue.")
     rows = [[*start, *row[:, 0].tolist()] for row in _encode(model.tokenizer, prompts, start)]
     longest, context = max(map(len, rows)), model.cfg.n_ctx
     if longest + max_new_tokens > context:
@@ -240,15 +240,18 @@ def _checked_length(model: TransformerBridge, length: int, least: int) -> int:
     return length
 
 
-def _texts(texts: str | Iterable) -> tuple[str, ...]:
-    """One text or several, in order. Raises TypeError for what would be read as something else."""
+def _inputs(model: Any, texts: Any, bos: bool | None) -> tuple[tuple[str, ...], list[int]]:
+    """One text or several, in order, and what each begins with. Raises TypeError for what would be
+    read as something else."""
+    if not isinstance(model, TransformerBridge):
+        raise TypeError(f"First load_model(name), then the texts: {type(model).__name__} given.")
     if isinstance(texts, Mapping | Set) or hasattr(texts, "columns"):
         raise TypeError(f"A {type(texts).__name__} is no list of texts: give its column of texts.")
     texts = (texts,) if isinstance(texts, str) else tuple(texts)
     if wrong := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
         kind = type(texts[wrong[0]]).__name__
         raise TypeError(f"Text {wrong[0]} is no string but {kind} ({len(wrong)} such).")
-    return texts
+    return texts, bos_ids(model.tokenizer, bos)
 
 
 def _from_text(text: int, ids: list[int]) -> Int[Tensor, "token 2"]:

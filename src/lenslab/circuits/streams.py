@@ -6,7 +6,8 @@ where.
 2. `context_similarity`: is a stream alike where one token occurs in two texts? Control: other
    tokens.
 3. `head_scores`: attention to the previous token, to the same token one repeat earlier, and to the
-   token after that one, on random sequences repeated once (Olsson et al. 2022).
+   token after that one, on random sequences repeated once (Olsson et al. 2022); and, where texts
+   are given, to the previous token there: some heads look back within words only.
 4. `token_bits`: the model's loss on each text.
 """
 
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,6 +32,8 @@ from lenslab.models import check_eval
 from lenslab.runtime import derive_generator
 from lenslab.tokens import TokenBatch, bos_ids
 
+TOGETHER = 8  # layers of one pass through the model: one by one is slow, all at once fills memory
+
 
 def stream_profile(model: TransformerBridge, batch: TokenBatch) -> pd.DataFrame:
     """Norms of the streams over the real tokens of `batch`, and what is odd about the first
@@ -41,13 +46,16 @@ def stream_profile(model: TransformerBridge, batch: TokenBatch) -> pd.DataFrame:
     attention + MLP, or before + attention, is from after, relative to after.
     """
     first = batch.attention.long().argmax(dim=1)  # [text]
+    streams = ("residual_pre", "attention", "mlp", "residual")
+    layers = range(model.cfg.n_layers)
+    hooks = [[stream_hook(model, layer, stream) for stream in streams] for layer in layers]
     rows = []
-    for layer in range(model.cfg.n_layers):
-        streams = ("residual_pre", "attention", "mlp", "residual")
-        hooks = [stream_hook(model, layer, stream) for stream in streams]
-        values = harvest(model, batch, hooks, progress=False)
-        before, attention, mlp, after = (values[hook][batch.real] for hook in hooks)  # [token, d]
-        start = values[hooks[-1]][torch.arange(len(batch)), first]  # [text, d_model]
+    for layer in layers:
+        if layer % TOGETHER == 0:
+            together = chain.from_iterable(hooks[layer : layer + TOGETHER])
+            values = harvest(model, batch, list(together), progress=False)
+        before, attention, mlp, after = (values[h][batch.real] for h in hooks[layer])  # [token, d]
+        start = values[hooks[layer][-1]][torch.arange(len(batch)), first]  # [text, d_model]
         total = before + attention + mlp
         row = {
             "residual": after.norm(dim=-1).mean(),
@@ -70,7 +78,8 @@ def _two_largest(x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, ""]:
 
 def context_similarity(model: TransformerBridge, batch: TokenBatch, layer: int) -> pd.DataFrame:
     """Mean cosine between pairs of real tokens in different texts: the same token, and other tokens
-    as control.
+    as control. The mean over all real tokens is removed first: a few dimensions that are large
+    everywhere would make any two tokens alike.
 
     1 means that the stream ignores context; the control's level, that the token does not matter to
     it. Each distinct token weighs the same, else the most frequent ones would be the answer.
@@ -90,7 +99,8 @@ def context_similarity(model: TransformerBridge, batch: TokenBatch, layer: int) 
         raise ValueError("No token occurs in two texts: give more texts.")
     rows = {}
     for stream, hook in hooks.items():
-        unit = torch.nn.functional.normalize(values[hook][batch.real].double(), dim=-1)
+        x = values[hook][batch.real].double()  # [token, d_model]
+        unit = torch.nn.functional.normalize(x - x.mean(0), dim=-1)
         cosine = unit @ unit.T
         alike = [float(cosine[ids == i][same[ids == i]].mean()) for i in repeated]
         rows[stream] = {"same token": np.mean(alike), "other token": float(cosine[other].mean())}
@@ -115,7 +125,8 @@ def repeated_tokens(
 @dataclass(frozen=True)
 class HeadScores:
     """Mean attention weight by head, each `[layer, head]`, at the second copy of repeated random
-    sequences; and the loss in nats on the first and on the second copy."""
+    sequences; the loss in nats on the first and on the second copy; and the weight on the previous
+    token of text, None where none was given."""
 
     previous_token: Float[np.ndarray, "layer head"]
     duplicate_token: Float[np.ndarray, "layer head"]
@@ -123,6 +134,7 @@ class HeadScores:
     first_position: Float[np.ndarray, "layer head"]
     loss_first: float
     loss_second: float
+    previous_token_on_text: Float[np.ndarray, "layer head"] | None = None
 
     def best(self, kind: str) -> tuple[int, int, float]:
         """(layer, head, score) of the strongest head of a kind."""
@@ -132,13 +144,20 @@ class HeadScores:
 
 
 def head_scores(
-    model: TransformerBridge, n: int = 16, length: int = 50, seed: int = 0
+    model: TransformerBridge,
+    batch: TokenBatch | None = None,
+    *,
+    n: int = 16,
+    length: int = 50,
+    seed: int = 0,
 ) -> HeadScores:
     """Where each head looks in random sequences repeated once; nothing but the repeat can be
-    predicted there.
+    predicted there. With a `batch` also how much it looks at the previous token of its texts, from
+    every real token whose previous place is not the first. A few texts will do: all their patterns
+    are held at once.
 
     Raises ValueError for a model in train mode; UnknownHook where attention patterns cannot be
-    read.
+    read; as `harvest` for the batch.
     """
     check_eval(model)
     tokens = repeated_tokens(model, n, length, seed)
@@ -155,19 +174,32 @@ def head_scores(
         "induction": query - length + 1,  # what followed it there
         "first_position": torch.zeros_like(query),
     }
-    scores = {  # kind -> [layer, head]
-        kind: torch.stack([cache[hook][:, :, query, key].mean(dim=(0, 2)) for hook in hooks])
-        for kind, key in keys.items()
-    }
+    text = torch.arange(len(tokens))[:, None]
+    scores = {kind: _mean_weights(cache, hooks, text, query, key) for kind, key in keys.items()}
+    if batch is not None:
+        patterns = harvest(model, batch, hooks, progress=False)
+        first = batch.attention.long().argmax(dim=1)  # [text]
+        inner = torch.arange(batch.tokens.shape[1]) > first[:, None] + 1  # [text, pos]
+        text, query = (batch.real & inner).nonzero(as_tuple=True)  # [token]
+        scores["previous_token_on_text"] = _mean_weights(patterns, hooks, text, query, query - 1)
     nats = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().mT, tokens[:, 1:].to(logits.device), reduction="none"
     )
     return HeadScores(
-        **{kind: weights.float().cpu().numpy() for kind, weights in scores.items()},
+        **scores,
         # the second copy's first token is announced by nothing: left out
         loss_first=float(nats[:, : length - 1].mean()),
         loss_second=float(nats[:, 1 - length :].mean()),
     )
+
+
+def _mean_weights(
+    patterns: Any, hooks: list[str], text: Tensor, query: Tensor, key: Tensor
+) -> Float[np.ndarray, "layer head"]:
+    """Mean over pairs of a query and a key of the weights `[text, head, query, key]` at each
+    hook."""
+    weights = [patterns[hook][text, :, query, key].flatten(0, -2) for hook in hooks]
+    return torch.stack(weights).mean(dim=1).float().cpu().numpy()
 
 
 def token_bits(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -54,9 +54,6 @@ Indices = Sequence[Index] | np.ndarray | Tensor
 Labels = Sequence | np.ndarray | pd.Series  # one a text
 
 
-FEATURES = 2048  # columns made dense at a time
-
-
 TEXTS, ROWS = 64, 2048  # texts harvested and tokens encoded at a time: what is dense stays small
 
 
@@ -76,13 +73,13 @@ def check_matrix(
         raise ValueError(f"{matrix.shape[0]} texts but {len(labels)} labels: one each is needed.")
     if labels is not None and pd.isna(np.asarray(labels, dtype=object)).any():
         raise ValueError("A label is None or NaN: leave such texts out, or name what they are.")
-    matrix = matrix if hasattr(matrix, "astype") else np.asarray(matrix)
-    matrix = matrix.astype(np.result_type(matrix.dtype, np.float32), copy=False)
     sparse = scipy.sparse.issparse(matrix)
+    matrix = scipy.sparse.csc_array(matrix) if sparse else np.asarray(matrix)
+    matrix = matrix.astype(np.result_type(matrix.dtype, np.float32), copy=False)
     if not np.isfinite(matrix.data if sparse else matrix).all():
         text, feature = np.argwhere(~np.isfinite(dense(matrix)))[0]
         raise ValueError(f"NaN or Inf at text {text}, feature {feature}: find what made it.")
-    return scipy.sparse.csc_array(matrix) if sparse else np.asarray(matrix)
+    return matrix
 
 
 def check_features(features: Indices, n_features: int) -> None:
@@ -93,13 +90,6 @@ def check_features(features: Indices, n_features: int) -> None:
         raise ValueError(f"Features are whole numbers, not {numbers.flat[0]}.")
     if beyond := numbers[(numbers < 0) | (numbers >= n_features)].tolist():
         raise ValueError(f"Feature {beyond[0]} is not one of 0 to {n_features - 1}.")
-
-
-def blocks(matrix: np.ndarray | scipy.sparse.csc_array) -> Iterator[tuple[slice, np.ndarray]]:
-    """(columns, those columns dense `[text, feature]`), as many at a time as stay small."""
-    for start in range(0, matrix.shape[1], FEATURES):
-        columns = slice(start, start + FEATURES)
-        yield columns, dense(matrix[:, columns])
 
 
 def columns_of(matrix: Matrix, features: Indices) -> Shaped[np.ndarray, "text chosen"]:
@@ -125,19 +115,10 @@ class FeatureActivations:
     def n_features(self) -> int:
         return self.matrix.shape[1]
 
-    @property
-    def n_texts(self) -> int:
-        return len(self.batch)
-
     @cached_property
     def text(self) -> Int[np.ndarray, " token"]:
         """The row of the batch that each token is from."""
         return self.batch.real.nonzero()[:, 0].numpy()
-
-    @cached_property
-    def position(self) -> Int[np.ndarray, " token"]:
-        """Where in its row each token stands."""
-        return self.batch.real.nonzero()[:, 1].numpy()
 
     def pool(self, how: str = "max") -> scipy.sparse.csr_array:
         """`[text, feature]` over the real tokens of each text: 'max', 'mean' or 'fraction' (share
@@ -165,8 +146,12 @@ class FeatureActivations:
         return values
 
     def __getitem__(self, rows: slice | Indices) -> FeatureActivations:
-        """The activations of some texts, in the order given."""
-        chosen = np.arange(self.n_texts)[rows if isinstance(rows, slice) else list(rows)]
+        """The activations of some texts, in the order given. ValueError for none."""
+        rows = rows if isinstance(rows, slice) else list(rows)
+        # NumPy takes [] for numbers with commas
+        chosen = np.arange(len(self.batch))[rows or slice(0)]
+        if not len(chosen):
+            raise ValueError("No text is chosen, so there are no activations.")
         tokens = np.concatenate([np.flatnonzero(self.text == row) for row in chosen])
         return replace(
             self,

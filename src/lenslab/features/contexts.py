@@ -119,12 +119,13 @@ def find_contexts(
     features = np.arange(d_sae) if features is None else np.unique(features)
     check_features(features, d_sae)
     followed = torch.from_numpy(np.isin(np.arange(d_sae), features))
-    transform, hook = input_transform(sae, model), sae_hook(sae)
+    hook = sae_hook(sae)
     strongest = sampled = None
     fired = np.zeros(d_sae, dtype=np.int64)
     first = tokens = 0  # windows and tokens before these
     bar = progress_bar(unit="tok", desc="contexts", progress=progress)
     for batch in [batches] if isinstance(batches, TokenBatch) else batches:
+        transform = input_transform(sae, model, batch)
         step = max(1, CELLS // (batch.tokens.shape[1] * d_sae))
         for start in range(0, len(batch), step):
             # 1. Encode

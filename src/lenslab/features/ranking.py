@@ -52,15 +52,9 @@ class FeatureSummary(Result):
         return self.fired / self.n_texts
 
     @property
-    def mean_when_active(self) -> Float[np.ndarray, " feature"]:
-        """Mean over the texts on which it fires (for features that are never negative); 0 where it
-        never does."""
-        return self.mean * self.n_texts / np.maximum(self.fired, 1)
-
-    @property
     def composite(self) -> Float[np.ndarray, " feature"]:
-        """Frequency times mean over all texts: constant and strong. (With the mean when active it
-        were the mean.)"""
+        """Frequency times mean over all texts: constant and strong. (Frequency times the mean when
+        active is the mean.)"""
         return self.frequency * self.mean
 
     def strongest(self, n: int = 10) -> pd.DataFrame:
@@ -90,8 +84,7 @@ class FeatureSummary(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row per feature."""
         columns = ("largest", "fired", "mean", "strong", "least_fraction")
-        derived = ("frequency", "mean_when_active", "composite")
-        values = {name: getattr(self, name) for name in (*columns, *derived)}
+        values = {name: getattr(self, name) for name in (*columns, "frequency", "composite")}
         return pd.DataFrame(values).rename_axis("feature")
 
     def _ranked(self, score: Shaped[np.ndarray, " feature"], n: int) -> pd.DataFrame:
@@ -120,8 +113,9 @@ def summarize_features(
     strong = feature[columns.data > _cut(largest, threshold)[feature]]
     least = np.full(width, np.nan)
     if categories is not None:
-        _, sizes, fired = _fired_by_category(columns, categories)
-        least = (fired / sizes[:, None]).min(axis=0)
+        texts = pd.Series(range(n_texts)).groupby(np.asarray(categories)).indices
+        shares = [(columns[rows] > 0).sum(axis=0) / len(rows) for rows in texts.values()]
+        least = np.min(shares, axis=0)
     return FeatureSummary(
         n_texts=n_texts,
         largest=largest.astype(np.float64),
@@ -138,24 +132,16 @@ def _cut(largest: Shaped[np.ndarray, " feature"], threshold: Threshold) -> np.nd
     return np.maximum(cut, 0)
 
 
-def _fired_by_category(
-    columns: Matrix, categories: Labels
-) -> tuple[np.ndarray, np.ndarray, Int[np.ndarray, "category feature"]]:
-    """(names, texts of each, texts of each on which a feature fires)."""
-    names, codes, sizes = np.unique(np.asarray(categories), return_inverse=True, return_counts=True)
-    member = codes == np.arange(len(names))[:, None]  # [category, text]
-    return names, sizes, np.asarray(member.astype(np.int64) @ (columns > 0))
-
-
 def features_per_category(matrix: Matrix, categories: Labels, top: int = 5) -> pd.DataFrame:
     """Per category the `top` features above zero on most of its texts: `category`, `feature`,
     `texts`, `of`."""
-    names, sizes, fired = _fired_by_category(check_matrix(matrix, categories), categories)
-    rows = []
-    for category, size, texts in zip(names, sizes, fired, strict=True):
-        first = np.argsort(-texts, kind="stable")[:top]
-        rows += [(category, feature, texts[feature], size) for feature in first]
-    return pd.DataFrame(rows, columns=["category", "feature", "texts", "of"])
+    columns, best = check_matrix(matrix, categories), []
+    texts = pd.Series(range(len(categories))).groupby(np.asarray(categories)).indices
+    for category, rows in texts.items():
+        fired = (columns[rows] > 0).sum(axis=0)  # [feature] texts
+        first = np.argsort(-fired, kind="stable")[:top]
+        best += [(category, feature, fired[feature], len(rows)) for feature in first]
+    return pd.DataFrame(best, columns=["category", "feature", "texts", "of"])
 
 
 def category_profile(matrix: Matrix, categories: Labels, features: Indices) -> pd.DataFrame:
@@ -174,19 +160,20 @@ def category_profile(matrix: Matrix, categories: Labels, features: Indices) -> p
 
 def count_leaders(matrix: Matrix, threshold: Threshold = 5.0) -> pd.DataFrame:
     """First place by counting: `leader` ("strongest", "most frequent" and "most selective": strong
-    on the fewest texts, on one at least), `feature`, `value`, `tied`.
-
-    ValueError where no feature is strong on any text.
-    """
+    on the fewest texts, on one at least), `feature`, `value`, `tied`; -1, 0 and 0 where there is
+    none, as no feature is strong on any text."""
     summary = summarize_features(matrix, threshold=threshold)
-    if not summary.strong.any():
-        raise ValueError(f"No feature is above {threshold} on any text: choose another threshold.")
-    fewest = np.where(summary.strong > 0, -summary.strong, -summary.n_texts - 1)
-    orders = {"strongest": summary.largest, "most frequent": summary.fired}
-    rows = [
-        (name, int(by.argmax()), float(abs(by.max())), int((by == by.max()).sum()))
-        for name, by in (orders | {"most selective": fewest}).items()
-    ]
+    fewest = np.where(summary.strong > 0, summary.n_texts + 1 - summary.strong, 0)
+    places = {
+        "strongest": (summary.largest, summary.largest),
+        "most frequent": (summary.fired, summary.fired),
+        "most selective": (fewest, summary.strong),
+    }
+    rows = []
+    for leader, (score, value) in places.items():
+        first = int(score.argmax())
+        row = (first, float(value[first]), int((score == score[first]).sum()))
+        rows.append((leader, *(row if score[first] else (-1, 0.0, 0))))
     return pd.DataFrame(rows, columns=["leader", "feature", "value", "tied"])
 
 
@@ -231,18 +218,16 @@ def count_specialists_null(
 ) -> CountNull:
     """`count_specialists` on the labels and on `n` shuffles of them."""
     values = dense(check_matrix(matrix, categories))
-    values = values[:, (values > 0).any(axis=0)]  # a silent feature never scores above 0
-    if not values.shape[1]:
-        raise ValueError("No feature fires on any text: there is nothing to count.")
     strong = _strong(values, threshold)
     codes = np.unique(np.asarray(categories), return_inverse=True)[1]
 
-    def specialists(codes: np.ndarray) -> int:
-        return int((_count_scores(values, strong, codes, top)[1] > 0).any(axis=1).sum())
-
     orders = shuffled_orders(codes, derive_generator(seed, "count specialists"), n, None)
-    null = np.array([specialists(codes[order]) for order in orders])
-    return CountNull(observed=specialists(codes), null=null, threshold=threshold)
+    scores = [
+        _count_scores(values, strong, labels, top)[1]
+        for labels in (codes, *(codes[o] for o in orders))
+    ]
+    observed, *null = [int((score > 0).any(axis=1).sum()) for score in scores]
+    return CountNull(observed=observed, null=np.array(null), threshold=threshold)
 
 
 def _strong(values: np.ndarray, threshold: Threshold) -> Float[np.ndarray, "text feature"]:

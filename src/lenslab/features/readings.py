@@ -2,7 +2,8 @@
 
 1. `token_classes`: how a feature's activation spreads over digits, brackets, word starts, foreign
    letters ..., beside how common each class is. A "mathematics feature" that fires on digits
-   wherever they stand is a digit feature.
+   wherever they stand is a digit feature; `firing_summary` says what each chosen feature mainly
+   fires on, and what its score is without those tokens.
 2. `form_and_concept`: on texts that say the same thing in several forms, how much of a feature's
    activation follows the form and how much the content (two-way analysis of variance, one text per
    cell), beside what shuffled labels give.
@@ -13,7 +14,6 @@
 from __future__ import annotations
 
 import unicodedata
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -31,9 +31,10 @@ from lenslab.features.activations import (
     check_matrix,
     columns_of,
 )
-from lenslab.files import Result
+from lenslab.metrics import as_mask, auroc
 from lenslab.runtime import derive_generator
 from lenslab.sae.load import RESIDUAL, SparseAutoencoder, check_sae, sae_hook
+from lenslab.texts import LabelledTexts
 from lenslab.tokens import token_string
 
 CLASSES = (
@@ -50,6 +51,7 @@ CLASSES = (
 
 
 BRACKETS = frozenset("()[]{}<>\"'`“”‘’«»")
+ROUNDING = 1e-6  # of float32 activations, relative: what varies by less does not vary
 
 
 def token_class(string: str) -> str:
@@ -73,6 +75,26 @@ def token_class(string: str) -> str:
     return "emoji or other symbol"
 
 
+def _token_table(fa: FeatureActivations) -> pd.DataFrame:
+    """`text`, `token` (its string) and `class` of every real token. ValueError for negative
+    activations."""
+    if (fa.matrix.data < 0).any():
+        raise ValueError(
+            "Negative activations have no shares: choose an SAE that is never below 0."
+        )
+    strings = [fa.batch.strings(row) for row in range(len(fa.batch))]
+    seen = [strings[text][position] for text, position in fa.batch.real.nonzero().tolist()]
+    classes = pd.Categorical([token_class(string) for string in seen], CLASSES)
+    return pd.DataFrame({"text": fa.text, "token": seen, "class": classes})
+
+
+def _shares(tokens: pd.DataFrame, by: str, values: np.ndarray) -> pd.DataFrame:
+    """How `values [token, feature]` spread over the classes or the strings of tokens: [group,
+    feature], NaN for a feature that never fires."""
+    sums = pd.DataFrame(values, dtype=np.float64).groupby(tokens[by], observed=False).sum()
+    return sums / sums.sum().replace(0, np.nan)
+
+
 def token_classes(fa: FeatureActivations, features: Indices) -> pd.DataFrame:
     """Share of each feature's activation that falls on each class of tokens.
 
@@ -80,36 +102,63 @@ def token_classes(fa: FeatureActivations, features: Indices) -> pd.DataFrame:
     per feature. A last row, `one token`, has the largest share that a single token string holds.
     NaN for a feature that never fires. ValueError for negative activations.
     """
-    if (fa.matrix.data < 0).any():
-        raise ValueError(
-            "Negative activations have no shares: choose an SAE that is never below 0."
-        )
-    strings = [fa.batch.strings(row) for row in range(fa.n_texts)]
-    seen = [strings[t][p] for t, p in zip(fa.text.tolist(), fa.position.tolist(), strict=True)]
-    classes = np.array([CLASSES.index(token_class(string)) for string in seen])
-    tokens = pd.factorize(np.array(seen, dtype=object))[0]
+    tokens = _token_table(fa)
+    values = np.column_stack([np.ones(len(tokens)), columns_of(fa.matrix, features)])
+    table = _shares(tokens, "class", values)
+    table.loc["one token"] = _shares(tokens, "token", values).max()
+    return table.set_axis(["all tokens", *map(str, features)], axis=1)
 
-    def shares(weight: np.ndarray) -> np.ndarray:
-        by_class = np.bincount(classes, weight, len(CLASSES))
-        largest = np.bincount(tokens, weight).max()
-        return np.append(by_class, largest) / (weight.sum() or np.nan)
 
-    columns = {"all tokens": shares(np.ones(len(seen)))}
-    for feature in features:
-        columns[str(feature)] = shares(columns_of(fa.matrix, [feature])[:, 0].astype(np.float64))
-    return pd.DataFrame(columns, index=pd.Index([*CLASSES, "one token"], name="class"))
+def feature_names(fa: FeatureActivations, features: Indices) -> list[str]:
+    """Each feature's number and the token that holds most of its activation, for pictures and
+    tables. ValueError for negative activations."""
+    by_token = _shares(_token_table(fa), "token", columns_of(fa.matrix, features)).fillna(0)
+    return [f"{f} {token!r}" for f, token in zip(features, by_token.idxmax(), strict=True)]
+
+
+def firing_summary(
+    fa: FeatureActivations, features: Indices, labels: LabelledTexts
+) -> pd.DataFrame:
+    """What the feature chosen for each category (`features`, in the order of `labels.categories`)
+    mainly fires on, and how well it tells the category apart without that.
+
+    All from the held-out half: `fires_on`, the class of tokens that holds the largest `share` of
+    the activation ("nothing" for a silent feature); `token`, the string that does, and its
+    `token_share`; `auroc` of the largest value in a text, and `auroc_without` where tokens of that
+    class do not count. ValueError for negative activations and for other texts than the labels'.
+    """
+    if len(fa.batch) != len(labels):
+        raise ValueError(f"{len(fa.batch)} texts but {len(labels)} labels: encode labels.texts.")
+    held_out = as_mask(labels.held_out)
+    fa, inside = fa[np.flatnonzero(held_out)], labels.inside[held_out]  # [text, category]
+    tokens, values = _token_table(fa), columns_of(fa.matrix, features)  # [token, category]
+    by_class, by_token = (_shares(tokens, by, values).fillna(0) for by in ("class", "token"))
+    main = by_class.idxmax().astype(str)
+    kept = values * (tokens["class"].to_numpy()[:, None] != main.to_numpy())
+    table = {
+        "category": labels.categories,
+        "feature": features,
+        "fires_on": main.where(by_class.max() > 0, "nothing"),
+        "share": by_class.max(),
+        "token": by_token.idxmax().where(by_token.max() > 0, ""),
+        "token_share": by_token.max(),
+    }
+    for name, used in {"auroc": values, "auroc_without": kept}.items():
+        pooled = pd.DataFrame(used).groupby(tokens["text"]).max().to_numpy()  # [text, category]
+        table[name] = [float(auroc(*pair)) for pair in zip(pooled.T, inside.T, strict=True)]
+    return pd.DataFrame(table)
 
 
 def form_and_concept(
     matrix: Matrix, form: Labels, concept: Labels, *, n: int = 200, seed: int = 0
 ) -> pd.DataFrame:
     """Does a feature follow how a thing is said, or what is said? Pooled activations, every concept
-    once in every form; one row per feature that fires on ten texts or more.
+    once in every form; one row per feature that fires on ten texts or more and is not the same on
+    all texts, up to rounding: what does not vary has no variance to share out.
 
     Columns: `feature`; `form` and `concept`, shares of its variance over texts (epsilon squared:
-    corrected for the number of levels, so that chance gives 0; NaN for a constant feature);
-    `form_p` and `concept_p`, the share of `n` shuffles (within a concept, within a form) that reach
-    them.
+    corrected for the number of levels, so that chance gives 0); `form_p` and `concept_p`, the share
+    of `n` shuffles (within a concept, within a form) that reach them.
 
     Raises ValueError where a concept lacks a form or has one twice: the two shares would not be
     comparable; and for a single form or concept.
@@ -121,8 +170,9 @@ def form_and_concept(
             "Form and content need every concept exactly once in every form, and two of each."
         )
     features = np.flatnonzero(np.asarray((matrix > 0).sum(axis=0)).ravel() >= 10)
-    order = np.lexsort([concept, form])
-    values = columns_of(matrix, features).astype(np.float64)[order]
+    values = columns_of(matrix, features).astype(np.float64)[np.lexsort([concept, form])]
+    varies = np.ptp(values, axis=0) > ROUNDING * np.abs(values).max(axis=0)
+    features, values = features[varies], values[:, varies]
     table = values.reshape(*cells.shape, len(features))  # [form, concept, feature]
     observed = _epsilon_squared(table)
     above = np.zeros_like(observed)
@@ -131,9 +181,8 @@ def form_and_concept(
     for _ in range(n):
         within_concept = table[rng.permuted(rows, axis=0), columns]
         within_form = table[rows, rng.permuted(columns, axis=1)]
-        # not below, rather than at or above: NaN of a constant feature is no evidence
-        above[0] += ~(_epsilon_squared(within_concept)[0] < observed[0] - 1e-12)
-        above[1] += ~(_epsilon_squared(within_form)[1] < observed[1] - 1e-12)
+        above[0] += _epsilon_squared(within_concept)[0] >= observed[0] - 1e-12
+        above[1] += _epsilon_squared(within_form)[1] >= observed[1] - 1e-12
     p = (1 + above) / (1 + n)
     table = pd.DataFrame({"feature": features, "form": observed[0], "concept": observed[1]})
     return table.assign(form_p=p[0], concept_p=p[1])
@@ -142,29 +191,14 @@ def form_and_concept(
 def _epsilon_squared(
     table: Float[np.ndarray, "form concept feature"],
 ) -> Float[np.ndarray, "2 feature"]:
-    """(form, concept): sums of squares less what noise alone would give, over the total; NaN for a
-    constant feature."""
+    """(form, concept): sums of squares less what noise alone would give, over the total."""
     f, c, _ = table.shape
     grand = table.mean(axis=(0, 1))
     ss_form = c * ((table.mean(axis=1) - grand) ** 2).sum(axis=0)
     ss_concept = f * ((table.mean(axis=0) - grand) ** 2).sum(axis=0)
     ss_total = ((table - grand) ** 2).sum(axis=(0, 1))
     noise = (ss_total - ss_form - ss_concept) / ((f - 1) * (c - 1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.stack([ss_form - (f - 1) * noise, ss_concept - (c - 1) * noise]) / ss_total
-
-
-@dataclass(frozen=True, eq=False)
-class VocabularyEffects(Result):
-    """Tokens that features promote and suppress by the direct path, largest effect first."""
-
-    # feature, effect ("promoted", "suppressed"), rank, token; logit: per unit of activation, before
-    # the final norm's scale; times_control: over the largest of a random direction of equal norm
-    table: pd.DataFrame
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per feature and token."""
-        return self.table
+    return np.stack([ss_form - (f - 1) * noise, ss_concept - (c - 1) * noise]) / ss_total
 
 
 @torch.inference_mode()
@@ -176,9 +210,14 @@ def vocabulary_effects(
     n: int = 10,
     controls: int = 20,
     seed: int = 0,
-) -> VocabularyEffects:
-    """The `n` most promoted and most suppressed tokens of some features, and the scale of chance:
-    the largest logit of a random direction, median of `controls`.
+) -> pd.DataFrame:
+    """The `n` tokens that each feature most promotes and most suppresses by the direct path, and
+    the scale of chance: the largest logit of a random direction of equal norm, median of
+    `controls`.
+
+    One row per feature and token, largest effect first: `feature`, `effect` ("promoted",
+    "suppressed"), `rank`, `token`, `logit` (per unit of activation, before the final norm's scale)
+    and `times_control` (over the scale of chance).
 
     Raises as `check_sae`; ValueError for features that the SAE has not, and for an SAE that does
     not write into the residual stream (`hook_z`, `mlp.hook_post`): its directions are no sums of
@@ -206,16 +245,15 @@ def vocabulary_effects(
     frames = []
     for effect, sign in (("promoted", 1), ("suppressed", -1)):
         best = (sign * logits).topk(n)  # [feature, n]
-        size = best.values.double().cpu().numpy()
+        size = best.values.cpu().double().numpy()
         tokens = [token_string(model.tokenizer, token) for token in best.indices.flatten().tolist()]
         frame = pd.DataFrame({"feature": np.repeat(features.numpy(), n), "effect": effect})
         frame["rank"] = np.tile(np.arange(1, n + 1), len(features))
         frame["token"] = tokens
         frame["logit"] = sign * size.ravel()
-        frame["times_control"] = (size / chance.double().cpu().numpy()[:, None]).ravel()
+        frame["times_control"] = (size / chance.cpu().double().numpy()[:, None]).ravel()
         frames.append(frame)
-    table = pd.concat(frames).sort_values(["feature", "effect", "rank"], ignore_index=True)
-    return VocabularyEffects(table)
+    return pd.concat(frames).sort_values(["feature", "effect", "rank"], ignore_index=True)
 
 
 def direct_logits(
@@ -239,7 +277,7 @@ def logit_scale(model: TransformerBridge) -> float:
     one token on the nine smallest, where a soft cap changes nothing."""
     token = torch.zeros(1, 1, dtype=torch.long, device=model.cfg.device)
     logits, cache = model.run_with_cache(token, names_filter=["unembed.hook_out"])
-    before, after = cache["unembed.hook_out"].double().flatten(), logits.double().flatten()
+    before, after = (x.cpu().double().flatten() for x in (cache["unembed.hook_out"], logits))
     before, after = before[before != 0], after[before != 0]
     smallest = before.abs().argsort()[:9]
     return float((after[smallest] / before[smallest]).median())

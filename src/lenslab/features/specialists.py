@@ -1,7 +1,7 @@
 """Does a feature tell one kind of text from the others, better than what needs no SAE?
 
 1. `lenslab.texts.label_texts` prepares the texts: halves for choosing and for scoring; strata
-   within which labels may be shuffled.
+   within which labels may be shuffled. `label_rows` does it where there is only a matrix.
 2. `discriminate`: per category the feature with the best AUROC (pooled activation, category against
    rest, mid-rank ties) on the discovery half is scored on the held-out half, once. Labels of the
    held-out half are shuffled within strata for its p. The held-out half took no part in the choice,
@@ -30,15 +30,16 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from lenslab.features.activations import Matrix, blocks, check_matrix, columns_of
-from lenslab.features.ranking import CountNull, count_specialists, count_specialists_null
+from lenslab.features.activations import Labels, Matrix, check_matrix, columns_of, dense
+from lenslab.features.ranking import CountNull, Threshold, count_specialists, count_specialists_null
 from lenslab.files import Result
-from lenslab.metrics import as_mask, auroc, auroc_of_rank_sums, mid_ranks
+from lenslab.metrics import Mask, as_mask, auroc, auroc_of_rank_sums, mid_ranks
 from lenslab.runtime import derive_generator
 from lenslab.stats import auroc_difference, benjamini_hochberg, matched_auroc_permutations
-from lenslab.texts import LabelledTexts
+from lenslab.texts import LabelledTexts, label_texts
 
 PRECISION = 0.5  # held-out precision that a specialist needs
+FEATURES = 2048  # candidates made dense at a time
 
 
 class Best(NamedTuple):
@@ -60,9 +61,11 @@ class Ranked:
         exact = np.float32 if searched.sum() < 4000 else np.float64
         ranks = np.empty((int(searched.sum()), matrix.shape[1]), dtype=exact)
         variance = np.empty(matrix.shape[1])
-        for part, block in blocks(matrix):
-            ranks[:, part] = mid_ranks(block[searched])
-            variance[part] = block[searched].var(axis=0, dtype=np.float64)
+        for start in range(0, matrix.shape[1], FEATURES):
+            part = slice(start, start + FEATURES)
+            block = dense(matrix[:, part])[searched]  # [searched text, candidate]
+            ranks[:, part] = mid_ranks(block)
+            variance[part] = block.var(axis=0, dtype=np.float64)
         self.candidates = np.argsort(-variance, kind="stable")  # the highest variance first
         self.ranks = ranks[:, self.candidates]
 
@@ -139,15 +142,40 @@ def search(
     return np.concatenate(best, axis=1)
 
 
+def label_rows(
+    categories: Labels, *, held_out: Mask = None, strata: Labels | None = None, seed: int = 0
+) -> LabelledTexts:
+    """One label per row of a matrix made ready for `discriminate`, whatever the rows are of.
+
+    Args:
+        held_out: rows that are scored, not searched; default half of each category, drawn.
+        strata: labels are shuffled within them, such as bins of length; default one for all.
+
+    Categories with fewer than three rows in a half are not analysed; their rows stay as some of the
+    rest. ValueError for a label or stratum that is missing, and where no category is left.
+    """
+    table = pd.DataFrame({"category": np.asarray(categories, dtype=object)})
+    table["text"] = table.index.astype(str)  # the texts are not at hand
+    if held_out is not None:
+        table["split"] = np.where(as_mask(held_out), "held_out", "discovery")
+    labels = label_texts(table, seed=seed)
+    strata = np.zeros(len(table)) if strata is None else np.asarray(strata, dtype=object)
+    stratum = pd.factorize(strata)[0]
+    if len(labels) < len(table) or (stratum < 0).any():
+        raise ValueError("A label or stratum is missing: leave such rows out, or name it.")
+    return replace(labels, stratum=stratum)
+
+
 def discriminate(
-    matrices: Mapping[str, Matrix],
-    labels: LabelledTexts,
+    matrices: Matrix | Mapping[str, Matrix],
+    labels: LabelledTexts | Labels,
     *,
     n: int = 1000,
     seed: int = 0,
     q: float = 0.05,
 ) -> pd.DataFrame:
-    """The category-discriminating features of one or several SAEs: `{name: [text, feature]}`.
+    """The category-discriminating features of one SAE, a pooled matrix `[text, feature]`, or of
+    several: `{name: matrix}`. Plain labels, one a row, are taken as by `label_rows`.
 
     One row per SAE and category: `feature`, `tied` (features with the same AUROC on discovery),
     `auroc_discovery`; from the held-out half `auroc`, `worst_register` (lowest AUROC of one
@@ -158,6 +186,8 @@ def discriminate(
     `n` shuffles of the held-out labels: p cannot fall below 1 / (1 + n). ValueError on NaN and for
     another number of texts.
     """
+    matrices = matrices if isinstance(matrices, Mapping) else {"SAE": matrices}
+    labels = labels if isinstance(labels, LabelledTexts) else label_rows(labels, seed=seed)
     held_out, inside = as_mask(labels.held_out), labels.inside
     tables = []
     for name, matrix in matrices.items():
@@ -245,6 +275,12 @@ class Specialists(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row per category."""
         return self.table
+
+    def best_by_count(self, threshold: Threshold = "half") -> str | None:
+        """The category with the best count score, the first of equals; None where none is above
+        0."""
+        scores = self.table.set_index("category")[f"count_score_{threshold}"]
+        return scores.idxmax() if scores.max() > 0 else None
 
 
 def find_specialists(

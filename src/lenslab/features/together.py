@@ -111,19 +111,14 @@ def concept_features(
     """
     inside, outside = dense(check_matrix(concept)), dense(check_matrix(background))
     values = np.concatenate([inside, outside])
-    used = (values != 0).any(axis=0)  # silent everywhere: AUROC one half, under every shuffle too
-    if not used.any():
-        raise ValueError("No feature fires on any text: there is nothing to compare.")
     labels = np.arange(len(values)) < len(inside)
     generator = derive_generator(seed, "concept search")
-    search = auroc_permutations(values[:, used], labels, generator, n)
-    table = pd.DataFrame({"feature": np.arange(values.shape[1]), "auroc": 0.5})
-    table.loc[used, "auroc"] = search.observed
+    search = auroc_permutations(values, labels, generator, n)
+    table = pd.DataFrame({"feature": np.arange(values.shape[1]), "auroc": search.observed})
     table["mean_concept"] = inside.mean(axis=0, dtype=np.float64)
     table["mean_background"] = outside.mean(axis=0, dtype=np.float64)
     table["fired_concept"] = (inside > 0).mean(axis=0)
     table["fired_background"] = (outside > 0).mean(axis=0)
-    table["family_p"] = 1.0
-    table.loc[used, "family_p"] = search.family_p
+    table["family_p"] = search.family_p
     gain = table["mean_concept"] - table["mean_background"]
     return table.iloc[np.lexsort([-gain, -table["auroc"]])].reset_index(drop=True)

@@ -54,6 +54,14 @@ def control_matrices(
     return controls | {"character n-grams": ngram_features(batch.texts, sae.cfg.d_sae)}
 
 
+def mean_activations(
+    model: TransformerBridge, sae: SparseAutoencoder, batch: TokenBatch
+) -> Float[np.ndarray, "text d_in"]:
+    """The SAE's input, averaged over each text's real tokens: what supervised directions are fitted
+    on (`lenslab.features.ceiling`)."""
+    return _pooled(model, batch, sae_hook(sae), input_transform(sae, model), "mean")
+
+
 def pca_axes(
     model: TransformerBridge, sae: SparseAutoencoder, batch: TokenBatch, how: str = "max"
 ) -> Float[np.ndarray, "text candidate"]:

@@ -15,13 +15,12 @@ A number alone says little: 2,048 random directions with the same L0 explain var
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -69,11 +68,6 @@ class SAEMetrics(Result):
     ce_recovered_zero: float | None  # (zero - spliced) / (zero - clean)
     ce_recovered_mean: float | None
     kl: float  # KL(clean || spliced)
-    fired: Int[Tensor, " d_sae"] = field(repr=False, compare=False)  # tokens with the latent active
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every number, without the counts per latent."""
-        return {name: value for name, value in super().to_dict().items() if name != "fired"}
 
     def to_frame(self) -> pd.DataFrame:
         """One row; put several SAEs together with `pd.concat`."""
@@ -102,6 +96,8 @@ def evaluate_sae(
     transform, hook = input_transform(sae, model, batch), sae_hook(sae)
     refuse_transcoder(sae)
     check_unhooked(model)
+    if isinstance(sae, torch.nn.Module):
+        check_unhooked(sae)
     few = max(1, CELLS // (batch.tokens.shape[1] * sae.cfg.d_sae))
     batch_size = texts_per_pass(model, batch, limit=min(batch_size, few))
     n_predicted = int(batch.real[:, 1:].sum())
@@ -129,11 +125,12 @@ def evaluate_sae(
         real = part.real.to(x.device)
         error.update(x, x_hat, real)
         activity.update(features, real)
-        squared += float(x_hat[real].double().square().sum())
-        product += float((x[real].double() * x_hat[real].double()).sum())
+        x, x_hat = metrics.in_float64(x[real]), metrics.in_float64(x_hat[real])  # [token, d_in]
+        squared += float(x_hat.square().sum())
+        product += float((x * x_hat).sum())
         # 3. Ablated
         totals["ce_zero"] += _nats(forward(model, hook, part, torch.zeros_like)[0], part)
-    mean = error.moments.mean.float()  # [d_in]
+    mean = error.moments.mean.float().to(model.cfg.device)  # [d_in]
 
     def to_mean(value: Tensor) -> Tensor:
         return transform.inverse(mean.expand_as(transform(value)), value)
@@ -158,12 +155,11 @@ def evaluate_sae(
         cosine=error.cosine_similarity,
         l2_ratio=error.l2_ratio,
         reconstruction_bias=squared / product if product else 0.0,
-        dead=int(metrics.dead(activity.counts, activity.tokens).sum()),
-        dense=int(metrics.dense(activity.firing_rate).sum()),
+        dead=int(activity.dead.sum()),
+        dense=int(activity.dense.sum()),
         ce_difference=losses["ce_spliced"] - losses["ce_clean"],
         ce_recovered_zero=_recovered(losses, "ce_zero"),
         ce_recovered_mean=_recovered(losses, "ce_mean"),
-        fired=activity.counts.cpu(),
         **losses,
     )
 
@@ -199,7 +195,7 @@ def _nats(logits: Tensor, batch: TokenBatch) -> float:
     total = 0.0
     for span in _spans(batch, logits.shape[-1]):
         nats = metrics.next_token_nats(logits[:, span], tokens[:, span], real[:, span])
-        total += float(nats.double().sum())
+        total += float(metrics.in_float64(nats).sum())
     return total
 
 

@@ -15,7 +15,6 @@ from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lenslab.files import content_key
 from lenslab.sae.registry import NotAnSAE
@@ -58,6 +57,9 @@ def checked_reader(release: str | None) -> Callable:
         k = config.get("k")
         if "topk" in kind and not (type(k) is int and 1 <= k <= config["d_sae"]):
             raise NotAnSAE(f"k is {k}: a {kind} SAE needs one from 1 to its width.")
+        for f in fields(get_sae_class(kind)[1]):  # "false" would count as true
+            if f.type is bool and type(config.get(f.name, False)) is not bool:
+                raise NotAnSAE(f"{f.name} is {config[f.name]!r}, not true or false.")
         return written, *rest
 
     return read
@@ -79,11 +81,11 @@ class _NormsRemembered:
 
     def encode(self, x: Tensor) -> Tensor:
         features = super().encode(x)
-        self.norms[features] = self.latest
+        features.norms = self.latest
         return features
 
     def decode(self, features: Tensor) -> Tensor:
-        self.latest = self.norms.get(features, self.latest)
+        self.latest = getattr(features, "norms", self.latest)
         return super().decode(features)
 
     def run_time_activation_norm_fn_in(self, x: Tensor) -> Tensor:
@@ -108,4 +110,4 @@ def remember_norms(sae: Any) -> None:
         kind = type(sae)
         del sae.run_time_activation_norm_fn_in, sae.run_time_activation_norm_fn_out
         sae.__class__ = type(kind.__name__, (_NormsRemembered, kind), {})
-        sae.norms, sae.latest = WeakTensorKeyDictionary(), None
+        sae.latest = None

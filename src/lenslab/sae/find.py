@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
@@ -17,11 +18,11 @@ from typing import NamedTuple
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.files import data_path
+from lenslab.files import cache_path, content_key, data_path, versions
 from lenslab.hooks import UnknownHook, stream_hook
-from lenslab.models import model_name
+from lenslab.models import model_key, model_name
+from lenslab.runtime import compute_dtype
 from lenslab.sae.load import (
-    CARD,
     SAEMismatch,
     SparseAutoencoder,
     bundled_saes,
@@ -29,14 +30,14 @@ from lenslab.sae.load import (
     load_sae,
     sae_hook,
 )
-from lenslab.sae.registry import cached_ids, releases_of
+from lenslab.sae.registry import CARD, NotAnSAE, SAENotHere, cached_ids, releases_of
+from lenslab.sae.save import save_sae
 from lenslab.sae.train import ModelSource, TrainingConfig, build_sae, train
+from lenslab.sae.train.sources import POOL
 from lenslab.texts import sampled_text
 from lenslab.tokens import TokenBatch, pack
 
 TRAIN_BATCH = 2048  # vectors per step
-
-WINDOW = 1024  # tokens, at most: attention and logits of a longer one fill the memory
 
 LR = 6e-3  # at a few hundred steps 3e-3 leaves a tenth more variance unexplained (tinystories-656k)
 
@@ -60,7 +61,8 @@ def find_sae(
     1. a bundled SAE that was trained on these weights;
     2. a published one that is in the cache of the hub (`python -m lenslab.sae.hub download ...`);
     3. one trained now: small, on the residual stream after the middle block, on text that ships
-       with lenslab. Enough to follow a notebook on any model, not to learn much about it.
+       with lenslab, of which as much as one pool holds: the model is run once. Kept in the cache
+       for the next call. Enough to follow a notebook on any model, not to learn much about it.
 
     Raises as `load_sae`.
     """
@@ -76,10 +78,27 @@ def find_sae(
             check_sae(found.sae, model)
             if sae_hook(found.sae) in hooks:
                 return found
-    batch = pack(model, sampled_text(documents), length=min(WINDOW, model.cfg.n_ctx))
-    sae = train_small_sae(model, hooks[0], batch, steps=steps)
-    origin = f"none at hand: a small one trained just now, {steps} steps on {batch.n_real:,} tokens"
+    batch = pack(model, sampled_text(documents, model_name(model)))
+    batch = batch[: POOL // batch.tokens.shape[1]]
+    sae = _kept_or_trained(model, hooks[0], batch, steps)
+    origin = f"none at hand: a small one trained here, {steps} steps on {batch.n_real:,} tokens"
     return FoundSAE(sae, f"small SAE of {model_name(model)}", origin)
+
+
+def _kept_or_trained(
+    model: TransformerBridge, hook: str, batch: TokenBatch, steps: int
+) -> SparseAutoencoder:
+    """`train_small_sae`, once on this machine for the same model, hook, text and settings."""
+    settings = [steps, TRAIN_BATCH, LR, str(compute_dtype()), versions()]
+    folder = cache_path("saes", content_key(model_key(model), hook, batch.key, settings))
+    with suppress(SAENotHere, NotAnSAE):
+        return load_sae(folder, device=str(model.cfg.device))
+    sae = train_small_sae(model, hook, batch, steps=steps)
+    try:
+        save_sae(sae, folder)
+    except OSError as error:
+        warnings.warn(f"The small SAE is not kept for the next time: {error}", stacklevel=3)
+    return sae
 
 
 def _at_hand(model: TransformerBridge, hooks: list[str]) -> Iterator[FoundSAE]:
@@ -115,18 +134,13 @@ def train_small_sae(
     `batch` is read as often as the steps need. Raises ValueError when its real tokens do not fill
     one step or k exceeds d_sae; UnknownHook.
     """
-    source = ModelSource(model, batch, hook, seed=seed)
+    source = ModelSource(model, batch, hook, seed=seed, progress=True)
     sae = build_sae("topk", source.widths[hook], d_sae, k=k, seed=seed)
     dead_after = max(20, steps // 20) * TRAIN_BATCH
     config = TrainingConfig(
         vectors=steps * TRAIN_BATCH, batch=TRAIN_BATCH, lr=LR, dead_after=dead_after, seed=seed
     )
     return train({"sae": sae.to(model.cfg.device)}, source, config)["sae"].sae
-
-
-def read_card(name: str) -> dict:
-    """The card of a bundled SAE. FileNotFoundError where it has none."""
-    return json.loads(data_path("saes", name, CARD).read_text(encoding="utf-8"))
 
 
 def card_table(model: TransformerBridge | None = None) -> pd.DataFrame:
@@ -138,7 +152,8 @@ def card_table(model: TransformerBridge | None = None) -> pd.DataFrame:
     """
     rows = []
     for name in bundled_saes(model):
-        for level in read_card(name)["at_l0"].values():
+        card = json.loads(data_path("saes", name, CARD).read_text(encoding="utf-8"))
+        for level in card["at_l0"].values():
             row = {"sae": name, "ships": level["ships"]}
             row |= {metric: level["sae"][metric] for metric in SHOWN}
             rows.append(row | {"null": level["null"]["variance_explained"]})

@@ -1,6 +1,6 @@
 """SAEs of the hub: list them, download one ahead of a session, check what is on this machine.
 
-.venv/bin/python -m lenslab.sae.hub list --model gpt2-small
+.venv/bin/python -m lenslab.sae.hub list [RELEASE] [--model gpt2-small]
 .venv/bin/python -m lenslab.sae.hub download gpt2-small-res-jb blocks.6.hook_resid_pre [--to FOLDER]
 .venv/bin/python -m lenslab.sae.hub check gpt2-small-res-jb blocks.6.hook_resid_pre
 """
@@ -18,8 +18,13 @@ from lenslab.sae.registry import COMMAND, NotAnSAE, SAENotHere
 # The loader, and with it TransformerLens, is imported by the commands that load an SAE
 
 
-def listing(model: str | None = None) -> str:
-    """The table of releases. NotAnSAE where there is none for that model."""
+def listing(release: str | None = None, model: str | None = None) -> str:
+    """The SAEs of a release, each with whether it is on this machine; without one the table of
+    releases. NotAnSAE where there is none of that name or for that model."""
+    if release is not None:
+        registry.check_release(release)
+        cached, ids = registry.cached_ids(release), registry.paths_of(release)
+        return "\n".join(f"{sae_id}{'  (cached)' * (sae_id in cached)}" for sae_id in ids)
     table = registry.list_releases(model)
     if table.empty:
         near = registry.nearest(model, {entry["model"] for entry in registry.releases().values()})
@@ -33,7 +38,8 @@ def download(release: str, sae_id: str, to: str | None = None) -> str:
     What is cached and whole is not fetched again, an interrupted download goes on where it stopped,
     and a file that does not have its hash is fetched anew. Raises as `load_sae`.
     """
-    from lenslab.sae.load import load_sae, save_sae
+    from lenslab.sae.load import load_sae
+    from lenslab.sae.save import save_sae
 
     for file in registry.damaged_files(release, sae_id):
         file.resolve().unlink()
@@ -69,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, or 1 with the reason on stderr."""
     parser = argparse.ArgumentParser("python -m lenslab.sae.hub", description="SAEs of the hub.")
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("list", help="releases, and how many of their SAEs are here")
+    command = commands.add_parser("list", help="releases, or the SAEs of one, and which are here")
+    command.add_argument("release", nargs="?", help="list the SAEs of this release")
     command.add_argument("--model", help="only SAEs of this model")
     command.set_defaults(run=listing)
     command = commands.add_parser("download", help="fetch one SAE, or go on fetching it; verify it")

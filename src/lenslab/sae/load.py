@@ -22,36 +22,31 @@ import json
 import math
 import os
 import re
-import shutil
-import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
-from zipfile import BadZipFile
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.files import content_key, data_path, sha256_file, write_json
-from lenslab.hooks import check_hooks, hook_names
+from lenslab.files import content_key, data_path, sha256_file
+from lenslab.hooks import check_hooks, check_unhooked, hook_names
 from lenslab.models import check_eval, model_name, weights_key
 from lenslab.runtime import default_device
 from lenslab.sae import registry
 from lenslab.sae.fields import check_scaling, checked_reader, config_key, remember_norms
-from lenslab.sae.registry import COMMAND, NotAnSAE, SAENotHere, plain_name
+from lenslab.sae.registry import COMMAND, CONFIG, WEIGHTS, NotAnSAE, SAENotHere, plain_name
 from lenslab.tokens import TokenBatch
 
-WEIGHTS, CONFIG, CARD = "sae_weights.safetensors", "cfg.json", "card.json"
+HASHES = ("weights_sha256", "config_key")  # of a saved folder, in its metadata
 
-# What SAELens raises for weights that are cut off, or that do not fit their config
-UNREADABLE = (SafetensorError, BadZipFile, EOFError, KeyError, RuntimeError, TypeError, ValueError)
+# Of metadata that change what an SAE is taken for; each may be missing
+METADATA = {"hook_name": str, "model_name": str, "model_key": str, "prepend_bos": bool}
+METADATA |= {"context_size": int, "model_from_pretrained_kwargs": dict}
 
 # The stream and what is written to it, under TransformerLens's older and newer names
 RESIDUAL = r"hook_(resid_(pre|mid|post)|attn_out|mlp_out|(pos_)?embed)$"
@@ -141,28 +136,26 @@ def load_sae(
     name = os.fspath(name)
     folder = data_path("saes", name) if name in bundled_saes() else Path(name).expanduser()
     label = folder.name if sae_id is None else f"{name} {sae_id}"
-    options = {"device": device or default_device(), "dtype": "float32"}
     if sae_id is None:
-        folder = _standing(folder)
+        folder = standing(folder)
         _check_folder(name, folder)
+        read, where, converter = SAE.load_from_disk, [folder], checked_reader(None)
     else:
         registry.repository_of(name, sae_id)  # refuses pickles before they are fetched
+        read, where, converter = SAE.from_pretrained, [name, sae_id], checked_reader(name)
+    device = default_device(device)
     try:
         with warnings.catch_warnings():  # the processing it warns of is applied by input_transform
             warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretr")
-            options["converter"] = checked_reader(None if sae_id is None else name)
-            if sae_id is None:
-                sae = SAE.load_from_disk(folder, **options)
-            else:
-                sae = SAE.from_pretrained(name, sae_id, **options)
-    except UNREADABLE as error:
-        why = f"is cut off, or does not fit its {CONFIG} ({type(error).__name__}: {error})"
-        raise NotAnSAE(f"{label} {why}") from error
+            sae = read(*where, device=device, dtype="float32", converter=converter)
     except OSError as error:  # as all errors of the hub are
         command = f"HF_HUB_OFFLINE=0 {COMMAND} download {label}"
         raise SAENotHere(f"{label} is not in the cache. Online, run: {command}\n{error}") from error
+    except Exception as error:  # whatever each reader makes of weights that are cut off or no SAE's
+        why = f"is cut off, or does not fit its {CONFIG} ({type(error).__name__}: {error})"
+        raise NotAnSAE(f"{label} {why}") from error
     if sae_id is None:
-        _check_hashes(sae.cfg.metadata, folder)
+        _check_hashes(folder)
     norms = sae.W_dec.detach().norm(dim=1)
     if float(norms.max()) > 1.05 * float(norms.min()):
         several = f"Decoder rows of {label} are {norms.min():.2g} to {norms.max():.2g} long"
@@ -170,12 +163,16 @@ def load_sae(
     return finish(sae, label)
 
 
-def _check_hashes(recorded: Any, folder: Path) -> None:
-    written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    if recorded.config_key not in (None, config_key(written)):
-        raise NotAnSAE(f"{folder.name}: {CONFIG} has not the hash of what was saved: copy it anew.")
-    if recorded.weights_sha256 not in (None, sha256_file(folder / WEIGHTS)):
-        raise NotAnSAE(f"{folder.name}: {WEIGHTS} has not its hash of {CONFIG}: copy it anew.")
+def _check_hashes(folder: Path) -> None:
+    """Raise NotAnSAE unless both hashes are there and right, or neither, as other tools write."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    recorded = [config["metadata"].get(name) for name in HASHES] if "metadata" in config else []
+    if any(recorded) and recorded != [sha256_file(folder / WEIGHTS), config_key(config)]:
+        why = f"{WEIGHTS} or {CONFIG} has not its hash"
+        raise NotAnSAE(f"{folder.name} was changed after it was saved ({why}): copy it anew.")
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        if not all("F" in file.get_slice(name).get_dtype() for name in list(file.keys())):
+            raise NotAnSAE(f"{folder.name}: {WEIGHTS} holds integers, whose scale it does not say.")
 
 
 def _check_folder(name: str, folder: Path) -> None:
@@ -192,103 +189,41 @@ def _check_folder(name: str, folder: Path) -> None:
 def finish(sae: Any, label: str) -> SparseAutoencoder:
     """What every loaded SAE goes through: refused without a hook, with NaN, or as by
     `check_scaling`; eval mode, no gradients."""
+    about = sae.cfg.metadata
+    for name, kind in METADATA.items():
+        if type(about[name]) not in (kind, type(None)):
+            raise NotAnSAE(f"{label}: {name} is {about[name]!r}, not a {kind.__name__}.")
     sae_hook(sae)
     for part in ("hook_head_index", "seqpos_slice"):  # of the values at the hook
-        if getattr(sae.cfg.metadata, part, None) not in (None, [None], (None,)):
+        if about[part] not in (None, [None], (None,)):
             raise NotAnSAE(f"{label} reads a part of its hook ({part}), which is not done here.")
+    if sae.cfg.architecture() == "temporal":
+        raise NotAnSAE(f"{label} reads several tokens at a time, which is not done here.")
     check_scaling(sae.cfg)
-    _check_finite(sae.state_dict(), label)
-    for name in ("weights_sha256", "config_key"):  # of that file, not of what is made of this
-        vars(sae.cfg.metadata).pop(name, None)
+    check_finite(sae.state_dict(), label)
+    for name in HASHES:  # of that file, not of what is made of this
+        vars(about).pop(name, None)
     sae.turn_off_forward_pass_hook_z_reshaping()  # input_transform joins the heads
     remember_norms(sae)
     return sae.eval().requires_grad_(False)
 
 
-def _check_finite(weights: dict[str, Tensor], label: str) -> None:
+def check_finite(weights: dict[str, Tensor], label: str) -> None:
+    """Raise NotAnSAE, naming the tensor, for NaN and Inf."""
     for name, value in weights.items():
         if not torch.isfinite(value).all():
             raise NotAnSAE(f"{label}: {name} holds NaN or Inf: damaged, or its training diverged.")
 
 
-def save_sae(
-    sae: SparseAutoencoder,
-    folder: str | os.PathLike,
-    *,
-    dtype: torch.dtype | None = None,
-    card: dict | None = None,
-) -> Path:
-    """Save in SAELens's format (cfg.json, sae_weights.safetensors), the folder replaced as a whole.
-
-    Args:
-        dtype: of the weights on disk, e.g. torch.bfloat16 for half the size; loaded back as float32
-            all the same.
-        card: saved beside as card.json: what was measured, on what.
-
-    Raises NotAnSAE for an SAE without hook or model name: whoever loads it could not know what to
-    feed it; for weights that are NaN, or become so in `dtype`. TypeError for what is still in
-    training form and for a dtype of integers. OSError on a full disk. After any of these, and after
-    a kill at any moment, what was there or what is new loads from `folder`.
-    """
-    from sae_lens import SAE, TrainingSAE, __version__
-
-    if not isinstance(sae, SAE) or isinstance(sae, TrainingSAE):  # decoder norms not folded yet
-        raise TypeError(f"A {type(sae).__name__}: give the `.sae` of what `train` returns.")
-    if not (sae_hook(sae) and sae.cfg.metadata.model_name):
-        raise NotAnSAE("This SAE does not say which model it reads: set cfg.metadata.model_name.")
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"{dtype} would cut the weights to integers: take torch.bfloat16.")
-    weights = dict(sae.state_dict())
-    sae.process_state_dict_for_saving(weights)
-    for name, value in weights.items():
-        weights[name] = value.detach().to("cpu", dtype or value.dtype).contiguous()
-    folder = Path(folder).expanduser()
-    _check_finite(weights, folder.name)
-    with _replace_folder(folder) as temporary:
-        if card is not None:
-            write_json(temporary / CARD, card)
-        save_file(weights, temporary / WEIGHTS)
-        digest = sha256_file(temporary / WEIGHTS)
-        config = sae.cfg.to_dict() | {"device": "cpu"}
-        # Without a version of 6 or later SAELens drops the metadata on loading
-        config["metadata"] |= {"sae_lens_version": __version__, "weights_sha256": digest}
-        config["metadata"]["config_key"] = config_key(config)
-        write_json(temporary / CONFIG, config)  # the last: a folder that has it is whole
-    return folder
-
-
-@contextmanager
-def _replace_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside; swapped in on success, so that half an SAE is never seen under its
-    name."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
-        raise NotAnSAE(f"{folder} holds something that is no SAE: choose another folder.")
-    now = time.time_ns()  # numbers of processes come again in containers
-    temporary, old = (folder.with_name(f".{folder.name}-{what}-{now}") for what in ("new", "old"))
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if folder.exists():
-            os.replace(folder, old)  # killed before the next line: `_standing`
-        os.replace(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{folder.name} was not saved, what was there stays: {error}") from error
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-    for left in _left_over(folder, "new|old"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _left_over(folder: Path, what: str) -> list[Path]:
+def left_over(folder: Path, what: str) -> list[Path]:
+    """Folders beside that saving under this name did not come to rename, `what` of "new|old"."""
     name = re.compile(rf"\.{re.escape(folder.name)}-({what})-\d+")
     return [path for path in folder.parent.glob(".*") if name.fullmatch(path.name)]
 
 
-def _standing(folder: Path) -> Path:
+def standing(folder: Path) -> Path:
     """The folder, or where saving was killed before its last renaming what was to become it."""
-    left = [] if folder.exists() else _left_over(folder, "new")
+    left = [] if folder.exists() else left_over(folder, "new")
     return max((path for path in left if (path / CONFIG).is_file()), default=folder)
 
 
@@ -299,8 +234,13 @@ def check_sae(sae: SparseAutoencoder, model: TransformerBridge) -> None:
     width, and processing that cannot be expressed; UnknownHook for a hook the model has not;
     ValueError for a model in train mode and as `check_scaling`. The message for another model says
     how to use the SAE on it all the same, as on a fine-tune of its own. Warns where the model is in
-    another dtype than the one that the SAE was trained on, for then weights are not compared.
+    another dtype than the one that the SAE was trained on: the weights are the same where they have
+    the recorded key when cast to that dtype; of rounded weights that cannot be known. TypeError for
+    what is no SAE.
     """
+    if not isinstance(sae, SparseAutoencoder):
+        order = "check_sae and input_transform take (sae, model), evaluate_sae (model, sae, batch)"
+        raise TypeError(f"A {type(sae).__name__} is no SAE: {order}.")
     hook, given = sae_hook(sae), model_name(model)
     check_scaling(sae.cfg)
     about = sae.cfg.metadata
@@ -317,11 +257,16 @@ def check_sae(sae: SparseAutoencoder, model: TransformerBridge) -> None:
     # is the control of
     recorded = None if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else about.model_key
     if recorded and recorded.split("-")[0] != weights_key(model):
+        own, others = model.cfg.dtype, (torch.float32, torch.bfloat16, torch.float16)
+        same = any(recorded.split("-")[0] == weights_key(model, dtype) for dtype in others)
         trained = f"The SAE was trained on weights {recorded}, this {given} has others"
-        if model.cfg.dtype == torch.float32:
+        if not same and own == torch.float32:
             meant = "load the model that was meant; for its fine-tune, sae.cfg.metadata.model_key"
             raise SAEMismatch(f"{trained}, or processed ones: {meant} = None.")
-        warnings.warn(f"{trained} in {model.cfg.dtype}: not compared.", stacklevel=3)
+        word = f"{trained} in {own}: not compared."
+        if same:
+            word = f"The SAE was trained on these weights in another dtype than {own}."
+        warnings.warn(word, stacklevel=3)
     check_eval(model)
     _centred(sae, model)
 
@@ -378,8 +323,13 @@ def input_transform(
     sae: SparseAutoencoder, model: TransformerBridge, batch: TokenBatch | None = None
 ) -> InputTransform:
     """What the SAE was trained on from what this model computes. Raises as `check_sae`; SAEMismatch
-    for an SAE that was trained without BOS, where the texts of `batch` begin with one."""
+    for an SAE that was trained without BOS, where the texts of `batch` begin with one. Warns of
+    texts that are longer than the windows that the SAE was trained on."""
     check_sae(sae, model)
+    window = sae.cfg.metadata.context_size
+    if batch is not None and window and int(longest := batch.attention.sum(1).max()) > window:
+        told = f"on windows of {window} tokens, these have up to {longest}: what it reads beyond"
+        warnings.warn(f"The SAE was trained {told} is new to it (pack, length=).", stacklevel=3)
     if batch is not None and sae.cfg.metadata.prepend_bos is False:
         first = batch.attention.int().argmax(1, keepdim=True)  # of each text
         if not bool(batch.real.gather(1, first).any()):
@@ -389,10 +339,19 @@ def input_transform(
 
 def sae_key(sae: SparseAutoencoder) -> str:
     """Content key of what an SAE computes: every tensor that it holds, every field of its config,
-    and the processing of its input. Where it reads is the hook's name, a key of its own."""
-    held = sae.state_dict() if isinstance(sae, torch.nn.Module) else vars(sae)
-    settings = {**vars(sae.cfg), **held, "device": None}
-    settings = {k: v for k, v in settings.items() if isinstance(v, int | float | str | bool)}
+    the processing of its input, and an activation function that was put in. Where it reads is the
+    hook's name, a key of its own. ValueError for an SAE that holds hooks."""
+    held, settings = vars(sae), {**vars(sae.cfg), "device": None}
+    if isinstance(sae, torch.nn.Module):
+        check_unhooked(sae)
+        held = sae.state_dict()
+        described = [
+            f"{function} {_scalars(vars(function))}"
+            for function in (sae.activation_fn, sae.get_activation_fn())
+        ]
+        if len(set(described)) > 1:
+            settings["activation_fn"] = described[0]
+    settings = _scalars({**settings, **held})
     if processing := sae.cfg.metadata.model_from_pretrained_kwargs:
         settings["processing"] = processing
     tensors = []
@@ -401,6 +360,11 @@ def sae_key(sae: SparseAutoencoder) -> str:
             raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             tensors += [name, list(value.shape), raw.numpy().tobytes()]
     return content_key(type(sae).__name__, settings, *tensors)
+
+
+def _scalars(values: dict[str, Any]) -> dict[str, Any]:
+    numbers = {k: v for k, v in values.items() if isinstance(v, int | float | str | bool)}
+    return {k: v for k, v in numbers.items() if k not in ("name", "training")}  # of modules
 
 
 def _check_vectors(x: Tensor) -> None:

@@ -20,10 +20,13 @@ import yaml
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from lenslab.files import HUB, sha256_file
+from lenslab.files import HUB, data_path, sha256_file
 
 # SAELens's readers of releases whose weights are pickles, which can run code when opened
 PICKLED = {"connor_rob_hook_z", "goodfire", "deepseek_r1", "qwen_scope", "dictionary_learning_1"}
+
+# A folder of SAELens's format, and beside it what was measured
+WEIGHTS, CONFIG, CARD = "sae_weights.safetensors", "cfg.json", "card.json"
 
 COMMAND = ".venv/bin/python -m lenslab.sae.hub"  # what errors advise
 
@@ -73,13 +76,21 @@ def plain_name(name: str) -> str:
     return HUB.get(name, name).rstrip("/").split("/")[-1].lower()
 
 
-def repository_of(release: str, sae_id: str) -> tuple[str, str]:
-    """(hub repository, path in it). NotAnSAE for what the registry has not, and for pickles."""
+def check_release(release: str) -> None:
+    """Raise NotAnSAE for what is no release, with the nearest."""
+    for folder in (data_path("saes", release), Path(release).expanduser()):
+        if release not in releases() and (folder / CONFIG).is_file():
+            raise NotAnSAE(f"{release} is a single SAE, no release: give its name without a hook.")
     if release not in releases():
-        if "/" in release:  # any repository of the hub
-            return release, sae_id
         near = nearest(release, releases())
         raise NotAnSAE(f"No release {release!r}. {near} {COMMAND} list shows all.")
+
+
+def repository_of(release: str, sae_id: str) -> tuple[str, str]:
+    """(hub repository, path in it). NotAnSAE for what the registry has not, and for pickles."""
+    if release not in releases() and "/" in release and not Path(release).expanduser().is_dir():
+        return release, sae_id  # any repository of the hub
+    check_release(release)
     paths = paths_of(release)
     if sae_id not in paths:
         raise NotAnSAE(f"{release} has no SAE {sae_id!r}. {nearest(sae_id, paths)}")

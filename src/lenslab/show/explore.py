@@ -27,8 +27,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab.features.activations import FeatureActivations, Index, check_features, encode_features
 from lenslab.features.ranking import category_profile
+from lenslab.metrics import DENSE
 from lenslab.sae.load import SparseAutoencoder
-from lenslab.show.feature_plots import DENSE
 from lenslab.show.plots import Labels, Number
 from lenslab.show.tokens import View, coloured, feature_strips, heading, highlight_batch
 from lenslab.tokens import tokenize
@@ -237,4 +237,5 @@ class FeatureExplorer:
         """Two outputs, not one with two forms: tools that drop widgets must not drop the page with
         them."""
         display(self.static())
-        display(self.box)
+        # without its text, `VBox(children=...`, which a page without a kernel would show
+        display(self.box._repr_mimebundle_() | {"text/plain": ""}, raw=True)

@@ -15,40 +15,32 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from lenslab.metrics import DENSE
 from lenslab.show import plots
 from lenslab.show.plots import Labels, Values, label, numbers, styled
 
 ACTIVATION = [[0, "#fafafa"], [0.12, "#f5ddd4"], [0.6, plots.ACCENT], [1, "#6e2410"]]
 STRIP = ["#c8ccd0", "#80868b"]  # neighbouring categories in turn
 MOST_NUMBERS = 120  # cells of a heatmap that still have room for their number
-DENSE = 0.1  # share of tokens above which a feature is called dense
 
 
 def text_feature_heatmap(
-    values: Values,
-    features: Labels,
-    categories: Labels,
-    texts: Labels | None = None,
-    *,
-    title: str = "Where the features fire",
+    values: Values, features: Labels, categories: Labels, *, title: str = "Where the features fire"
 ) -> go.Figure:
     """Activations `[text, feature]`: a column per text, grouped by category (in order of first
-    appearance) under a strip; the beginnings of `texts` are shown on hovering.
+    appearance) under a strip; its number is shown on hovering.
 
     Raises ValueError where the labels do not number what `values` has.
     """
     values = numbers(values)
     codes, groups = pd.factorize(np.asarray(categories, dtype=object))
-    texts = [""] * len(values) if texts is None else list(texts)
-    if not len(codes) == len(texts) == len(values) or (codes < 0).any():
-        sizes = f"{(codes >= 0).sum()} categories and {len(texts)} texts"
-        raise ValueError(f"{sizes} for {len(values)} rows: one each is needed.")
+    if (n := (codes >= 0).sum()) != len(values) or len(codes) != n:
+        raise ValueError(f"{n} categories for {len(values)} rows: one each is needed.")
     order = np.argsort(codes, kind="stable")
     first = np.searchsorted(codes[order], np.arange(len(groups) + 1))  # column of each group
     figure = share_cells(values[order].T, features, order, per_row=True)
-    names = [f"{i}: {texts[i]}" for i in order]
-    figure.update_traces(hovertemplate="%{x}<br>%{y}: %{customdata:.3f}<extra></extra>")
-    figure.update_xaxes(plots.ticks(names, most=len(names)), showticklabels=False)
+    figure.update_traces(hovertemplate="text %{x}<br>%{y}: %{customdata:.3f}<extra></extra>")
+    figure.update_xaxes(plots.ticks(order, most=len(order)), showticklabels=False)
     # the strip, each category's name over it, and white lines between them
     above = {"type": "rect", "yref": "paper", "yanchor": 1, "ysizemode": "pixel", "y0": 5, "y1": 17}
     name = {"yref": "paper", "y": 1, "yshift": 18, "yanchor": "bottom", "xanchor": "left"}
@@ -59,8 +51,9 @@ def text_feature_heatmap(
         figure.add_annotation(x=(start + end) / 2, **text, **name)
         figure.add_vline(x=start, line={"color": "#ffffff", "width": 2})
     height = min(200 + 30 * len(features), 1500)
-    figure = styled(figure, title=title, height=height, width=860)
-    return figure.update_layout(margin={"t": 130, "b": 24})
+    axes = {"x_title": "texts, by category", "y_title": "feature (its maximum)"}
+    figure = styled(figure, title=title, height=height, width=860, **axes)
+    return figure.update_layout(margin={"t": 130, "b": 40})
 
 
 def category_feature_heatmap(
@@ -75,7 +68,10 @@ def category_feature_heatmap(
     if values.size <= MOST_NUMBERS:
         figure.update_traces(text=np.round(values, 4), texttemplate="%{text:.3~g}")
     width = min(max(460, 220 + 62 * len(features)), 1100)
-    return styled(figure, title=title, height=190 + 30 * len(categories), width=width)
+    below = 6 * max((len(name) for name in figure.layout.xaxis.ticktext), default=0)
+    height = 150 + 30 * len(categories) + below  # under -60 degrees
+    axes = {"x_title": "feature (its maximum)", "y_title": "category of texts"}
+    return styled(figure, title=title, height=height, width=width, **axes)
 
 
 def share_cells(
@@ -122,7 +118,8 @@ def coactivation_heatmap(
     figure.update_traces(xgap=1, ygap=1, colorbar_title_text="PMI, nats", hovertemplate=hover)
     figure.update_xaxes(tickangle=-90)
     side = min(max(260, 22 * len(features)), 760)
-    figure = styled(figure, title=title, height=side + 130, width=side + 180)
+    axes = {"x_title": "feature", "y_title": "feature"}
+    figure = styled(figure, title=title, height=side + 150, width=side + 200, **axes)
     return figure.update_layout(plot_bgcolor="#d5d8dc")
 
 
@@ -135,7 +132,7 @@ def firing_density(
     'dense' begins. Raises ValueError for rates that are no shares.
     """
     shares = {name: numbers(rate).ravel() for name, rate in rates.items()}
-    every = np.concatenate(list(shares.values()))
+    every = np.concatenate([[], *shares.values()])
     if not ((every >= 0) & (every <= 1)).all():
         raise ValueError("Firing rates are shares between 0 and 1.")
     lowest = np.floor(np.log10(every[every > 0].min(initial=0.1)))

@@ -9,7 +9,7 @@ for GitHub.
    Without Chromium, and with one that dies or hangs, it says so once and goes on: a missing picture
    never fails a notebook.
 4. `save_figure` writes a page into `outputs/results/`; all of them share one local `plotly.min.js`,
-   so that they open offline and stay small.
+   so that they open offline and stay small. In a plain script that is what `fig.show()` does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
@@ -39,21 +39,20 @@ from plotly.offline import get_plotlyjs
 from lenslab.files import atomic_write, outputs_path
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
-MAC_BROWSER = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
-BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
 PAGE_STYLE = "body{font:16px/1.55 Helvetica,Arial,sans-serif;max-width:1000px;margin:2em auto}"
 
 SECONDS = 40  # for a browser to start, and for each figure; usual are 2
 
-_png_failed = False  # one message and no further attempts: each attempt costs seconds
-_browser: Browser | None = None  # one for all figures of a kernel
+# one for all figures of a kernel; False after a failure, since each further attempt costs seconds
+_browser: Browser | Literal[False] | None = None
 
 
 def find_browser() -> str | None:
-    """Path of a Chromium or Chrome: `$BROWSER_PATH`, else the usual names on PATH, else None."""
+    """Path of a Chromium or Chrome: `$BROWSER_PATH`, else what kaleido would start, else None."""
+    from choreographer.browsers.chromium import Chromium
+
     named = os.environ.get("BROWSER_PATH")
-    names = [named] if named else [*BROWSERS, MAC_BROWSER]
-    return next(filter(None, map(shutil.which, names)), None)
+    return shutil.which(named) if named else Chromium.find_browser(skip_local=False)
 
 
 def compact(value: Any) -> Any:
@@ -98,58 +97,52 @@ class Browser:
         self.kaleido = kaleido.Kaleido(path=path, mathjax=False)
         atexit.register(self.close)
 
-    def run(self, work: Coroutine) -> Any:
+    def run(self, work: Coroutine, seconds: int) -> Any:
         """What the work gives. TimeoutError where it takes too long."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(SECONDS)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(seconds)
 
     def close(self) -> None:
-        """End the browser and all that it started, whatever state they are in, then tidy up."""
-        atexit.unregister(self.close)
+        """End the browser and all that it started, whatever state they are in."""
+        with suppress(Exception):
+            self.run(self.kaleido.close(), 2)
         with suppress(AttributeError, ProcessLookupError):  # not started, or gone
             process = self.kaleido.subprocess  # it leads a group of its own
             os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
-        with suppress(Exception):
-            self.kaleido.subprocess.wait(SECONDS)
-            self.run(self.kaleido.close())
 
 
 def render_png(figure: go.Figure | dict[str, Any]) -> bytes | None:
     """The figure as PNG at its own size (plotly's 700 x 500 where it has none), or None without
     Chromium, or with one that does not answer."""
-    global _png_failed, _browser
-    if _png_failed:
+    global _browser
+    if _browser is False:
         return None
     try:
         if _browser is None:
             if (path := find_browser()) is None:
                 raise FileNotFoundError("no Chromium or Chrome found")
             _browser = Browser(path)
-            _browser.run(_browser.kaleido.open())
-        return _browser.run(_browser.kaleido.calc_fig(figure, {"format": "png", "scale": 1}))
+            _browser.run(_browser.kaleido.open(), SECONDS)
+        work = _browser.kaleido.calc_fig(figure, {"format": "png", "scale": 1})
+        return _browser.run(work, SECONDS)
     except Exception as problem:  # whatever kaleido or the browser raise
-        if _browser is not None:
+        if _browser:
             _browser.close()
-        _png_failed, _browser = True, None
+        _browser = False
         reason = problem.args[0] if problem.args else f"no answer from the browser in {SECONDS} s"
         print(f"No PNG beside the figures ({type(problem).__name__}: {reason}).", file=sys.stderr)
         return None
 
 
-def wanted_png(figure: go.Figure | dict[str, Any]) -> bytes | None:
-    """As `render_png`, where `LENSLAB_PNG=1` asks for pictures."""
-    return render_png(figure) if os.environ.get("LENSLAB_PNG") == "1" else None
-
-
 class FigureRenderer(MimetypeRenderer):
-    """Plotly's own data, compact, and a PNG when `LENSLAB_PNG=1`; nothing outside a notebook or
-    VSCode."""
+    """Plotly's own data, compact, and a PNG when `LENSLAB_PNG=1`. Outside a notebook or VSCode, in
+    a plain `python phase_1_loading.py`, the figure becomes a page and its path is printed."""
 
     def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
-        if not _in_kernel():  # a plain `python phase_1_loading.py` would print the JSON
+        if not _in_kernel():
+            print(save_figure(go.Figure(fig_dict)))
             return {}
-        figure = figure_json(fig_dict) | {"config": {"displaylogo": False}}
-        bundle: dict[str, Any] = {PLOTLY_MIME: figure}
-        if png := wanted_png(fig_dict):
+        bundle = {PLOTLY_MIME: figure_json(fig_dict) | {"config": {"displaylogo": False}}}
+        if os.environ.get("LENSLAB_PNG") == "1" and (png := render_png(fig_dict)):
             bundle["image/png"] = base64.b64encode(png).decode("ascii")
         return bundle
 
@@ -168,20 +161,10 @@ def set_up_figures() -> None:
 
 
 def figure_element(figure: dict[str, Any], identifier: str) -> str:
-    """HTML of one figure (`data`, `layout`) for a page that has loaded `plotly.min.js` already."""
-    height = int(figure["layout"].get("height", 450))
-    parts = [
-        identifier,
-        figure["data"],
-        figure["layout"],
-        {"displaylogo": False, "responsive": True},
-    ]
-    # `<` as \\u003c: no text inside a figure can close the script element
-    arguments = ",".join(json.dumps(part) for part in parts).replace("<", "\\u003c")
-    return (
-        f'<div id="{identifier}" class="figure" style="min-height:{height}px"></div>\n'
-        f"<script>Plotly.newPlot({arguments});</script>"
-    )
+    """HTML of one figure (`data`, `layout`) for a page that has loaded `plotly.min.js` already;
+    plotly escapes `<` in it, so that no text inside a figure closes its script."""
+    parts = {"full_html": False, "include_plotlyjs": False, "validate": False}
+    return pio.to_html(figure, {"displaylogo": False}, div_id=identifier, **parts)
 
 
 def write_plotly_js(folder: Path) -> Path:
@@ -204,31 +187,34 @@ def page(title: str, body: str, head: str = "") -> str:
     )
 
 
-def save_page(name: str, title: str, body: str, head: str = "") -> Path:
-    """Write `outputs/results/NAME.html`, titled by its name where there is no title; returns its
-    path. Raises ValueError for a name that is no plain file name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise ValueError(f"{name!r} cannot name a result: letters, digits, '_', '-' and '.' can.")
-    file = outputs_path("results", f"{name}.html")
+def save_page(name: str | os.PathLike, title: str, body: str, head: str = "") -> Path:
+    """Write a page, titled by its name where there is no title; returns its path.
+
+    `name` is with or without `.html`: a file in `outputs/results/`, or where its folder says.
+    Raises ValueError for a name without a file, and NotWritten.
+    """
+    folder, stem = os.path.split(os.fspath(name).removesuffix(".html"))
+    if not stem:
+        raise ValueError(f"{name!r} cannot name a page: give a file, such as 'feature_7'.")
+    file = (Path(folder).expanduser() if folder else outputs_path("results")) / f"{stem}.html"
     with atomic_write(file) as temporary:
-        text = page(title or name.replace("_", " "), body, head)
+        text = page(title or stem.replace("_", " "), body, head)
         temporary.write_text(text, encoding="utf-8")
     return file
 
 
-def save_figure(figure: go.Figure, name: str) -> Path:
-    """Write `outputs/results/NAME.html` (interactive, offline) and NAME.png where PNGs are switched
-    on; returns the path of the page. Raises as `save_page`."""
-    element = figure_element(figure_json(figure), "figure")
+def save_figure(figure: go.Figure, name: str | os.PathLike = "") -> Path:
+    """Write a figure as a page (interactive, offline); returns its path. `name` as of `save_page`,
+    by default made of the title."""
     title = plain(figure.layout.title.text or "")
+    name = name or re.sub(r"\W+", "_", title).strip("_").lower() or "figure"
+    element = figure_element(figure_json(figure), "figure")
     file = save_page(name, title, element, '<script src="plotly.min.js"></script>')
     write_plotly_js(file.parent)
-    if png := wanted_png(figure):
-        with atomic_write(file.with_suffix(".png")) as temporary:
-            temporary.write_bytes(png)
     return file
 
 
 def plain(title: str) -> str:
-    """A figure's title without plotly's markup (`<b>`, `<br>`), for links and page titles."""
-    return " ".join(re.sub(r"<[^>]*>", " ", title).split())
+    """A figure's title without plotly's markup (`<b>`, `<br>`, `&lt;`), for links, page titles and
+    file names."""
+    return html.unescape(" ".join(re.sub(r"<[^>]*>", " ", title).split()))

@@ -2,12 +2,14 @@
 
 One look for all: white ground, thin grid, colours for what the text is about and greys for its
 controls, so that a reader knows which is which before reading the legend. A control is known by its
-name. `**titles` are `title`, `x_title` and `y_title`.
+name. `**titles` are `title` (what one sees), `x_title` and `y_title` (with the direction of better,
+where there is one), all needed. Where there is nothing to draw, the figure says so.
 """
 
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 from torch import Tensor
 
 from lenslab.metrics import as_mask
@@ -70,28 +73,34 @@ def colours(names: Iterable[str], controls: Iterable[str] | None = None) -> dict
 def styled(
     figure: go.Figure,
     *,
-    title: str = "",
-    x_title: str = "",
-    y_title: str = "",
+    title: str,
+    x_title: str,
+    y_title: str,
     height: int = 380,
     width: int = 760,
     legend: bool = False,
 ) -> go.Figure:
     """The house style on any figure: fonts, margins, axis titles, the legend in a line below the
     title."""
+    names = [len(trace.name or "") for trace in figure.data]
+    in_a_line = max((width - 90) // (45 + 7 * max(names, default=0)), 1)
+    top = 64 + 20 * math.ceil(len(names) / in_a_line) if legend else 52
     figure.update_layout(
         template="plotly_white",
         title={"text": title, "x": 0.01, "y": 1 - 18 / height, "yanchor": "top", "font_size": 16},
         font={"family": "Helvetica, Arial, sans-serif", "size": 12},
         height=height,
         width=width,
-        margin={"l": 64, "r": 24, "t": 84 if legend else 52, "b": 56},
-        colorway=PALETTE,
+        margin={"l": 64, "r": 24, "t": top, "b": 56},
         showlegend=legend,
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
     )
     figure.update_xaxes(title_text=x_title)
-    figure.update_yaxes(title_text=y_title)
+    figure.layout.yaxis.title.text = y_title  # once, where figures stand side by side
+    drawn = (t.z if t.type == "heatmap" else np.add(t.x, t.y) for t in figure.data)
+    if not any(np.isfinite(numbers(values)).any() for values in drawn):
+        place = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5}
+        figure.add_annotation(text="Nothing to draw: no values", showarrow=False, **place)
     return figure
 
 
@@ -115,10 +124,15 @@ def points(
 
 
 def lines(
-    series: Mapping[str, Values], x: Labels | None = None, *, log_y: bool = False, **titles: str
+    series: Mapping[str, Values],
+    x: Labels | None = None,
+    *,
+    log_y: bool = False,
+    reference: Number | None = None,
+    **titles: str,
 ) -> go.Figure:
-    """One line per entry; controls, by name, are grey and dashed. ValueError where `x` does not
-    number the values."""
+    """One line per entry; controls, by name, are grey and dashed; `reference` is a dotted line at a
+    value, e.g. 1 for a ratio. ValueError where `x` does not number the values."""
     figure = go.Figure()
     for name, colour, at, y in points(figure, series, x):
         figure.add_scatter(
@@ -128,12 +142,10 @@ def lines(
             mode="lines+markers",
             line={"color": colour, "dash": "dash" if is_control(name) else "solid", "width": 2},
         )
+    if reference is not None:
+        figure.add_hline(y=float(reference), line=DOTTED)
     if log_y:
-        values = np.concatenate([trace.y for trace in figure.data])
-        values = values[values > 0]
-        # only whole decades are named, where there are some
-        decades = len(values) and values.max() > 10 * values.min()
-        figure.update_yaxes(type="log", dtick=1 if decades else None)
+        figure.update_yaxes(type="log")
     return styled(figure, legend=len(series) > 1, **titles)
 
 
@@ -159,7 +171,7 @@ def ticks(labels: Labels, most: int = MOST_LABELS) -> dict[str, Any]:
     """An axis with the labels at 0, 1, 2, ...; of more than `most`, about sixteen of them."""
     labels = list(labels)
     named = range(0, len(labels), 1 if len(labels) <= most else len(labels) // 16)
-    return {"tickvals": list(named), "ticktext": [label(labels[i]) for i in named]}
+    return {"tickvals": list(named), "ticktext": [label(labels[i], 44) for i in named]}
 
 
 def cells(values: Values, x: Labels, y: Labels, **options: Any) -> go.Figure:
@@ -170,10 +182,11 @@ def cells(values: Values, x: Labels, y: Labels, **options: Any) -> go.Figure:
         raise ValueError(f"{list(values.shape)} values for {len(y)} rows and {len(x)} columns.")
     figure = go.Figure(go.Heatmap(z=np.round(values, 4), **options))
     figure.update_traces(colorbar_thickness=12, colorbar_title_side="right")
-    figure.update_xaxes(ticks(x), showgrid=False, tickangle=-60 if 6 < len(x) <= MOST_LABELS else 0)
-    figure.update_yaxes(ticks(y), showgrid=False, autorange="reversed", ticklabelstandoff=4)
-    figure.update_xaxes(zeroline=False)
-    return figure.update_yaxes(zeroline=False)
+    crowded = len(x) > 6 or max((len(str(name)) for name in x), default=0) > 9
+    angle = -60 if crowded and len(x) <= MOST_LABELS else 0
+    bare = {"showgrid": False, "zeroline": False}
+    figure.update_xaxes(ticks(x), tickangle=angle, **bare)
+    return figure.update_yaxes(ticks(y), autorange="reversed", ticklabelstandoff=4, **bare)
 
 
 def heatmap(
@@ -186,10 +199,25 @@ def heatmap(
     return styled(cells(values, x, y, **scale), height=height, width=width, **titles)
 
 
-def attention_map(pattern: Values, tokens: Labels, *, title: str = "") -> go.Figure:
-    """One head's attention `[query, key]`, rows summing to one, with the tokens on both axes."""
+def attention_map(
+    patterns: Values | Mapping[str, Values], tokens: Labels, *, title: str
+) -> go.Figure:
+    """Attention `[query, key]`, rows summing to one, with the tokens on both axes: of one head, or
+    of several side by side under their names. Every such figure has one scale, 0 to 1."""
+    named = patterns if isinstance(patterns, Mapping) else {"": patterns}
+    names = [label(name, 60) for name in named]
+    spaced = {"horizontal_spacing": 0.06 / len(named), "shared_yaxes": True}
+    figure = make_subplots(1, len(named), subplot_titles=names, **spaced)
+    for column, pattern in enumerate(named.values(), 1):
+        head = cells(pattern, tokens, tokens, coloraxis="coloraxis")
+        figure.add_trace(head.data[0], row=1, col=column)
+    figure.update_xaxes(head.layout.xaxis).update_yaxes(head.layout.yaxis)
+    figure.update_coloraxes(cmin=0, cmax=1, colorscale="Viridis", colorbar_thickness=12)
+    figure.update_coloraxes(colorbar_title={"text": "attention weight", "side": "right"})
+    side = min(max(300, 60 + 24 * len(tokens)), 900)
+    size = {"height": side + 60, "width": min(160 + side * len(named), 1200)}
     titles = {"title": title, "x_title": "attends to (key)", "y_title": "from (query)"}
-    return heatmap(pattern, tokens, tokens, **titles)
+    return styled(figure, legend=len(named) > 1, **size, **titles)
 
 
 def error_bars(value: np.ndarray, low: Values | None, high: Values | None) -> dict | None:
@@ -253,7 +281,7 @@ def null_histogram(
     null: Values, observed: Mapping[str, Number], *, name: str = "shuffled labels", **titles: str
 ) -> go.Figure:
     """What chance gives, as grey bars, and what was observed, as lines. Whole numbers get a bar
-    each. Raises ValueError on NaN and Inf."""
+    each. Raises ValueError on NaN and Inf, and without draws."""
     null = numbers(null).ravel()
     if np.array_equal(null, np.round(null)) and np.ptp(null) <= 60:
         bins = np.arange(null.min() - 0.5, null.max() + 1)
@@ -308,7 +336,8 @@ def scatter(
         raise ValueError(f"{sizes}: one each is needed.")
     figure = go.Figure()
     if diagonal:
-        ends = [np.nanmin([x, y]), np.nanmax([x, y])]
+        both = np.concatenate([x, y])
+        ends = [np.nanmin(both, initial=np.inf), np.nanmax(both, initial=-np.inf)]
         figure.add_scatter(x=ends, y=ends, mode="lines", line=DOTTED, name="equal")
     rest = np.flatnonzero(~chosen)
     drawn = rest[:: max(-(-len(rest) // MOST_POINTS), 1)]

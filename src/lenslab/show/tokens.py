@@ -10,7 +10,7 @@
 4. Colours are thin layers over the notebook's own ground, so that text keeps its contrast in light
    and dark. Where a page drops styles (GitHub, an untrusted notebook), strong tokens stay marked
    and weak ones underlined.
-5. What does not fit is left out, and a line says how much.
+5. What is not shown is named: a line says how much.
 
 No scripts, nothing loaded: the HTML works in notebooks, in saved pages and in mails.
 """
@@ -32,9 +32,8 @@ from lenslab.show.plots import Labels, Number, Values, numbers
 from lenslab.tokens import TokenBatch
 
 STEPS = 12  # of intensity
-LIMIT_KB = 400  # of one view; a notebook has 1.5 MB for all its outputs
 # Strengths up to these keep text readable on white and on black (contrast at least 4.5, tested)
-HUES = {"p": ((200, 80, 45), 0.62), "n": ((64, 128, 186), 0.6), "o": ((128, 128, 128), 0.55)}
+HUES = {"p": ((200, 80, 45), 0.62), "n": ((64, 128, 186), 0.6)}  # above zero, below
 WINDOW = 60  # tokens on either side of the strongest
 
 PLACEHOLDER = "▯"
@@ -63,9 +62,9 @@ class View:
     def __repr__(self) -> str:
         return "<lenslab.show.tokens.View object>"
 
-    def save(self, name: str) -> Path:
-        """Write `outputs/results/NAME.html`; returns its path. ValueError for a name that is no
-        plain file name."""
+    def save(self, name: str | Path) -> Path:
+        """Write it as a page and return its path: with or without `.html`, in `outputs/results/`,
+        or where the folder of `name` says. Raises as `save_page`."""
         return save_page(name, self.title, str(self))
 
 
@@ -76,7 +75,6 @@ class Strip:
     strings: Sequence[str]  # '' is padding
     values: np.ndarray  # [token]
     counted: np.ndarray  # [token], bool
-    ids: np.ndarray | None = None  # [token], for the tooltips
     label: str = ""
 
     def __post_init__(self) -> None:
@@ -96,17 +94,17 @@ class Strip:
         """The activation of largest size among the tokens that count."""
         return float(self.values[self.strength.argmax()]) if self.strength.any() else 0.0
 
-    def render(self, scale: float, window: int, centre: int | None = None, hue: str = "p") -> str:
-        """As HTML: label and maximum, then the tokens, at most `window` on either side of the
+    def render(self, scale: float, centre: int | None = None) -> str:
+        """As HTML: label and maximum, then the tokens, at most `WINDOW` on either side of the
         centre, by default the strongest."""
         written = [i for i, string in enumerate(self.strings) if string] or [0]
         begin = written[0]
         end = written[-1] + 1
         if centre is None:
             centre = self.strength.argmax() if self.best else begin
-        first = max(centre - window, begin)
-        last = min(centre + window + 1, end)
-        tokens = [self._token(i, scale, hue) for i in range(first, last)]
+        first = max(centre - WINDOW, begin)
+        last = min(centre + WINDOW + 1, end)
+        tokens = [self._token(i, scale) for i in range(first, last)]
         if first > begin:
             tokens.insert(0, f'<i class="x">{first - begin} tokens …</i>')
         if last < end:
@@ -115,53 +113,36 @@ class Strip:
             tokens.append(f' <i class="x" title="padding, not counted">+{padding} pad</i>')
         name = f"<b>{html.escape(self.label)}</b> " if self.label else ""
         most = f"max {self.best:.3f}" if self.best else "not active"
-        head = f'<div class="h">{name}{coloured(most, self.best, scale, hue)}</div>'
+        head = f'<div class="h">{name}{coloured(most, self.best, scale)}</div>'
         return f'<div class="r">{head}<div class="t">{"".join(tokens)}</div></div>'
 
-    def _token(self, i: int, scale: float, hue: str) -> str:
+    def _token(self, i: int, scale: float) -> str:
         content, hint = visible(self.strings[i])
         content = html.escape(content)
-        identity = "" if self.ids is None else f" · id {self.ids[i]}"
         if not self.counted[i]:
-            return f'<i class="x" title="not counted{identity}">{content}</i>'
-        title = f"{self.values[i]:.3f}{identity}" + (f" · {hint}" if hint else "")
-        return coloured(content, float(self.values[i]), scale, hue, title)
+            return f'<i class="x" title="not counted">{content}</i>'
+        title = f"{self.values[i]:.3f}" + (f" · {hint}" if hint else "")
+        return coloured(content, float(self.values[i]), scale, title)
 
 
 def highlight(
-    strips: Sequence[Strip],
-    *,
-    target: str | None = None,
-    scale: Number | None = None,
-    title: str = "",
-    max_texts: int = 20,
-    window: int = WINDOW,
+    strips: Sequence[Strip], *, scale: Number | None = None, title: str = "", max_texts: int = 20
 ) -> View:
     """Texts under each other, each token coloured by its activation, all on one scale, with its
     legend.
 
     Args:
-        target: texts with another label are coloured grey instead of the accent colour.
         scale: what has the full colour; default the largest absolute value over all texts given,
             shown or not.
         max_texts: shown, in the given order.
-        window: tokens shown on either side of a text's strongest.
     """
     full = float(scale or max(abs(strip.best) for strip in strips))
-    rows, size = [], 0
-    for strip in strips[:max_texts]:
-        hue = "p" if target in (None, strip.label) else "o"
-        rows.append(strip.render(full, window, hue=hue))
-        size += len(rows[-1])
-        if size > LIMIT_KB * 1000:
-            break
+    rows = [strip.render(full) for strip in strips[:max_texts]]
     notes = []
     if len(rows) < len(strips):
         notes.append(f"{len(strips) - len(rows)} of {len(strips)} texts left out")
     if above := sum(int((strip.strength > full * (1 + 1e-6)).sum()) for strip in strips):
         notes.append(f"{above} tokens are above the scale and have its last colour")
-    if target is not None:
-        notes.append(f"texts other than {html.escape(target)} in grey tones")
     rows += [f'<p class="k">{note}</p>' for note in notes]
     signed = any((strip.values[strip.counted] < 0).any() for strip in strips)
     legend = _legend(full, signed, len(strips))
@@ -201,7 +182,7 @@ def feature_strips(
     strips = _strips(batch, [row] * len(values), values, names)
     # every strip shows the same tokens, or they could not be compared
     centre = int(np.max([strip.strength for strip in strips], axis=0).argmax())
-    rows = [strip.render(abs(strip.best), WINDOW, centre) for strip in strips]
+    rows = [strip.render(abs(strip.best), centre) for strip in strips]
     note = '<p class="k">Every line has its own scale, up to its maximum. Grey: not counted.</p>'
     return View(f'{heading(title)}<div class="lt one">{note}{"".join(rows)}</div>', title)
 
@@ -209,9 +190,8 @@ def feature_strips(
 def _strips(batch: TokenBatch, rows: Labels, values: Values, labels: Labels) -> list[Strip]:
     """A strip for each of the rows, with values `[row, pos]` and a label of its own."""
     real = batch.real.cpu().numpy()
-    tokens = batch.tokens.cpu().numpy()
     return [
-        Strip(batch.strings(row), numbers(value), real[row], ids=tokens[row], label=str(label))
+        Strip(batch.strings(row), numbers(value), real[row], label=str(label))
         for row, value, label in zip(rows, values, labels, strict=True)
     ]
 
@@ -237,7 +217,7 @@ def visible(token: str) -> tuple[str, str]:
     return text.translate(SIGNS) or PLACEHOLDER, ", ".join(hints)
 
 
-def coloured(content: str, value: float, scale: float, hue: str = "p", title: str = "") -> str:
+def coloured(content: str, value: float, scale: float, title: str = "") -> str:
     """HTML with the colour that a value has on a scale; `content` is HTML already."""
     attribute = f' title="{html.escape(title)}"' if title else ""
     step = min(math.ceil(abs(value) / scale * STEPS), STEPS) if scale else 0
@@ -245,7 +225,7 @@ def coloured(content: str, value: float, scale: float, hue: str = "p", title: st
         return f"<span{attribute}>{content}</span>"
     # `mark` and `u` show without any style; with it they differ only in colour
     tag = "mark" if 2 * step > STEPS else "u"
-    return f'<{tag} class="{"n" if value < 0 else hue}{step}"{attribute}>{content}</{tag}>'
+    return f'<{tag} class="{"n" if value < 0 else "p"}{step}"{attribute}>{content}</{tag}>'
 
 
 def heading(title: str) -> str:
@@ -268,7 +248,7 @@ STYLE = """
 .lenslab-view td,.lenslab-view th{text-align:left;padding:.1em 1.2em .1em 0}
 .lt .x{opacity:.72;unicode-bidi:isolate}
 """.replace("\n", "")
-# twelve steps of three hues over whatever ground the notebook has
+# twelve steps of both hues over whatever ground the notebook has
 for hue, ((red, green, blue), most) in HUES.items():
     for step in range(1, STEPS + 1):
         alpha = 0.06 + (most - 0.06) * step / STEPS

@@ -79,8 +79,7 @@ class TopK(TrainableSAE):
         x_hat, nested = self.reconstructions(values, code, target)
         auxiliary = self.auxiliary(x, (target - x_hat).detach(), pre, dead)
         positive = values > 0  # of the k largest some may not be
-        fired = torch.zeros(self.config.d_sae, dtype=torch.bool, device=x.device)
-        fired[code.latents[positive]] = True
+        fired = torch.bincount(code.latents[positive], minlength=self.config.d_sae) > 0
         l0 = positive.sum() / len(x)
         return self._losses(target, x_hat, l0, fired, sparsity=nested, auxiliary=auxiliary)
 

@@ -89,9 +89,8 @@ class TrainableSAE(nn.Module):
         # (`lenslab.sae.train.sparse`)
         encoder = decoder.T.clone()
         if config.architecture == "transcoder":
-            encoder = F.normalize(
-                torch.randn(config.d_in, config.d_sae, generator=generator), dim=0
-            )
+            drawn = torch.randn(config.d_in, config.d_sae, generator=generator)
+            encoder = F.normalize(drawn, dim=0)
         self.W_enc = nn.Parameter(encoder)
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_out))

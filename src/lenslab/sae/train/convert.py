@@ -55,12 +55,11 @@ def to_saelens(sae: TrainableSAE) -> SparseAutoencoder:
         "architecture": architecture,
         "d_in": config.d_in,
         "d_sae": config.d_sae,
-        "dtype": "float32",
         "device": str(sae.W_enc.device),
         "apply_b_dec_to_input": sae.shift is not None,
         "normalize_activations": "constant_norm_rescale" if config.scale == "unit" else "none",
         "reshape_activations": "hook_z" if heads else "none",
-        "metadata": {"prepend_bos": True} | config.metadata | {"trained_as": config.architecture},
+        "metadata": config.metadata | {"trained_as": config.architecture},
     }
     if architecture == "topk":
         written |= {"k": config.k, "rescale_acts_by_decoder_norm": False}

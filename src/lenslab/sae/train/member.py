@@ -24,9 +24,12 @@ from lenslab.sae.train.architectures import FIRST_THRESHOLD
 from lenslab.sae.train.base import SAEConfig, TrainableSAE, TrainingFailed
 
 FIRST = 1 << 15  # vectors that scale and centre are taken from
-DIVERGED = 100.0  # times the variance of the data, in one step
+# times the mean square of the data, in one step: their variance where they are centred, and the
+# error of the start where they lie far from the origin
+DIVERGED = 100.0
 LOST = 2.0  # the same, as a mean over logged steps, of a training that was better before
-KEPT = ("silent", "variance", "steps", "history")  # in a checkpoint, beside weights and optimizer
+# in a checkpoint, beside weights and optimizer
+KEPT = ("silent", "variance", "square", "steps", "history")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class TrainingConfig:
 
     vectors: int  # to train on, counted with repetitions
     batch: int = 4096  # vectors per step
-    # peak rate of Adam; None: 1e-3 at 4,096 latents, and by 1 / sqrt(d_sae) (Gao, appendix A)
+    # peak rate of Adam; None: 1e-3 * sqrt(4096 / d_sae) (Gao, appendix A)
     lr: float | None = None
     warm_up: float = 0.05  # share of the steps in which the rate rises
     floor: float = 0.1  # what the cosine ends at, as a share of the peak
@@ -94,7 +97,7 @@ class Member:
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=self.lr, fused=True)
         device = sae.W_enc.device
         self.silent = torch.zeros(described.d_sae, dtype=torch.long, device=device)  # vectors
-        self.variance = 0.0
+        self.variance = self.square = 0.0
         self.steps: list[dict[str, float]] = []  # since the last row of the history
         self.history: list[dict[str, float | int]] = []
 
@@ -112,13 +115,12 @@ class Member:
     def fit(self, vectors: Mapping[str, Float[Tensor, "vector d_in"]]) -> None:
         """Scale and centre from the first vectors."""
         if self.sae.fitted:
-            raise ValueError(
-                f"{self.name} was trained before: build a new one, or give its folder."
-            )
+            raise ValueError(f"{self.name} was trained before: build a new one or give its folder.")
         first = {hook: value[:FIRST].to(self.sae.W_enc.device) for hook, value in vectors.items()}
         self.sae.fit(first[self.hook], first[self.hook_out] if self.hook_out != self.hook else None)
         target = self.scaled(first)[1]
         self.variance = float((target - target.mean(0)).square().sum(1).mean())
+        self.square = float(target.square().sum(1).mean())
 
     def step(self, step: int, vectors: Mapping[str, Float[Tensor, "batch d_in"]]) -> None:
         # 1. the loss, and whether it is one
@@ -129,7 +131,7 @@ class Member:
         scalars = torch.stack([getattr(losses, name).detach().to(x.device) for name in names])
         values = dict(zip(names, scalars.tolist(), strict=True))  # a GPU is waited for once
         self.steps.append(values)
-        self.check(step, values["reconstruction"] / self.variance, DIVERGED)
+        self.check(step, values["reconstruction"], DIVERGED)
         # 2. gradients and the step
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
@@ -146,8 +148,9 @@ class Member:
         if not self.sae.topk_family and 0 < step < last and step % window == 0 and self.dead.any():
             self.resample(step, x, losses.error)
 
-    def check(self, step: int, fvu: float, limit: float) -> None:
-        if not fvu <= limit:  # NaN is not
+    def check(self, step: int, error: float, limit: float) -> None:
+        if not error <= limit * self.square:  # NaN is not
+            fvu = error / self.variance
             raise TrainingFailed(f"{self.name}: FVU {fvu:.3g} at step {step}: diverged. Lower lr.")
 
     @torch.no_grad()
@@ -179,8 +182,8 @@ class Member:
         self.steps = []
         loss, reconstruction = mean.pop("total"), mean.pop("reconstruction")
         fvu = reconstruction / self.variance
-        best = min((row["fvu"] for row in self.history), default=DIVERGED)
-        self.check(step, fvu, max(LOST, best))
+        best = min((row["fvu"] for row in self.history), default=math.inf)
+        self.check(step, reconstruction, max(LOST, best * self.variance / self.square))
         row = {"step": step, "vectors": step * self.config.batch, "loss": loss, "fvu": fvu}
         row |= {"mse": reconstruction / len(self.sae.b_dec), **mean, "dead": int(self.dead.sum())}
         self.history.append(row | {"lr": self.lr * self.config.rate(step - 1)})

@@ -8,6 +8,9 @@
    one text fall into one pool, anywhere in it, with vectors of every part of the data. Memory holds
    one pool (two while it is made), whatever the number of tokens.
 3. What does not fill a batch at a pool's end is left out in that epoch.
+4. A few models have massive vectors at some real tokens, hundreds of times as long as the others
+   (where a window begins within a word, say): one would outweigh the rest of its batch. Vectors
+   longer than ten times the pool's median (as in dictionary-learning) give their place to others.
 
 `documents()` are hashes of what the vectors come from, document by document, so that held-out data
 can be checked to be other data; `lenslab.sae.train.trainer` compares them. They are Python's own,
@@ -36,6 +39,7 @@ from lenslab.store import ActivationStore
 from lenslab.tokens import TokenBatch
 
 POOL = 1 << 17  # vectors; 134 MB a hook at width 256
+MASSIVE = 10.0  # times the median norm
 RUN = 256  # rows of a tensor or a store that stay together as pools are dealt out
 
 
@@ -79,6 +83,12 @@ class VectorSource(ABC):  # noqa: B024 (others that deal vectors out are registe
         vectors = self._vectors(units)
         generator = derive_generator(self.seed, f"pool {epoch} {number}")
         order = torch.randperm(len(next(iter(vectors.values()))), generator=generator)
+        norms = [value.norm(dim=1) for value in vectors.values()]  # [vector] of each hook
+        massive = torch.stack([norm > MASSIVE * norm.median() for norm in norms]).any(0).cpu()
+        if massive.any() and not massive.all():
+            others = (~massive).nonzero().flatten()
+            drawn = torch.randint(len(others), (int(massive.sum()),), generator=generator)
+            order[massive[order]] = others[drawn]
         return {hook: value[order] for hook, value in vectors.items()}
 
 
@@ -101,10 +111,8 @@ class TensorSource(VectorSource):
         content = []
         for hook, value in self.vectors.items():
             if value.ndim != 2 or not value.is_floating_point() or len(value) != self.n:
-                shape = f"{value.dtype} {list(value.shape)}"
-                raise ValueError(
-                    f"{shape} at {hook}, not {self.n} vectors [vector, d_in] of floats"
-                )
+                shape = list(value.shape)
+                raise ValueError(f"No {self.n} vectors of floats at {hook}: {value.dtype} {shape}.")
             for part in value.split(1 << 14):
                 part = part.cpu().float()  # [vector, d_in]
                 if not torch.isfinite(part).all():
@@ -137,6 +145,17 @@ def _hashes(text: Tensor, position: Tensor, token: Tensor) -> set[int]:
     return hashes
 
 
+def _about(name: str, key: str, position: Int[Tensor, " token"]) -> dict[str, Any]:
+    """What an SAE says that it was made for, from where in its text each token stands."""
+    return {
+        "model_name": name,
+        "model_key": key,
+        "prepend_bos": bool(position.min() > 0),
+        "context_size": 1 + int(position.max()),
+        "distinct_training_vectors": len(position),
+    }
+
+
 class ModelSource(VectorSource):
     """The model run as vectors are needed, over the real tokens of a batch (usually from `pack`),
     in bfloat16 where this machine computes it fast."""
@@ -150,20 +169,15 @@ class ModelSource(VectorSource):
         batch_size: int = 32,
         pool: int = POOL,
         seed: int = 0,
+        progress: bool = False,
     ):
-        hooks = [hooks] if isinstance(hooks, str) else list(dict.fromkeys(hooks))
-        check_hooks(model, hooks)
-        widths = {hook: vector_width(model, hook) for hook in hooks}
+        widths = {hook: vector_width(model, hook) for hook in check_hooks(model, hooks)}
         options = {"compute": str(compute_dtype()).removeprefix("torch."), "batch_size": batch_size}
         identity = (model_key(model), batch.key, options)
         super().__init__(batch.real.sum(1).tolist(), pool, seed, widths, *identity)
-        self.model, self.batch, self.options = model, batch, options
-        self.metadata = {
-            "model_name": model_name(model),
-            "model_key": model_key(model),
-            "context_size": int(batch.tokens.shape[1]),
-            "distinct_training_vectors": batch.n_real,
-        }
+        self.model, self.batch, self.options, self.progress = model, batch, options, progress
+        position = batch.attention.cumsum(1)[batch.real] - 1  # padding is not counted
+        self.metadata = _about(model_name(model), model_key(model), position)
 
     def documents(self) -> set[int]:
         text, position = self.batch.real.nonzero(as_tuple=True)
@@ -185,8 +199,8 @@ class ModelSource(VectorSource):
         if model_key(self.model) != self.metadata["model_key"]:
             raise ValueError("The model was changed after this source was made: make a new one.")
         batch = self.batch[units]
-        where = dict(device=self.model.cfg.device, progress=False)
-        vectors = harvest(self.model, batch, list(self.widths), **where, **self.options)
+        given = {"progress": self.progress, "device": self.model.cfg.device, **self.options}
+        vectors = harvest(self.model, batch, list(self.widths), **given)
         return {hook: value[batch.real].flatten(1).float() for hook, value in vectors.items()}
 
 
@@ -201,12 +215,8 @@ class StoreSource(VectorSource):
         identity = [manifest[key] for key in ("model_key", "texts_key", "dtype")]
         super().__init__(_runs(len(store)), pool, seed, manifest["hooks"], identity, store.digests)
         self.store = store
-        self.metadata = {
-            "model_name": manifest["model"],
-            "model_key": manifest["model_key"],
-            "context_size": 1 + int(self._column("position").max()),
-            "distinct_training_vectors": len(store),
-        }
+        position = self._column("position")
+        self.metadata = _about(manifest["model"], manifest["model_key"], position)
 
     def documents(self) -> set[int]:
         return _hashes(*(self._column(name) for name in ("text", "position", "token")))
@@ -232,14 +242,11 @@ def batches(
         for number, size in enumerate(source.sizes(epoch)):
             begin, end = max(0, step - done), min(size // batch, steps - done)
             if begin < end:
-                vectors = opening if (epoch, number) == (0, 0) else None
-                opening = None  # of no use to a later pool
-                if vectors is None:
-                    vectors = source.pool(epoch, number, (steps - done) * batch)
+                vectors = opening or source.pool(epoch, number, (steps - done) * batch)
                 for i in range(begin, end):
                     rows = slice(i * batch, (i + 1) * batch)
                     yield {hook: value[rows] for hook, value in vectors.items()}
-                del vectors  # or two pools would be in memory while the next is made
             done += size // batch
+            vectors = opening = None  # or two pools would be in memory while the next is made
         if done >= steps:
             return

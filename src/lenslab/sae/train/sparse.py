@@ -30,6 +30,8 @@ HAS_MKL = torch.backends.mkl.is_available()
 
 warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
 
+Values = Float[Tensor, " active"]
+
 
 @dataclass(frozen=True)
 class Code:
@@ -39,7 +41,7 @@ class Code:
     latents: Int[Tensor, " active"]
     width: int  # d_sae
 
-    def matrix(self, values: Float[Tensor, " active"]) -> Tensor:
+    def matrix(self, values: Values) -> Tensor:
         """The sparse matrix `[batch, d_sae]` with these values."""
         shape = (len(self.rows) - 1, self.width)
         return torch.sparse_csr_tensor(self.rows, self.latents, values, shape)
@@ -81,9 +83,7 @@ class Code:
         empty = self.matrix(x.new_zeros(len(self.latents)))
         return torch.sparse.sampled_addmm(empty, x, weight, beta=0).values()
 
-    def sum_rows(
-        self, values: Float[Tensor, " active"], weight: Float[Tensor, "d_sae d"]
-    ) -> Tensor:
+    def sum_rows(self, values: Values, weight: Float[Tensor, "d_sae d"]) -> Tensor:
         """code @ weight, with these values: [batch, d]."""
         if weight.device.type in DENSE:
             return self.dense(values) @ weight
@@ -92,7 +92,7 @@ class Code:
             return bag(self.latents, weight, self.rows[:-1], mode="sum", per_sample_weights=values)
         return self.matrix(values) @ weight
 
-    def sum_vectors(self, values: Float[Tensor, " active"], x: Float[Tensor, "batch d"]) -> Tensor:
+    def sum_vectors(self, values: Values, x: Float[Tensor, "batch d"]) -> Tensor:
         """code^T @ x, with these values: [d_sae, d]."""
         if x.device.type in DENSE:
             return self.dense(values).T @ x
@@ -145,9 +145,7 @@ def as_integers(values: Tensor) -> Tensor:
     return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize])
 
 
-def widened(
-    matrix: Float[Tensor, "row d"], column: Tensor | float, dtype: torch.dtype
-) -> Float[Tensor, "row wider"]:
+def widened(matrix: Float[Tensor, "row d"], column: Tensor | float, dtype: torch.dtype) -> Tensor:
     """The matrix with one more column, then zeros to a width that products like: in the product
     with another such matrix the two columns meet, which adds a bias for less than a pass over the
     result."""
@@ -176,8 +174,7 @@ class Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        bias = torch.zeros(ctx.code.width, dtype=grad.dtype, device=grad.device)
-        bias.index_add_(0, ctx.code.latents, grad)
+        bias = grad.new_zeros(ctx.code.width).index_add_(0, ctx.code.latents, grad)
         shift = -(weight @ bias) if ctx.shifted else None
         return None, shift, ctx.code.sum_vectors(grad, x).T, bias, None
 

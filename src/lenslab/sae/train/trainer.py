@@ -18,21 +18,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from lenslab import __version__
-from lenslab.files import (
-    drop_later_checkpoints,
-    latest_checkpoint,
-    only_writer,
-    save_checkpoint,
-    versions,
-)
+from lenslab import __version__, files
 from lenslab.metrics import FeatureActivity, ReconstructionError
 from lenslab.runtime import interrupts_wait, machine_summary, progress_bar
 from lenslab.sae.load import SparseAutoencoder
@@ -41,7 +34,7 @@ from lenslab.sae.train.convert import to_saelens
 from lenslab.sae.train.member import Member, TrainingConfig
 from lenslab.sae.train.sources import VectorSource, batches
 
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 SHARED = 0.01  # share of held-out documents that may occur in the training text: licences do
 BAR = {"unit": "vec", "unit_scale": True, "desc": "train"}
 
@@ -86,28 +79,37 @@ def train(
     training, a folder of another run, an SAE that was trained before), TrainingFailed, NotWritten
     while another training writes into the folder, or where nobody can.
     """
-    total = config.steps * config.batch
-    described = {name: _described(name, sae, source, total) for name, sae in saes.items()}
-    members = [Member(name, sae, config, described[name]) for name, sae in saes.items()]
-    _check(members, source, held_out)
     folder = None if folder is None else Path(folder).expanduser()
-    with nullcontext() if folder is None else only_writer(folder):
-        run = _Run(members, source, folder)
-        _train(run, progress, log_dir)
-    return {member.name: _finished(member, held_out) for member in members}
+    run, total = None, config.steps * config.batch
+    with nullcontext() if folder is None else files.only_writer(folder):
+        try:
+            described = {name: _described(name, sae, source, total) for name, sae in saes.items()}
+            members = [Member(name, sae, config, described[name]) for name, sae in saes.items()]
+            _check(members, source, held_out)
+            run = _Run(members, source, folder)
+            _train(run, progress, log_dir)
+            return {member.name: _finished(member, held_out) for member in members}
+        except KeyboardInterrupt:
+            if run:
+                run.save()
+            where = f"at step {run.step:,}" if run else "before the first step, nothing is lost"
+            print(f"stopped {where}: with a folder the same call goes on", flush=True)
+            raise
 
 
 def _train(run: _Run, progress: bool, log_dir: str | os.PathLike | None) -> None:
     """The steps that are left, with bar and TensorBoard."""
     batch, writers = run.config.batch, []
-    if log_dir is not None:  # what a killed run logged after its checkpoint is struck out
-        from torch.utils.tensorboard import SummaryWriter
-
-        folders = [str(Path(log_dir).expanduser() / member.name) for member in run.members]
-        writers = [SummaryWriter(folder, purge_step=run.step + 1) for folder in folders]
     total, done = run.config.steps * batch, run.step * batch
-    bar = progress_bar(total=total, initial=done, progress=progress, **BAR)
-    try:
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress_bar(total=total, initial=done, progress=progress, **BAR))
+        if log_dir is not None:  # what a killed run logged after its checkpoint is struck out
+            from torch.utils.tensorboard import SummaryWriter
+
+            for member in run.members:
+                folder = str(Path(log_dir).expanduser() / member.name)
+                writer = SummaryWriter(folder, purge_step=run.step + 1)
+                writers.append(stack.enter_context(writer))
         while run.step < run.config.steps:
             rows = run.advance()
             bar.update(batch)
@@ -116,14 +118,6 @@ def _train(run: _Run, progress: bool, log_dir: str | os.PathLike | None) -> None
                     writer.add_scalar(key, value, run.step)
             if rows:
                 bar.set_postfix({k: f"{rows[0][k]:.3g}" for k in ("loss", "fvu", "l0", "dead")})
-    except KeyboardInterrupt:
-        run.save()
-        print(f"stopped at step {run.step:,}: with a folder the same call goes on", flush=True)
-        raise
-    finally:
-        bar.close()
-        for writer in writers:
-            writer.close()
 
 
 # 1. Prepare
@@ -134,7 +128,7 @@ def _described(name: str, sae: TrainableSAE, source: VectorSource, vectors: int)
     SAE itself is left as it is: the training may yet be refused."""
     own, widths = sae.config, source.widths
     metadata = source.metadata | own.metadata
-    for key in source.metadata.keys() & {"model_name", "model_key"}:
+    for key in source.metadata.keys() & {"model_name", "model_key", "prepend_bos"}:
         if metadata[key] != source.metadata[key]:
             raise ValueError(f"{name} is meant for {key} {metadata[key]}, not the data's.")
     hook = metadata.get("hook_name") or (next(iter(widths)) if len(widths) == 1 else None)
@@ -153,10 +147,8 @@ def _described(name: str, sae: TrainableSAE, source: VectorSource, vectors: int)
 def _check(members: list[Member], source: VectorSource, held_out: VectorSource | None) -> None:
     config, largest = members[0].config, max(source.sizes(0))
     if config.steps < 1 or largest < config.batch:
-        raise ValueError(
-            f"A step needs a batch of {config.batch} vectors; asked for are {config.vectors}, and "
-            f"the data hold {largest}: give more text, more `vectors` or a smaller batch."
-        )
+        asked = f"{config.vectors} are asked for, {largest} at hand: give more, or a smaller batch"
+        raise ValueError(f"A step needs a batch of {config.batch} vectors; {asked}.")
     if held_out is None:
         return
     keys = {data.metadata.get("model_key") for data in (source, held_out)}
@@ -166,6 +158,10 @@ def _check(members: list[Member], source: VectorSource, held_out: VectorSource |
     shared = len(documents & source.documents())
     if shared > SHARED * len(documents):
         raise ValueError(f"{shared} of {len(documents)} held-out documents were trained on.")
+    first = held_out.pool(0, 0, config.batch)
+    for hook in {member.hook_out for member in members}:
+        if len(first[hook]) > 1 and (first[hook] == first[hook][0]).all():
+            raise ValueError(f"Held-out vectors are constant at {hook}: take others.")
 
 
 # 2. Resume, 3. step, 4. log
@@ -177,21 +173,22 @@ class _Run:
     def __init__(self, members: list[Member], source: VectorSource, folder: Path | None):
         self.members, self.config, self.folder = members, members[0].config, folder
         self.identity = _identity(members, source)
-        self.made_with = versions() | machine_summary()
+        self.made_with = files.versions() | machine_summary()
         self.step = 0
         self.saved = time.monotonic()
-        checkpoint = None if folder is None else latest_checkpoint(folder)
+        checkpoint = None if folder is None else files.latest_checkpoint(folder)
         if checkpoint is not None:
             self.restore(checkpoint["state"])
         config = self.config
         opening = None if checkpoint else source.pool(0, 0, config.steps * config.batch)
-        for member in members if opening else ():
-            member.fit(opening)
-        for member in members:  # after all that can refuse one
-            member.sae.config = member.described
         self.stream = batches(source, config.batch, self.step, config.steps, opening)
-        if checkpoint is None:
-            self.save()  # what is interrupted before the next one begins from here again
+        with interrupts_wait():  # an SAE that is fitted is refused without its checkpoint
+            for member in members if opening else ():
+                member.fit(opening)
+            for member in members:  # after all that can refuse one
+                member.sae.config = member.described
+            if checkpoint is None:
+                self.save()  # what is interrupted before the next one begins from here again
 
     def restore(self, state: dict[str, Any]) -> None:
         saved = state.get("identity", {})
@@ -202,7 +199,7 @@ class _Run:
         self.step = state["step"]
         for member in self.members:
             member.restore(state["members"][member.name])
-        drop_later_checkpoints(self.folder, self.step)  # damaged: they would stay the newest
+        files.drop_later_checkpoints(self.folder, self.step)  # damaged: they would stay the newest
         print(f"goes on at step {self.step:,} of {self.config.steps:,}", flush=True)
         for key, there in state.get("made_with", {}).items():
             if there != (here := self.made_with.get(key)):
@@ -226,7 +223,7 @@ class _Run:
         if self.folder is not None:
             members = {member.name: member.state() for member in self.members}
             state = {"step": self.step, "identity": self.identity, "members": members}
-            save_checkpoint(self.folder, state | {"made_with": self.made_with})
+            files.save_checkpoint(self.folder, state | {"made_with": self.made_with})
             self.saved = time.monotonic()
 
 

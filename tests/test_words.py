@@ -1,0 +1,20 @@
+"""Findings in words: a line of text in a script, bold in a notebook, the same sentence in both."""
+
+import nbformat
+from nbclient import NotebookClient
+
+from lenslab.show.words import so
+
+
+def test_a_script_prints_the_sentence(capsys):
+    so("three of four heads copy (the twin none).")
+    assert capsys.readouterr().out == "So: three of four heads copy (the twin none).\n"
+
+
+def test_a_notebook_shows_it_bold_and_keeps_the_line_that_is_compared():
+    source = "from lenslab.show.words import so\nso('none (the twin none).')"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
+    (output,) = notebook.cells[0].outputs
+    assert output.data["text/plain"] == "So: none (the twin none)."
+    assert output.data["text/markdown"] == "**So:** none (the twin none)."
