@@ -676,6 +676,8 @@ def test_the_script_saves_an_sae_that_loads_with_its_measures_and_its_null(
     monkeypatch.setattr(
         pocket_corpus, "read_python", lambda: ["def add(a, b):\n    return a + b\n" * 9] * 20
     )
+    # so short are the windows, and so much alike the texts, that ends of sentences are shared
+    monkeypatch.setattr("lenslab.sae.train.trainer.SHARED", 0.2)
     (tmp_path / "corpus" / "narrative").mkdir(parents=True)
     lines = [
         f"The cat number {i} sat on mat {i * 7 % 13}. It was said to be {i % 5} years old. " * 6
@@ -688,13 +690,12 @@ def test_the_script_saves_an_sae_that_loads_with_its_measures_and_its_null(
         str(tmp_path / "corpus"),
         "--model",
         str(gpt2_folder),
-        "--layers",
-        "1",
+        "--sites",
+        "resid-1",
         "--smoke",
     ]
-    (out,) = train_pocket_saes.main(
-        [*options, "--out", str(tmp_path / "saes"), "--work", str(tmp_path / "work")]
-    )
+    where = ["--out", str(tmp_path / "saes"), "--work", str(tmp_path / "work")]
+    (out,) = train_pocket_saes.main([*options, *where])
     model, sae, card = (
         load_model(gpt2_folder),
         load_sae(out, device="cpu"),

@@ -34,12 +34,13 @@ def mask_with(kind):
     return mask if kind == "some" else torch.zeros_like(mask)
 
 
-@pytest.fixture(params=[True, False], ids=["mkl", "plain"])
+@pytest.fixture(params=["mkl", "plain", "full"])
 def products(request, monkeypatch):
-    """Both ways to compute; a chunk of 3 cuts through the vectors."""
-    if request.param and not sparse.HAS_MKL:
+    """All ways to compute, the GPU's on the CPU too; a chunk of 3 cuts through the vectors."""
+    if request.param == "mkl" and not sparse.HAS_MKL:
         pytest.skip("this torch has no sparse products")
-    monkeypatch.setattr(sparse, "HAS_MKL", request.param)
+    monkeypatch.setattr(sparse, "HAS_MKL", request.param == "mkl")
+    monkeypatch.setattr(sparse, "DENSE", ["cpu"] if request.param == "full" else [])
     monkeypatch.setattr(sparse, "CHUNK", 3)
 
 

@@ -18,6 +18,8 @@ import torch
 
 from lenslab.files import REPOSITORY, latest_checkpoint, load_checkpoint, save_checkpoint
 from lenslab.runtime import derive_generator
+from lenslab.sae.train import build_sae
+from lenslab.tokens import pack
 
 CONTEXT, BATCH, STEPS = 16, 2, 20
 SENTENCES = [
@@ -559,3 +561,92 @@ def test_a_work_folder_of_another_corpus_is_refused(run, tmp_path):
     (tmp_path / "moved-smoke" / "tokenizer.corpus").write_text("0123456789abcdef")
     with pytest.raises(SystemExit, match="--work another folder"):
         run("moved")
+
+
+# SAEs
+
+
+@pytest.fixture
+def tokens_file(model, tmp_path, monkeypatch):
+    """Windows to train on and held-out ones, as `--write-tokens` keeps them."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    import train_pocket_saes
+
+    batches = {}
+    for name, first in (("train", 0), ("held_out", 5000)):
+        words = derive_generator(first, "words")
+        numbers = torch.randint(first, first + 5000, (400, 12), generator=words).tolist()
+        texts = [f"The cat sat on mat {row}, and again. " for row in numbers]
+        batches[name] = pack(model, texts)
+    train_pocket_saes.write_tokens(tmp_path / "tokens.npz", model, batches)
+    return SimpleNamespace(script=train_pocket_saes, file=tmp_path / "tokens.npz", **batches)
+
+
+def test_windows_kept_in_a_file_come_back_and_another_tokenizer_is_refused(
+    tokens_file, model, monkeypatch
+):
+    whole = tokens_file.train.attention.all(1)
+    read = functools.partial(tokens_file.script.read_tokens, tokens_file.file, model, "train")
+    everything = read(10**9)
+    assert torch.equal(everything.tokens, tokens_file.train.tokens[whole])
+    assert torch.equal(everything.real, tokens_file.train.real[whole])
+    part = read(200)
+    assert 200 <= part.n_real < 200 + 64 and torch.equal(
+        part.tokens, everything.tokens[: len(part)]
+    )
+    monkeypatch.setattr(tokens_file.script, "_tokenizer_key", lambda _: "another")
+    with pytest.raises(ValueError, match="made with another tokenizer"):
+        read(200)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_another_l0_takes_no_training(tokens_file, architecture):
+    x = torch.randn(300, 16, generator=derive_generator(0, "x"))
+    metadata = {"hook_name": "blocks.1.hook_resid_post"}
+    sae = build_sae(architecture, 16, 64, k=8, metadata=metadata)
+    sae.fit(x)
+    for l0 in (2, 4):
+        active = (tokens_file.script.at_l0(sae, x, l0).encode(x) != 0).sum() / len(x)
+        assert float(active) == pytest.approx(l0, rel=0.02)
+    assert sae.config.k == 8
+
+
+def test_a_sweep_repeats_nothing_and_a_rate_that_is_too_high_stops_no_other(
+    tokens_file, gpt2_folder, tmp_path, monkeypatch
+):
+    import sae_sweep
+
+    monkeypatch.setenv("LENSLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sae_sweep, "RATES", (1e-3, 1e4))
+    monkeypatch.setattr(sae_sweep, "LEVELS", (2, 4, 8))
+    monkeypatch.setattr(sae_sweep, "MIDDLE", 4)
+    monkeypatch.setattr(sae_sweep, "PENALTIES", {"relu": [0.5, 1.0, 2.0, 4.0]})
+    monkeypatch.setattr(sae_sweep, "SEEDS", (1,))
+    options = f"rates sweep seeds --only topk relu --layer 1 --smoke --work {tmp_path / 'work'}"
+    options += f" --tokens {tokens_file.file} --model {gpt2_folder}"
+    rates, sweep = (sae_sweep.json.loads(f.read_text()) for f in sae_sweep.main(options.split()))
+    failed = {(run["architecture"], run["lr"]) for run in rates["config"]["table"] if run["failed"]}
+    assert failed and {lr for _, lr in failed} == {1e4}
+    runs = sweep["config"]["table"]
+    assert [run["level"] for run in runs if run["architecture"] == "topk"] == [2, 2, 4, 4, 8, 8]
+    assert all(run["lr"] == 1e-3 and 0 < run["fvu"] < 2 and run["ce_difference"] for run in runs)
+    assert "topk" in sweep["values"]["findings"]["best"]
+    before = (tmp_path / "work" / "runs.jsonl").read_text()
+    monkeypatch.setattr(sae_sweep, "train", None)
+    sae_sweep.main(options.split())
+    assert (tmp_path / "work" / "runs.jsonl").read_text() == before
+
+
+def test_what_never_came_near_a_level_has_no_value_there_and_is_not_the_best(tokens_file):
+    import sae_sweep
+
+    l0 = {"topk": sae_sweep.LEVELS, "gated": sae_sweep.LEVELS, "relu": (40, 50, 70)}
+    rows = [
+        {"architecture": name, "seed": 0, "l0": level, "fvu": (name != "relu") / level}
+        for name, levels in l0.items()
+        for level in levels
+    ]
+    runs = sae_sweep.pd.DataFrame(rows)
+    assert sorted(sae_sweep.two_best(runs)) == ["gated", "topk"]
+    far = sae_sweep.at_levels(runs[runs["architecture"] == "relu"], "fvu")
+    assert np.isnan(far[:4]).all() and far[4] == 0

@@ -45,7 +45,7 @@ class TooLargeForMemory(ValueError):
     """What was asked for would fill the memory; the message says what would not."""
 
 
-def harvest(
+def harvest(  # noqa: PLR0913
     model: TransformerBridge,
     batch: TokenBatch,
     hooks: str | Sequence[str],
@@ -56,8 +56,9 @@ def harvest(
     store: ActivationStore | None = None,
     progress: bool = True,
     edited: bool = False,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Float[Tensor, "text ..."]] | ActivationStore:
-    """Activations of a batch at some hooks, `{hook: [text, pos, ...]}` on the CPU; zero at padding.
+    """Activations of a batch at some hooks, `{hook: [text, pos, ...]}`; zero at padding.
 
     Attention patterns and scores are `[text, head, query, key]`. Values that a module computes for
     all tokens in one row (routers of mixtures of experts) come back as `[text, pos, ...]`.
@@ -72,6 +73,7 @@ def harvest(
             the store.
         edited: take the model as it is with the hooks that are on it (inside `model.hooks(...)` or
             `splice`); never into a store, which holds what the weights alone give.
+        device: where what is returned lies; a store's lies on the disk.
 
     Raises UnknownHook, BadActivations, TooLargeForMemory, StoreMismatch, NotWritten, TypeError and
     ValueError (as `check_batch`; train mode; hooks left on the model; no hook asked for, or one
@@ -98,7 +100,8 @@ def harvest(
     total = batch.n_real
     with runtime.progress_bar(total=total, unit="tok", desc="harvest", progress=progress) as bar:
         if store is None:
-            return _run(model, batch, hooks, batch.attention, bar=bar, **options)
+            kept = batch.attention
+            return _run(model, batch, hooks, kept, bar=bar, device=device, **options)
         with only_writer(store.folder):
             missing = store.missing()
             bar.update(total - sum(store.manifest["rows"][shard] for shard in missing))
@@ -111,7 +114,7 @@ def harvest(
     return store
 
 
-def _run(
+def _run(  # noqa: PLR0913
     model: TransformerBridge,
     batch: TokenBatch,
     hooks: tuple[str, ...],
@@ -122,12 +125,13 @@ def _run(
     compute: str,
     bar: runtime.Bar,
     first: int = 0,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
     """Steps 2 and 3. Outside `keep` `[text, pos]` values are zero and may be NaN in the model.
 
     `first` is the number of the batch's first text, for what errors say.
     """
-    device = torch.device(model.cfg.device)
+    inside = torch.device(model.cfg.device)
     width = batch.tokens.shape[1]
     lengths = batch.attention.sum(1)
     trim = all(by_token(model, hook) for hook in hooks)  # a pattern has no one span to cut to
@@ -151,20 +155,20 @@ def _run(
         for rows in lengths.argsort(descending=True, stable=True).split(batch_size):
             length = int(lengths[rows[0]]) if trim else width
             span = slice(length) if batch.pad_side == "right" else slice(width - length, None)
-            attention = batch.attention[rows, span].to(device)
+            attention = batch.attention[rows, span].to(inside)
             mask = {} if bool(attention.all()) else {"attention_mask": attention.long()}
             bf16 = compute == "bfloat16" and not (mask and length > window)
-            autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+            autocast = torch.autocast(inside.type, dtype=torch.bfloat16, enabled=bf16)
             with torch.inference_mode(), autocast:
-                tokens = batch.tokens[rows, span].to(device)
+                tokens = batch.tokens[rows, span].to(inside)
                 model(tokens, return_type=None, use_cache=False, **mask)
             for hook in hooks:
-                value = _by_text(model, hook, caught.pop(hook), keep[rows, span])
+                value = _by_text(model, hook, caught.pop(hook).to(device), keep[rows, span])
                 _check_finite(hook, value, rows + first)
                 per_token = by_token(model, hook)
                 if hook not in result:
                     shape = (width, *value.shape[2:]) if per_token else value.shape[1:]
-                    result[hook] = torch.zeros(len(batch), *shape, dtype=dtype)
+                    result[hook] = torch.zeros(len(batch), *shape, dtype=dtype, device=device)
                 result[hook][(rows, span) if per_token else rows] = value
             bar.update(int(batch.real[rows].sum()))
     return result
@@ -189,7 +193,7 @@ def _last_point(model: TransformerBridge, hooks: tuple[str, ...]) -> str | None:
 
 
 def _by_text(model: TransformerBridge, hook: str, value: Tensor, keep: Tensor) -> Tensor:
-    """A captured value as `[text, ...]` on the CPU, zero at tokens outside `keep` `[text, pos]`."""
+    """A captured value as `[text, ...]`, zero at tokens outside `keep` `[text, pos]`."""
     texts, length = keep.shape
     if hook_names(model)[hook][0] == 2 and len(value) == texts * length:  # [text * pos, ...]
         value = value.unflatten(0, (texts, length))
@@ -197,11 +201,11 @@ def _by_text(model: TransformerBridge, hook: str, value: Tensor, keep: Tensor) -
         value = value.expand(texts, *value.shape[1:])
     if len(value) != texts:
         raise ValueError(f"{hook} cannot be told apart by text ({tuple(value.shape)}): give one.")
-    value = value.cpu()
     # by name, not by shape: a pattern [text, head, ...] of as many heads as positions looks alike
     axes = (texts, length) if by_token(model, hook) else (texts, 1, length)  # [text, head, pos, _]
     if not bool(keep.all()) and value.shape[len(axes) - 1] == length:
-        value = value.masked_fill(~keep.view(*axes, *[1] * (value.ndim - len(axes))), 0)
+        left_out = ~keep.view(*axes, *[1] * (value.ndim - len(axes)))
+        value = value.masked_fill(left_out.to(value.device), 0)
     return value
 
 
@@ -213,7 +217,7 @@ def _check_finite(hook: str, value: Tensor, texts: Tensor) -> None:
     advice = "Check the weights, or run with compute='float32'."
     if value.dtype == torch.float16:
         advice = "Values above 65,504 do not fit float16: try torch.bfloat16 or torch.float32."
-    raise BadActivations(f"NaN or Inf at {hook} of text {int(texts[bad][0])}. {advice}")
+    raise BadActivations(f"NaN or Inf at {hook} of text {int(texts[bad.cpu()][0])}. {advice}")
 
 
 def check_batch(model: TransformerBridge, batch: TokenBatch) -> None:

@@ -95,12 +95,12 @@ class TopK(TrainableSAE):
     def auxiliary(self, x, residual, pre, dead) -> Tensor:
         """AuxK: the dead latents with the largest pre-activations reconstruct what the others left
         (Gao, A.2)."""
-        n_dead = 0 if dead is None else int(dead.sum())
+        latents = pre.new_zeros(0) if dead is None else dead.nonzero().flatten()
+        n_dead = len(latents)
         if not n_dead or not self.config.auxiliary:
             return residual.new_zeros(())
         most = max(1, x.shape[-1] // 2)
         k = min(most, n_dead)
-        latents = dead.nonzero().flatten()
         # some rows at a time: a block of another size at every step, as large as `pre`, would
         # fragment the memory
         chunks = (rows[:, latents] for rows in pre.split(AT_A_TIME))

@@ -95,7 +95,8 @@ class Member:
         self.hook_out = described.metadata.get("hook_name_out") or self.hook
         self.lr = config.lr or 1e-3 * math.sqrt(4096 / described.d_sae)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=self.lr, fused=True)
-        self.silent = torch.zeros(described.d_sae, dtype=torch.long)  # [d_sae], vectors
+        device = sae.W_enc.device
+        self.silent = torch.zeros(described.d_sae, dtype=torch.long, device=device)  # vectors
         self.variance = self.square = 0.0
         self.steps: list[dict[str, float]] = []  # since the last row of the history
         self.history: list[dict[str, float | int]] = []
@@ -124,10 +125,11 @@ class Member:
     def step(self, step: int, vectors: Mapping[str, Float[Tensor, "batch d_in"]]) -> None:
         # 1. the loss, and whether it is one
         x, target = self.scaled(vectors)
-        dead = self.dead.to(x.device) if self.sae.topk_family else None
+        dead = self.dead if self.sae.topk_family else None
         losses = self.sae.loss(x, target, dead, self.config.warm(step))
         names = ("total", "reconstruction", "sparsity", "auxiliary", "l0")
-        values = {name: float(getattr(losses, name).detach()) for name in names}
+        scalars = torch.stack([getattr(losses, name).detach().to(x.device) for name in names])
+        values = dict(zip(names, scalars.tolist(), strict=True))  # a GPU is waited for once
         self.steps.append(values)
         self.check(step, values["reconstruction"], DIVERGED)
         # 2. gradients and the step
@@ -140,7 +142,7 @@ class Member:
         self.sae.after_step()
         # 3. dead latents
         self.silent += self.config.batch
-        self.silent[losses.fired.cpu()] = 0
+        self.silent.masked_fill_(losses.fired, 0)
         window = -(-self.config.dead_after // self.config.batch)
         last = self.config.steps - 2 * window  # a latent needs time to grow into its direction
         if not self.sae.topk_family and 0 < step < last and step % window == 0 and self.dead.any():
@@ -161,7 +163,7 @@ class Member:
         generator = derive_generator(self.config.seed, f"resample {step}")
         drawn = torch.multinomial(weight, len(latents), replacement=True, generator=generator)
         direction = torch.nn.functional.normalize(x[drawn] - self.sae.b_dec, dim=1)  # [dead, d_in]
-        alive = self.sae.W_enc[:, ~self.dead.to(x.device)]
+        alive = self.sae.W_enc[:, ~self.dead]
         length = 0.2 * (alive.norm(dim=0).mean() if alive.numel() else 1.0)
         first = {"W_enc": length * direction, "W_dec": direction, "threshold": FIRST_THRESHOLD}
         for name, parameter in self.sae.named_parameters():
@@ -200,3 +202,4 @@ class Member:
         self.sae.fitted = True
         self.optimizer.load_state_dict(state["optimizer"])
         vars(self).update({key: state[key] for key in KEPT})
+        self.silent = self.silent.to(self.sae.W_enc.device)

@@ -199,7 +199,8 @@ class ModelSource(VectorSource):
         if model_key(self.model) != self.metadata["model_key"]:
             raise ValueError("The model was changed after this source was made: make a new one.")
         batch = self.batch[units]
-        vectors = harvest(self.model, batch, list(self.widths), **self.options)
+        given = {"device": self.model.cfg.device, **self.options}
+        vectors = harvest(self.model, batch, list(self.widths), **given)
         return {hook: value[batch.real].flatten(1).float() for hook, value in vectors.items()}
 
 

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+DENSE = ("cuda",)  # devices where full products are faster than sparse ones
 GROUP = 8  # latents, far from each other, whose largest value stands for them at first
 CHUNK = 1 << 15  # active latents whose vectors are gathered at a time where there is no MKL
 # without it torch has no sparse products on the CPU (ARM): see `_plain`
@@ -50,10 +51,16 @@ class Code:
         before = torch.cat([self.rows.new_zeros(1), keep.cumsum(0)])
         return Code(before[self.rows], self.latents[keep], self.width)
 
-    @property
+    @cached_property
     def owners(self) -> Int[Tensor, " active"]:
         """The vector that each active latent belongs to."""
-        return torch.repeat_interleave(self.rows.diff())
+        return torch.repeat_interleave(self.rows.diff(), output_size=len(self.latents))
+
+    def dense(self, values: Float[Tensor, " active"]) -> Float[Tensor, "batch d_sae"]:
+        """The matrix with its zeros: a GPU multiplies it faster than a sparse one."""
+        full = values.new_zeros(len(self.rows) - 1, self.width)
+        full[self.owners, self.latents] = values
+        return full
 
     @cached_property
     def transposed(self) -> tuple[Code, Int[Tensor, " active"]]:
@@ -68,6 +75,8 @@ class Code:
 
     def at_active(self, x: Float[Tensor, "batch d"], weight: Float[Tensor, "d d_sae"]) -> Tensor:
         """x @ weight at the active places: [active]."""
+        if x.device.type in DENSE:
+            return (x @ weight)[self.owners, self.latents]
         if _plain(x):
             chunks = zip(self.owners.split(CHUNK), self.latents.split(CHUNK), strict=True)
             return torch.cat([(x[owner] * weight.T[latent]).sum(1) for owner, latent in chunks])
@@ -76,6 +85,8 @@ class Code:
 
     def sum_rows(self, values: Values, weight: Float[Tensor, "d_sae d"]) -> Tensor:
         """code @ weight, with these values: [batch, d]."""
+        if weight.device.type in DENSE:
+            return self.dense(values) @ weight
         if _plain(weight):
             bag = torch.nn.functional.embedding_bag
             return bag(self.latents, weight, self.rows[:-1], mode="sum", per_sample_weights=values)
@@ -83,6 +94,8 @@ class Code:
 
     def sum_vectors(self, values: Values, x: Float[Tensor, "batch d"]) -> Tensor:
         """code^T @ x, with these values: [d_sae, d]."""
+        if x.device.type in DENSE:
+            return self.dense(values).T @ x
         transposed, order = self.transposed
         return transposed.sum_rows(values[order], x)
 
