@@ -181,8 +181,7 @@ class Bench:
             row |= {key: result.held_out[key] for key in ("fvu", "l0", "dead")}
             row |= {"seconds": seconds, "together": len(group)}
             if asked_by == "sweep" and run["architecture"] != "transcoder":
-                options = dict(batch_size=32, progress=False)
-                measured = evaluate_sae(self.model, result.sae, self.held_out, **options)
+                measured = evaluate_sae(self.model, result.sae, self.held_out)
                 row |= {"dense": measured.dense, "ce_difference": measured.ce_difference}
             rows.append(row)
             print(" ".join(f"{key}={value:.4g}" for key, value in row.items() if key in SHOWN))

@@ -158,7 +158,7 @@ def stored(sae: SparseAutoencoder, device: str) -> SparseAutoencoder:
 def measure(model, sae: SparseAutoencoder, held_out: TokenBatch, name: str) -> dict:
     """Metrics of an SAE on held-out text."""
     sae = stored(sae, str(model.cfg.device))
-    measured = evaluate_sae(model, sae, held_out, name=name, batch_size=32, progress=False)
+    measured = evaluate_sae(model, sae, held_out, name=name)
     print(
         f"{name}: L0 {measured.l0:.1f}, FVU {measured.fvu:.4f}, CE {measured.ce_difference:+.4f}, "
         f"dead {measured.dead}, dense {measured.dense}",
@@ -192,8 +192,7 @@ def fvu(measured: Sequence[dict]) -> float:
 def add_nulls(model, sae: SparseAutoencoder, held_out: TokenBatch, measured: dict, seed: int):
     """Random directions of the same L0 beside each level."""
     for level in measured.values():
-        options = dict(seed=seed, batch_size=32, progress=False)
-        null = evaluate_null(model, sae, held_out, level["sae"]["l0"], **options)
+        null = evaluate_null(model, sae, held_out, level["sae"]["l0"], seed=seed)
         level["null"] = null.to_dict()
 
 

@@ -167,12 +167,13 @@ class ModelSource(VectorSource):
         batch: TokenBatch,
         hooks: str | Sequence[str],
         *,
+        batch_size: int = TEXTS,
         pool: int = POOL,
         seed: int = 0,
         progress: bool = False,
     ):
         widths = {hook: vector_width(model, hook) for hook in check_hooks(model, hooks)}
-        options = {"compute": str(compute_dtype()).removeprefix("torch."), "batch_size": TEXTS}
+        options = {"compute": str(compute_dtype()).removeprefix("torch."), "batch_size": batch_size}
         identity = (model_key(model), batch.key, options)
         super().__init__(batch.real.sum(1).tolist(), pool, seed, widths, *identity)
         self.model, self.batch, self.options = model, batch, {"progress": progress, **options}
