@@ -38,7 +38,7 @@ FINDING = ("phase_2_feature_exploration", "Does it take an SAE?", "So: ")
 TITLES = {
     "phase_1_loading": "Load a model, find its hook points, read its streams, encode with an SAE",
     "phase_2_feature_exploration": "Which features tell kinds of text apart, and does it take an "
-    "SAE? Four controls",
+    "SAE? Four controls and a ceiling",
 }
 PARAMETERS = {  # a test counts them by transformers' own classes
     "pocket-gpt": 6_901_760,

@@ -121,7 +121,7 @@ def test_other_weights_that_go_by_a_bundled_name_are_not_given_its_sae(model, tr
 
 def test_an_sae_of_one_head_or_of_some_positions_is_refused():
     for part, value in (("hook_head_index", 3), ("seqpos_slice", [1, 5])):
-        sae = load_sae("pocket-gpt-resid-0")
+        sae = load_sae("pocket-gpt-resid-1")
         setattr(sae.cfg.metadata, part, value)
         with pytest.raises(NotAnSAE, match=part):
             finish(sae, "mine")

@@ -360,7 +360,8 @@ so(
 # %%
 curves = {"the same text": same_text, "another text (control)": other_text}
 axes = {"x_title": "from layer", "y_title": "mean cosine with the next layer"}
-lines(curves, title="How much of a token's vector is there one layer later", **axes).show()
+layers = [str(layer) for layer in range(len(same_text))]
+lines(curves, layers, title="How much of a token's vector is there one layer later", **axes).show()
 
 # %% [markdown]
 # ## 7. Attention maps
@@ -562,19 +563,19 @@ so(
 # %% [markdown]
 # ## 11. One feature, many texts
 # Choose a feature on one text and read it on all others: where does it fire, and on what tokens?
-# The strongest feature of all is often a *dense* one that fires everywhere; the choice is made
-# among those that are active on at most 10 % of tokens.
+# The strongest feature of all is often a *dense* one that fires everywhere, or one that fires
+# nowhere else; the choice is made among those that are active on at most 10 % of tokens and on
+# three other texts or more.
 
 # %%
 from lenslab.features.activations import top_tokens
 
 peak = features[0][batch.real[0]].amax(0)
 first = int(peak.argmax())
-feature = int(peak.where(rate <= 0.1, 0).argmax())
-active = f"active on {rate[first]:.0%} of all tokens"
-print(f"strongest on {probes['id'][0]}: feature {first}, {active}")
-others = f"on the {len(batch) - 1} other texts"
-print(f"strongest of those that are not dense: feature {feature}, {others}:")
+elsewhere = ((features > 0) & batch.real[..., None]).any(1)[1:].sum(0)  # texts, by feature
+feature = int(peak.where((rate <= 0.1) & (elsewhere >= 3), 0).argmax())
+print(f"strongest on {probes['id'][0]}: feature {first}, on {elsewhere[first]} other texts")
+print(f"strongest by this choice: feature {feature}, on {elsewhere[feature]} other texts:")
 print(top_tokens(batch, features[..., feature], skip=[0], n=8).round(1).to_string(index=False))
 
 # %% [markdown]

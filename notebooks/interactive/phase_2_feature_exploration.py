@@ -78,22 +78,23 @@ so(
 
 # %% [markdown]
 # ## 2. The SAEs
-# Numbers from their cards, on held-out documents, each trained at three sparsities. *L0* is the
-# number of active features per token; `ships`: bundled, the others were only measured;
+# Numbers from their cards, on held-out documents. *L0* is the number of active features per token;
 # `ce_difference`: nats of loss that the splice adds; `ce_recovered_zero`: share of the loss
 # recovered, against zeroing the stream; `dead`, `dense`: numbers of features. **Null**: the
 # variance that random directions with the same L0 explain.
 
 # %%
 cards = card_table(model)
-print(cards.round(2).to_string(index=False) if len(cards) else "no bundled SAE for this model")
-if len(cards):
-    shipped = cards[cards["ships"]]
-    so(
-        f"{len(shipped)} SAEs ship; they explain {shipped['variance_explained'].min():.0%} to "
-        f"{shipped['variance_explained'].max():.0%} of the variance, random directions as sparse "
-        f"{shipped['null'].min():.0%} to {shipped['null'].max():.0%}."
-    )
+ship = cards[cards["ships"].astype(bool)].drop(columns="ships")
+print(ship.round(2).to_string(index=False) if len(ship) else "no bundled SAE for this model")
+so(
+    f"{len(ship)} SAEs ship for this model. The least of them explains "
+    f"{ship['variance_explained'].min():.0%} of its stream's variance, the best "
+    f"{ship['variance_explained'].max():.0%}; random directions as sparse explain "
+    f"{ship['null'].min():.0%} to {ship['null'].max():.0%}."
+    if len(ship)
+    else "no SAE ships for this model, so none can be compared with random directions."
+)
 
 # %% [markdown]
 # One name selects the SAE that this notebook reads; without one it is a bundled SAE of the middle
@@ -104,7 +105,7 @@ if len(cards):
 # %%
 from lenslab.sae.load import input_transform, sae_hook
 
-CHOSEN = None  # or a bundled name, such as "pocket-gpt-resid-0", or the absolute path of a folder
+CHOSEN = None  # or a bundled name, such as "pocket-gpt-resid-1", or the absolute path of a folder
 sae, SAE, origin = find_sae(model, CHOSEN)
 prepare, middle = input_transform(sae, model), sae_hook(sae)
 print(f"{SAE} ({origin}): {sae.cfg.d_in} dimensions -> {sae.cfg.d_sae} features at {middle}")
@@ -122,8 +123,8 @@ fa = encode_features(model, sae, batch, name=SAE)
 pooled = {how: fa.pool(how) for how in ("max", "mean", "fraction")}
 active = fa.matrix.nnz / fa.matrix.shape[0]  # features per token
 print(f"{fa.matrix.shape[0]} tokens x {fa.n_features} features, {active:.1f} active per token")
-of_text = f"{pooled['max'].nnz / len(batch):.0f} features fire somewhere in a text"
-print(f"pooled {pooled['max'].shape}: {of_text}, on average")
+seen_in_text = pooled["max"].nnz / len(batch)
+print(f"pooled {pooled['max'].shape}: in a text {seen_in_text:.0f} features fire, on average")
 for how, matrix in pooled.items():
     mean = f"mean over texts and features {matrix.mean():.3f}"
     print(f"{how:9s} largest value {matrix.max():6.1f}, {mean}")
@@ -167,7 +168,7 @@ for name, mask in masks.items():
 fire, missed = overlap["real"]
 so(
     f"averaging first misses {missed:.0%} of the features that fire in a text, and of those that "
-    f"it finds only {fire:.0%} fire at any token (with BOS and padding averaged in "
+    f"it finds {fire:.0%} fire at any token (with BOS and padding averaged in "
     f"{overlap['+ both'][0]:.0%}). Features are encoded per token here, and pooled after."
 )
 
@@ -195,7 +196,7 @@ for name, table in (
 
 # %%
 first = (summary.strongest(1), summary.frequent(1), summary.selective(1))
-strongest, frequent, selective = (int(table.index[0]) for table in first)
+strongest, frequent, selective = leading = [int(table.index[0]) for table in first]
 so(
     f"the strongest feature ({strongest}) fires on {summary.frequency[strongest]:.0%} of the "
     f"texts, the most frequent ({frequent}) on {summary.frequency[frequent]:.0%}, the most "
@@ -615,10 +616,7 @@ category_feature_heatmap(means, labels.categories, list(kind_names.values()), ti
 # The same features and the leaders of section 4, a row each, on every held-out text.
 
 # %%
-first_of = {"strongest": summary.strongest, "frequent": summary.frequent}
-first_of["selective"] = summary.selective
-for why, ranked in first_of.items():
-    leader = int(ranked(1).index[0])
+for why, leader in zip(("strongest", "frequent", "selective"), leading, strict=True):
     kind_names[leader] = f"{kind_names.get(leader, leader)}, {why}"
 drawn = held_fa.pool("max")[:, list(kind_names)]
 fires = held_fa.pool("max")[:, chosen].toarray() > 0  # [text, kind]
@@ -698,10 +696,9 @@ for name, inside in (("music", about), ("Python", labels.category == "python")):
     print(f"{name}:\n{search[columns].round(3).to_string(index=False)}")
     was = "found" if search["family_p"][0] <= 0.05 else "not found"
     held_out_auroc = roc_auc_score(inside[half], values)
-    verdicts.append(
-        f"{name} is {was} (p = {search['family_p'][0]:.3f}), AUROC {held_out_auroc:.2f}"
-    )
-so(f"{'; '.join(verdicts)} on held-out texts, where .50 is chance.")
+    scored = f"p = {search['family_p'][0]:.3f}; {held_out_auroc:.2f} on held-out texts"
+    verdicts.append(f"{name} is {was} ({scored})")
+so(f"{', '.join(verdicts)}; .50 is chance.")
 
 # %% [markdown]
 # ## 14. Explore
@@ -712,7 +709,11 @@ so(f"{'; '.join(verdicts)} on held-out texts, where .50 is chance.")
 from lenslab.show.explore import FeatureExplorer
 
 explorer = FeatureExplorer(model, sae, fa, categories=list(labels.category), feature=feature)
-print(f"features that fire in the example text: {explorer.here.pool('max').nnz}")
+fired = explorer.here.pool("max").nnz
+so(
+    f"{fired} of {fa.n_features} features fire in the example text; in an average probe "
+    f"{seen_in_text:.0f} do."
+)
 explorer
 
 # %% [markdown]
@@ -735,7 +736,7 @@ explorer
 #
 # <details><summary>Solutions</summary>
 #
-# 1. Set `CHOSEN = "pocket-gpt-resid-0"` in section 2 and run sections 2, 3, 5 and 6 again, in
+# 1. Set `CHOSEN = "pocket-gpt-resid-1"` in section 2 and run sections 2, 3, 5 and 6 again, in
 #    section 6 without the twin's SAE (`controls = control_matrices(model, sae, batch)`), which is
 #    one of the middle layer. Then run `token_classes` on the winners before saying why.
 # 2. `discriminate({SAE: pooled["mean"]}, labels)["feature"]`, beside `found["feature"]`.
