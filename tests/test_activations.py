@@ -534,3 +534,12 @@ def test_nan_in_attention_is_refused(model, hook, value):
     spoil = [(hook, lambda t, hook: t.index_fill(2, torch.tensor([2]), value))]
     with model.hooks(fwd_hooks=spoil), pytest.raises(BadActivations, match="attn"):
         harvest(model, batch, hook, edited=True)
+
+
+def test_a_text_padded_on_the_left_has_its_values_in_bfloat16(model):
+    """Padding before it sees no key at all, and its NaN would reach the text."""
+    hook, texts = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", ["a", "A cat sat on the mat."]
+    left, right = (tokenize(model, texts, pad_side=side) for side in ("left", "right"))
+    values = harvest(model, left, hook, compute="bfloat16")[hook][left.real]
+    exact = harvest(model, right, hook)[hook][right.real]
+    assert (values - exact).norm() < 0.03 * exact.norm()

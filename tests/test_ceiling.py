@@ -76,3 +76,13 @@ def test_a_sparse_probe_uses_k_dimensions_and_none_that_is_constant(planted):
     assert (np.diff(one[order]) >= 0).all() and np.ptp(one) > 0
     with pytest.raises(ValueError):
         ceiling(pooled[:-1], pd.DataFrame({"feature": [0, 0, 0]}), pooled, labels, {})
+
+
+def test_features_of_other_categories_or_of_several_saes_are_refused(planted):
+    labels, pooled, vectors, _ = planted
+    found = discriminate({"SAE": pooled, "other": pooled[:, ::-1]}, labels, n=20)
+    one = found[found["sae"] == "SAE"]
+    assert len(ceiling(pooled, one, vectors, labels, {}))
+    for wrong in (found, one.iloc[::-1], one.iloc[:2]):
+        with pytest.raises(ValueError, match="one SAE, in the order"):
+            ceiling(pooled, wrong, vectors, labels, {})

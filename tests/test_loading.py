@@ -63,6 +63,10 @@ def one_letter(weights):
     return weights | {"transformer.h.1.mlp.c_fb.weight": value}
 
 
+def twice(name):
+    return lambda weights: weights | {name: 2 * weights["transformer.h.1.mlp.c_fc.weight"]}
+
+
 def own_head(rows):
     return lambda weights: weights | {"lm_head.weight": torch.randn(rows, 32)}
 
@@ -79,6 +83,8 @@ def own_head(rows):
         (dict, {"n_inner": 64}, r"of another shape \(transformer\.h\.0\.mlp"),
         (dict, {"tie_word_embeddings": False}, r"missing in the file \(lm_head"),
         (one_letter, {}, r"missing in the file.*c_fb"),
+        (twice("h.1.mlp.c_fc.weight"), {}, r"there twice.*h\.1\.mlp\.c_fc\.weight"),
+        (twice("transformer.transformer.h.1.mlp.c_fc.weight"), {}, "there twice"),
         (own_head(301), {}, "could not be loaded|another shape"),
         (as_type(torch.int8), {}, "type I8"),
         (as_type(torch.int32), {}, "type I32"),
@@ -229,6 +235,19 @@ def test_keys_notice_edits_past_the_version_counter(gpt2_folder, edit):
     edit(model)
     after = model_key(model), weights_key(model)
     assert before[0] != after[0] and before[1] != after[1]
+
+
+def test_the_key_follows_modules_that_were_exchanged_or_set_otherwise(gpt2_folder, llama_folder):
+    model = load_model(gpt2_folder)
+    key, block = model_key(model), model.original_model.transformer.h[0]
+    model.run_with_cache(torch.zeros(1, 3, dtype=torch.long))
+    assert model_key(model) == key == model_key(load_model(gpt2_folder))
+    block.mlp.act = torch.nn.ReLU()
+    assert model_key(model) != key and weights_key(model) == key.split("-")[0]
+    model = load_model(llama_folder)
+    key = model_key(model)
+    model.original_model.model.layers[0].input_layernorm._original_component.variance_epsilon = 1.0
+    assert model_key(model) != key
 
 
 def test_the_key_follows_rotary_frequencies(llama_folder):

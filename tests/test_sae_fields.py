@@ -275,6 +275,12 @@ def test_the_same_weights_in_another_dtype_are_accepted_with_a_word(model, gpt2_
         check_sae(tiny_sae(model, model_key=model_key(half)), other)
 
 
+def test_processing_in_words_is_refused_because_false_would_count_as_true(model):
+    sae = tiny_sae(model, model_from_pretrained_kwargs=dict(center_writing_weights="false"))
+    with pytest.raises(SAEMismatch, match="center_writing_weights is 'false'"):
+        check_sae(sae, model)
+
+
 def test_decoder_rows_of_several_lengths_are_told_with_how_to_fold_them(model, tmp_path, x):
     folder = save_sae(tiny_sae(model), tmp_path / "sae")
     with pytest.warns(UserWarning, match=r"fold_W_dec_norm"):

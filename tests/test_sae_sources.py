@@ -316,3 +316,12 @@ def test_massive_vectors_give_their_place_to_others():
 def test_where_no_vector_is_massive_all_are_dealt_out():
     values = numbered(1000)
     assert torch.equal(rows(TensorSource(values))[0].sort().values, torch.arange(1000))
+
+
+def test_where_most_vectors_are_zero_the_others_are_dealt_out():
+    values = torch.zeros(1000, 8)
+    values[:400] = torch.nn.functional.normalize(torch.rand(400, 8) + 0.1)
+    values[0] *= 200
+    pool = TensorSource(values).pool(0, 0)["vectors"]
+    assert 399 <= int((pool.norm(dim=1) > 0).sum()) <= 400 and pool.norm(dim=1).max() < 1.001
+    assert torch.equal(TensorSource(0 * values).pool(0, 0)["vectors"], 0 * values)

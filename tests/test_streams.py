@@ -292,3 +292,8 @@ def test_streams_add_up_in_every_family_and_what_is_not_there_is_refused(tmp_pat
     if kind in PARALLEL:
         with pytest.raises(UnknownHook, match="hook_resid_mid"):
             stream_hook(model, 0, "residual_mid")
+
+
+def test_texts_of_one_token_have_no_previous_one(model):
+    with pytest.raises(ValueError, match="long enough"):
+        head_scores(model, tokenize(model, ["a", "b"]), n=2, length=10)

@@ -434,3 +434,14 @@ def test_a_batch_has_a_row_for_each_text_and_masks_of_its_shape(model):
     for texts in (batch.texts[:2], (*batch.texts, "one more")):
         with pytest.raises(ValueError, match="one row for each text"):
             replace(batch, texts=texts)
+
+
+@pytest.mark.parametrize(("side", "said"), [("left", "right"), ("right", "left")])
+def test_padding_on_another_side_than_the_batch_says_is_refused(model, side, said):
+    batch = tokenize(model, TEXTS, pad_side=side)
+    with pytest.raises(ValueError, match=f"elsewhere than at the {said}"):
+        replace(batch, pad_side=said)
+    hole = batch.attention.clone()
+    hole[int(hole.sum(1).argmax()), 2] = False
+    with pytest.raises(ValueError, match="Padding stands elsewhere"):
+        replace(batch, attention=hole, real=batch.real & hole)

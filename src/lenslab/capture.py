@@ -135,8 +135,8 @@ def _run(  # noqa: PLR0913
     width = batch.tokens.shape[1]
     lengths = batch.attention.sum(1)
     trim = all(by_token(model, hook) for hook in hooks)  # a pattern has no one span to cut to
-    # Padding farther from a text than a sliding window has no key to see; its masks are -inf in
-    # bf16, and its NaN reaches the text: batches that hold such padding run in float32.
+    # Padding before a text, or farther from it than a sliding window, has no key to see; its masks
+    # are -inf in bf16, and its NaN reaches the text: batches that hold such padding run in float32.
     window = getattr(text_config(model), "sliding_window", None) or float("inf")
     result: dict[str, Tensor] = {}
     caught: dict[str, Tensor] = {}
@@ -157,7 +157,8 @@ def _run(  # noqa: PLR0913
             span = slice(length) if batch.pad_side == "right" else slice(width - length, None)
             attention = batch.attention[rows, span].to(inside)
             mask = {} if bool(attention.all()) else {"attention_mask": attention.long()}
-            bf16 = compute == "bfloat16" and not (mask and length > window)
+            blind = mask and (length > window or not bool(attention[:, 0].all()))
+            bf16 = compute == "bfloat16" and not blind
             autocast = torch.autocast(inside.type, dtype=torch.bfloat16, enabled=bf16)
             with torch.inference_mode(), autocast:
                 tokens = batch.tokens[rows, span].to(inside)

@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 import transformers
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from safetensors import safe_open
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
@@ -155,12 +157,14 @@ def open_weights(source: str, label: str, dtype: torch.dtype) -> PreTrainedModel
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # told by name below
     opener = auto_class(transformers.AutoConfig.from_pretrained(source, trust_remote_code=False))
     weights, told = opener.from_pretrained(source, dtype=dtype, **options)
+    folder = Path(source) if local else Path(cached_file(source, "config.json")).parent
     if not local:
-        check_files(Path(cached_file(source, "config.json")).parent, label)
+        check_files(folder, label)
     wrong = {
         "missing in the file": told["missing_keys"],
         "unknown to the config": {n for n in told["unexpected_keys"] if not n.endswith(LEFT_OUT)},
         "of another shape": {name for name, *_ in told["mismatched_keys"]},
+        "there twice, of which transformers takes one": _twice(folder, weights),
     }
     if wrong := {what: sorted(names) for what, names in wrong.items() if names}:
         listed = "; ".join(f"{len(n)} {what} ({', '.join(n[:3])})" for what, n in wrong.items())
@@ -174,6 +178,21 @@ def open_weights(source: str, label: str, dtype: torch.dtype) -> PreTrainedModel
             warnings.warn(f"{label}: its file has a head that its config ties: used.", stacklevel=3)
         config.tie_word_embeddings = weights.config.tie_word_embeddings = False
     return weights
+
+
+def _twice(folder: Path, weights: PreTrainedModel) -> set[str]:
+    """Names of weights that the files hold with and without the prefix of the base model."""
+    if (file := folder / "model.safetensors").is_file():
+        with safe_open(file, "pt") as tensors:
+            names = list(tensors.offset_keys())
+    else:
+        index = (folder / "model.safetensors.index.json").read_text(encoding="utf-8")
+        names = list(json.loads(index)["weight_map"])
+    own, known = weights.state_dict().keys(), {}
+    for name in sorted(names, key=len):
+        plain = re.sub(rf"^({re.escape(weights.base_model_prefix)}\.)+", "", name)
+        known.setdefault(plain, []).append(name)
+    return {same[-1] for same in known.values() if len(same) > 1 and not own >= set(same)}
 
 
 def open_tokenizer(source: str):
@@ -254,6 +273,7 @@ def boot(weights: PreTrainedModel, tokenizer, label: str, device: str) -> Transf
         computed = _computed(model.eval(), ids, reference)
         saved = model.original_model.state_dict()  # what is not in it was made here
         model.built_buffers = {n: h for n, h in buffer_hashes(model).items() if n not in saved}
+        model.built_modules = module_settings(model)
     except Exception as error:
         kind, reason = type(weights).__name__, (str(error).strip() or repr(error)).splitlines()[0]
         adapter = f"no adapter for {kind}, or one that fails ({reason[:120]})"
@@ -297,6 +317,16 @@ def buffer_hashes(model: TransformerBridge) -> dict[str, str]:
     """SHA-256 of every buffer of a model (masks, rotary frequencies, a router's corrections)."""
     buffers = model.original_model.named_buffers()
     return {name: hashlib.sha256(as_bytes(value)).hexdigest() for name, value in buffers}
+
+
+def module_settings(model: TransformerBridge) -> dict[str, str]:
+    """Class and floats (an epsilon, a scaling) of every module but TransformerLens's hooks."""
+    told = {}
+    for name, module in model.original_model.named_modules():
+        floats = {key: value for key, value in vars(module).items() if type(value) is float}
+        if not isinstance(module, HookPoint):
+            told[f"{name} is"] = f"{type(module).__name__} {floats}"
+    return told
 
 
 def as_bytes(values: torch.Tensor) -> memoryview:

@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lenslab.files import NotAModel as NotAModel
-from lenslab.loading import as_bytes, buffer_hashes, build, model_name, text_config
+from lenslab.loading import as_bytes, buffer_hashes, build, model_name, module_settings, text_config
 from lenslab.loading import check_ids as check_ids
 from lenslab.loading import load_model as load_model
 from lenslab.loading import random_twin as random_twin
@@ -58,12 +58,13 @@ def weights_key(model: TransformerBridge, dtype: torch.dtype | None = None) -> s
 
 def model_key(model: TransformerBridge) -> str:
     """The key of what a model computes, which caches of activations are keyed by: `weights_key`,
-    and 8 digits of the config where it is not a bundled model's, and of buffers that files hold or
-    that were changed since."""
+    and 8 digits of the config where it is not a bundled model's, of buffers that files hold or that
+    were changed since, and of modules that were exchanged or set otherwise since."""
     config = text_config(model).to_diff_dict()
     told = {name: value for name, value in config.items() if name not in SILENT}
-    # a bridge that somebody made himself has no list of what was built: all its buffers count
+    # a bridge that somebody made himself has no list of what was built: all of it counts
     told |= dict(buffer_hashes(model).items() - getattr(model, "built_buffers", {}).items())
+    told |= dict(module_settings(model).items() - getattr(model, "built_modules", {}).items())
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
     return weights_key(model) + ("" if digest in UNMARKED else f"-{digest}")
 

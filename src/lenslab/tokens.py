@@ -72,6 +72,9 @@ class TokenBatch:
             object.__setattr__(self, name, as_mask(getattr(self, name)))
         if bool((self.real & ~self.attention).any()):
             raise ValueError("A token cannot be real and padding: `real` lies within `attention`.")
+        aligned = self.attention.int().sort(1, descending=self.pad_side == "right").values
+        if not torch.equal(aligned.bool(), self.attention):  # `harvest` would cut the texts
+            raise ValueError(f"Padding stands elsewhere than at the {self.pad_side}, `pad_side`.")
         if not len(self) or not bool(self.real.any(1).all()):
             empty = (~self.real.any(1)).nonzero().flatten().tolist()
             raise NoRealToken(f"Nothing but BOS and padding in text {empty[:5]}: leave it out.")

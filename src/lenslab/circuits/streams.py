@@ -157,7 +157,7 @@ def head_scores(
     are held at once.
 
     Raises ValueError for a model in train mode; UnknownHook where attention patterns cannot be
-    read; as `harvest` for the batch.
+    read; as `harvest` for the batch; ValueError where all its texts are of one token.
     """
     check_eval(model)
     tokens = repeated_tokens(model, n, length, seed)
@@ -181,6 +181,8 @@ def head_scores(
         first = batch.attention.long().argmax(dim=1)  # [text]
         inner = torch.arange(batch.tokens.shape[1]) > first[:, None] + 1  # [text, pos]
         text, query = (batch.real & inner).nonzero(as_tuple=True)  # [token]
+        if not len(text):
+            raise ValueError("No text is long enough for a previous token that is not the first.")
         scores["previous_token_on_text"] = _mean_weights(patterns, hooks, text, query, query - 1)
     nats = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().mT, tokens[:, 1:].to(logits.device), reduction="none"

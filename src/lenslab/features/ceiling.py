@@ -43,9 +43,11 @@ def ceiling(
     same texts. Everything is fitted on the discovery half and scored on the other. One row per
     category and `way`: held-out `auroc`, its `difference` to the feature's, and an interval of that
     from `low` to `high` which holds for all categories together (95 %, Bonferroni). ValueError on
-    NaN and for another number of texts.
+    NaN, for another number of texts, and where `found` is of several SAEs or in another order.
     """
     pooled = check_matrix(pooled, labels.category)
+    if tuple(found["category"]) != labels.categories:  # one would stand for another's
+        raise ValueError("`found` needs the rows of one SAE, in the order of labels.categories.")
     features = columns_of(pooled, found["feature"].to_numpy())  # [text, category]
     dense = columns_of(pooled, np.arange(pooled.shape[1]))
     ways = {"best feature": features} | {f"{k} features": probe(dense, labels, k) for k in SPARSE}

@@ -111,9 +111,10 @@ def token_classes(fa: FeatureActivations, features: Indices) -> pd.DataFrame:
 
 def feature_names(fa: FeatureActivations, features: Indices) -> list[str]:
     """Each feature's number and the token that holds most of its activation, for pictures and
-    tables. ValueError for negative activations."""
+    tables; "(silent)" where it never fires. ValueError for negative activations."""
     by_token = _shares(_token_table(fa), "token", columns_of(fa.matrix, features)).fillna(0)
-    return [f"{f} {token!r}" for f, token in zip(features, by_token.idxmax(), strict=True)]
+    best = zip(features, by_token.idxmax(), by_token.max() > 0, strict=True)
+    return [f"{f} {token!r}" if fires else f"{f} (silent)" for f, token, fires in best]
 
 
 def firing_summary(

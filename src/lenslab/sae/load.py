@@ -274,8 +274,10 @@ def _centred(sae: SparseAutoencoder, model: TransformerBridge) -> bool:
     """Whether the SAE's input has its mean over d_model removed; SAEMismatch for processing that
     cannot be had from the unprocessed model."""
     hook, processing = sae_hook(sae), sae.cfg.metadata.model_from_pretrained_kwargs or {}
-    applied = {name for name, value in processing.items() if value}
-    applied -= UNCHANGED | LOADING
+    processing = {name: value for name, value in processing.items() if name not in LOADING}
+    if words := [name for name, value in processing.items() if isinstance(value, str)]:
+        raise SAEMismatch(f'{words[0]} is {processing[words[0]]!r}: "false" would count as true.')
+    applied = {name for name, value in processing.items() if value} - UNCHANGED
     writes = bool(RESIDUAL.search(hook))
     if writes or ".mlp." in hook:
         applied -= VALUE_BIASES

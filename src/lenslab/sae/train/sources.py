@@ -10,7 +10,8 @@
 3. What does not fill a batch at a pool's end is left out in that epoch.
 4. A few models have massive vectors at some real tokens, hundreds of times as long as the others
    (where a window begins within a word, say): one would outweigh the rest of its batch. Vectors
-   longer than ten times the pool's median (as in dictionary-learning) give their place to others.
+   longer than ten times the pool's median (as in dictionary-learning; zeros do not count) give
+   their place to others.
 
 `documents()` are hashes of what the vectors come from, document by document, so that held-out data
 can be checked to be other data; `lenslab.sae.train.trainer` compares them. They are Python's own,
@@ -85,7 +86,9 @@ class VectorSource(ABC):  # noqa: B024 (others that deal vectors out are registe
         generator = derive_generator(self.seed, f"pool {epoch} {number}")
         order = torch.randperm(len(next(iter(vectors.values()))), generator=generator)
         norms = [value.norm(dim=1) for value in vectors.values()]  # [vector] of each hook
-        massive = torch.stack([norm > MASSIVE * norm.median() for norm in norms]).any(0).cpu()
+        # where most are zero (what a rarely chosen expert gives), no other would be left
+        massive = [norm > MASSIVE * norm[norm > 0].median() for norm in norms]
+        massive = torch.stack(massive).any(0).cpu()
         if massive.any() and not massive.all():
             others = (~massive).nonzero().flatten()
             drawn = torch.randint(len(others), (int(massive.sum()),), generator=generator)
