@@ -32,7 +32,7 @@ variance_explained = reconstruction("variance_explained")
 fvu = reconstruction("fvu")
 mse, l2_ratio = reconstruction("mse"), reconstruction("l2_ratio")
 cosine_similarity = reconstruction("cosine_similarity")
-l0, l1, firing_rate = activity("l0"), activity("l1"), activity("firing_rate")
+l0, firing_rate = activity("l0"), activity("firing_rate")
 RECONSTRUCTION = {
     "variance_explained": variance_explained,
     "fvu": fvu,
@@ -40,7 +40,7 @@ RECONSTRUCTION = {
     "cosine_similarity": cosine_similarity,
     "l2_ratio": l2_ratio,
 }
-FEATURES = {"l0": l0, "l1": l1, "firing_rate": firing_rate}
+FEATURES = {"l0": l0, "firing_rate": firing_rate}
 
 
 @pytest.fixture
@@ -472,7 +472,6 @@ def test_recovered_fraction_runs_from_ablated_to_clean():
 def test_l0_counts_what_is_not_zero_even_when_negative():
     features = torch.tensor([[0.0, -1.0, 2.0], [0.0, 0.0, 3.0]])
     assert l0(features) == 1.5
-    assert l1(features) == 3
     assert firing_rate(features).tolist() == [0, 0.5, 1]
 
 
@@ -483,7 +482,6 @@ def test_activity_in_pieces_equals_activity_at_once_and_l0_is_the_sum_of_rates()
         pieces.update(part)
     assert torch.equal(whole.counts, pieces.counts) and whole.tokens == pieces.tokens == 100
     assert pieces.l0 == pytest.approx(float((features != 0).double().sum(1).mean()), rel=1e-12)
-    assert pieces.l1 == pytest.approx(whole.l1, rel=1e-12)
     assert float(whole.firing_rate.sum()) == pytest.approx(whole.l0, rel=1e-12)
 
 
@@ -555,7 +553,6 @@ def test_empty_accumulators_give_no_number():
         lambda: Moments().variance,
         lambda: ReconstructionError().mse,
         lambda: FeatureActivity().firing_rate,
-        lambda: FeatureActivity().l1,
         lambda: FeatureActivity().dead,
         lambda: FeatureActivity().dense,
     ):

@@ -17,7 +17,7 @@ from lenslab.circuits.interventions import splice
 from lenslab.features.activations import encode_features
 from lenslab.files import data_path
 from lenslab.models import load_model, model_key, model_name, random_twin
-from lenslab.sae import find, save
+from lenslab.sae import find, load, save
 from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.load import (
     SAEMismatch,
@@ -302,10 +302,7 @@ def test_decoder_rows_of_several_lengths_are_told_with_how_to_fold_them(model, t
         lambda c: c["metadata"].update(
             model_from_pretrained_kwargs={"center_writing_weights": True}
         ),
-        lambda c: c.update(k=6),
-        lambda c: c.pop("k"),
         lambda c: c.update(apply_b_dec_to_input=False),
-        lambda c: c.update(rescale_acts_by_decoder_norm=True),
         lambda c: c["metadata"].pop("config_key"),
         lambda c: c["metadata"].update(config_key=None, prepend_bos=False),
         lambda c: c["metadata"].pop("weights_sha256"),
@@ -313,16 +310,39 @@ def test_decoder_rows_of_several_lengths_are_told_with_how_to_fold_them(model, t
 )
 def test_a_config_that_was_edited_is_refused_also_where_it_ships(model, tmp_path, change):
     shutil.copytree(data_path("saes", bundled_saes()[0]), tmp_path / "bundled")
-    for folder in (
-        save_sae(tiny_sae(model, architecture="topk"), tmp_path / "o"),
-        tmp_path / "bundled",
-    ):
+    for folder in (save_sae(tiny_sae(model), tmp_path / "own"), tmp_path / "bundled"):
         assert load_sae(folder, device="cpu")
         edit_config(folder, lambda c: None)  # another layout of the same
         assert load_sae(folder, device="cpu")
         edit_config(folder, change)
-        with pytest.raises(NotAnSAE, match=r"hash|k is None"):
+        with pytest.raises(NotAnSAE, match="hash"):
             load_sae(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(k=6),
+        lambda c: c.pop("k"),
+        lambda c: c.update(rescale_acts_by_decoder_norm=True),
+    ],
+)
+def test_an_edited_number_of_active_latents_is_refused(model, tmp_path, change):
+    folder = save_sae(tiny_sae(model, architecture="topk"), tmp_path / "own")
+    edit_config(folder, change)
+    with pytest.raises(NotAnSAE, match=r"hash|k is None"):
+        load_sae(folder, device="cpu")
+
+
+def test_a_bundled_sae_is_never_without_its_hashes(tmp_path, monkeypatch):
+    """Of other tools' SAEs there are none; of ours someone took them away."""
+    folder = tmp_path / "saes" / "bundled"
+    shutil.copytree(data_path("saes", bundled_saes()[0]), folder)
+    edit_config(folder, lambda c: [c["metadata"].pop(name) for name in load.HASHES])
+    assert load_sae(folder, device="cpu")
+    monkeypatch.setattr(load, "data_path", lambda *parts: tmp_path.joinpath(*parts))
+    with pytest.raises(NotAnSAE, match="hash"):
+        load_sae(folder, device="cpu")
 
 
 def test_weights_of_another_sae_are_refused(model, tmp_path):
@@ -468,8 +488,8 @@ def test_arguments_that_are_swapped_are_named(model, batch):
 
 def test_keys_of_what_ships_stay(model):
     known = {
-        "pocket-gpt-resid-3": "f704a2961b60693f",
-        "pocket-gpt-random-twin-resid-3": "dcc02f175216de1b",
+        "pocket-gpt-resid-3": "b3b6159482e4380c",
+        "pocket-gpt-random-twin-resid-3": "5148a59b9062aa87",
     }
     assert {name: sae_key(load_sae(name, device="cpu")) for name in known} == known
 

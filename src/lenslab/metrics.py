@@ -182,7 +182,6 @@ class FeatureActivity:
     def __init__(self) -> None:
         self.tokens = 0
         self.counts: Tensor | None = None  # [latent] tokens at which each latent was active
-        self._absolute = 0.0
 
     def update(self, features: Num[Tensor, "*token latent"], real: Mask = None) -> FeatureActivity:
         """Take in one batch; returns itself. ValueError on NaN, Inf and no real token."""
@@ -190,7 +189,6 @@ class FeatureActivity:
         fired = (rows != 0).sum(0)
         self.counts = fired if self.counts is None else self.counts + fired
         self.tokens += len(rows)
-        self._absolute += float(in_float64(rows.abs().sum(1)).sum())
         return self
 
     @property
@@ -216,11 +214,6 @@ class FeatureActivity:
     def l0(self) -> float:
         """Mean count of active latents per token: the firing rates, summed."""
         return float(self.firing_rate.sum())
-
-    @property
-    def l1(self) -> float:
-        """Mean over tokens of the summed absolute activation."""
-        return self._absolute / self.tokens
 
 
 # Predictions

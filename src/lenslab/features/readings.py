@@ -138,7 +138,7 @@ def firing_summary(
     kept = values * (tokens["class"].to_numpy()[:, None] != main.to_numpy())
     table = {
         "category": labels.categories,
-        "feature": features,
+        "feature": np.asarray(features),
         "fires_on": main.where(by_class.max() > 0, "nothing"),
         "share": by_class.max(),
         "token": by_token.idxmax().where(by_token.max() > 0, ""),

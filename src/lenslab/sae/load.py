@@ -165,10 +165,12 @@ def load_sae(
 
 
 def _check_hashes(folder: Path) -> None:
-    """Raise NotAnSAE unless both hashes are there and right, or neither, as other tools write."""
+    """Raise NotAnSAE unless both hashes are there and right, or neither, as other tools write; of a
+    bundled SAE both."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     recorded = [config["metadata"].get(name) for name in HASHES] if "metadata" in config else []
-    if any(recorded) and recorded != [sha256_file(folder / WEIGHTS), config_key(config)]:
+    own = any(recorded) or folder.parent == data_path("saes")
+    if own and recorded != [sha256_file(folder / WEIGHTS), config_key(config)]:
         why = f"{WEIGHTS} or {CONFIG} has not its hash"
         raise NotAnSAE(f"{folder.name} was changed after it was saved ({why}): copy it anew.")
     with safe_open(folder / WEIGHTS, "pt") as file:

@@ -241,8 +241,8 @@ def _finished(member: Member, held_out: VectorSource | None) -> TrainingResult:
         return result
     error, activity = ReconstructionError(), FeatureActivity()
     sae = result.sae
-    for number in range(len(held_out.sizes(0))):
-        vectors = held_out.pool(0, number)
+    for units in held_out.groups(0):  # not `pool`, which leaves massive vectors out
+        vectors = held_out._vectors(units)
         inputs, targets = vectors[member.hook], vectors[member.hook_out]
         for x, target in zip(inputs.split(4096), targets.split(4096), strict=True):
             latents = sae.encode(x.to(member.sae.W_enc.device))
