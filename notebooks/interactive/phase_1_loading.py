@@ -19,8 +19,8 @@
 # once), a name on the hub (`gpt2`) or a local Hugging Face folder.
 #
 # **How to read it**: one question per section, then code, a printed check, the control, a picture.
-# Every section ends with a printed line that begins with *So:*. It is computed from the numbers
-# above it, so it is true of whatever model you run; these lines alone tell what was found.
+# Lines that begin with *So:* say what was found, computed from the numbers above them on whatever
+# model you run; read alone, they are a summary.
 
 # %% [markdown]
 # ## 1. What is it made of?
@@ -65,7 +65,6 @@ blocks = summary.block_parameters / summary.parameters
 embeddings = summary.embedding_parameters / summary.parameters
 print(f"in blocks {blocks:.1%}, in embeddings {embeddings:.1%}")
 print(f"{len(table)} tensors, {len(parameter_table(model, layer=0))} of them in block 0")
-so(f"of {size / 1e6:.1f} million parameters {blocks:.0%} are in the blocks.")
 parameter_table(model, layer=0)
 
 # %% [markdown]
@@ -182,22 +181,23 @@ so(
 from lenslab.show.plots import attention_map, bars, lines
 
 norms = profile[["residual", "attention", "mlp"]]
-print(norms.round(1).to_string())
+digits = "{:.3g}".format  # three of them, whatever the scale
+print(norms.to_string(float_format=digits))
 print("random twin, residual:", twin_profile.residual.round(1).tolist())
 curves = {**norms, "residual, twin": twin_profile.residual}
 axes = {"x_title": "layer", "y_title": "mean norm at real tokens", "log_y": True}
 lines(curves, title="How long each stream is, layer by layer", **axes).show()
 
 # %% [markdown]
-# How long is what a block adds, beside the stream that it is added to? **Control**: the twin's.
+# How long is what a block adds, beside the stream that comes out of it? **Control**: the twin's.
 
 # %%
 written, twin_written = (
     p[["attention", "mlp"]].max(axis=1)[1:] / p.residual[1:] for p in (profile, twin_profile)
 )
 so(
-    f"after block 0 the larger of the two outputs is {written.min():.0%} to {written.max():.0%} as "
-    f"long as the stream it is added to (in the untrained twin {twin_written.min():.0%} to "
+    f"after block 0 the longer of the two outputs is {written.min():.0%} to {written.max():.0%} of "
+    f"the length of the stream that comes out (in the untrained twin {twin_written.min():.0%} to "
     f"{twin_written.max():.0%})."
 )
 
@@ -237,7 +237,7 @@ so(
     f"context reaches {reached} of {len(alike)} streams, the {least} stream most: there one token "
     f"has a cosine of {alike[least]:.2f} with itself in another text, and of "
     f"{round(similarity['other token'][least], 1) + 0} with other tokens. In {as_much} of "
-    f"{len(alike)} streams the untrained twin shows as much: there it is the architecture's doing."
+    f"{len(alike)} streams the untrained twin shows as much: there it was not learned."
 )
 
 # %% [markdown]
@@ -279,8 +279,9 @@ print(f"at BOS {starts[dimension] / starts.sum():.0%}; the twin's largest")
 print(f"{twin_squares.max() / twin_squares.sum():.0%}, an even share is {1 / len(squares):.1%}")
 
 # %% [markdown]
-# Two unrelated tokens, their cosine as it is, and after the mean over tokens is removed, where an
-# unrelated pair should be near 0:
+# What does such a dimension do to cosines? The mean cosine of two tokens as it is, and with the
+# dimension left out. (With the mean over tokens removed it is 0 by construction: then only what
+# tells a pair from other pairs is left.) **Control**: the twin's.
 
 
 # %%
@@ -290,11 +291,13 @@ def mean_cosine(x):  # [token, d_model], over all pairs of tokens
 
 
 x, twin_x = residual[batch.real], twin_residual[batch.real]
-raw, centred = mean_cosine(x), abs(mean_cosine(x - x.mean(0)))
-print(f"mean cosine of two tokens {raw:.2f}, centred {centred:.2f}; twin {mean_cosine(twin_x):.2f}")
+others = x[:, torch.arange(x.shape[1]) != dimension]
+raw, without, twin_raw = mean_cosine(x), mean_cosine(others), mean_cosine(twin_x)
 so(
-    f"one dimension of {x.shape[1]} holds {share:.0%} of the squared norm; any two tokens have "
-    f"a cosine of {raw:.2f} for it, and of {centred:.2f} once the mean is removed."
+    f"dimension {dimension} alone holds {share:.0%} of the squared norm (the twin's largest "
+    f"{twin_squares.max() / twin_squares.sum():.0%}). Two tokens have a mean cosine of {raw:.2f}, "
+    f"without it {without:.2f} (the twin {twin_raw:.2f}): what tokens share has to be removed "
+    "before a cosine says anything about a pair of them."
 )
 
 # %% [markdown]
@@ -307,7 +310,7 @@ vectors = residual[torch.arange(len(batch)), last].double().numpy()
 frame = probes[["id"]].assign(mean=vectors.mean(1).round(1) + 0, std=vectors.std(1))
 frame["norm"] = np.linalg.norm(vectors, axis=1)
 print(f"{tuple(vectors.shape)} at {hook}")
-print(frame.iloc[::4].round(1).to_string(index=False))
+print(frame.iloc[::4].to_string(index=False, float_format=digits))
 
 # %% [markdown]
 # One of them as it is: hundreds of values, none with a meaning of its own. What share of the sum of
@@ -322,7 +325,8 @@ noise = torch.randn(len(twin_vector), generator=derive_generator(0, "normal numb
 values = {"model": vectors[0], "random twin": twin_vector, "normal numbers": noise.double().numpy()}
 tenth = {name: np.sort(v**2)[-(len(v) // 10) :].sum() / (v**2).sum() for name, v in values.items()}
 so(
-    f"the largest tenth of the dimensions holds {tenth['model']:.0%} of the squared norm "
+    f"at one token the largest tenth of the dimensions holds {tenth['model']:.0%} of the squared "
+    "norm "
     f"(the twin {tenth['random twin']:.0%}, random numbers {tenth['normal numbers']:.0%})."
 )
 
@@ -395,9 +399,9 @@ print(f"loss on the first copy {first:.1f}, on the second {second:.1f}, by chanc
 print(f"twin {twin_heads.loss_first:.1f} and {twin_heads.loss_second:.1f}")
 copies = "copies what came before" if second < chance - 1 else "does not copy what came before"
 so(
-    f"the model {copies}: {first:.1f} nats, the second time {second:.1f} (the twin "
-    f"{twin_heads.loss_second:.1f}); its best induction head, {layer}.{head}, puts {score:.2f} of "
-    f"its weight on what followed last time, the twin's best {twin_score:.2f}."
+    f"the model {copies}: the first copy costs {first:.1f} nats a token, the second {second:.1f} "
+    f"(the twin {twin_heads.loss_second:.1f}). Its best induction head, {layer}.{head}, puts "
+    f"{score:.2f} of its weight on what followed last time, the twin's best {twin_score:.2f}."
 )
 
 # %% [markdown]
@@ -487,8 +491,8 @@ print("features [text, position, feature]:", tuple(features.shape))
 
 # %% [markdown]
 # Dense against sparse, at real tokens: nearly every dimension of an activation is in use, few
-# features are. (A *TopK* SAE keeps a fixed number of features at every token: its L0 was chosen,
-# and is no finding.)
+# features are. (How many is no finding for SAEs of the *TopK* family: it was chosen for the
+# training.)
 
 # %%
 x, f = activations[batch.real], features[batch.real]
@@ -496,10 +500,6 @@ active = (f > 0).sum(-1).float().mean()
 in_use = (x.abs() > 0.01 * x.std()).float().mean()
 print(f"dimensions above a hundredth of the spread {in_use:.0%}; features active {active:.1f} of")
 print(f"{sae.cfg.d_sae} at a token (L0), so {1 - active / sae.cfg.d_sae:.1%} of them are silent")
-so(
-    f"where the model uses {in_use:.0%} of its {x.shape[1]} dimensions at a token, the SAE uses "
-    f"{active / sae.cfg.d_sae:.1%} of its {sae.cfg.d_sae} features."
-)
 
 # %% [markdown]
 # What might an SAE find in each of the streams of section 4? A hypothesis, to be tested where SAEs
@@ -526,7 +526,7 @@ strongest = pd.DataFrame(columns)
 if neuronpedia_link(sae, 0):
     strongest["Neuronpedia"] = [neuronpedia_link(sae, i) for i in top.indices.tolist()]
 print(f"at {batch.strings(0)[last[0]]!r}, the end of {probes['id'][0]}:")
-print(strongest.to_string(index=False, float_format="{:.2f}".format))
+print(strongest.to_string(index=False, float_format=digits))
 
 # %% [markdown]
 # ## 10. Is the SAE any good?
@@ -576,7 +576,8 @@ elsewhere = ((features > 0) & batch.real[..., None]).any(1)[1:].sum(0)  # texts,
 feature = int(peak.where((rate <= 0.1) & (elsewhere >= 3), 0).argmax())
 print(f"strongest on {probes['id'][0]}: feature {first}, on {elsewhere[first]} other texts")
 print(f"strongest by this choice: feature {feature}, on {elsewhere[feature]} other texts:")
-print(top_tokens(batch, features[..., feature], skip=[0], n=8).round(1).to_string(index=False))
+where = top_tokens(batch, features[..., feature], skip=[0], n=8)
+print(where.to_string(index=False, float_format=digits))
 
 # %% [markdown]
 # **Control**: does it tell the kind of text it was chosen on from the others, better than the same
@@ -614,7 +615,8 @@ for suffix in ("safetensors", "npz", "json"):
     file = save_record(records, outputs_path("results", f"phase_1_records.{suffix}"))
     pairs = zip(load_record(file), records, strict=True)
     equal[suffix] = all(torch.equal(a.activations[hook], b.activations[hook]) for a, b in pairs)
-so(f"{len(records)} records come back with equal values: {equal}.")
+kinds = " and ".join(name for name, same in equal.items() if same)
+so(f"{len(records)} records come back with equal values from {kinds or 'no format'}.")
 
 # %% [markdown]
 # A pickle is refused, with the format to use instead.
@@ -637,17 +639,17 @@ except ValueError as error:
 # other models. Twenty-eight texts give impressions, not rates.
 #
 # **Exercises**
-# 1. Which layer's residual stream has the largest norm at BOS, and does it fall at the last layer?
-# 2. Draw the attention map of the head that looks most at the first position. What could such a
-#    head be for?
+# 1. At which layer is the stream at BOS longest, and at which is it longest beside the others?
+# 2. Draw the map of the best `duplicate_token` head beside the induction head. Where does it look
+#    in the first copy, where there is no duplicate?
 # 3. Run this notebook on a model that people know: `make run MODEL=smollm2
 #    NOTEBOOKS=phase_1_loading`. Which of the lines that begin with *So:* change?
 #
 # <details><summary>Solutions</summary>
 #
-# 1. `profile.first_position.argmax()`, then `profile.first_position[-1]` beside it.
-# 2. In the last cell of section 7 put `"first_position"` for `"previous_token"`. A head must attend
-#    somewhere, for its weights sum to one; BOS is where it does no harm.
+# 1. `profile.first_position.idxmax()`, and `ratio.idxmax()`.
+# 2. In the last cell of section 7 put `"duplicate_token"` for `"previous_token"`. Its weights have
+#    to sum to one, so where it finds nothing they go somewhere harmless, often to BOS.
 # 3. Sections 5 and 7 above all: it does park a huge vector at BOS, and its induction heads sit in
 #    the middle layers. Its SAE is a small one that is trained on the spot.
 #

@@ -20,8 +20,8 @@
 # Hugging Face folder before you start Jupyter.
 #
 # **How to read it**: one question per section, then code, a printed check, the control, a picture.
-# Every section ends with a line that begins with *So:*. It is computed from the numbers above it,
-# so it is true of whatever model you run; these lines alone tell what was found.
+# Lines that begin with *So:* say what was found, computed from the numbers above them on whatever
+# model you run; read alone, they are a summary.
 
 # %% [markdown]
 # ## 1. The instrument
@@ -71,9 +71,9 @@ for category, auroc in by_length.items():
     print(f"{category:15s} {mean:5.1f} tokens on average, AUROC {auroc:.2f}")
 told = [c for c, auroc in by_length.items() if abs(auroc - 0.5) > 0.1]
 so(
-    f"length alone tells apart: {', '.join(told) or 'no kind'} (AUROC "
-    f"{min(by_length.values()):.2f} to {max(by_length.values()):.2f}; beyond .4 to .6 the p of "
-    "section 5 could not be trusted)."
+    f"length tells {', '.join(told) or 'no kind'} apart (AUROC {min(by_length.values()):.2f} to "
+    f"{max(by_length.values()):.2f}; of a kind beyond .4 to .6 the p of section 5 could not be "
+    "trusted)."
 )
 
 # %% [markdown]
@@ -162,14 +162,14 @@ for name, mask in masks.items():
     print(f"average of {name:9s}: {fire:.0%} of its features fire at a token, {missed:.0%} missed")
 
 # %% [markdown]
-# What the average is encoded to is another thing than what the tokens are encoded to:
+# **Control**: how many of a text's features would be missed by looking at one token alone?
 
 # %%
 fire, missed = overlap["real"]
 so(
-    f"averaging first misses {missed:.0%} of the features that fire in a text, and of those that "
-    f"it finds {fire:.0%} fire at any token (with BOS and padding averaged in "
-    f"{overlap['+ both'][0]:.0%}). Features are encoded per token here, and pooled after."
+    f"encoding the average of a text misses {missed:.0%} of the features that fire in it, no less "
+    f"than one token alone does ({1 - active / seen_in_text:.0%}), and {1 - fire:.0%} of what it "
+    "finds fires at no token. Features are encoded per token here, and pooled after."
 )
 
 # %% [markdown]
@@ -182,6 +182,7 @@ so(
 
 # %%
 summary = summarize_features(pooled["max"], labels.category)
+digits = "{:.3g}".format  # three of them, whatever the scale
 for name, table in (
     ("strongest", summary.strongest(3)),
     ("frequent", summary.frequent(3)),
@@ -189,7 +190,8 @@ for name, table in (
     ("frequency x mean", summary.most_composite(3)),
     ("general", summary.general(3)),
 ):
-    print(f"{name}:\n{table[['fired', 'largest', 'mean', 'strong', 'tied']].round(1).to_string()}")
+    shown = table[["fired", "largest", "mean", "strong", "tied"]]
+    print(f"{name}:\n{shown.to_string(float_format=digits)}")
 
 # %% [markdown]
 # On how many texts do the first of three rankings fire?
@@ -240,11 +242,12 @@ from lenslab.features.ranking import count_leaders
 
 leaders = count_leaders(pooled["max"])
 for row in leaders.itertuples():
-    first = f"feature {row.feature}: {row.value:.3g} (tied with {row.tied - 1} others)"
-    print(f"{row.leader:15s} {first if row.tied else 'none'}")
+    place = f"feature {row.feature}: {row.value:.3g} (tied with {row.tied - 1} others)"
+    print(f"{row.leader:15s} {place if row.tied else 'none'}")
 so(
-    f"by counting, up to {leaders['tied'].max()} features share first place: the one that is named "
-    "is the one with the lowest number."
+    f"first place is shared by up to {leaders['tied'].max()} features by counting, and by "
+    f"{first[2]['tied'].iloc[0]} for the most selective above: such a name is the lowest number "
+    "among equals."
 )
 
 # %% [markdown]
@@ -302,10 +305,12 @@ from lenslab.show.plots import intervals
 table = special.table[["category", "auroc", "precision", "specialist", "not_beaten"]]
 print(table.round(2).to_string(index=False))
 special_kinds = table.loc[table["specialist"], "category"]
+worse = special.comparisons.loc[special.comparisons["high"] < 0, "category"].unique()
 so(
     f"{len(special_kinds)} of {len(table)} kinds have a specialist: "
-    f"{', '.join(special_kinds) or 'none'}. For the others something cheaper does as well, or the "
-    "feature is wrong on more than half of the texts it picks."
+    f"{', '.join(special_kinds) or 'none'}. For the others not every control is beaten, or the "
+    f"feature picks more wrong texts than right ones; a control is surely better for "
+    f"{', '.join(worse) or 'none'}."
 )
 
 # %% [markdown]
@@ -326,10 +331,12 @@ intervals(rows, labels.categories, title=title, reference=0, controls=[], **axes
 # %%
 left_out = special.left_out.drop(columns="category")
 print(left_out.round(2).to_string(index=False))
-ahead = (left_out["auroc"] > left_out[list(controls)].max(axis=1)).sum()
+lead = left_out["auroc"] - left_out[list(controls)].max(axis=1)
+clear = left_out.loc[lead > 0.05, "language"]
 so(
-    f"in {ahead} of {len(left_out)} languages the SAE's feature beats every control's, in texts of "
-    "a language that took no part in the search."
+    f"the feature leads every control by more than .05 in {', '.join(clear) or 'no language'}, of "
+    f"{len(left_out)} languages that took no part in the search, ten texts each; elsewhere a "
+    "control comes near."
 )
 
 # %% [markdown]
@@ -346,9 +353,9 @@ best = {threshold: special.best_by_count(threshold) for threshold in ("half", 5.
 print(f"features that ever reach 5.0: {(summary.largest > 5).mean():.0%}; best by count: {best}")
 half, fixed = special.count_nulls
 so(
-    f"counting finds {half.observed} of {len(scores)} kinds above half of a feature's largest "
-    f"value ({half.mean_null:.1f} by chance) and {fixed.observed} above 5.0 "
-    f"({fixed.mean_null:.1f}), where section 5 finds {found['discriminating'].sum()}."
+    f"counting gives {half.observed} of {len(scores)} kinds a positive score, and with a threshold "
+    f"of 5.0 {fixed.observed} (shuffled labels {half.mean_null:.1f} and {fixed.mean_null:.1f}), "
+    f"where section 5 finds a discriminating feature for {found['discriminating'].sum()}."
 )
 
 # %% [markdown]
@@ -372,33 +379,40 @@ aurocs = ways.pivot(index="way", columns="category", values="auroc").loc[ways["w
 print(aurocs.round(2).to_string())
 
 # %% [markdown]
-# The interval of each direction's lead over the feature holds for all kinds together. A kind that
+# Is that more than luck? The lead of logistic regression over the feature, and that of the same
+# regression on n-grams, each with an interval that holds for all kinds together. A kind that
 # everything tells apart, the n-grams too, is too easy to say anything about SAEs.
 
 # %%
-leads = ways[ways["low"].round(2) > 0].groupby("way")["category"].agg(list)
 by_labels, by_spelling = "logistic regression", "n-grams: logistic regression"
-best_way = aurocs.loc[by_labels]
+leads = {way: rows.set_index("category").round(3) for way, rows in ways.groupby("way")}
+fitted, spelled = leads[by_labels], leads[by_spelling]
+columns = ["difference", "low", "high"]
+print(fitted[columns].join(spelled[columns], rsuffix=" (n-grams)").round(2).to_string())
 so(
-    f"logistic regression on the activations tells the kinds apart with {best_way.min():.2f} to "
-    f"{best_way.max():.2f}, the best single feature with {aurocs.loc['best feature'].min():.2f} to "
-    f"{aurocs.loc['best feature'].max():.2f}; it is surely better for "
-    f"{', '.join(leads.get(by_labels, [])) or 'no kind'}. Spelling alone gives it "
-    f"{aurocs.loc[by_spelling].min():.2f} to {aurocs.loc[by_spelling].max():.2f}."
+    f"logistic regression on the activations reaches {aurocs.loc[by_labels].min():.2f} to "
+    f"{aurocs.loc[by_labels].max():.2f}, the best single feature "
+    f"{aurocs.loc['best feature'].min():.2f} to {aurocs.loc['best feature'].max():.2f}, logistic "
+    f"regression on n-grams {aurocs.loc[by_spelling].min():.2f} to "
+    f"{aurocs.loc[by_spelling].max():.2f}."
 )
 
 # %% [markdown]
-# The same by kind. A feature that lies left of the directions is the price of not being fitted; one
-# that lies right of the n-grams reads more than spelling.
+# The same by kind, where an interval leaves no doubt:
 
 # %%
-beaten = aurocs.loc["best feature"] > aurocs.loc[by_spelling]
-needed = [c for c in labels.categories if beaten[c] and c not in leads.get(by_labels, [])]
-takes = ways.loc[(ways["way"] == by_labels) & (ways["high"].round(2) < 0), "category"]
+worse, better, beyond_spelling = (
+    ", ".join(rows.index[sure]) or "no kind"
+    for rows, sure in (
+        (fitted, fitted["low"] > 0),
+        (fitted, fitted["high"] < 0),
+        (spelled, spelled["high"] < 0),
+    )
+)
 so(
-    f"where labels can be had it takes an SAE for {', '.join(takes) or 'no kind'}. What a feature "
-    "gives is a direction that was found without labels; one that is not surely worse than the "
-    f"fitted one, and better than spelling, was found for {', '.join(needed) or 'no kind'}."
+    f"where labels can be had it takes an SAE for {better}. The fitted direction is surely better "
+    f"than the feature for {worse}; the feature is surely better than spelling for "
+    f"{beyond_spelling}. What it gives is a direction that was found without labels."
 )
 
 # %% [markdown]
@@ -417,9 +431,9 @@ intervals(
 # ## 8. How often is this method wrong?
 # `error_rate`: any kind called discriminating under shuffled labels. `power`: a planted feature
 # with a true AUROC of 0.9 found. `specialist_*`: the same for specialists, without leaving
-# languages out. The controls know nothing of shuffled labels, so `specialist_power` is an upper
-# end: where a control does well by itself, fewer are found. The result ships with the project;
-# `make run FULL=1` computes it again.
+# languages out. `asked` is asked of the estimate. The controls know nothing of shuffled labels, so
+# `specialist_power` is an upper end: where a control does well by itself, fewer are found. The
+# result ships with the project; `make run FULL=1` computes it again.
 
 # %%
 from lenslab.files import saved_result
@@ -459,7 +473,7 @@ kind, feature = best["category"], int(best["feature"])
 held = np.flatnonzero(labels.held_out).tolist()
 held_fa = fa[held]
 print(f"feature {feature}, chosen for {kind}; on held-out texts:")
-print(held_fa.top_texts(feature, n=5).astype({"activation": float}).round(1).to_string(index=False))
+print(held_fa.top_texts(feature, n=5).to_string(index=False, float_format=digits))
 
 # %% [markdown]
 # Does it fire on other kinds, too? The text below can be stepped through where a kernel runs.
@@ -490,7 +504,7 @@ so(
     f"in running text feature {feature} fires on {rate_there:.1%} of the tokens, in the probes on "
     f"{firing['SAE'][feature]:.1%}; the table shows at which."
 )
-contexts.quantiles(feature, n=5, per=2)[["quantile", "activation", "context"]].round(1)
+contexts.quantiles(feature, n=5, per=2)[["quantile", "activation", "context"]].round(2)
 
 # %% [markdown]
 # What it does to the next token along the direct path, later layers skipped: its decoder direction
@@ -505,7 +519,7 @@ print(table.assign(token=table["token"].map(repr)).round(2).to_string(index=Fals
 beyond = table.loc[table["times_control"] > 1.5, "token"].map(repr)
 so(
     f"along the direct path feature {feature} moves {len(beyond)} of {len(table)} shown tokens by "
-    f"more than 1.5 times what random directions do: {', '.join(beyond) or 'none'}."
+    f"more than 1.5 times the largest effect of a random direction: {', '.join(beyond) or 'none'}."
 )
 
 # %% [markdown]
@@ -559,15 +573,17 @@ for name, column in (("form", "form"), ("content", "concept")):
 
 # %% [markdown]
 # Every point is a feature. Those in the upper left follow content, those in the lower right form.
+# (Shares are freed of what chance gives, and so can fall below 0.)
 
 # %%
 from lenslab.show.plots import scatter
 
 by_form, by_content = split["form_p"] <= 0.05, split["concept_p"] <= 0.05
 so(
-    f"{np.mean(by_form & ~by_content):.0%} of {len(split)} features follow the form alone, "
-    f"{np.mean(by_content & ~by_form):.0%} the content alone, {np.mean(by_form & by_content):.0%} "
-    "both (by chance 5 %, 5 % and 0 %)."
+    f"of {len(split)} features {np.mean(by_form & ~by_content):.0%} depend detectably on the form "
+    f"alone, {np.mean(by_content & ~by_form):.0%} on the content alone, "
+    f"{np.mean(by_form & by_content):.0%} on both (by chance 5 %, 5 % and 0 %), but weakly: median "
+    f"shares of variance {np.median(split['form']):.2f} and {np.median(split['concept']):.2f}."
 )
 marked = np.isin(split["feature"], chosen)
 print(split[marked].round(3).to_string(index=False))
@@ -695,10 +711,10 @@ for name, inside in (("music", about), ("Python", labels.category == "python")):
     columns = ["feature", "auroc", "mean_concept", "mean_background", "family_p"]
     print(f"{name}:\n{search[columns].round(3).to_string(index=False)}")
     was = "found" if search["family_p"][0] <= 0.05 else "not found"
-    held_out_auroc = roc_auc_score(inside[half], values)
-    scored = f"p = {search['family_p'][0]:.3f}; {held_out_auroc:.2f} on held-out texts"
-    verdicts.append(f"{name} is {was} ({scored})")
-so(f"{', '.join(verdicts)}; .50 is chance.")
+    texts = f"{int(inside[half].sum())} held-out texts about it"
+    print(f"the first on {texts} and the others: AUROC {roc_auc_score(inside[half], values):.2f}")
+    verdicts.append(f"{name} is {was} (family p = {search['family_p'][0]:.3f})")
+so(f"{', '.join(verdicts)}.")
 
 # %% [markdown]
 # ## 14. Explore

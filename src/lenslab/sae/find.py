@@ -81,7 +81,8 @@ def find_sae(
     batch = pack(model, sampled_text(documents, model_name(model)))
     batch = batch[: POOL // batch.tokens.shape[1]]
     sae = small_sae(model, hooks[0], batch, steps)
-    origin = f"none at hand: a small one trained here, {steps} steps on {batch.n_real:,} tokens"
+    trained = f"a small one trained here, {steps} steps on {batch.n_real:,} tokens"
+    origin = f"none at hand for the middle of the residual stream: {trained}"
     return FoundSAE(sae, f"small SAE of {model_name(model)}", origin)
 
 

@@ -145,7 +145,7 @@ def lines(
     if reference is not None:
         figure.add_hline(y=float(reference), line=DOTTED)
     if log_y:
-        figure.update_yaxes(type="log")
+        figure.update_yaxes(type="log", dtick=1)
     return styled(figure, legend=len(series) > 1, **titles)
 
 
