@@ -35,6 +35,7 @@ PICTURE = {
 }
 # Notebook, words of the section's heading, how its lines begin.
 FINDING = ("phase_2_feature_exploration", "Does it take an SAE?", "So: ")
+BESIDE = "how it is written"  # what those features fire on: the first line of that section
 TITLES = {
     "phase_1_loading": "Load a model, find its hook points, read its streams, encode with an SAE",
     "phase_2_feature_exploration": "Which features tell kinds of text apart, and does it take an "
@@ -150,6 +151,7 @@ def finding() -> str:
     """What phase 2 says as its answer, as a quotation. ValueError where it says nothing."""
     name, heading, start = FINDING
     if lines := printed(notebook_cells(name), heading, start):
+        lines += printed(notebook_cells(name), BESIDE, start)[:1]
         return "\n>\n".join(f"> {line}" for line in lines)
     raise ValueError(f"No notebook prints a line as described in FINDING: {FINDING}")
 

@@ -64,7 +64,7 @@ def test_there_are_snippets_to_run():
 
 
 def test_the_readme_is_short():
-    assert len(README.splitlines()) < 300
+    assert len(README.splitlines()) < 310
 
 
 @pytest.mark.parametrize("page", PAGES)

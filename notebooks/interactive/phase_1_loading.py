@@ -447,11 +447,11 @@ bits = probes[["category"]].assign(model=token_bits(model, batch))
 bits["shuffled"] = token_bits(model, batch, shuffle=True)
 bits["twin"] = token_bits(twin, batch)
 print(bits.groupby("category").mean().round(1).to_string())
-print(f"a uniform guess over the vocabulary: {np.log2(summary.vocabulary):.1f}")
 mean, kinds = bits.mean(numeric_only=True), bits.groupby("category")["model"].mean()
 so(
     f"the model needs {mean['model']:.1f} bits a token, with the tokens out of order "
-    f"{mean['shuffled']:.1f}, its untrained twin {mean['twin']:.1f}; best is {kinds.idxmin()} "
+    f"{mean['shuffled']:.1f}, its untrained twin {mean['twin']:.1f}, a uniform guess "
+    f"{np.log2(summary.vocabulary):.1f}; best is {kinds.idxmin()} "
     f"({kinds.min():.1f}), worst {kinds.idxmax()} ({kinds.max():.1f})."
 )
 
@@ -498,8 +498,11 @@ print("features [text, position, feature]:", tuple(features.shape))
 x, f = activations[batch.real], features[batch.real]
 active = (f > 0).sum(-1).float().mean()
 in_use = (x.abs() > 0.01 * x.std()).float().mean()
-print(f"dimensions above a hundredth of the spread {in_use:.0%}; features active {active:.1f} of")
-print(f"{sae.cfg.d_sae} at a token (L0), so {1 - active / sae.cfg.d_sae:.1%} of them are silent")
+so(
+    f"at a token the SAE uses {active:.1f} of its {sae.cfg.d_sae} features (L0), "
+    f"{active / sae.cfg.d_sae:.1%}; the model uses {in_use:.0%} of its {x.shape[1]} dimensions "
+    "(above a hundredth of their spread)."
+)
 
 # %% [markdown]
 # What might an SAE find in each of the streams of section 4? A hypothesis, to be tested where SAEs

@@ -168,8 +168,8 @@ for name, mask in masks.items():
 fire, missed = overlap["real"]
 so(
     f"encoding the average of a text misses {missed:.0%} of the features that fire in it, no less "
-    f"than one token alone does ({1 - active / seen_in_text:.0%}), and {1 - fire:.0%} of what it "
-    "finds fires at no token. Features are encoded per token here, and pooled after."
+    f"than one token alone does ({1 - active / seen_in_text:.0%}); of what it finds {fire:.0%} "
+    "fires somewhere in the text. Features are encoded per token here, and pooled after."
 )
 
 # %% [markdown]
