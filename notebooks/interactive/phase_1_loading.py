@@ -257,9 +257,8 @@ so(
     f"in the untrained twin {twin_ratio.max():.1f} times."
 )
 axes = {"x_title": "layer", "y_title": "norm at BOS / norm elsewhere"}
-lines(
-    {"model": ratio, "random twin": twin_ratio}, title="How odd BOS is", reference=1, **axes
-).show()
+curves = {"model": ratio, "random twin": twin_ratio}
+lines(curves, title="How odd BOS is", reference=1, **axes).show()
 
 # %% [markdown]
 # Norms can hide in a few dimensions (*massive activations*; GPT-2 has two of them, at BOS). Which
@@ -446,13 +445,13 @@ from lenslab.circuits.streams import token_bits
 bits = probes[["category"]].assign(model=token_bits(model, batch))
 bits["shuffled"] = token_bits(model, batch, shuffle=True)
 bits["twin"] = token_bits(twin, batch)
-print(bits.groupby("category").mean().round(1).to_string())
-mean, kinds = bits.mean(numeric_only=True), bits.groupby("category")["model"].mean()
+kinds, uniform = bits.groupby("category").mean(), np.log2(summary.vocabulary)
+print(kinds.round(1).to_string())
+mean, kinds = kinds.mean(), kinds["model"]
 so(
     f"the model needs {mean['model']:.1f} bits a token, with the tokens out of order "
-    f"{mean['shuffled']:.1f}, its untrained twin {mean['twin']:.1f}, a uniform guess "
-    f"{np.log2(summary.vocabulary):.1f}; best is {kinds.idxmin()} "
-    f"({kinds.min():.1f}), worst {kinds.idxmax()} ({kinds.max():.1f})."
+    f"{mean['shuffled']:.1f}, its untrained twin {mean['twin']:.1f}, a uniform guess {uniform:.1f}; "
+    f"best is {kinds.idxmin()} ({kinds.min():.1f}), worst {kinds.idxmax()} ({kinds.max():.1f})."
 )
 
 # %% [markdown]
