@@ -374,7 +374,7 @@ lines(curves, layers, title="How much of a token's vector is there one layer lat
 # their job in text only: `on text` is the same score there. **Control**: the twin's best.
 
 # %%
-from lenslab.circuits.streams import head_scores
+from lenslab.circuits.streams import head_scores, token_bits
 
 heads, twin_heads = head_scores(model, batch), head_scores(twin)
 for kind in ("previous_token", "duplicate_token", "induction", "first_position"):
@@ -440,8 +440,6 @@ print("random twin:", repr(generate(twin, prompt, max_new_tokens=6)))
 # uniform guess.
 
 # %%
-from lenslab.circuits.streams import token_bits
-
 bits = probes[["category"]].assign(model=token_bits(model, batch))
 bits["shuffled"] = token_bits(model, batch, shuffle=True)
 bits["twin"] = token_bits(twin, batch)
@@ -450,7 +448,7 @@ print(kinds.round(1).to_string())
 mean, kinds = kinds.mean(), kinds["model"]
 so(
     f"the model needs {mean['model']:.1f} bits a token, with the tokens out of order "
-    f"{mean['shuffled']:.1f}, its untrained twin {mean['twin']:.1f}, a uniform guess {uniform:.1f}; "
+    f"{mean['shuffled']:.1f}, its untrained twin {mean['twin']:.1f}, a blind guess {uniform:.1f}; "
     f"best is {kinds.idxmin()} ({kinds.min():.1f}), worst {kinds.idxmax()} ({kinds.max():.1f})."
 )
 
