@@ -81,7 +81,10 @@ def render_output(
         entry = Entry(title=sentence, href=f"#{identifier}", kind="table")
         element = f'<div class="scroll" id="{identifier}">{content}</div>'
         return element, entry if "<table" in content else None
-    return printed(joined(data.get("text/plain", ""))), None
+    text = joined(data.get("text/plain", ""))
+    if text.startswith("So: "):  # what was found: a paragraph, bold at its beginning
+        return f'<p class="so"><b>So:</b> {html.escape(text.removeprefix("So: "))}</p>', None
+    return printed(text), None
 
 
 def printed(text: str, kind: str = "out") -> str:
