@@ -1,10 +1,15 @@
 """Findings in words: a line of text in a script, bold in a notebook, the same sentence in both."""
 
+import sys
+
 import nbformat
-from build_site import render_output
 from nbclient import NotebookClient
 
+from lenslab.files import REPOSITORY
 from lenslab.show.words import so
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+from build_site import render_output
 
 
 def test_a_script_prints_the_sentence(capsys):
