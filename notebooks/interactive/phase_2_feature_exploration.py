@@ -592,7 +592,11 @@ print(split[marked].round(3).to_string(index=False))
 # Drawn, the features chosen for a kind in colour:
 
 # %%
-points = {"names": split["feature"], "marked": marked, "marked_name": "chosen for a kind"}
+points = {
+    "names": [kind_names.get(f, f) for f in split["feature"]],
+    "marked": marked,
+    "marked_name": "chosen for a kind",
+}
 axes = {"x_title": "share of variance: form", "y_title": "share of variance: content"}
 scatter(
     split["form"], split["concept"], title="Form and content", diagonal=True, **points, **axes
