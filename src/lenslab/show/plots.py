@@ -345,6 +345,7 @@ def scatter(
     mode = "markers+text" if chosen.sum() <= MOST_NAMES else "markers"
     grey = {"mode": "markers", "marker": {"color": CONTROL, "size": 5, "opacity": 0.6}}
     accent = {"mode": mode, "marker": {"color": ACCENT, "size": 9}, "textposition": "top center"}
+    accent["cliponaxis"] = False  # a name may reach beyond the axes
     marks = np.flatnonzero(chosen)
     for rows, name, style in ((drawn, f"others{thinned}", grey), (marks, marked_name, accent)):
         if len(rows):
