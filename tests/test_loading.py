@@ -314,7 +314,9 @@ def test_a_bundled_config_that_is_not_its_cards_is_refused(tmp_path, monkeypatch
     copy = tmp_path / "models" / "pocket-gpt"
     changed(data_path("models", "pocket-gpt"), copy, layer_norm_epsilon=1.0)
     shutil.copy(data_path("models", "pocket-gpt", "model.safetensors"), copy)
-    monkeypatch.setattr("lenslab.loading.data_path", lambda *parts: tmp_path.joinpath(*parts))
+    for module in ("loading", "opening"):
+        place = f"lenslab.{module}.data_path"
+        monkeypatch.setattr(place, lambda *parts: tmp_path.joinpath(*parts))
     with pytest.raises(NotAModel, match="git checkout"):
         load_model("pocket-gpt")
 

@@ -357,7 +357,7 @@ def test_a_gated_model_says_how_to_get_at_it(monkeypatch, status):
         response = httpx.Response(status, request=httpx.Request("HEAD", url))
         raise GatedRepoError("Cannot access", response=response)
 
-    monkeypatch.setattr("lenslab.loading.get_hf_file_metadata", gated)
+    monkeypatch.setattr("lenslab.opening.get_hf_file_metadata", gated)
     monkeypatch.setenv("HF_TOKEN", "hf_none")
     licence = r"licence on https://huggingface\.co/google/gemma-3-1b-pt .* as HF_TOKEN\."
     with pytest.raises(NotAModel, match=licence) as refused:
@@ -385,7 +385,9 @@ def test_tinystories_tells_a_story(shared):
 def test_bundled_weights_that_are_not_those_of_their_card_are_refused(tmp_path, monkeypatch):
     for name in BUNDLED:
         shutil.copytree(data_path("models", name), tmp_path / "models" / name)
-    monkeypatch.setattr("lenslab.loading.data_path", lambda *parts: tmp_path.joinpath(*parts))
+    for module in ("loading", "opening"):
+        place = f"lenslab.{module}.data_path"
+        monkeypatch.setattr(place, lambda *parts: tmp_path.joinpath(*parts))
     load_model("pocket-gpt")
     weights = tmp_path / "models" / "pocket-gpt" / "model.safetensors"
     raw = bytearray(weights.read_bytes())

@@ -193,7 +193,7 @@ def test_licence_is_mit_of_the_lenslab_authors():
 FLOORS = (  # each may import those before it, and its own
     ("runtime", "files", "stats", "metrics"),
     ("smollm2",),
-    ("texts", "loading", "models"),
+    ("texts", "opening", "loading", "models"),
     ("hooks", "tokens", "capture", "store", "records"),
     ("sae",),
     ("features", "circuits"),

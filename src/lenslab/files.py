@@ -308,3 +308,8 @@ def save_result(name: str, result: Result, inputs: Any, *, ships: bool) -> Path:
 def _result_files(name: str, inputs: Any) -> dict[str, Path]:
     cached = cache_path("results", f"{name}-{content_key(inputs)}.json")
     return {SHIPPED: data_path("results", f"{name}.json"), CACHED: cached}
+
+
+def as_bytes(values: torch.Tensor) -> memoryview:
+    """The bytes of a tensor of any type and device."""
+    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -21,10 +21,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lenslab.files import NotAModel as NotAModel
-from lenslab.loading import as_bytes, buffer_hashes, build, model_name, module_settings, text_config
+from lenslab.files import as_bytes
+from lenslab.loading import buffer_hashes, model_name, module_settings
 from lenslab.loading import check_ids as check_ids
 from lenslab.loading import load_model as load_model
 from lenslab.loading import random_twin as random_twin
+from lenslab.opening import build, text_config
 
 _KEYS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (state, {dtype: key})
 # What a config says that changes no number; and the three configs, bundled models', whose keys were

@@ -33,9 +33,16 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab import runtime
-from lenslab.files import atomic_write, cache_path, content_key, signed, verified, write_json
+from lenslab.files import (
+    as_bytes,
+    atomic_write,
+    cache_path,
+    content_key,
+    signed,
+    verified,
+    write_json,
+)
 from lenslab.hooks import check_hooks, vector_width
-from lenslab.loading import as_bytes
 from lenslab.models import model_key, model_name
 from lenslab.tokens import TokenBatch
 

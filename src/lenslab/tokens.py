@@ -25,8 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lenslab.files import content_key
-from lenslab.loading import as_bytes
+from lenslab.files import as_bytes, content_key
 from lenslab.metrics import as_mask
 from lenslab.models import check_eval
 from lenslab.runtime import derive_generator, progress_bar

@@ -33,9 +33,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.files import content_key, data_path, sha256_file
+from lenslab.files import as_bytes, content_key, data_path, sha256_file
 from lenslab.hooks import check_hooks, check_unhooked, hook_names
-from lenslab.loading import as_bytes
 from lenslab.models import check_eval, model_name, weights_key
 from lenslab.runtime import default_device
 from lenslab.sae import registry
