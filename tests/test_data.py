@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lenslab.files import data_path
+from lenslab.files import REPOSITORY, data_path, verified
 from lenslab.texts import TextsNotHere, hub_texts, load_probes, load_texts, sampled_text
 
 TEXTS = ["  one\ntwo", "drei, vierzehn: ж 数", "def f():\n    return 1"]
@@ -250,3 +250,19 @@ def test_a_gated_data_set_says_what_to_do(monkeypatch):
         match=r"gated dataset on the Hub\. .*accept its terms on its page and set HF_TOKEN",
     ):
         hub_texts("x/gated")
+
+
+def test_the_choice_of_the_final_saes_stands_in_its_results():
+    """The numbers in data/README.md, and what the shipped cards say."""
+    read = data_path("results", "phase_4_candidates.json").read_text(encoding="utf-8")
+    found = verified(json.loads(read))
+    mean = pd.DataFrame(found["rows"]).groupby("architecture")["fvu"].mean()
+    assert mean.to_dict() == pytest.approx(found["mean_fvu"])
+    said = (REPOSITORY / "data" / "README.md").read_text(encoding="utf-8")
+    named = {"topk": "TopK", "matryoshka": "Matryoshka", "batchtopk": "sparsities"}
+    assert all(f"{named[name]} {value:.3f}" in said for name, value in mean.items())
+    assert mean.idxmin() == "batchtopk"
+    for row in found["rows"]:
+        if row["architecture"] == "batchtopk":
+            card = json.loads(data_path("saes", row["sae"], "card.json").read_text())
+            assert card["at_l0"][str(row["asked_l0"])]["sae"]["fvu"] == row["fvu"]
