@@ -353,8 +353,8 @@ best = {threshold: special.best_by_count(threshold) for threshold in ("half", 5.
 print(f"features that ever reach 5.0: {(summary.largest > 5).mean():.0%}; best by count: {best}")
 half, fixed = special.count_nulls
 so(
-    f"counting gives {half.observed} of {len(scores)} kinds a positive score, and with a threshold "
-    f"of 5.0 {fixed.observed} (shuffled labels {half.mean_null:.1f} and {fixed.mean_null:.1f}), "
+    f"counting gives {half.observed} of {len(scores)} kinds a positive score, or {fixed.observed} "
+    f"with a threshold of 5.0 (shuffled labels {half.mean_null:.1f} and {fixed.mean_null:.1f}), "
     f"where section 5 finds a discriminating feature for {found['discriminating'].sum()}."
 )
 
