@@ -9,10 +9,12 @@
 4. Each is measured as users will have it (weights stored as bf16) on held-out documents, at several
    L0 and beside random directions of the same L0: the k of TopK is changed, of BatchTopK and
    Matryoshka the threshold. All that stands in its card.json.
-5. `--twin` trains on the random-weight twin, the control of phase 2.
+5. `--twin` trains on the random-weight twin, the control of phase 2; `--frozen` trains floors, of
+   which one side of the SAE learns nothing or little.
 
     python scripts/train_pocket_saes.py --corpus FOLDER
     python scripts/train_pocket_saes.py --corpus FOLDER --twin --sites resid-3
+    python scripts/train_pocket_saes.py --corpus FOLDER --sites resid-3 --frozen decoder encoder
     python scripts/train_pocket_saes.py --corpus FOLDER --write-tokens tokens.npz
     python scripts/train_pocket_saes.py --tokens tokens.npz --sites resid-3 --seeds 1 2 3
     python scripts/train_pocket_saes.py --corpus FOLDER --smoke           # a toy, one minute
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -47,6 +50,7 @@ from lenslab.sae.load import SparseAutoencoder, load_sae
 from lenslab.sae.save import save_sae
 from lenslab.sae.train import ModelSource, TrainingConfig, build_sae, train
 from lenslab.sae.train.architectures import TOPK_FAMILY
+from lenslab.sae.train.base import FROZEN
 from lenslab.sae.train.convert import to_saelens
 from lenslab.tokens import TokenBatch, pack
 
@@ -211,12 +215,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--k", type=int, default=16, help="L0 of the training, which ships")
     add("--sparsity", type=float, help="penalty, where the architecture has one instead of k")
     add("--l0", type=int, nargs="+", default=[8, 16, 32], help="levels of the card")
+    add("--frozen", nargs="+", choices=FROZEN, default=[None], help="floors instead of SAEs")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--vectors", type=float, default=1e7, help="activations to train on, all distinct")
     add("--batch", type=int, default=4096)
     add("--lr", type=float, help="default: by width")
     add("--validation", type=float, default=4e4, help="held-out tokens to measure on")
     add("--out", type=Path, default=data_path("saes"), help="folder of the SAEs' folders")
+    add("--pool", type=int, default=POOL[default_device()], help="vectors of a hook in memory")
     add("--work", type=Path, default=Path("runs/pocket-saes"), help="checkpoints")
     add("--smoke", action="store_true", help="128 latents on 40 thousand vectors, for development")
     given = parser.parse_args(arguments)
@@ -246,17 +252,17 @@ def main(arguments: list[str] | None = None) -> list[Path]:
         for d_sae in given.d_sae:
             for seed in given.seeds:
                 width = f"-{d_sae}" if d_sae != given.d_sae[0] or len(given.d_sae) > 1 else ""
-                name = f"{called}-{site}{width}" + (f"-seed-{seed}" if seed else "")
-                for architecture in given.architecture:
+                named = f"{called}-{site}{width}" + (f"-seed-{seed}" if seed else "")
+                for frozen, architecture in itertools.product(given.frozen, given.architecture):
+                    name = f"{named}-frozen-{frozen}".replace(" ", "-") if frozen else named
                     level = {"k": given.k} if architecture in TOPK_FAMILY else {}
                     level |= {} if level or given.sparsity is None else {"sparsity": given.sparsity}
-                    options = dict(seed=seed, metadata={"hook_name": hook}, **level)
+                    options = dict(seed=seed, metadata={"hook_name": hook}, frozen=frozen, **level)
                     d_in = model.cfg.d_model
                     sae = build_sae(architecture, d_in, d_sae, **options).to(default_device())
                     saes[f"{name} {architecture}"] = sae
                     names[f"{name} {architecture}"] = name
-    device = default_device()
-    options = dict(batch_size=PASS[device], pool=POOL[device])
+    options = dict(batch_size=PASS[default_device()], pool=given.pool)
     source, checked = (ModelSource(model, t, list(hooks.values()), **options) for t in both)
     count = min(batch.n_real, int(given.vectors)) // given.batch * given.batch
     config = TrainingConfig(count, given.batch, given.lr)

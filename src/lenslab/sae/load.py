@@ -104,11 +104,13 @@ def neuronpedia_link(sae: SparseAutoencoder, index: int) -> str | None:
 
 
 def bundled_saes(model: TransformerBridge | None = None) -> list[str]:
-    """Names of the SAEs that ship; with a model, of those that were made for one of its name."""
+    """Names of the SAEs that ship; with a model, of those that were made for one of its name,
+    without floors (`lenslab.sae.train.base`), which nobody is to get unasked."""
     names = []
     for file in sorted(data_path("saes").glob(f"*/{CONFIG}")):
-        made_for = json.loads(file.read_text(encoding="utf-8"))["metadata"]["model_name"]
-        if model is None or plain_name(made_for) == plain_name(model_name(model)):
+        made = json.loads(file.read_text(encoding="utf-8"))["metadata"]
+        of_model = model and plain_name(made["model_name"]) == plain_name(model_name(model))
+        if model is None or (of_model and not made.get("frozen")):
             names.append(file.parent.name)
     return names
 

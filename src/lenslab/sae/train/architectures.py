@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from lenslab.runtime import compute_dtype
 from lenslab.sae.train import sparse
-from lenslab.sae.train.base import Losses, SAEConfig, TrainableSAE
+from lenslab.sae.train.base import FROZEN, Losses, SAEConfig, TrainableSAE
 
 FIRST_THRESHOLD = 0.01  # jumprelu, as SAELens
 BANDWIDTH = 0.05  # how near its threshold a pre-activation of jumprelu moves it, as SAELens
@@ -189,6 +189,7 @@ class JumpReLU(TrainableSAE):
         return self._losses(target, x_hat, *_usage(values), sparsity=penalty)
 
     def after_step(self) -> None:
+        super().after_step()
         self.threshold.data.clamp_(min=0)  # below zero the gate would let negative values through
 
 
@@ -246,6 +247,8 @@ def build_sae(architecture: str, d_in: int, d_sae: int, **options: Any) -> Train
         raise ValueError("sparsity and auxiliary are weights from 0 on.")
     if architecture in TOPK_FAMILY and (not 0 < config.k <= d_sae or config.k % 1):
         raise ValueError(f"k must lie between 1 and d_sae = {d_sae}, got {config.k}.")
+    if config.frozen not in (None, *FROZEN) or (config.frozen and config.tied):
+        raise ValueError(f"frozen is one of {', '.join(FROZEN)}, or None; of a tied SAE None.")
     if config.scale not in ("mean", "unit", "none"):
         raise ValueError(f"scale is 'mean', 'unit' or 'none', not {config.scale!r}.")
     if config.scale == "unit" and (config.centre or architecture == "transcoder"):

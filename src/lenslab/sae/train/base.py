@@ -4,7 +4,12 @@ must keep.
 1. `fit` takes scale and centre from a first sample; from then on the weights see z = (x - centre) *
    scale.
 2. `loss` is each architecture's own (`lenslab.sae.train.architectures`), in terms of z.
-3. `before_step` and `after_step` stand around the optimizer's step: decoder rows of norm 1 stay so.
+3. `before_step` and `after_step` stand around the optimizer's step: decoder rows of norm 1 stay so,
+   and what a floor holds back stays where it is.
+
+Floors are SAEs of which one side learns nothing, or little: a frozen decoder, a soft-frozen one, a
+frozen encoder, all else trained as usual (Korznikov et al. 2026). What an SAE scores beyond them is
+what its learned directions are good for.
 """
 
 from __future__ import annotations
@@ -19,6 +24,10 @@ from torch import Tensor, nn
 
 from lenslab.runtime import compute_dtype, derive_generator
 from lenslab.sae.train.sparse import widened
+
+# floors, and what each holds back
+FROZEN = {"decoder": "W_dec", "soft decoder": "W_dec", "encoder": "W_enc"}
+NEAR = 0.8  # cosine that the rows of a soft-frozen decoder keep with their random start, at least
 
 
 class TrainingFailed(RuntimeError):
@@ -57,6 +66,8 @@ class SAEConfig:
     auxiliary: float = 1.0  # topk family: weight of AuxK
     tied: bool = False  # relu: the decoder is the encoder transposed
     d_out: int | None = None  # transcoder: width of what is written
+    # a floor: "decoder" or "encoder" stays as it was drawn, the rows of a "soft decoder" near it
+    frozen: str | None = None
     # 'mean': one factor to norm sqrt(d_in) on average; 'unit': each vector to it; 'none'
     scale: str = "mean"
     centre: bool = True  # subtract the mean vector
@@ -93,6 +104,8 @@ class TrainableSAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         if not config.tied:
             self.W_dec = nn.Parameter(decoder)
+        if config.frozen == "soft decoder":
+            self.register_buffer("start", decoder.clone())  # [d_sae, d_out], rows of norm 1
         self.register_buffer("centre", torch.zeros(config.d_in))
         self.register_buffer("centre_out", torch.zeros(d_out))
         self.register_buffer("scale", torch.ones(()))
@@ -171,8 +184,17 @@ class TrainableSAE(nn.Module):
         if self.topk_family:
             along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
             self.W_dec.grad.sub_(along * self.W_dec)
+        if self.config.frozen in ("decoder", "encoder"):
+            getattr(self, FROZEN[self.config.frozen]).grad.zero_()  # Adam then moves nothing
 
     @torch.no_grad()
     def after_step(self) -> None:
-        if self.topk_family:
+        if self.topk_family and self.config.frozen != "decoder":  # its norms would move by a bit
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8))
+        if self.config.frozen == "soft decoder":
+            norm = self.W_dec.norm(dim=1, keepdim=True)
+            rows = F.normalize(self.W_dec, dim=1)
+            cosine = (rows * self.start).sum(1, keepdim=True)  # [d_sae, 1]
+            across = F.normalize(rows - cosine * self.start, dim=1)
+            nearest = norm * (NEAR * self.start + (1 - NEAR**2) ** 0.5 * across)
+            self.W_dec.copy_(torch.where(cosine < NEAR, nearest, self.W_dec))

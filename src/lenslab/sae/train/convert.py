@@ -56,6 +56,8 @@ def to_saelens(sae: TrainableSAE) -> SparseAutoencoder:
         "reshape_activations": "hook_z" if heads else "none",
         "metadata": config.metadata | {"trained_as": config.architecture},
     }
+    if config.frozen:  # a floor is never taken for an SAE that learned
+        written["metadata"]["frozen"] = config.frozen
     if architecture == "topk":
         written |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
     if architecture == "jumprelu_transcoder":

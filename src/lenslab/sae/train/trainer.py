@@ -187,7 +187,8 @@ class _Run:
     def restore(self, state: dict[str, Any]) -> None:
         saved = state.get("identity", {})
         for key in {**self.identity, **saved}:  # the format first: older ones have no such keys
-            there, here = saved.get(key), self.identity.get(key)
+            # an option that is younger than the checkpoint was None then
+            there, here = str(saved.get(key)), str(self.identity.get(key))
             if there != here:
                 raise ValueError(f"The folder is of another run: {key} {there} there, {here} here.")
         self.step = state["step"]
