@@ -11,15 +11,17 @@ SAE's features are:
 A fourth, an SAE on the random-weight twin, is any SAE's features: `encode_features(twin, its_sae,
 batch).pool(how)`.
 
-Others are SAEs that learned nothing, to be encoded and evaluated like any: `random_sae`.
+Others are SAEs that learned nothing, to be encoded and evaluated like any: `untrained_sae`. Those
+that learn, but on one side only, are trained: `build_sae(..., frozen=...)`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,6 +38,8 @@ from lenslab.tokens import TokenBatch
 
 TEXTS = 32  # texts whose candidates are held per token at a time
 
+# directions of an SAE that learned nothing
+KINDS = {"random": "random directions", "PCA": "PCA axes", "neurons": "raw neurons"}
 FIT = 50_000  # tokens that principal axes are fitted on, at most
 
 
@@ -70,20 +74,24 @@ def pca_axes(
 
     The axes are fitted on the batch (at most 50,000 tokens of it) without looking at any label.
     """
-    from sklearn.decomposition import PCA
-
     transform, hook = input_transform(sae, model), sae_hook(sae)
     every = max(1, -(-batch.n_real // FIT))
     sample = [transform(values)[::every] for _, values in _real_values(model, batch, hook)]
-    pca = PCA(svd_solver="covariance_eigh").fit(torch.cat(sample).double().numpy())
-    axes = torch.from_numpy(pca.components_).float()  # [axis, d_in]
-    mean = torch.from_numpy(pca.mean_).float()
+    axes, mean = _principal_axes(torch.cat(sample))
 
     def project(values: Tensor) -> Tensor:
         along = (transform(values) - mean) @ axes.T  # [token, axis]
         return torch.cat([along, -along], dim=1)
 
     return _pooled(model, batch, hook, project, how)
+
+
+def _principal_axes(x: Float[Tensor, "token d_in"]) -> tuple[Tensor, Tensor]:
+    """(axes `[axis, d_in]`, the widest first; the mean)"""
+    from sklearn.decomposition import PCA
+
+    pca = PCA(svd_solver="covariance_eigh").fit(x.cpu().double().numpy())
+    return torch.from_numpy(pca.components_).float(), torch.from_numpy(pca.mean_).float()
 
 
 def raw_neurons(
@@ -144,11 +152,11 @@ def _pooled(
 
 
 @dataclass
-class RandomSAE:
-    """The null of an SAE: random unit directions, the `k` strongest used, one scale fitted. See
-    `random_sae`."""
+class UntrainedSAE:
+    """An SAE that learned nothing: given directions, the `k` strongest used, one scale fitted. See
+    `untrained_sae`."""
 
-    cfg: Any  # of the SAE that it is the null of
+    cfg: Any  # of the SAE that it is the null of, with its own d_sae
     directions: Float[Tensor, "d_sae d_in"]
     mean: Float[Tensor, " d_in"]
     k: int
@@ -163,33 +171,57 @@ class RandomSAE:
         return features @ self.directions + self.mean
 
 
-def random_sae(
-    sae: SparseAutoencoder, x: Float[Tensor, "token d_in"], k: int, seed: int = 0
-) -> RandomSAE:
-    """A random SAE of the same shape at the same hook, with k latents active at a time.
+def untrained_sae(
+    sae: SparseAutoencoder,
+    x: Float[Tensor, "token d_in"],
+    k: int,
+    seed: int = 0,
+    kind: Literal["random", "PCA", "neurons"] = "random",
+) -> UntrainedSAE:
+    """A floor of an SAE at the same hook, with k latents (at most all) active at a time: as many
+    `random` directions, or both directions of each principal axis of `x` (`PCA`) or of each of the
+    hook's own coordinates (`neurons`).
 
-    What it scores needs no learning. To be a fair null it is given what costs nothing: the mean of
-    `x` as its bias, and the one factor on its activations that fits `x` best.
+    What it scores needs no learned dictionary. To be a fair null it is given what costs nothing:
+    the mean of `x` as its bias, and the one factor on its activations that fits `x` best.
     """
-    generator = derive_generator(seed, "random SAE")
-    directions = torch.randn(sae.cfg.d_sae, sae.cfg.d_in, generator=generator)
-    directions = (directions / directions.norm(dim=1, keepdim=True)).to(x)
-    null = RandomSAE(cfg=sae.cfg, directions=directions, mean=x.mean(0), k=k)
-    guess = null.decode(null.encode(x)) - null.mean
-    null.scale = float(((x - null.mean) * guess).sum() / guess.square().sum().clamp_min(1e-30))
+    mean, cfg = x.mean(0), copy(sae.cfg)
+    if kind == "random":
+        generator = derive_generator(seed, "random SAE")
+        directions = torch.randn(cfg.d_sae, cfg.d_in, generator=generator)
+        directions = (directions / directions.norm(dim=1, keepdim=True)).to(x)
+    else:
+        axes = torch.eye(cfg.d_in) if kind == "neurons" else _principal_axes(x)[0]
+        directions = torch.cat([axes, -axes]).to(x)
+    cfg.d_sae = len(directions)
+    null = UntrainedSAE(cfg=cfg, directions=directions, mean=mean, k=min(k, cfg.d_sae))
+    guess = null.decode(null.encode(x)) - mean
+    null.scale = float(((x - mean) * guess).sum() / guess.square().sum().clamp_min(1e-30))
     return null
 
 
+def random_sae(
+    sae: SparseAutoencoder, x: Float[Tensor, "token d_in"], k: int, seed: int = 0
+) -> UntrainedSAE:
+    """`untrained_sae` of random directions."""
+    return untrained_sae(sae, x, k, seed)
+
+
 def evaluate_null(
-    model: TransformerBridge, sae: SparseAutoencoder, batch: TokenBatch, l0: float, seed: int = 0
+    model: TransformerBridge,
+    sae: SparseAutoencoder,
+    batch: TokenBatch,
+    l0: float,
+    seed: int = 0,
+    kind: Literal["random", "PCA", "neurons"] = "random",
 ) -> SAEMetrics:
-    """`evaluate_sae` of the random SAE with the same rounded L0, its scale fitted on the first
-    texts of `batch`."""
+    """`evaluate_sae` of the untrained SAE (`untrained_sae`) with the same rounded L0, its scale
+    fitted on the first texts of `batch`."""
     transform, hook = input_transform(sae, model), sae_hook(sae)
     fit = max(1, 4096 // batch.tokens.shape[1])
     first = batch[: texts_per_pass(model, batch, limit=fit)]
     with torch.inference_mode():
         _, value = forward(model, hook, first)
         x = transform(value)[first.real.to(value.device)]
-    null = random_sae(sae, x, min(max(1, round(l0)), sae.cfg.d_sae), seed)
-    return evaluate_sae(model, null, batch, name="random directions, same L0")
+    null = untrained_sae(sae, x, max(1, round(l0)), seed, kind)
+    return evaluate_sae(model, null, batch, name=f"{KINDS[kind]}, same L0")
