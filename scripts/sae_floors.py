@@ -1,11 +1,11 @@
 """Bundled SAEs beside every floor: what of their scores takes learned directions.
 
 1. Floors that were trained: frozen decoder, soft-frozen decoder, frozen encoder, by
-   train_pocket_saes.py `--frozen` on the text and for as long as the bundled SAE. Their metrics, the
-   SAE's, those of its other seeds and of the SAE on the random twin stand in their cards.
+   train_pocket_saes.py `--frozen` on the text and for as long as the bundled SAE. Their metrics,
+   the SAE's, those of its other seeds and of the SAE on the random twin stand in their cards.
 2. Floors that were not: random directions, PCA axes, the hook's own coordinates.
-3. Each at several L0 also tells the probe texts' kinds apart: held-out AUROC of the best feature and
-   of probes of 5 and 16 features, chosen and fitted on the discovery half, mean over kinds.
+3. Each at several L0 also tells the probe texts' kinds apart: held-out AUROC of the best feature
+   and of probes of 5 and 16 features, chosen and fitted on the discovery half, mean over kinds.
 4. What is finished is a line of WORK/rows.jsonl and not repeated. At the end stands
    data/results/phase_4_floors.json, with every metric in which a floor is ahead of the SAE.
 
@@ -83,9 +83,8 @@ class Bench:
         folders = {"SAE": saes / name}
         folders |= {f"SAE, seed {seed}": saes / f"{name}-seed-{seed}" for seed in (1, 2, 3)}
         for frozen in FROZEN:
-            folders[f"frozen {frozen}"] = self.given.floors / f"{name}-frozen-{frozen}".replace(
-                " ", "-"
-            )
+            folder = f"{name}-frozen-{frozen}".replace(" ", "-")
+            folders[f"frozen {frozen}"] = self.given.floors / folder
         folders["SAE of the random twin"] = saes / f"{self.given.model}-random-twin-{site}"
         yield from ((what, folder) for what, folder in folders.items() if folder.exists())
         yield from ((what, kind) for kind, what in KINDS.items())
@@ -173,7 +172,7 @@ def main(arguments: list[str] | None = None) -> Path:
                 print(rows[-1], flush=True)
                 with open(file, "a", encoding="utf-8") as handle:
                     handle.write(json.dumps(rows[-1]) + "\n")
-    table = pd.DataFrame(rows).map(lambda value: _rounded(value))
+    table = pd.DataFrame(rows).map(_rounded)
     inputs = {"sites": given.sites, "levels": LEVELS, "model_key": model_key(bench.model)}
     return save_result("phase_4_floors", Floors(ahead(table), table), inputs, ships=True)
 
