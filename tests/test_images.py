@@ -50,7 +50,7 @@ def test_integers_text_and_structure_are_kept():
 def test_without_chromium_a_figure_is_plotlys_own_data_and_says_so_once(monkeypatch, capsys):
     monkeypatch.setenv("LENSLAB_PNG", "1")
     monkeypatch.setattr(images, "find_browser", lambda: None)
-    monkeypatch.setattr(images, "_in_kernel", lambda: True)
+    monkeypatch.setattr(images, "in_kernel", lambda: True)
     for _ in range(2):
         bundle = images.FigureRenderer().to_mimebundle(go.Figure(go.Bar(y=[1, 2])).to_dict())
         assert set(bundle) == {images.PLOTLY_MIME}
@@ -59,7 +59,7 @@ def test_without_chromium_a_figure_is_plotlys_own_data_and_says_so_once(monkeypa
 
 def test_with_a_picture_both_kinds_are_in_the_bundle(monkeypatch):
     monkeypatch.setenv("LENSLAB_PNG", "1")
-    monkeypatch.setattr(images, "_in_kernel", lambda: True)
+    monkeypatch.setattr(images, "in_kernel", lambda: True)
     monkeypatch.setattr(images, "render_png", lambda figure: b"picture")
     bundle = images.FigureRenderer().to_mimebundle(go.Figure(go.Bar(y=[1, 2])).to_dict())
     assert base64.b64decode(bundle["image/png"]) == b"picture"

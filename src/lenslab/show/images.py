@@ -23,10 +23,12 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any, Literal
 
@@ -42,6 +44,16 @@ PLOTLY_MIME = "application/vnd.plotly.v1+json"
 PAGE_STYLE = "body{font:16px/1.55 Helvetica,Arial,sans-serif;max-width:1000px;margin:2em auto}"
 
 SECONDS = 40  # for a browser to start, and for each figure; usual are 2
+
+PRINT = (
+    "--headless",
+    "--no-sandbox",  # it would not start as root or in a container; all that it opens is our page
+    "--disable-gpu",
+    "--enable-unsafe-swiftshader",  # for figures in three dimensions
+    "--disable-dev-shm-usage",
+    "--no-pdf-header-footer",
+    "--virtual-time-budget=20000",
+)
 
 # one for all figures of a kernel; False after a failure, since each further attempt costs seconds
 _browser: Browser | Literal[False] | None = None
@@ -105,9 +117,37 @@ class Browser:
         """End the browser and all that it started, whatever state they are in."""
         with suppress(Exception):
             self.run(self.kaleido.close(), 2)
-        with suppress(AttributeError, ProcessLookupError):  # not started, or gone
-            process = self.kaleido.subprocess  # it leads a group of its own
-            os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+        with suppress(AttributeError):  # not started
+            end_group(self.kaleido.subprocess)
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """End a process that leads a group of its own, and all that it started."""
+    with suppress(ProcessLookupError):  # gone
+        os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+
+
+def print_pdf(page: Path) -> Path | None:
+    """A page printed beside itself as PDF by Chromium; None, and said, without one or with one that
+    does not answer."""
+    target = page.with_suffix(".pdf")
+    target.unlink(missing_ok=True)  # one of an earlier page would pass for this one's
+    try:
+        if (path := find_browser()) is None:
+            raise FileNotFoundError("no Chromium or Chrome found")
+        with atomic_write(target) as temporary, TemporaryDirectory() as profile:
+            command = [path, *PRINT, f"--user-data-dir={profile}"]
+            command += [f"--print-to-pdf={temporary}", page.absolute().as_uri()]
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            process = subprocess.Popen(command, **quiet, start_new_session=True)
+            try:
+                process.wait(2 * SECONDS)
+            finally:
+                end_group(process)
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        print(f"No PDF of {page.name} ({type(problem).__name__}: {problem}).", file=sys.stderr)
+        return None
+    return target
 
 
 def render_png(figure: go.Figure | dict[str, Any]) -> bytes | None:
@@ -138,7 +178,7 @@ class FigureRenderer(MimetypeRenderer):
     a plain `python phase_1_loading.py`, the figure becomes a page and its path is printed."""
 
     def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
-        if not _in_kernel():
+        if not in_kernel():
             print(save_figure(go.Figure(fig_dict)))
             return {}
         bundle = {PLOTLY_MIME: figure_json(fig_dict) | {"config": {"displaylogo": False}}}
@@ -147,7 +187,8 @@ class FigureRenderer(MimetypeRenderer):
         return bundle
 
 
-def _in_kernel() -> bool:
+def in_kernel() -> bool:
+    """True in a notebook, where what is displayed is seen."""
     from IPython import get_ipython
 
     return getattr(get_ipython(), "kernel", None) is not None

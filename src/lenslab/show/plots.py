@@ -29,9 +29,10 @@ Number = int | float | np.number | Tensor
 ACCENT, CONTROL, INK = "#c8502d", "#9aa0a6", "#3c4043"
 PALETTE = [ACCENT, "#2f6690", "#5b8e55", "#8d6a9f", "#c49a2c", "#4aa3a2", "#6d6875"]
 GREYS = [CONTROL, "#5f6368", "#80868b", "#b3b8bd"]  # of several controls in one figure
-CONTROLS = ("control", "twin", "random", "shuffled", "null", "pca", "neuron", "n-gram")
+CONTROLS = ("control", "twin", "random", "shuffled", "null", "pca", "neuron", "n-gram", "frozen")
 SYMBOLS = ["circle", "diamond", "square", "triangle-up", "x", "star"]
 DOTTED = {"color": INK, "width": 1, "dash": "dot"}  # of lines that mark a value
+MOST_MARKERS = 60  # of a line
 MOST_POINTS = 5000  # of a scatter: a notebook keeps every point
 MOST_NAMES = 12  # of marked points: more would overlap
 MOST_LABELS = 80  # of a heatmap's axis: of more, every so many is named
@@ -105,19 +106,22 @@ def styled(
 
 
 def points(
-    figure: go.Figure, series: Mapping[str, Values], x: Labels | None
+    figure: go.Figure, series: Mapping[str, Values], x: Labels | Mapping[str, Labels] | None
 ) -> Iterator[tuple[str, str, list, np.ndarray]]:
-    """(name, colour, x, y) of each entry. Names among `x` become ticks at 0, 1, ...: plotly puts
-    names that repeat on one place and reads "10" as a number, `<s>` as markup.
+    """(name, colour, x, y) of each entry; `x` is one for all, or by name. Names among it become
+    ticks at 0, 1, ...: plotly puts names that repeat on one place and reads "10" as a number, `<s>`
+    as markup.
 
     ValueError where `x` does not number the values: plotly would leave out what is over.
     """
-    if x is not None and any(isinstance(place, str) for place in x):
-        figure.update_xaxes(ticks(x))
-        x = range(len(x))
+    if not isinstance(x, Mapping):
+        if x is not None and any(isinstance(place, str) for place in x):
+            figure.update_xaxes(ticks(x))
+            x = range(len(x))
+        x = dict.fromkeys(series, x)
     for name, colour in colours(series).items():
         y = numbers(series[name])
-        at = numbers(range(len(y)) if x is None else x)
+        at = numbers(range(len(y)) if x[name] is None else x[name])
         if y.shape != at.shape or y.ndim != 1:
             raise ValueError(f"{name}: {list(y.shape)} values for {len(at)} places: one each.")
         yield name, colour, at.tolist(), y
@@ -125,28 +129,49 @@ def points(
 
 def lines(
     series: Mapping[str, Values],
-    x: Labels | None = None,
+    x: Labels | Mapping[str, Labels] | None = None,
     *,
+    spread: Mapping[str, tuple[Values, Values]] | None = None,
+    log_x: bool = False,
     log_y: bool = False,
     reference: Number | None = None,
     **titles: str,
 ) -> go.Figure:
-    """One line per entry; controls, by name, are grey and dashed; `reference` is a dotted line at a
-    value, e.g. 1 for a ratio. ValueError where `x` does not number the values."""
+    """One line per entry; controls, by name, are grey and dashed.
+
+    Args:
+        x: for all entries, or name -> its own; a logarithmic axis has no place for what is 0.
+        spread: name -> (low, high), such as the least and the most of several seeds.
+        reference: a dotted line at a value, e.g. 1 for a ratio.
+
+    Raises ValueError where `x` or `spread` does not number the values.
+    """
     figure = go.Figure()
     for name, colour, at, y in points(figure, series, x):
         figure.add_scatter(
             x=at,
             y=y.tolist(),
             name=label(name, 40),
-            mode="lines+markers",
+            mode="lines+markers" if len(at) <= MOST_MARKERS else "lines",
             line={"color": colour, "dash": "dash" if is_control(name) else "solid", "width": 2},
+            error_y=error_bars(y, *(spread or {}).get(name, (None, None))),
         )
     if reference is not None:
         figure.add_hline(y=float(reference), line=DOTTED)
-    if log_y:
-        figure.update_yaxes(type="log", dtick=1)
+    figure.update_xaxes(log_axis([trace.x for trace in figure.data]) if log_x else {})
+    figure.update_yaxes(log_axis([trace.y for trace in figure.data]) if log_y else {})
     return styled(figure, legend=len(series) > 1, **titles)
+
+
+def log_axis(values: Iterable[Sequence]) -> dict[str, Any]:
+    """A logarithmic axis for these values, with ticks at 1, 2 and 5 where it is short."""
+    every = np.concatenate([[], *values])
+    decades = np.log10(every[every > 0])
+    if not len(decades) or np.ptp(decades) > 3:
+        return {"type": "log", "dtick": 1}
+    powers = 10.0 ** np.arange(np.floor(decades.min()), np.ceil(decades.max()) + 1)
+    places = np.outer(powers, [1, 2, 5]).ravel()
+    return {"type": "log", "tickvals": places, "ticktext": [f"{place:g}" for place in places]}
 
 
 def bars(

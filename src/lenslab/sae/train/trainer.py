@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from lenslab.sae.train.sources import VectorSource, batches
 
 FORMAT = 3  # of checkpoints
 SHARED = 0.01  # share of held-out documents that may occur in the training text: licences do
+Watch = Callable[[str, dict[str, float | int]], None]
 BAR = {"unit": "vec", "unit_scale": True, "desc": "train"}
 
 
@@ -64,6 +65,7 @@ def train(
     held_out: VectorSource | None = None,
     log_dir: str | os.PathLike | None = None,
     progress: bool = True,
+    watch: Watch | None = None,
 ) -> dict[str, TrainingResult]:
     """Train each SAE on the same batches, in the order that the source decides.
 
@@ -74,6 +76,9 @@ def train(
             SAEs or new ones of the same configuration.
         held_out: vectors of other texts, measured at the end.
         log_dir: TensorBoard's, a run per SAE: what `history` holds.
+        watch: called with an SAE's name and each new row of its history, after the rows that a
+            resumed training brings (`lenslab.show.report.live_curves`). Its first error is
+            printed, and it is not called again.
 
     Raises ValueError (widths, hooks, data that fill no batch, held-out documents among those of the
     training, a folder of another run, an SAE that was trained before), TrainingFailed, NotWritten
@@ -87,7 +92,7 @@ def train(
         _check(members, source, held_out)
         run = _Run(members, source, folder)
         try:
-            _train(run, progress, log_dir)
+            _train(run, progress, log_dir, watch)
         except KeyboardInterrupt:
             run.save()
             print(f"stopped at step {run.step:,}: with a folder the same call goes on", flush=True)
@@ -95,9 +100,13 @@ def train(
         return {member.name: _finished(member, held_out) for member in members}
 
 
-def _train(run: _Run, progress: bool, log_dir: str | os.PathLike | None) -> None:
-    """The steps that are left, with bar and TensorBoard."""
+def _train(
+    run: _Run, progress: bool, log_dir: str | os.PathLike | None, watch: Watch | None
+) -> None:
+    """The steps that are left, with bar, TensorBoard and whoever watches."""
     batch, writers = run.config.batch, []
+    for member in run.members:
+        watch = _told(watch, member.name, member.history)
     total, done = run.config.steps * batch, run.step * batch
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(total=total, initial=done, progress=progress, **BAR))
@@ -114,8 +123,22 @@ def _train(run: _Run, progress: bool, log_dir: str | os.PathLike | None) -> None
             for writer, row in zip(writers, rows, strict=False):
                 for key, value in row.items():
                     writer.add_scalar(key, value, run.step)
+            for member, row in zip(run.members, rows, strict=False):
+                watch = _told(watch, member.name, [row])
             if rows:
                 bar.set_postfix({k: f"{rows[0][k]:.3g}" for k in ("loss", "fvu", "l0", "dead")})
+
+
+def _told(watch: Watch | None, name: str, rows: list[dict[str, float | int]]) -> Watch | None:
+    """Tell `watch` of new rows; returns it, or None from its first error on: a picture that cannot
+    be drawn must not lose a training."""
+    try:
+        for row in rows if watch else ():
+            watch(name, dict(row))
+    except Exception as error:
+        print(f"not watched any longer: {type(error).__name__}: {error}", flush=True)
+        return None
+    return watch
 
 
 # 1. Prepare
