@@ -35,6 +35,7 @@ HERE = Path(__file__).parent
 CACHE = HERE.parent / ".cache" / "benchmarks"
 HOOK, MODEL = "blocks.3.hook_resid_post", "pocket-gpt"
 UNSEEN_WINDOWS, CALIBRATION = 32, 8192
+PENALISED = ("relu", "jumprelu", "gated")
 HELD_OUT = 1 << 14  # vectors at the end of the file that nobody trains on
 
 
@@ -53,13 +54,13 @@ Train = Callable[["Job", Tensor], Trained]
 class Job:
     """What every contestant trains: `steps` steps of `batch` vectors."""
 
-    architecture: str = "topk"  # topk, relu (penalty on the summed activations) or batchtopk
+    architecture: str = "topk"  # or batchtopk, or one with a penalty: relu, jumprelu, gated
     d_sae: int = 4096
     k: int = 32
-    l1: float = 1.0  # weight of the penalty of relu
+    l1: float = 1.0  # weight of the penalty, each library's own
     batch: int = 4096
     steps: int = 100  # enough for AuxK to begin, and for every library to reconstruct
-    lr: float = 1e-3
+    lr: float | None = 1e-3  # None: lenslab's default
     seed: int = 0
 
     @property
@@ -221,35 +222,30 @@ def _lenslab(job: Job, source: Any, d_in: int) -> Trained:
 
     VectorSource.register(type(source))  # which nothing here can inherit from
     metadata = {"hook_name": HOOK, "model_name": MODEL}
-    options = {"sparsity": job.l1} if job.architecture == "relu" else {"k": job.k}
+    options = {"sparsity": job.l1} if job.architecture in PENALISED else {"k": job.k}
     sae = build_sae(job.architecture, d_in, job.d_sae, seed=job.seed, metadata=metadata, **options)
     config = TrainingConfig(job.samples, batch=job.batch, lr=job.lr, seed=job.seed)
     return train({"sae": sae}, source, config, progress=False)["sae"].sae
 
 
+SAELENS_NAMES = {"topk": "TopK", "relu": "Standard", "batchtopk": "BatchTopK"}
+SAELENS_NAMES |= {"jumprelu": "JumpReLU", "gated": "Gated"}
+
+
 def saelens(job: Job, vectors: Tensor, *, tuned: bool = True) -> Trained:
     """SAELens's SAETrainer; tuned: bf16 autocast. What it computes is not changed."""
-    from sae_lens import (
-        BatchTopKTrainingSAE,
-        BatchTopKTrainingSAEConfig,
-        LoggingConfig,
-        SAETrainer,
-        StandardTrainingSAE,
-        StandardTrainingSAEConfig,
-        TopKTrainingSAE,
-        TopKTrainingSAEConfig,
-    )
-    from sae_lens.config import SAETrainerConfig
+    import sae_lens
 
-    sizes = dict(d_in=vectors.shape[1], d_sae=job.d_sae, device="cpu")
+    name = SAELENS_NAMES[job.architecture]
+    options = {"k": job.k}
+    if job.architecture in PENALISED:
+        weight = "l0_coefficient" if job.architecture == "jumprelu" else "l1_coefficient"
+        options = {weight: job.l1}
+    options |= dict(d_in=vectors.shape[1], d_sae=job.d_sae, device="cpu")
     torch.manual_seed(job.seed)
-    if job.architecture == "relu":
-        sae = StandardTrainingSAE(StandardTrainingSAEConfig(**sizes, l1_coefficient=job.l1))
-    elif job.architecture == "batchtopk":
-        sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**sizes, k=job.k))
-    else:
-        sae = TopKTrainingSAE(TopKTrainingSAEConfig(**sizes, k=job.k))
-    config = SAETrainerConfig(
+    sae_config = getattr(sae_lens, f"{name}TrainingSAEConfig")(**options)
+    sae = getattr(sae_lens, f"{name}TrainingSAE")(sae_config)
+    config = sae_lens.config.SAETrainerConfig(
         total_training_samples=job.samples,
         train_batch_size_samples=job.batch,
         lr=job.lr,
@@ -260,9 +256,9 @@ def saelens(job: Job, vectors: Tensor, *, tuned: bool = True) -> Trained:
         lr_decay_steps=0,
         device="cpu",
         autocast=tuned and fast_bf16(),
-        logger=LoggingConfig(log_to_wandb=False),
+        logger=sae_lens.LoggingConfig(log_to_wandb=False),
     )
-    SAETrainer(cfg=config, sae=sae, data_provider=batches(vectors, job)).fit()
+    sae_lens.SAETrainer(cfg=config, sae=sae, data_provider=batches(vectors, job)).fit()
     return _saelens_inference(sae)
 
 
@@ -294,10 +290,11 @@ def saelens_as_shipped(job: Job, vectors: Tensor) -> Trained:
 def dictionary_learning(job: Job, vectors: Tensor) -> Trained:
     """dictionary-learning's trainSAE; on a CPU it has no autocast of its own, so it is given one
     from outside."""
-    names = {"topk": "TopKTrainer", "relu": "StandardTrainer", "batchtopk": "BatchTopKTrainer"}
+    names = {"topk": "TopK", "relu": "Standard", "batchtopk": "BatchTopK"}
+    names |= {"jumprelu": "JumpRelu", "gated": "GatedSAE"}
     trainers = import_module("dictionary_learning.trainers")
     training = import_module("dictionary_learning.training")
-    trainer = getattr(trainers, names[job.architecture])
+    trainer = getattr(trainers, f"{names[job.architecture]}Trainer")
     kept = []
 
     class Kept(
@@ -317,7 +314,9 @@ def dictionary_learning(job: Job, vectors: Tensor) -> Trained:
     options |= dict(
         warmup_steps=job.steps // 20, decay_start=job.steps - max(1, job.steps // 5), device="cpu"
     )
-    if job.architecture == "relu":
+    if job.architecture == "jumprelu":
+        options |= dict(sparsity_penalty=job.l1, target_l0=job.k, sparsity_warmup_steps=None)
+    elif job.architecture in PENALISED:
         options |= dict(l1_penalty=job.l1, sparsity_warmup_steps=None)
     else:
         options |= dict(k=job.k, threshold_start_step=job.steps // 2)
@@ -331,11 +330,12 @@ def dictionary_learning(job: Job, vectors: Tensor) -> Trained:
     return kept[0].ae
 
 
-def eai_sparsify(job: Job, vectors: Tensor) -> Trained:
+def eai_sparsify(job: Job, vectors: Tensor, lr: float | None = None) -> Trained:
     """sparsify's Trainer, which reads from a model only: its model here looks the saved vectors up
     and does no more.
 
-    TopK alone. Its optimizer is its default (schedule-free sign descent) at its own learning rate.
+    TopK alone. Its optimizer is its default (schedule-free sign descent), without a rate at its
+    own one.
     """
     os.environ.setdefault(
         "SPARSIFY_DISABLE_TRITON", "1"
@@ -350,6 +350,7 @@ def eai_sparsify(job: Job, vectors: Tensor) -> Trained:
     config = sparsify.TrainConfig(
         sparsify.SparseCoderConfig(num_latents=job.d_sae, k=job.k),
         batch_size=job.batch // window,
+        lr=lr,
         hookpoints=["site"],
         init_seeds=[job.seed],
         log_to_wandb=False,
@@ -498,11 +499,8 @@ def prepare(train: Train, job: Job, file: str, warm: int = 4) -> Callable[[], An
             sae = train(job, vectors)
 
             def check() -> dict[str, float]:
-                # SAELens's running threshold needs hundreds of steps to arrive: set it, for both
-                # libraries alike
-                if job.architecture == "batchtopk" and isinstance(
-                    sae.threshold, torch.nn.Parameter
-                ):
+                # a running threshold needs hundreds of steps to arrive: set it, for all alike
+                if job.architecture == "batchtopk":
                     set_mean_l0(sae, vectors, job.k)
                 return checked(held_out(sae, unseen))
 

@@ -18,6 +18,8 @@ from lenslab.files import REPOSITORY
 BENCHMARKS = REPOSITORY / "benchmarks"
 SCHEMA = {"claim", "ours", "peers", "ratios", "unit", "machine", "versions"}
 RESULTS = sorted((BENCHMARKS / "results").glob("sae_*.json"))
+TIMES = BENCHMARKS / "results" / "time_to_quality.json"  # before it is timed: the curves alone
+RESULTS += [TIMES] if "claim" in json.loads(TIMES.read_text()) else []
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def modules():
     sys.path.insert(0, str(BENCHMARKS))
     yield {
         name: import_module(name)
-        for name in ("compare", "sae_contestants", "sae_training", "sae_quality")
+        for name in ("compare", "sae_contestants", "sae_training", "sae_quality", "time_to_quality")
     }
     sys.path.remove(str(BENCHMARKS))
 
@@ -301,7 +303,7 @@ def toy(entries):
     return entries.Job(d_sae=64, k=3, l1=0.05, batch=128, steps=120, lr=3e-3)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "relu", "batchtopk"])
+@pytest.mark.parametrize("architecture", ["topk", "relu", "batchtopk", "jumprelu", "gated"])
 @pytest.mark.parametrize("library", ["lenslab", "saelens"])
 def test_both_libraries_train_in_this_environment(entries, planted, toy, library, architecture):
     train = getattr(entries, library)
@@ -313,11 +315,10 @@ def test_both_libraries_train_in_this_environment(entries, planted, toy, library
             entries.set_mean_l0(sae, planted[:5000], job.k)
         found.append(entries.held_out(sae, planted[5000:]))
     before, after = found
-    fewer = (
-        architecture == "relu" and after["l0"] < 0.8 * before["l0"]
-    )  # a penalty trades error for fewer latents
+    # a penalty trades error for fewer latents
+    fewer = architecture in entries.PENALISED and after["l0"] < 0.8 * before["l0"]
     assert after["fvu"] < 0.5 and (after["fvu"] < 0.8 * before["fvu"] or fewer)
-    if architecture != "relu":
+    if architecture not in entries.PENALISED:
         assert after["l0"] <= toy.k + 0.5
 
 
@@ -489,6 +490,84 @@ def test_vectors_without_their_mean_train_the_same_sae_moved_by_it(entries, plan
             atol=1e-4,
             rtol=1e-4,
         )
+
+
+# --------------------------------------------------------------------------------------------------
+# time to quality
+
+
+@pytest.fixture
+def racing(modules, compare):
+    return modules["time_to_quality"]
+
+
+def played_curve(lr, steps, best=0.004):
+    """FVU = 1.6 / sqrt(steps) at the best rate, more at others; rates of .03 and more fail."""
+    if lr >= 0.03:
+        return {"lr": lr, "steps": steps, "failed": "diverged"}
+    worse = 1 + 0.1 * math.log2(lr / best) ** 2
+    return {"lr": lr, "steps": steps, "fvu": worse * 1.6 / math.sqrt(steps), "l0": 32.0}
+
+
+@pytest.mark.parametrize("best", [0.0005, 0.004, 0.016])
+def test_the_curve_finds_the_best_rate_also_beyond_those_tried_first(racing, best):
+    def measure(lr, steps):
+        return played_curve(lr, steps, best)
+
+    points = racing.curve(measure, target=0.15, rates=racing.RATES, own=3e-4)
+    assert {point["steps"] for point in points} == {16, 32, 64, 128}
+    assert 3e-4 in {point["lr"] for point in points if point["steps"] == 16}
+    found = racing.needed(points, 0.15)
+    assert found["steps"] == pytest.approx((1.6 / 0.15) ** 2, rel=0.06)
+    assert abs(math.log2(found["lr"] / best)) <= 0.5  # the grid doubles
+    tried = sorted({point["lr"] for point in points if point["steps"] == 128})
+    assert tried[0] < best < tried[-1]  # no outermost rate is the best
+
+
+def test_a_target_that_no_rate_reaches_needs_no_number_of_steps(racing):
+    points = racing.curve(played_curve, target=0.01, rates=racing.RATES, longest=32)
+    assert racing.needed(points, 0.01) is None
+    broken = racing.curve(lambda lr, n: played_curve(1.0, n), target=0.01, rates=(1.0,))
+    assert racing.least(broken) is None and racing.needed(broken, 0.01) is None
+
+
+def test_the_time_of_every_contestant_is_that_of_its_own_steps(racing, compare, monkeypatch):
+    """Curves by rule, times by rule: 1,000 vectors a second, the peer's twice that, at three times
+    the steps; a second run reads the curves and trains only what is timed."""
+    asked = []
+
+    def run(file, name, one, extra=()):
+        job = json.loads(extra[1])[name]
+        asked.append((job["architecture"], name, job["steps"]))
+        point = {"fvu": 1.6 / math.sqrt(job["steps"] / (3 if name == "saelens" else 1))}
+        if job["architecture"] in racing.PENALISED:
+            point = {"fvu": 0.2, "l0": 400 / job["l1"] ** 1.5}
+        samples = job["steps"] * job["batch"]
+        seconds = samples / (2000 if name == "saelens" else 1000)
+        return {"units": samples, "seconds": seconds, "l0": 32.0, **point}
+
+    for module in (compare, racing):
+        monkeypatch.setattr(module, "run_contestant", run)
+    monkeypatch.setattr(racing.entries, "vectors_file", lambda n: "vectors.npy")
+    words = ["--only", "topk", "jumprelu", "--contestants", "lenslab", "lenslab-default", "saelens"]
+    racing.main([*words, "--choose"])
+    curves = json.loads((compare.RESULTS / "time_to_quality.json").read_text())
+    assert set(curves) == {"curves"} and None in {
+        point["lr"] for point in curves["curves"]["topk"]["lenslab-default"]
+    }
+    asked.clear()
+    result = racing.main([*words, "--rounds", "2"])
+    steps = {name: n for kind, name, n in asked if kind == "topk"}
+    assert len(asked) == 2 * 5 and steps["lenslab"] == steps["lenslab-default"] == 100
+    assert steps["saelens"] == pytest.approx(300, abs=2)
+    assert result["ours"]["topk"] == 100 * 4096
+    assert result["ratios"]["saelens topk"] == pytest.approx(2 / 3, abs=0.01)
+    assert result["ratios"]["saelens jumprelu"] == 2 and not result["holds"]["saelens jumprelu"]
+    assert "lenslab-default topk" not in result["holds"]
+    assert result["trained"]["saelens topk"]["fvu"] == pytest.approx(0.16, abs=1e-3)
+    l0 = result["trained"]["lenslab jumprelu"]["l0"]
+    assert 32 / 1.5 < l0 < 32 * 1.5 and set(result) >= SCHEMA
+    assert json.loads((compare.RESULTS / "time_to_quality.json").read_text()) == result
 
 
 # ---------------------------------------------------------------------------------------------- the
