@@ -56,7 +56,7 @@ from lenslab.sae.train import ModelSource
 from lenslab.texts import sampled_text
 from lenslab.tokens import pack
 
-documents = sampled_text(640, model_name(model))
+documents = list(dict.fromkeys(sampled_text(640, model_name(model))))
 held_out, text = pack(model, documents[:40]), pack(model, documents[40:])
 source, unseen = (ModelSource(model, part, HOOK) for part in (text, held_out))
 shared = len(source.documents() & unseen.documents())
@@ -161,12 +161,225 @@ from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.find import find_sae
 
 sae = trained["my SAE"].sae
-everybody = {name: each.sae for name, each in trained.items()}
-other, other_name, origin = find_sae(model)
-everybody[f"{other_name} ({origin})"] = other
+ships, ships_name, origin = find_sae(model)
+everybody = {"my SAE": sae, ships_name: ships, "frozen decoder": trained["frozen decoder"].sae}
 kinds = {"random directions": "random", "PCA axes": "PCA", "raw coordinates": "neurons"}
 everybody |= {name: untrained_sae(sae, vectors, K, kind=kind) for name, kind in kinds.items()}
-scores = {name: evaluate_sae(model, each, held_out, name) for name, each in everybody.items()}
-columns = ["l0", "fvu", "ce_difference", "kl", "l2_ratio", "dead", "dense"]
-table = pd.concat([each.to_frame() for each in scores.values()]).set_index("sae")[columns]
+scores = [evaluate_sae(model, each, held_out, name) for name, each in everybody.items()]
+print(f"{ships_name}: {origin}")
+
+# %% [markdown]
+# `ce_difference`: nats of loss a token that the reconstruction costs when it takes the vector's
+# place; `kl`: how far it moves the prediction; `bias`: length of what is reconstructed, over the
+# length that would fit best, below 1 is *shrinkage*; `dead`, `dense`: latents that never fire in
+# this text, or on more than a tenth of it.
+
+# %%
+columns = ["l0", "fvu", "ce_difference", "kl", "reconstruction_bias", "dead", "dense"]
+table = pd.concat([each.to_frame() for each in scores]).set_index("sae")[columns]
+less = table[["fvu", "ce_difference", "kl"]].drop([ships_name])
+ahead = {metric: [name for name in less.index if less[metric][name] < less[metric]["my SAE"]] for metric in less}
 HTML(table.to_html(float_format="{:.3f}".format))
+
+# %% [markdown]
+# Where a floor is ahead, it says so. The SAE that ships was trained elsewhere, for longer.
+
+# %%
+so(
+    "of my SAE and the floors, the least error is "
+    + ", ".join(f"by {metric} that of {less[metric].idxmin()}" for metric in less)
+    + f". The one that ships leaves {'less' if table['fvu'][ships_name] < table['fvu']['my SAE'] else 'more'} of the variance than mine, with about "
+    f"{table['l0'][ships_name]:.0f} latents active, mine with {K}."
+)
+
+# %% [markdown]
+# ## 5. Where do floors come near?
+# The same comparison for the SAE that ships with `pocket-gpt`, at three sparsities, with every
+# floor trained for as long as it was: a decoder that stays as it was drawn, one that stays near
+# (cosine .8), an encoder that stays. Measured once (`scripts/sae_floors.py`), on held-out documents
+# of people; `best_feature`, `probe_5`, `probe_16`: held-out AUROC with which one feature, or five,
+# or sixteen, tell the seven kinds of probe texts apart, mean over kinds.
+
+# %%
+from lenslab.files import saved_result
+
+pocket = model_key(load_model("pocket-gpt"))
+inputs = {"sites": ["resid-3"], "levels": [8, 16, 32], "model_key": pocket}
+floors = saved_result("phase_4_floors", inputs)
+by_name = floors.pivot(index="name", columns="asked_l0", values="fvu").sort_values(16)
+print(by_name.round(2).to_string())
+
+# %% [markdown]
+# Reconstruction is one thing, telling kinds of text apart another.
+
+# %%
+columns = ["fvu", "ce_difference", "dead", "best_feature", "probe_5", "probe_16"]
+at_16 = floors[floors["asked_l0"] == 16].set_index("name")[columns]
+print(at_16.round(2).to_string())
+
+# %% [markdown]
+# ## 6. What does each decision cost?
+# All seven architectures at one hook of `pocket-gpt`, 1.5 million vectors each, every one at the
+# best of its learning rates; five seeds for the two best (`scripts/sae_sweep.py`). A transcoder
+# writes another stream than it reads.
+
+# %%
+inputs = {"layer": 3, "d_sae": 2048, "vectors": 1_500_000, "model_key": pocket}
+sweep = saved_result("phase_4_sweep", inputs)
+curves = {
+    name: runs.groupby("level")[["l0", "fvu"]].mean().sort_values("l0")
+    for name, runs in sweep.dropna(subset="fvu").groupby("architecture")
+}
+at = [8, 16, 32]
+fvu_at = {n: np.interp(np.log(at), np.log(c["l0"]), c["fvu"], np.nan, np.nan) for n, c in curves.items()}
+print(pd.DataFrame(fvu_at, index=at).T.round(2).sort_values(16).to_string())
+
+# %% [markdown]
+# **Control**: how much do two seeds differ?
+
+# %%
+spread = sweep.groupby(["architecture", "level"])["fvu"].agg(["std", "count"])
+
+# %% [markdown]
+# Drawn, both axes logarithmic: lower left is better.
+
+# %%
+series, places = ({n: c[column] for n, c in curves.items()} for column in ("fvu", "l0"))
+axes = {"x_title": "L0: active per token", "y_title": "FVU: variance left unexplained"}
+lines(series, places, log_x=True, log_y=True, title="What sparsity costs", **axes).show()
+
+# %% [markdown]
+# The rate. Adam's step hardly depends on the loss's scale, so one rate may fit all:
+
+# %%
+rates = saved_result("phase_4_rates", inputs)
+
+# %% [markdown]
+# ## 7. Does an SAE find what is there?
+# In a language model nobody knows the true features. In a planted world they are known.
+
+# %% [markdown]
+# ## 8. What do the new features fire on?
+# The 420 probe texts of phase 2, seven kinds. **Control** in everything that follows: as many
+# random directions, as many of them active. How strong is the strongest activation of each feature?
+
+# %%
+from lenslab.features.activations import encode_features
+from lenslab.show.plots import lines
+from lenslab.texts import label_texts, load_probes
+from lenslab.tokens import tokenize
+
+labels = label_texts(load_probes("categories"))
+batch = tokenize(model, list(labels.texts), truncate=True)
+labels = labels.with_lengths(batch.real.sum(1).numpy())
+names = ["my SAE", "random directions"]
+fas = {name: encode_features(model, everybody[name], batch, name=name) for name in names}
+pooled = {name: fa.pool("max") for name, fa in fas.items()}  # [text, feature]
+strength = {name: np.sort(each.max(axis=0).toarray())[::-1] for name, each in pooled.items()}
+lines(
+    strength, log_y=True, title="Every feature's largest activation, sorted",
+    x_title="rank", y_title="largest activation",
+).show()
+
+# %% [markdown]
+# And on what share of the tokens does each fire? Features that never do are in the legend.
+
+# %%
+from lenslab.show.feature_plots import firing_density
+
+rates = {name: (fa.matrix > 0).mean(axis=0) for name, fa in fas.items()}
+firing_density(rates, title="How often the features fire").show()
+rarely = {name: np.mean(rate < 0.001) for name, rate in rates.items()}
+ratio = {name: each[len(each) // 100] / np.median(each) for name, each in strength.items()}
+so(
+    f"features of my SAE differ more than random directions do: {rarely['my SAE']:.0%}"
+)
+
+# %% [markdown]
+# All features in one picture: a column each, under the kind of text where it is strongest. Each
+# feature is strongest somewhere; what counts is how dark its other rows are, beside the control.
+
+# %%
+from lenslab.show.feature_plots import strength_bars, strength_map
+
+kind_means = {
+    name: np.stack([each[labels.category == kind].mean(axis=0) for kind in labels.categories])
+    for name, each in pooled.items()
+}
+strength_map(kind_means, labels.categories, title="What each feature is strongest on").show()
+
+# %% [markdown]
+# The strongest of them, in three dimensions.
+
+# %%
+strength_bars(kind_means, labels.categories, title="The strongest features, by kind").show()
+
+# %% [markdown]
+# Which feature tells each kind apart, chosen on half of the texts, scored on the others (phase 2,
+# section 5)? **Control**: the frozen decoder's features, searched in the same way.
+
+# %%
+from lenslab.features.specialists import discriminate
+
+frozen_fa = encode_features(model, everybody["frozen decoder"], batch, name="frozen decoder")
+searched = pooled | {"frozen decoder": frozen_fa.pool("max")}
+found = {name: discriminate({name: each}, labels).set_index("category") for name, each in searched.items()}
+aurocs = pd.DataFrame({name: each["auroc"] for name, each in found.items()})
+so(
+    f"one feature of my SAE tells a kind apart with a held-out AUROC of {aurocs['my SAE'].mean():.1f} on average"
+)
+HTML(aurocs.assign(feature=found["my SAE"]["feature"]).to_html(float_format="{:.2f}".format))
+
+# %% [markdown]
+# Where the best of them fires in running text that it was not trained on.
+
+# %%
+from lenslab.features.contexts import find_contexts
+
+best = int(found["my SAE"].sort_values("auroc_discovery")["feature"].iloc[-1])
+contexts = find_contexts(model, sae, held_out, features=[best], progress=False)
+HTML(contexts.top(best)[["activation", "context"]].head(8).to_html(float_format="{:.2f}".format))
+
+# %% [markdown]
+# ## 9. Save it, open it, go on
+# In SAELens's format, whole or not at all. A training can go on from any saved SAE: its first
+# steps then compute what the saved one did. **Control**: as many steps from a random start.
+
+# %%
+from lenslab.files import outputs_path
+from lenslab.sae.load import load_sae
+from lenslab.sae.save import save_sae
+from lenslab.sae.train.convert import from_saelens
+
+folder = save_sae(sae, outputs_path("saes") / "my-sae")
+opened = load_sae(folder)
+with torch.inference_mode():
+    same = torch.equal(opened.encode(vectors[:512]), sae.encode(vectors[:512]))
+print(f"saved and opened again, it encodes the same: {same}")
+
+# %%
+again = {"from the saved": from_saelens(opened)}
+again["from a random start"] = build_sae("topk", opened.cfg.d_in, opened.cfg.d_sae, k=K)
+short = TrainingConfig(vectors=60_000, batch=2048, lr=1e-3, log_every=5)
+went_on = train(again, source, short, held_out=unseen, progress=False)
+begins = {name: each.history["fvu"].iloc[0] for name, each in went_on.items()}
+ends = {name: each.held_out["fvu"] for name, each in went_on.items()}
+
+# %% [markdown]
+# ## 10. A report to keep
+# Curves, scores beside the floors and the features that tell kinds apart, as one page and as PDF.
+
+# %%
+from lenslab.show.report import feature_page, save_report, training_curves
+
+history = {name: each.history for name, each in trained.items()}
+sections = {"Training": [training_curves(history)], "Scores beside floors": [table]}
+for kind, feature in found["my SAE"]["feature"].head(3).items():
+    sections[f"Feature {feature}, chosen for {kind}"] = feature_page(
+        model, sae, fas["my SAE"], feature, categories=labels.category
+    )
+report = save_report("phase_4_my_sae", f"An SAE of {model_name(model)}, {HOOK}", sections)
+print(f"outputs/.../{report.name}: {len(sections)} sections")
+
+# %% [markdown]
+# ## What was found, and what was not
