@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -164,16 +165,17 @@ def main(arguments: list[str] | None = None) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     rows = [json.loads(line) for line in lines]
-    done = {(row["site"], row["name"], row["asked_l0"]) for row in rows}
+    done = {(row["site"], row["name"], row["asked_l0"]): row for row in rows}
+    rows = []
     for site in given.sites:
-        for what, where in bench.contestants(site):
-            for l0 in LEVELS:
-                if (site, what, l0) in done:
-                    continue
-                rows.append(bench.measure(site, what, where, l0))
-                print(rows[-1], flush=True)
+        for (what, where), l0 in itertools.product(bench.contestants(site), LEVELS):
+            row = done.get((site, what, l0))
+            if row is None:
+                row = bench.measure(site, what, where, l0)
+                print(row, flush=True)
                 with open(file, "a", encoding="utf-8") as handle:
-                    handle.write(json.dumps(rows[-1]) + "\n")
+                    handle.write(json.dumps(row) + "\n")
+            rows.append(row)
     table = pd.DataFrame(rows).map(_rounded)
     ships = given.saes == data_path("saes")
     inputs = {"sites": given.sites, "levels": LEVELS, "model_key": model_key(bench.model)}
