@@ -21,7 +21,7 @@ from pathlib import Path
 
 from choreographer import Browser
 
-from lenslab.files import REPOSITORY, atomic_write
+from lenslab.files import REPOSITORY, atomic_write, data_path
 from lenslab.show.images import find_browser, page
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -48,6 +48,21 @@ PARAMETERS = {  # a test counts them by transformers' own classes
     "Gemma 3 1B": 999_885_952,
     "OLMoE 7B": 6_919_161_856,
 }
+# Of the floors' table: names of columns; more is better; whole numbers; comparable at all
+FLOORS = {
+    "fvu": "FVU",
+    "ce_difference": "CE difference",
+    "kl": "KL",
+    "l2_ratio": "L2 ratio",
+    "dead": "dead",
+    "dense": "dense",
+    "best_feature": "best feature",
+    "probe_5": "5 features",
+    "probe_16": "16 features",
+}
+MORE = ("best_feature", "probe_5", "probe_16")
+COUNTS = ("dead", "dense")
+BETTER = ("fvu", "ce_difference", "kl", "dead", *MORE)
 COUNTLESS = 1000  # beyond it a ratio is told by its order of magnitude
 
 
@@ -202,6 +217,24 @@ MARKERS = {  # file -> marker -> what stands between it and its end
     },
     "benchmarks/README.md": {"benchmarks": benchmarks_table},
 }
+
+
+def floors_table() -> str:
+    """The bundled SAE and every floor at each L0; bold what is better than the SAE's."""
+    saved = json.loads(data_path("results", "phase_4_floors.json").read_text(encoding="utf-8"))
+    table, rows = saved["config"]["table"], []
+    ours = {(row["site"], row["asked_l0"]): row for row in table if row["name"] == "SAE"}
+    head = ["site", "L0", "", *FLOORS.values()]
+    for row in sorted(table, key=lambda row: (row["site"], row["asked_l0"])):
+        told = [row["site"], f"{row['l0']:.1f}", row["name"]]
+        for metric in FLOORS:
+            sae = ours[row["site"], row["asked_l0"]][metric]
+            better = row[metric] > sae if metric in MORE else row[metric] < sae
+            value = f"{row[metric]:.0f}" if metric in COUNTS else f"{row[metric]:.3f}"
+            compared = metric in BETTER and (metric in MORE or "twin" not in row["name"])
+            told.append(f"**{value}**" if better and compared else value)
+        rows.append(told)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 def filled(text: str, markers: dict) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from lenslab.features.ceiling import SPARSE, probe
 from lenslab.features.specialists import discriminate
 from lenslab.files import Result, data_path, save_result
 from lenslab.metrics import auroc
-from lenslab.models import load_model, model_key, random_twin
+from lenslab.models import load_model, model_key, model_name, random_twin
 from lenslab.sae.controls import KINDS, untrained_sae
 from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.load import SparseAutoencoder, load_sae
@@ -79,13 +80,14 @@ class Bench:
 
     def contestants(self, site: str) -> Iterator[tuple[str, Path | str]]:
         """(what it is, its folder, or the kind of an untrained one)."""
-        name, saes = f"{self.given.model}-{site}", data_path("saes")
+        saes, model = self.given.saes, model_name(self.model)
+        name = f"{model}-{site}"
         folders = {"SAE": saes / name}
         folders |= {f"SAE, seed {seed}": saes / f"{name}-seed-{seed}" for seed in (1, 2, 3)}
         for frozen in FROZEN:
             folder = f"{name}-frozen-{frozen}".replace(" ", "-")
-            folders[f"frozen {frozen}"] = self.given.floors / folder
-        folders["SAE of the random twin"] = saes / f"{self.given.model}-random-twin-{site}"
+            folders[f"frozen {frozen}"] = (self.given.floors or saes) / folder
+        folders["SAE of the random twin"] = saes / f"{model}-random-twin-{site}"
         yield from ((what, folder) for what, folder in folders.items() if folder.exists())
         yield from ((what, kind) for kind, what in KINDS.items())
 
@@ -103,7 +105,7 @@ class Bench:
             if not level["ships"]:
                 sae = at_l0(sae, self.vectors(model, self.batch[:NEAR], hook), l0)
         else:
-            bundled = load_sae(f"{self.given.model}-{site}")
+            bundled = load_sae(self.given.saes / f"{model_name(model)}-{site}")
             x = self.vectors(model, self.held_out[:FIT], hook)
             sae = untrained_sae(bundled, x, l0, kind=where)
             metrics = evaluate_sae(model, sae, self.held_out).to_dict()
@@ -150,7 +152,8 @@ def main(arguments: list[str] | None = None) -> Path:
     add = parser.add_argument
     add("--corpus", default="corpus", help="folder CATEGORY/SOURCE.jsonl.gz, or 'hub'")
     add("--tokens", type=Path, help="windows that train_pocket_saes.py --write-tokens made")
-    add("--floors", type=Path, default=data_path("saes"), help="folder of the trained floors")
+    add("--saes", type=Path, default=data_path("saes"), help="folder of the SAEs' folders")
+    add("--floors", type=Path, help="folder of the trained floors, default that of the SAEs")
     add("--model", default="pocket-gpt")
     add("--sites", nargs="+", default=["resid-3"])
     add("--vectors", type=float, default=2e4, help="training tokens for thresholds")
@@ -162,19 +165,21 @@ def main(arguments: list[str] | None = None) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     rows = [json.loads(line) for line in lines]
-    done = {(row["site"], row["name"], row["asked_l0"]) for row in rows}
+    done = {(row["site"], row["name"], row["asked_l0"]): row for row in rows}
+    rows = []
     for site in given.sites:
-        for what, where in bench.contestants(site):
-            for l0 in LEVELS:
-                if (site, what, l0) in done:
-                    continue
-                rows.append(bench.measure(site, what, where, l0))
-                print(rows[-1], flush=True)
+        for (what, where), l0 in itertools.product(bench.contestants(site), LEVELS):
+            row = done.get((site, what, l0))
+            if row is None:
+                row = bench.measure(site, what, where, l0)
+                print(row, flush=True)
                 with open(file, "a", encoding="utf-8") as handle:
-                    handle.write(json.dumps(rows[-1]) + "\n")
+                    handle.write(json.dumps(row) + "\n")
+            rows.append(row)
     table = pd.DataFrame(rows).map(_rounded)
+    ships = given.saes == data_path("saes")
     inputs = {"sites": given.sites, "levels": LEVELS, "model_key": model_key(bench.model)}
-    return save_result("phase_4_floors", Floors(ahead(table), table), inputs, ships=True)
+    return save_result("phase_4_floors", Floors(ahead(table), table), inputs, ships=ships)
 
 
 def _rounded(value: Any) -> Any:

@@ -169,7 +169,7 @@ def test_what_is_frozen_stays_and_the_rest_learns(architecture, frozen, vectors,
         assert torch.allclose(loaded.W_dec, start["W_dec"], atol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", ["batchtopk", "gated"])
+@pytest.mark.parametrize("architecture", ["batchtopk", "gated", "jumprelu"])
 def test_a_soft_frozen_decoder_moves_as_far_as_it_may(architecture, vectors):
     def nearest(frozen):
         sae = new(architecture, frozen=frozen)

@@ -13,12 +13,14 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from lenslab.files import REPOSITORY, latest_checkpoint, load_checkpoint, save_checkpoint
 from lenslab.runtime import derive_generator
 from lenslab.sae.train import build_sae
+from lenslab.texts import load_probes
 from lenslab.tokens import pack
 
 CONTEXT, BATCH, STEPS = 16, 2, 20
@@ -609,6 +611,42 @@ def test_another_l0_takes_no_training(tokens_file, architecture):
         active = (tokens_file.script.at_l0(sae, x, l0).encode(x) != 0).sum() / len(x)
         assert float(active) == pytest.approx(l0, rel=0.02)
     assert sae.config.k == 8
+
+
+def test_floors_stand_beside_the_sae_and_nothing_is_measured_twice(
+    tokens_file, gpt2_folder, tmp_path, monkeypatch
+):
+    import sae_floors
+
+    monkeypatch.setenv("LENSLAB_CACHE", str(tmp_path / "cache"))
+    few = load_probes("categories").groupby("category").head(12)
+    monkeypatch.setattr(sae_floors, "load_probes", lambda name: few)
+    monkeypatch.setattr(sae_floors, "LEVELS", (4, 8))
+    monkeypatch.setattr("lenslab.sae.train.trainer.SHARED", 0.2)  # short texts, much alike
+    usual = f"--tokens {tokens_file.file} --model {gpt2_folder} --sites resid-1"
+    usual += f" --work {tmp_path / 'work'}"
+    training = f"{usual} --smoke --architecture batchtopk --out {tmp_path / 'saes'}".split()
+    tokens_file.script.main(training)
+    floors = tokens_file.script.main([*training, "--frozen", "decoder", "soft decoder"])
+    assert [folder.name.partition("resid-1")[2] for folder in floors] == [
+        "-frozen-decoder",
+        "-frozen-soft-decoder",
+    ]
+    measuring = f"{usual} --saes {tmp_path / 'saes'} --validation 500".split()
+    found = json.loads(sae_floors.main(measuring).read_text())
+    rows = pd.DataFrame(found["config"]["table"])
+    names = ["SAE", "frozen decoder", "frozen soft decoder"]
+    names += ["random directions", "PCA axes", "raw neurons"]
+    assert rows["name"].tolist() == [name for name in names for _ in (4, 8)]
+    assert (rows[["fvu", "best_feature", "probe_5", "probe_16"]] > 0).all().all()
+    card = json.loads((floors[0] / "card.json").read_text())
+    first = rows.query("name == 'frozen decoder' and asked_l0 == 4").iloc[0]
+    assert first["fvu"] == pytest.approx(card["at_l0"]["4"]["sae"]["fvu"], rel=1e-4)
+    better = rows.query("asked_l0 == 8").set_index("name")["fvu"]
+    ahead = [line for line in found["values"]["ahead"] if "L0 8, fvu" in line]
+    assert len(ahead) == (better < better["SAE"]).sum()
+    monkeypatch.setattr(sae_floors.Bench, "measure", None)
+    assert json.loads(sae_floors.main(measuring).read_text())["config"] == found["config"]
 
 
 def test_a_sweep_repeats_nothing_and_a_rate_that_is_too_high_stops_no_other(
