@@ -110,7 +110,7 @@ def feature_page(
     feature: Index,
     *,
     categories: Labels | None = None,
-    n: int = 4,
+    n: int = 3,
 ) -> list[Part]:
     """A feature for `save_report`: its texts and kinds (`explore_feature`), how strongly it fires,
     and what it does to the next token (of SAEs that write into the residual stream)."""
