@@ -13,6 +13,8 @@ from lenslab.show.feature_plots import (
     category_feature_heatmap,
     coactivation_heatmap,
     firing_density,
+    strength_bars,
+    strength_map,
     text_feature_heatmap,
 )
 from lenslab.show.images import figure_json
@@ -75,6 +77,8 @@ def test_figures_of_features_name_their_axes():
         lambda: category_feature_heatmap(np.zeros((2, 0)), ["a", "b"], []),
         lambda: coactivation_heatmap(np.eye(1), [7]),
         lambda: firing_density({}),
+        lambda: strength_map({"SAE": np.zeros((2, 3))}, "ab", title="t"),
+        lambda: strength_bars({"SAE": np.zeros((2, 0))}, "ab", title="t"),
     ],
 )
 def test_where_there_is_nothing_to_draw_the_figure_says_so(draw):
@@ -355,3 +359,51 @@ def test_labels_of_another_number_are_refused(draw):
 def test_gaps_stay_gaps():
     assert np.isnan(lines({"a": [1, np.nan, 3]}).data[0].y[1])
     assert np.isnan(heatmap([[1, np.nan]], "ab", "x").data[0].z[0, 1])
+
+
+# Lines with places and spreads of their own; features by what they are for
+
+
+def test_every_line_can_have_its_own_places_and_spread():
+    series, places = (
+        {"a": [1.0, 2.0], "frozen decoder": [3.0]},
+        {"a": [4, 8], "frozen decoder": [5]},
+    )
+    figure = lines(series, places, spread={"a": ([0.5, 2.0], [1.0, 4.0])}, log_x=True)
+    assert [tuple(line.x) for line in figure.data] == [(4, 8), (5,)]
+    assert tuple(figure.data[0].error_y.array) == (0, 2)
+    assert tuple(figure.data[0].error_y.arrayminus) == (0.5, 0)
+    assert figure.data[1].error_y.array is None and figure.data[1].line.color == CONTROL
+    with pytest.raises(ValueError, match=r"\[2\] values for 1 places"):
+        lines({"a": [1, 2]}, {"a": [1]})
+
+
+def test_a_short_logarithmic_axis_names_ones_twos_and_fives():
+    axis = lines({"a": [0.0, 4.0, 64.0]}, log_y=True).layout.yaxis
+    assert axis.type == "log" and {"1", "2", "5", "50"} <= set(axis.ticktext)
+    assert lines({"a": [1, 1e6]}, log_y=True).layout.yaxis.dtick == 1
+
+
+def test_a_line_of_thousands_has_no_markers():
+    assert lines({"a": range(2000)}).data[0].mode == "lines"
+
+
+def test_features_lie_under_the_row_in_which_they_are_strongest_and_strongest_first():
+    """W2.9: not by their number."""
+    means = np.array([[1.0, 0.0, 4.0, 0.0], [2.0, 9.0, 1.0, 0.0]])  # the last never fires
+    figure = strength_map({"SAE": means, "<random>": means}, ["web", "math"], title="t")
+    assert np.allclose(figure.data[0].z, [[1, 0, 0.5], [0.25, 1, 1]])
+    notes = [note.text for note in figure.layout.annotations]
+    assert notes == [f"{name}: 3 of 4 features fire" for name in ("SAE", "&lt;random&gt;")]
+    assert tuple(figure.layout.yaxis2.ticktext) == ("web", "math")
+
+
+def test_bars_in_three_dimensions_are_sorted_and_of_one_scale():
+    means = np.array([[1.0, 0.0, 4.0], [2.0, 9.0, 1.0]])
+    figure = strength_bars({"SAE": means, "random": means / 3}, ["web", "math"], title="t")
+    web, math = (trace.z.reshape(3, 8).max(1) for trace in figure.data[:2])
+    assert np.allclose(web, [0, 4, 1]) and np.allclose(math, [9, 1, 2])
+    assert figure.layout.scene.zaxis.range == figure.layout.scene2.zaxis.range
+    assert tuple(figure.layout.scene.yaxis.ticktext) == ("web", "math")
+    i, j, k = (np.asarray(figure.data[0][key]) for key in "ijk")
+    assert len(i) == 3 * 12 and max(i.max(), j.max(), k.max()) < 3 * 8

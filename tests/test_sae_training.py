@@ -989,3 +989,33 @@ def test_nothing_kept_grows_with_the_number_of_steps(vectors, tmp_path):
         assert len(latest_checkpoint(folder)["state"]["members"]["sae"]["history"]) == 1
         sizes.append((folder / f"step-{steps:08d}.pt").stat().st_size)
     assert abs(sizes[1] - sizes[0]) < 0.02 * sizes[0]
+
+
+def test_who_watches_gets_every_row_and_after_a_stop_those_of_before(vectors, tmp_path):
+    seen = []
+    sae = {"a": build_sae("topk", D_IN, D_SAE, k=K)}
+    config = replace(CONFIG, vectors=256 * 20, log_every=5)
+    source = TensorSource(vectors)
+    options = {"folder": tmp_path, "progress": False}
+    result = train(sae, source, config, watch=lambda *row: seen.append(row), **options)["a"]
+    assert seen == [("a", row) for row in result.history.to_dict("records")]
+    again = []
+    sae = {"a": build_sae("topk", D_IN, D_SAE, k=K)}
+    train(sae, source, config, watch=lambda *row: again.append(row), **options)
+    assert again == seen
+
+
+def test_who_watches_and_raises_loses_no_training(vectors, capsys):
+    calls = []
+
+    def watch(name, row):
+        calls.append(name)
+        row.clear()  # its own copy
+        raise RuntimeError("no display")
+
+    sae = {"a": build_sae("topk", D_IN, D_SAE, k=K), "b": build_sae("topk", D_IN, D_SAE, k=K)}
+    config = replace(CONFIG, vectors=256 * 20, log_every=5)
+    results = train(sae, TensorSource(vectors), config, progress=False, watch=watch)
+    assert [list(result.history["step"]) for result in results.values()] == [[5, 10, 15, 20]] * 2
+    assert calls == ["a"]
+    assert capsys.readouterr().out.count("RuntimeError: no display") == 1

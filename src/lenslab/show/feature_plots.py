@@ -27,6 +27,7 @@ STRIP = ["#c8ccd0", "#80868b"]  # neighbouring categories in turn
 CUBE = np.array(list(np.ndindex(2, 2, 2)))  # [corner, xyz]
 SIDES = [(0, 1, 3, 2), (4, 5, 7, 6), (0, 1, 5, 4), (2, 3, 7, 6), (0, 2, 6, 4), (1, 3, 7, 5)]
 FACES = np.array([(a, *two) for a, b, c, d in SIDES for two in ((b, c), (c, d))])
+MOST_BARS = 40  # features of a figure in three dimensions
 MOST_NUMBERS = 120  # cells of a heatmap that still have room for their number
 
 
@@ -164,55 +165,46 @@ def firing_density(
 
 
 def strength_map(
-    means: Mapping[str, Values],
-    groups: Labels,
-    *,
-    title: str = "What each feature is for",
-    y_title: str = "kind of text",
+    means: Mapping[str, Values], groups: Labels, *, title: str, y_title: str = "kind of text"
 ) -> go.Figure:
     """All features at once, `name -> [group, feature]` activations: a column each, grouped by the
     row in which it is strongest, strongest first. Groups are kinds of text, or the tokens of one.
 
-    Colours are shares of the feature's own maximum. Each entry has its panel: grouping alone makes
-    steps, also of random directions, so that what counts is the contrast. Features that never fire
-    are left out and counted.
+    Colours are shares of the feature's own largest. Each entry has its panel: grouping makes steps
+    of random directions, too, so that what counts is the contrast. Features that never fire are
+    left out and counted.
     """
-    counted = {}
-    figure = make_subplots(len(means), 1, subplot_titles=list(means), vertical_spacing=0.22)
-    for row, (name, values) in enumerate(means.items(), 1):
-        values = numbers(values)
+    inner = 30 + 15 * min(len(groups), 40)  # pixels of a panel; 90 lie between two
+    spacing = 90 / max(len(means) * (inner + 90) - 90, 91)
+    names = [label(name, 40) for name in means]
+    figure = make_subplots(len(means), 1, subplot_titles=names, vertical_spacing=spacing)
+    notes = figure.layout.annotations
+    for row, values in enumerate(map(numbers, means.values())):
         largest = values.max(0, initial=0)
         order = np.lexsort((-largest, values.argmax(0)))
         order = order[largest[order] > 0]
-        counted[name] = f"{label(name, 40)}: {len(order):,} of {len(largest):,} features fire"
+        notes[row].text += f": {len(order):,} of {len(largest):,} features fire"
         panel = plots.cells(values[:, order] / largest[order], order, groups, coloraxis="coloraxis")
-        hover = "feature %{customdata}, %{y}: %{z:.0%}<extra></extra>"
-        panel.update_traces(hovertemplate=hover, customdata=np.tile(order, (len(groups), 1)))
-        figure.add_trace(panel.data[0], row, 1)
-        figure.update_yaxes(panel.layout.yaxis, row=row, title_text=y_title)
-    figure.for_each_annotation(lambda note: note.update(text=counted[note.text], font_size=13))
-    bar = {"thickness": 12, "title": {"text": "share of its max", "side": "right"}}
+        panel.update_traces(hovertemplate="%{y}: %{z:.0%}<extra></extra>")
+        figure.add_trace(panel.data[0], row + 1, 1)
+        figure.update_yaxes(panel.layout.yaxis, row=row + 1, title_text=y_title)
+    bar = {"thickness": 12, "title": {"text": "share of its largest", "side": "right"}}
     figure.update_coloraxes(cmin=0, cmax=1, colorscale=ACTIVATION, colorbar=bar)
     axes = {"x_title": "features, by where they are strongest", "y_title": y_title}
-    height = 100 + len(means) * (110 + 18 * len(groups))
-    return styled(figure, title=title, height=min(height, 1400), **axes)
+    figure = styled(figure, title=title, height=40 + len(means) * (inner + 90), **axes)
+    return figure.update_layout(margin_t=74)
 
 
 def strength_bars(
-    means: Mapping[str, Values],
-    groups: Labels,
-    *,
-    most: int = 40,
-    title: str = "The strongest features",
-    y_title: str = "kind of text",
+    means: Mapping[str, Values], groups: Labels, *, title: str, y_title: str = "kind of text"
 ) -> go.Figure:
-    """The `most` strongest features in three dimensions, `name -> [group, feature]` activations: a
-    bar for each group, the strongest feature at the back; all panels have one scale."""
+    """The strongest features in three dimensions, `name -> [group, feature]` activations: a bar for
+    each group, the strongest feature on the left; all panels have one scale."""
     names = [label(name, 40) for name in means]
     spaced = {"specs": [[{"type": "scene"}] * len(means)], "horizontal_spacing": 0.03}
     figure = make_subplots(1, len(means), subplot_titles=names, **spaced)
     for column, values in enumerate(map(numbers, means.values()), 1):
-        strongest = np.argsort(-values.max(0), kind="stable")[:most]
+        strongest = np.argsort(-values.max(0), kind="stable")[:MOST_BARS]
         rank = np.arange(len(strongest))
         for row, (group, colour) in enumerate(zip(groups, cycle(plots.PALETTE), strict=False)):
             corner = np.stack([rank, np.full(rank.shape, row), 0 * rank], 1)[:, None]
@@ -221,16 +213,15 @@ def strength_bars(
             faces = (8 * rank[:, None, None] + FACES).reshape(-1, 3)
             solid = dict(zip("xyzijk", (*corners.T, *faces.T), strict=True))
             solid |= {"text": np.repeat(strongest, 8), "name": label(group), "color": colour}
-            hover = "feature %{text}: %{z:.3f}"
-            bars = go.Mesh3d(**solid, flatshading=True, hovertemplate=hover)
+            bars = go.Mesh3d(**solid, flatshading=True, hovertemplate="feature %{text}: %{z:.3f}")
             figure.add_trace(bars, 1, column)
-    top = max((numbers(values).max(initial=0) for values in means.values()), default=0)
+    top = max((trace.z.max(initial=0) for trace in figure.data), default=0)
     named = plots.ticks(groups, most=24)
     figure.update_scenes(
         xaxis={"title_text": "rank by strength"},
         yaxis={"title_text": y_title, **named, "tickvals": np.add(named["tickvals"], 0.3)},
-        zaxis={"title_text": "mean activation", "range": [0, 1.02 * top]},
+        zaxis={"title_text": "activation", "range": [0, 1.02 * top]},
         aspectratio={"x": 1.4, "y": 1.0, "z": 0.8},
-        camera={"eye": {"x": 1.5, "y": -1.5, "z": 0.9}},
+        camera={"eye": dict(x=1.6, y=-1.85, z=1.1), "center": dict(x=-0.1, y=-0.1, z=-0.2)},
     )
-    return styled(figure, title=title, height=520, width=1000, x_title="", y_title=y_title)
+    return styled(figure, title=title, height=460, width=1000, x_title="", y_title=y_title)

@@ -45,15 +45,9 @@ PAGE_STYLE = "body{font:16px/1.55 Helvetica,Arial,sans-serif;max-width:1000px;ma
 
 SECONDS = 40  # for a browser to start, and for each figure; usual are 2
 
-PRINT = (
-    "--headless",
-    "--no-sandbox",  # it would not start as root or in a container; all that it opens is our page
-    "--disable-gpu",
-    "--enable-unsafe-swiftshader",  # for figures in three dimensions
-    "--disable-dev-shm-usage",
-    "--no-pdf-header-footer",
-    "--virtual-time-budget=20000",
-)
+# no sandbox: with it a browser does not start as root or in a container; all it opens is our page
+PRINT = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+PRINT += ["--no-pdf-header-footer", "--virtual-time-budget=20000"]
 
 # one for all figures of a kernel; False after a failure, since each further attempt costs seconds
 _browser: Browser | Literal[False] | None = None

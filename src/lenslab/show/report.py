@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import os
 import time
@@ -29,56 +30,56 @@ from lenslab.sae.load import RESIDUAL, SparseAutoencoder
 from lenslab.sae.train import TrainingConfig
 from lenslab.show import images
 from lenslab.show.explore import explore_feature
-from lenslab.show.plots import Labels, bars, colours, label, styled
+from lenslab.show.plots import Labels, bars, colours, label, log_axis, styled
 from lenslab.show.tokens import View
 
 EVERY = 2.0  # seconds between two pictures of a training
 CURVES = {"fvu": "FVU (lower is better)", "l0": "L0: active per token", "dead": "dead latents"}
+Row = dict[str, float | int]
 Part = str | pd.DataFrame | go.Figure | View
 
 PRINTED = 700  # pixels across a printed page
 STYLE = """
-table{border-collapse:collapse;font-size:13px;margin:.6em 0}
-td,th{text-align:left;padding:.15em 1em .15em 0;border-bottom:1px solid #ddd}
-td,th,h1,h2,p{overflow-wrap:anywhere;unicode-bidi:plaintext}
-tr,.r,.lh,.figure{break-inside:avoid}.lh,h2{break-after:avoid}
-@page{size:A4;margin:12mm}
-@media print{body{margin:0;max-width:none;print-color-adjust:exact}
-section+section{break-before:page}.figure{zoom:var(--zoom)}}
+table{border-collapse:collapse;font-size:12px;margin:.4em 0}
+td,th{text-align:left;padding:.1em 1em .1em 0;border-bottom:1px solid #ddd}
+td,h1,h2,p{overflow-wrap:anywhere;unicode-bidi:plaintext}
+th{overflow-wrap:break-word;max-width:16em}
+img{max-width:100%}
+tr,.r,.figure{break-inside:avoid}
+.lh,h2,p{break-after:avoid}
+@page{size:A4;margin:10mm 12mm}
+@media print{
+body{margin:0;max-width:none;font-size:13px;print-color-adjust:exact}
+section:not(:last-child){break-after:page}
+.modebar{display:none}
+}
 """
 
 
-def training_curves(histories: Mapping[str, pd.DataFrame], *, title: str = "Training") -> go.Figure:
+def training_curves(histories: Mapping[str, pd.DataFrame], title: str = "Training") -> go.Figure:
     """FVU, L0 and dead latents of trainings, by name: each from `TrainingResult.history`."""
     figure = make_subplots(1, 3, horizontal_spacing=0.09)
     for name, colour in colours(histories).items():
+        x = histories[name]["vectors"].tolist()
         for column, key in enumerate(CURVES, 1):
-            figure.add_scatter(
-                x=histories[name]["vectors"].tolist(),
-                y=histories[name][key].tolist(),
-                name=label(name, 40),
-                line={"color": colour, "width": 2},
-                showlegend=column == 1,
-                row=1,
-                col=column,
-            )
+            y = histories[name][key].tolist()
+            line = go.Scatter(x=x, y=y, name=label(name, 40), line_color=colour)
+            figure.add_trace(line.update(showlegend=column == 1), 1, column)
     figure = styled(figure, title=title, height=320, x_title="vectors", y_title="", legend=True)
     for column, y_title in enumerate(CURVES.values(), 1):
         figure.update_yaxes(title_text=y_title, title_standoff=4, row=1, col=column)
-    return figure.update_yaxes(type="log", row=1, col=1)
+    return figure.update_yaxes(log_axis([t.y for t in figure.data[:: len(CURVES)]]), row=1, col=1)
 
 
-def live_curves(
-    config: TrainingConfig, *, title: str = "Training"
-) -> Callable[[str, dict[str, float | int]], None]:
+def live_curves(config: TrainingConfig, title: str = "Training") -> Callable[[str, Row], None]:
     """For `train(..., config, watch=live_curves(config))`: `training_curves` that grow, in a
     notebook. Outside one, the whole figure at the end."""
-    rows: dict[str, list[dict]] = defaultdict(list)
+    rows: dict[str, list[Row]] = defaultdict(list)
     handle = DisplayHandle()
     due = 0.0
     drawn = False
 
-    def watch(name: str, row: dict[str, float | int]) -> None:
+    def watch(name: str, row: Row) -> None:
         nonlocal due, drawn
         # a training that was stopped and goes on brings its rows again
         rows[name] = [r for r in rows[name] if r["step"] < row["step"]] + [row]
@@ -94,10 +95,9 @@ def live_curves(
         bundle = {images.PLOTLY_MIME: images.figure_json(figure)}
         if done:  # with its PNG
             bundle = images.FigureRenderer().to_mimebundle(figure.to_dict())
-        show = handle.update if drawn else handle.display
-        # JupyterLab's plotly does not draw again: something else has to take its place first
-        show({"text/plain": ""}, raw=True)
-        handle.update(bundle, raw=True)
+        if drawn:  # JupyterLab keeps a plotly figure unless something else takes its place
+            handle.update({"text/plain": ""}, raw=True)
+        (handle.update if drawn else handle.display)(bundle, raw=True)
         drawn = True
 
     return watch
@@ -110,24 +110,21 @@ def feature_page(
     feature: Index,
     *,
     categories: Labels | None = None,
-    n: int = 4,
+    n: int = 3,
 ) -> list[Part]:
     """A feature for `save_report`: its texts and kinds (`explore_feature`), how strongly it fires,
     and what it does to the next token (of SAEs that write into the residual stream)."""
-    fired = fa.matrix[:, [int(feature)]].data
-    counts, edges = np.histogram(fired, bins=30)
-    figure = bars(
-        {"tokens": counts},
-        (edges[:-1] + edges[1:]) / 2,
-        title=f"How strongly feature {feature} fires, where it does",
-        x_title="activation",
-        y_title="tokens",
-    )
+    counts, edges = np.histogram(fa.matrix[:, [int(feature)]].data, bins=30)
+    titles = {"title": f"How strongly feature {feature} fires, where it does"}
+    titles |= {"x_title": "activation", "y_title": "tokens"}
+    figure = bars({"tokens": counts}, (edges[:-1] + edges[1:]) / 2, **titles)
     view = explore_feature(fa, feature, categories=categories, n=n, spread=n // 2)
-    parts = [view, figure.update_layout(height=240)]
+    parts = [view, figure.update_layout(height=200)]
     if RESIDUAL.search(fa.hook):
-        effects = vocabulary_effects(model, sae, [feature], n=5).drop(columns="feature")
-        parts += ["The next token, by the direct path:", effects.round(2)]
+        table = vocabulary_effects(model, sae, [feature], n=5)
+        table["token"] = table["token"].map(repr) + table["times_control"].map(" {:.2f}".format)
+        said = table.groupby("effect")["token"].agg(", ".join).items()
+        parts += [f"{effect}, times a random direction's most: {few}" for effect, few in said]
     return parts
 
 
@@ -156,7 +153,10 @@ def _element(part: Part, identifier: str) -> str:
     if isinstance(part, pd.DataFrame):
         return part.to_html(border=0, na_rep="", float_format="{:.4g}".format)
     if isinstance(part, go.Figure):
-        shrink = f"--zoom:{min(1, PRINTED / (part.layout.width or PRINTED)):.3f}"
-        element = images.figure_element(images.figure_json(part), identifier)
-        return f'<div class="figure" style="{shrink}">{element}</div>'
+        data = images.figure_json(part)
+        data["layout"]["width"] = min(data["layout"].get("width", PRINTED), PRINTED)
+        png = images.render_png(data) if "scene" in data["layout"] else None
+        if png:  # what WebGL draws is not printed
+            return f'<img src="data:image/png;base64,{base64.b64encode(png).decode("ascii")}">'
+        return f'<div class="figure">{images.figure_element(data, identifier)}</div>'
     return f"<p>{html.escape(part)}</p>"
