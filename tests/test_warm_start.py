@@ -211,7 +211,7 @@ def test_data_of_another_hook_model_or_bos_are_refused(model, batch):
     other = ModelSource(model, batch, "blocks.2.hook_resid_post")
     with pytest.raises(ValueError, match=f"no hook_name {HOOK} of width 32"):
         run(from_saelens(sae, sparsity=0.1), other, config)
-    with pytest.raises(ValueError, match="meant for model_name"):
+    with pytest.raises(ValueError, match="is meant for model_"):
         source = ModelSource(random_twin(model), batch, HOOK)
         run(from_saelens(sae, sparsity=0.1), source, config)
     sae.cfg.metadata.model_key = "0123456789abcdef"
@@ -237,8 +237,6 @@ def test_an_sae_that_reads_a_processed_model_is_not_trained_on_an_unprocessed_on
     centred = torch.randn(600, 32)
     result = run(from_saelens(sae, sparsity=0.1), TensorSource({HOOK: centred}), config)
     assert result.sae.cfg.metadata.model_from_pretrained_kwargs == {"center_writing_weights": True}
-    sae, _ = start_of(model, model_from_pretrained_kwargs={"fold_ln": True, "device": "cpu"})
-    assert run(from_saelens(sae, sparsity=0.1), ModelSource(model, batch, HOOK), config)
 
 
 def test_the_twin_that_stands_in_for_a_notebook_is_trained_on_from_the_models_sae(

@@ -116,7 +116,10 @@ class TrainableSAE(nn.Module):
         self._fit_side(x.float(), self.centre, self.scale)
         self._fit_side((x if target is None else target).float(), self.centre_out, self.scale_out)
         if self.saved:
-            self._unfold()
+            state = self.state_dict()
+            self.b_dec.sub_(self.centre)
+            for name in {"b_dec", "b_enc", "b_mag", "threshold"} & state.keys():
+                state[name].mul_(self.scale)
         elif target is None:
             z = self.scaled(x[:4096].float())
             guess = self.activate(self.pre(z)) @ self.decoder + self.b_dec
@@ -135,12 +138,6 @@ class TrainableSAE(nn.Module):
             centre.copy_(mean)
         if self.config.scale == "mean":
             scale.copy_(sample.shape[1] ** 0.5 / (spread if self.config.centre else length))
-
-    def _unfold(self) -> None:
-        """From weights that read and write x to those that do the same with z."""
-        self.b_dec.sub_(self.centre)
-        for name in {"b_dec", "b_enc", "b_mag", "threshold"} & self.state_dict().keys():
-            getattr(self, name).mul_(self.scale)
 
     def scaled(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """x as the weights see it."""

@@ -26,6 +26,7 @@ from lenslab.sae.train.base import TrainableSAE
 # estimated in training
 KINDS = {"relu": "standard", "topk": "topk", "gated": "gated", "transcoder": "jumprelu_transcoder"}
 OURS = {"standard": "relu", "topk": "topk", "gated": "gated", "jumprelu": "jumprelu"}
+SCALES = {"none": "mean", "constant_norm_rescale": "unit"}  # SAELens's -> ours
 # what `train` compares with its data, and the processing of the model that it cannot have
 KEPT = ("hook_name", "model_name", "prepend_bos", "model_from_pretrained_kwargs")
 
@@ -93,15 +94,14 @@ def from_saelens(sae: SparseAutoencoder, **options: Any) -> TrainableSAE:
     another scaling, decoder rows of other lengths where a training keeps them at 1, several
     thresholds where it has one; and as `build_sae`.
     """
-    about, kind, unit = sae.cfg.metadata, sae.cfg.architecture(), "constant_norm_rescale"
-    scaling = sae.cfg.normalize_activations
-    if kind not in OURS or scaling not in ("none", unit):
+    about, kind, scaling = sae.cfg.metadata, sae.cfg.architecture(), sae.cfg.normalize_activations
+    if kind not in OURS or scaling not in SCALES:
         raise ValueError(f"No training goes on from a {kind} SAE with scaling {scaling!r}.")
     architecture = about.trained_as or OURS[kind]
-    own = {"scale": "unit", "centre": False} if scaling == unit else {}
-    own |= {"k": sae.cfg.k} if kind == "topk" else {}
-    options = own | options
-    if (scaling == unit) != (options.get("scale") == "unit") or options.get("tied"):
+    options = {"scale": SCALES[scaling], "centre": scaling == "none"} | options
+    if kind == "topk":
+        options = {"k": sae.cfg.k} | options
+    if (scaling == "none") == (options["scale"] == "unit") or options.get("tied"):
         raise ValueError(f"This SAE has scaling {scaling!r} and is not tied: that stays so.")
     needed = "k" if architecture in TOPK_FAMILY else "sparsity"
     if needed not in options:
@@ -120,10 +120,10 @@ def from_saelens(sae: SparseAutoencoder, **options: Any) -> TrainableSAE:
         threshold = threshold.mean()  # rounding, in bf16 too, makes no other SAE
     if "threshold" in state:
         state["threshold"] = threshold
-    metadata = {key: about[key] for key in KEPT} | {"model_key": recorded_key(sae)}
-    metadata = {key: value for key, value in metadata.items() if value is not None}
-    options = {"metadata": metadata | {"began_from": sae_key(sae)}} | options
-    new = build_sae(architecture, sae.cfg.d_in, sae.cfg.d_sae, **options)
+    told = {key: about[key] for key in KEPT} | {"model_key": recorded_key(sae)}
+    metadata = {key: value for key, value in told.items() if value is not None}
+    metadata["began_from"] = sae_key(sae)
+    new = build_sae(architecture, sae.cfg.d_in, sae.cfg.d_sae, metadata=metadata, **options)
     new.to(sae.W_enc.device).load_state_dict(new.state_dict() | state)
     new.saved = True
     return new

@@ -28,7 +28,7 @@ import pandas as pd
 from lenslab import __version__, files
 from lenslab.metrics import FeatureActivity, ReconstructionError
 from lenslab.runtime import interrupts_wait, machine_summary, progress_bar
-from lenslab.sae.load import LOADING, UNCHANGED, SparseAutoencoder
+from lenslab.sae.load import SparseAutoencoder
 from lenslab.sae.registry import plain_name
 from lenslab.sae.train.base import SAEConfig, TrainableSAE
 from lenslab.sae.train.convert import to_saelens
@@ -130,10 +130,9 @@ def _described(name: str, sae: TrainableSAE, source: VectorSource, vectors: int)
     for key in source.metadata.keys() & {"model_name", "model_key", "prepend_bos"}:
         if plain_name(str(metadata[key])) != plain_name(str(source.metadata[key])):
             raise ValueError(f"{name} is meant for {key} {metadata[key]}, not the data's.")
-    processing = metadata.get("model_from_pretrained_kwargs", {})
-    changed = [key for key in processing.keys() - UNCHANGED - LOADING if processing[key]]
-    if changed and "model_key" in source.metadata:
-        raise ValueError(f"{name} reads a model with {changed}: make such vectors a TensorSource.")
+    processing = metadata.get("model_from_pretrained_kwargs")
+    if processing and "model_key" in source.metadata:
+        raise ValueError(f"{name} reads a model with {processing}: give a TensorSource made so.")
     hook = metadata.get("hook_name") or (next(iter(widths)) if len(widths) == 1 else None)
     transcoder = own.architecture == "transcoder"
     hook_out = metadata.get("hook_name_out") or (None if transcoder else hook)
