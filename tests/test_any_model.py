@@ -1,19 +1,24 @@
 """Any model: a Gemma 3 folder goes from text to a trained, saved, loaded, evaluated and spliced
 SAE, as GPT-2 does."""
 
+import contextlib
+import io
+import os
+
 import pytest
 import torch
 from conftest import TEXTS, make_tokenizer
 
 from lenslab.capture import harvest
 from lenslab.circuits.interventions import splice
-from lenslab.hooks import stream_hook
+from lenslab.hooks import UnknownHook, stream_hook
 from lenslab.models import load_model, model_key, model_name, summarize
 from lenslab.sae.controls import evaluate_null
 from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.load import SAEMismatch, check_sae, load_sae, sae_hook
 from lenslab.sae.save import save_sae
 from lenslab.sae.train.architectures import build_sae
+from lenslab.sae.train.convert import from_saelens
 from lenslab.sae.train.sources import ModelSource
 from lenslab.sae.train.trainer import TrainingConfig, train
 from lenslab.tokens import pack, tokenize
@@ -177,7 +182,8 @@ def text(gemma):
         " ".join(words[i] for i in torch.randint(len(words), (40,), generator=generator))
         for _ in range(60)
     ]
-    return pack(gemma, documents[:45], length=32), pack(gemma, documents[45:], length=32)
+    windows = [pack(gemma, part, length=32) for part in (documents[:45], documents[45:])]
+    return *windows, documents
 
 
 def untrained(gemma, hook, seed=0):
@@ -204,7 +210,7 @@ def test_an_sae_of_ones_own_is_saved_loaded_and_better_than_random_directions(
     sae = load_sae(save_sae(trained[hook].sae, tmp_path / "sae"))
     assert sae_hook(sae) == hook
     check_sae(sae, gemma)
-    _, unseen = text
+    unseen = text[1]
     x = harvest(gemma, unseen, hook)[hook][unseen.real]
     atol = 1e-4 * float(x.norm(dim=1).mean())
     assert torch.allclose(trained[hook].sae.encode(x), sae.encode(x), atol=atol)
@@ -245,3 +251,129 @@ def test_an_sae_of_the_down_projection_does_not_pass_for_one_of_the_mlp_stream(
     with pytest.raises(SAEMismatch):
         check_sae(sae, model)  # GPT-2
     assert sae_hook(sae) != stream_hook(gemma, LAYER, "mlp")
+
+
+# The whole of S2 (an SAE on the output of Gemma's down-projection), by one changed name
+
+PIPELINE = """
+import torch
+
+from lenslab.circuits.interventions import splice
+from lenslab.models import load_model
+from lenslab.sae.evaluate import evaluate_sae
+from lenslab.sae.load import load_sae
+from lenslab.sae.save import save_sae
+from lenslab.sae.train import ModelSource, TrainingConfig, build_sae, train
+from lenslab.texts import load_texts
+from lenslab.tokens import generate, pack
+
+model, texts = load_model("gemma-3-1b-it"), load_texts("my-texts.txt")
+hook = f"blocks.{model.cfg.n_layers // 2}.mlp.out.hook_out"  # what the down-projection gives
+source = ModelSource(model, pack(model, texts[::2], length=128), hook)  # without BOS and padding
+width, about = source.widths[hook], {"hook_name": hook}
+options = dict(sparsity=0.1, scale="unit", centre=False, metadata=about)
+config = TrainingConfig(3e6, batch=512, lr=3e-3, warm_up=0.1, floor=0.5)
+new = {"down": build_sae("relu", width, 8 * width, **options)}
+result = train(new, source, config, folder="runs/down", log_dir="runs/logs")["down"]
+sae = load_sae(save_sae(result.sae, "runs/down-sae"))
+scores = evaluate_sae(model, sae, pack(model, texts[1::2], length=128))
+feature = torch.tensor([int(scores.firing_rate.argmax())])
+edits = {
+    "untouched": None,
+    "ablated": lambda features: features.index_fill(-1, feature, 0),
+    "amplified": lambda features: features.index_copy(-1, feature, 8 * features[..., feature]),
+    "set": lambda features: features.index_fill(-1, feature, 3 * float(features.max())),
+}
+for name, edit in edits.items():
+    with splice(model, sae, edit=edit):
+        print(name, generate(model, "A cat", max_new_tokens=8))
+"""
+
+
+@pytest.fixture(scope="module")
+def pipeline(gemma_folder, text, tmp_path_factory):
+    """What the snippet leaves, run with the folder's name in the place of the hub's, on a text of
+    one's own and for fewer vectors."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    documents = [document.replace("\n", " ") for document in text[2]]
+    (folder / "my-texts.txt").write_text("\n\n".join(documents))
+    code = PIPELINE.replace("gemma-3-1b-it", str(gemma_folder)).replace("3e6", "30_000")
+    code = code.replace("length=128", "length=32")  # of 64 that this model reads
+    names, before, printed = {}, os.getcwd(), io.StringIO()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(code, names)
+    finally:
+        os.chdir(before)
+    return names | {"printed": printed.getvalue(), "folder": folder}
+
+
+def test_s2_runs_by_one_changed_name_and_learns(pipeline):
+    model, sae, scores = pipeline["model"], pipeline["sae"], pipeline["scores"]
+    assert sae_hook(sae) == SITES["down projection"][0] and scores.d_sae == 8 * WIDTH
+    assert sae.cfg.normalize_activations == "constant_norm_rescale"
+    history = pipeline["result"].history
+    assert history["fvu"].iloc[-1] < 0.5 * history["fvu"].iloc[0]
+    assert history["lr"].iloc[-1] == pytest.approx(0.5 * 3e-3, rel=0.02)  # the cosine's floor
+    held_out = pipeline["texts"][1::2]
+    null = evaluate_null(model, sae, pack(model, held_out, length=32), scores.l0)
+    assert scores.fvu < 0.7 * null.fvu and 0 < scores.l0 < 8 * WIDTH / 2
+    assert any((pipeline["folder"] / "runs/logs/down").iterdir())  # TensorBoard
+    assert [line.split()[0] for line in pipeline["printed"].splitlines() if "A cat" in line] == [
+        "untouched",
+        "ablated",
+        "amplified",
+        "set",
+    ]
+
+
+def test_s2_edits_do_what_they_say_and_nothing_else(pipeline, text):
+    """What is written to the hook differs from what stood there by the edited feature's own
+    direction, times how much it was changed, times the norm that was taken away."""
+    model, sae, batch = pipeline["model"], pipeline["sae"], text[1][:4]
+    hook, feature = sae_hook(sae), int(pipeline["feature"])
+    options, written = dict(attention_mask=batch.attention.long()), []
+    value = harvest(model, batch, hook, compute="float32")[hook]
+    active = sae.encode(value)[..., feature]  # [text, pos]
+    largest = 3 * float(sae.encode(value).max())
+    expected = {"untouched": active, "ablated": 0 * active, "amplified": 8 * active}
+    expected["set"] = torch.full_like(active, largest)
+    size = value.norm(dim=-1, keepdim=True) / WIDTH**0.5
+    clean = model(batch.tokens, **options)
+    assert active[batch.real].max() > 0
+    for name, edit in pipeline["edits"].items():
+        written.clear()
+        keep = [(hook, lambda value, hook: written.append(value))]
+        with torch.inference_mode(), splice(model, sae, edit=edit), model.hooks(fwd_hooks=keep):
+            logits = model(batch.tokens, **options)
+        moved = (expected[name] - active)[..., None] * sae.W_dec[feature] * size
+        assert torch.allclose(written[0], value + moved, atol=1e-4 * float(written[0].norm()))
+        assert ((logits - clean).abs().max() > 1e-3) == (name != "untouched")
+    assert torch.equal(model(batch.tokens, **options), clean)  # the layer is the model's own again
+
+
+def test_s2_saes_of_another_layer_or_model_are_refused_wherever_they_are_given(
+    pipeline, gemma, gemma_folder, text, model, tmp_path
+):
+    batch, mine = text[1], pipeline["sae"]
+    with pytest.raises(SAEMismatch, match="made for"):
+        evaluate_sae(model, mine, batch)  # GPT-2
+    with pytest.raises(SAEMismatch, match="made for"), splice(model, mine):
+        pass
+    beyond = load_sae(save_sae(mine, tmp_path / "sae"))
+    beyond.cfg.metadata.hook_name = "blocks.7.mlp.out.hook_out"
+    with pytest.raises(UnknownHook, match=r"blocks\.7"):
+        evaluate_sae(gemma, beyond, batch)
+    with pytest.raises(UnknownHook, match=r"blocks\.7"), splice(gemma, beyond):
+        pass
+    inner = load_sae(tmp_path / "sae")
+    inner.cfg.metadata.hook_name = "blocks.1.mlp.out.hook_in"  # 48 wide
+    with pytest.raises(SAEMismatch, match="width 32"):
+        evaluate_sae(gemma, inner, batch)
+    with pytest.raises(SAEMismatch, match="width 32"), splice(gemma, inner):
+        pass
+    start, config = from_saelens(mine, sparsity=0.1), TrainingConfig(256, batch=256)
+    for source in (ModelSource(gemma, text[0], HOOKS[0]), ModelSource(model, batch, HOOKS[0])):
+        with pytest.raises(ValueError, match=r"meant for model_|no hook_name"):
+            train({"down": start}, source, config, progress=False)

@@ -3,6 +3,7 @@ beside their null."""
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from lenslab.sae import evaluate
 from lenslab.sae.controls import evaluate_null, random_sae
 from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.find import small_sae
-from lenslab.sae.load import SAEMismatch, sae_key
+from lenslab.sae.load import SAEMismatch, load_sae, sae_key
+from lenslab.show.feature_plots import firing_density
+from lenslab.texts import sampled_text
 from lenslab.tokens import TokenBatch, pack, tokenize
 
 TEXTS = [
@@ -304,3 +307,184 @@ def test_a_text_of_one_token_counts_among_others_and_alone_is_refused(bold, batc
     assert without_tensors(single) == pytest.approx(without_tensors(whole), rel=1e-4, abs=1e-5)
     with pytest.raises(ValueError, match="nothing to predict"):
         evaluate_sae(bold, tiny_sae(bold), short[:1])
+
+
+# Oracles: what each metric says of an SAE or of logits that were planted
+
+
+def rescaled(bold, factor):
+    """A perfect SAE whose output is multiplied."""
+    sae = known_sae(bold, "perfect")
+    sae.W_dec.mul_(factor)
+    return sae
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.9, 2.0])
+def test_an_sae_that_halves_everything_has_a_shrinkage_of_a_half(bold, batch, factor):
+    m, x = evaluate_sae(bold, rescaled(bold, factor), batch), values(bold, batch).double()
+    assert close(m.relative_bias, factor) and close(m.l2_ratio, factor) and close(m.cosine, 1)
+    spread = float((x - x.mean(0)).square().sum())
+    assert close(m.fvu, (1 - factor) ** 2 * float(x.square().sum()) / spread)
+
+
+def test_a_projection_is_short_but_not_shrunk_and_where_nothing_is_said_there_is_no_factor(
+    bold, batch
+):
+    """A factor of 1: no other length would come nearer, although half of x is missing."""
+    sae = known_sae(bold, "perfect")
+    sae.W_dec[:, 16:] = 0
+    m = evaluate_sae(bold, sae, batch)
+    assert close(m.relative_bias, 1) and m.l2_ratio < 0.9
+    assert evaluate_sae(bold, known_sae(bold, "zero"), batch).relative_bias is None
+    assert evaluate_sae(bold, rescaled(bold, -1.0), batch).relative_bias is None
+    mean = evaluate_sae(bold, known_sae(bold, "mean", values(bold, batch).mean(0)), batch)
+    assert close(mean.relative_bias, 1)
+
+
+def test_firing_rates_are_those_that_were_planted_and_can_be_drawn_without_another_pass(
+    bold, batch, monkeypatch
+):
+    x = values(bold, batch)
+    levels = x[:, 0].sort().values
+    sae, n = known_sae(bold, "zero"), len(x)
+    sae.W_enc[0, 2:] = 1
+    sae.b_enc[0], sae.b_enc[1] = -1, 1  # never, always
+    counts = [1, 2, n // 2, n - 1]
+    for latent, count in enumerate(counts, start=2):  # above the middle between two neighbours
+        sae.b_enc[latent] = -(levels[n - count - 1] + levels[n - count]) / 2
+    sae.b_enc[6:] = -1e6
+    expected = torch.tensor([0, n, *counts, *[0] * 58]).double() / n
+    for step in (16, 1):
+        monkeypatch.setattr(evaluate, "TEXTS", step)
+        m = evaluate_sae(bold, sae, batch)
+        assert torch.equal(m.firing_rate, expected)
+        assert (m.dead, m.dense) == (59, int((expected > 0.1).sum()))
+        assert close(m.l0, float(expected.sum()))
+    monkeypatch.setattr(evaluate, "forward", lambda *given: 1 / 0)
+    figure = firing_density({"SAE": m.firing_rate})
+    assert "59 of 64 never" in figure.data[0].name and sum(figure.data[0].y) == 5
+
+
+def test_firing_rates_are_not_in_tables_and_cards(bold, batch, tmp_path):
+    m = evaluate_sae(bold, tiny_sae(bold), batch)
+    m.save(tmp_path / "metrics.json")
+    values = json.loads((tmp_path / "metrics.json").read_text())["values"]
+    assert "firing_rate" not in {*values, *m.to_dict(), *m.to_frame().columns}
+    assert "firing_rate" not in repr(m) and m == dataclasses.replace(m)
+    assert values["relative_bias"] == m.relative_bias
+
+
+def test_losses_and_divergence_are_those_of_logits_that_were_planted(bold, batch, monkeypatch):
+    """The right token has probability 1/2 in the clean run, 1/4 in the spliced one, 1/8 with the
+    mean and 1/16 with zero; all others share the rest evenly."""
+    x, real = values(bold, batch), batch.real
+    others = bold.cfg.d_vocab - 1
+
+    def planted(model, hook, part, replace=None):
+        value = torch.zeros(*part.tokens.shape, 32)
+        value[part.real] = x[: int(part.real.sum())]
+        new = value if replace is None else replace(value)
+        kinds = {1 / 2: value, 1 / 4: value / 2, 1 / 16: value * 0}
+        share = next((p for p, kind in kinds.items() if torch.allclose(new, kind)), 1 / 8)
+        p = torch.full((*part.tokens.shape, others + 1), (1 - share) / others, dtype=torch.float64)
+        p[:, :-1].scatter_(-1, part.tokens[:, 1:, None], share)
+        p[~part.attention] = float("nan")  # what stands at padding never counts
+        return p.log(), value
+
+    monkeypatch.setattr(evaluate, "forward", planted)
+    m = evaluate_sae(bold, rescaled(bold, 0.5), batch)
+    ln2 = math.log(2)
+    assert close(m.ce_clean, ln2, 1e-6) and close(m.ce_spliced, 2 * ln2, 1e-6)
+    assert close(m.ce_mean, 3 * ln2, 1e-6) and close(m.ce_zero, 4 * ln2, 1e-6)
+    assert close(m.ce_difference, ln2, 1e-6) and m.n_tokens == int(real.sum())
+    assert close(m.ce_recovered_zero, 2 / 3, 1e-6) and close(m.ce_recovered_mean, 1 / 2, 1e-6)
+    assert close(m.kl, 0.5 * math.log(2) + 0.5 * math.log((1 / 2) / (3 / 4)), 1e-12)
+
+
+# SAELens's own evaluation
+
+
+@pytest.fixture(scope="module")
+def both():
+    """`evaluate_sae` and SAELens's `run_evals` of a bundled SAE on the same 16 windows, in two
+    batches, and what both are made of."""
+    from datasets import Dataset
+    from sae_lens import evals
+    from sae_lens.training.activation_scaler import ActivationScaler
+    from sae_lens.training.activations_store import ActivationsStore
+
+    model, sae = load_model("pocket-gpt"), load_sae("pocket-gpt-resid-3", device="cpu")
+    batch = pack(model, sampled_text(60), length=48)
+    batch = batch[batch.attention.all(1).nonzero().flatten().tolist()][:16]
+    dataset = Dataset.from_dict({"tokens": batch.tokens.tolist()})
+    store = ActivationsStore.from_sae(
+        model, sae, dataset, None, 48, False, 8, n_batches_in_buffer=4, total_tokens=768
+    )
+    config = evals.get_eval_everything_config(8, 2, 2)
+    groups, by_latent = evals.run_evals(sae, store, model, ActivationScaler(), config)
+    theirs = {name: value for group in groups.values() for name, value in group.items()}
+    store.reset_input_dataset()
+    read = [store.get_batch_tokens(8) for _ in range(2)]
+    assert torch.equal(torch.cat(read), batch.tokens)  # else nothing below compares anything
+    hook = sae.cfg.metadata.hook_name
+    x = harvest(model, batch, hook, compute="float32", progress=False)[hook]
+    return model, sae, batch, evaluate_sae(model, sae, batch), theirs, by_latent, x
+
+
+def test_where_saelens_means_the_same_it_says_the_same(both):
+    """Reconstruction and sparsity: both leave special tokens out."""
+    _, _, batch, ours, theirs, by_latent, x = both
+    assert not batch.real.all(1).any() and batch.n_real < batch.tokens.numel() - len(batch)
+    assert close(ours.variance_explained, theirs["explained_variance"])
+    assert close(ours.l0, theirs["l0"]) and close(ours.cosine, theirs["cossim"])
+    assert close(ours.l2_ratio, theirs["l2_ratio"])
+    spread = x[batch.real].double().var(0, correction=0).sum()
+    assert close(ours.fvu * float(spread), theirs["mse"])
+    density = torch.tensor(by_latent["feature_density"]).double()
+    torch.testing.assert_close(ours.firing_rate, density, rtol=1e-6, atol=1e-8)
+
+
+def test_what_saelens_averages_over_batches_or_tokens_differs_by_that_alone(both):
+    _, sae, batch, ours, theirs, _, x = both
+    bias, explained = [], []
+    for rows in (slice(0, 8), slice(8, 16)):
+        value = x[rows][batch.real[rows]].double()  # [token, d_in]
+        x_hat = sae.decode(sae.encode(value.float())).double()
+        bias.append(float(x_hat.square().sum() / (value * x_hat).sum()))
+        distance = (value - value.mean(0)).square().sum(1)
+        explained.append(1 - (value - x_hat).square().sum(1) / distance)
+    assert close(sum(bias) / 2, theirs["relative_reconstruction_bias"])
+    assert bias[0] != bias[1] and min(bias) < ours.relative_bias < max(bias)  # of all tokens
+    legacy = float(torch.cat(explained).mean())
+    assert close(legacy, theirs["explained_variance_legacy"], 1e-4)
+    assert abs(legacy - ours.variance_explained) > 1e-3  # a mean of ratios is no ratio of means
+
+
+def test_losses_differ_by_which_positions_count_and_by_what_is_ablated_alone(both):
+    """Ours are of positions whose *target* is a real token, the first one after BOS among them.
+    SAELens's are of positions whose own token is real, whatever is to be predicted, for KL the last
+    one too; its ablation takes BOS and separators along."""
+    model, sae, batch, ours, theirs, _, _ = both
+    hook, tokens, real = sae.cfg.metadata.hook_name, batch.tokens, batch.real
+    zero = [(hook, lambda value, hook: value * 0)]
+    with torch.inference_mode():
+        clean = model(tokens).double().log_softmax(-1)  # [text, pos, vocabulary]
+        with splice(model, sae, error_term=False, mask=real):
+            spliced = model(tokens).double().log_softmax(-1)
+        ablated = model.run_with_hooks(tokens, fwd_hooks=zero).double().log_softmax(-1)
+    kl = (clean.exp() * (clean - spliced)).sum(-1)  # [text, pos]
+
+    def nats(log_p):
+        return -log_p[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+
+    of_target, of_own = real[:, 1:], real[:, :-1]
+    assert close(ours.ce_clean, float(nats(clean)[of_target].mean()))
+    assert close(ours.ce_spliced, float(nats(spliced)[of_target].mean()))
+    assert close(ours.kl, float(kl[:, :-1][of_target].mean()))
+    assert close(theirs["ce_loss_without_sae"], float(nats(clean)[of_own].mean()), 1e-4)
+    assert close(theirs["ce_loss_with_sae"], float(nats(spliced)[of_own].mean()), 1e-4)
+    assert close(theirs["ce_loss_with_ablation"], float(nats(ablated)[of_own].mean()), 1e-4)
+    assert close(theirs["kl_div_with_sae"], float(kl[real].mean()), 1e-4)
+    for name, value in (("ce_loss_without_sae", ours.ce_clean), ("kl_div_with_sae", ours.kl)):
+        assert abs(theirs[name] - value) > 1e-3  # else nothing is explained here
+    assert abs(theirs["ce_loss_with_ablation"] - ours.ce_zero) > 1

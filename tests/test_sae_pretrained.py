@@ -40,7 +40,7 @@ RELEASE, SAE_ID = "gpt2-small-res-jb", "blocks.1.hook_resid_pre"
 REPOSITORY = "jbloom/GPT2-Small-SAEs-Reformatted"
 
 
-def tiny_sae(model, hook=HOOK, architecture="standard", d_sae=48, seed=0, **metadata):
+def tiny_sae(model, hook=HOOK, architecture="standard", d_sae=48, seed=0, options=None, **metadata):
     """A random SAE for a model, as SAELens builds it; metadata as a trained one has it."""
     from sae_lens import SAE
 
@@ -53,9 +53,11 @@ def tiny_sae(model, hook=HOOK, architecture="standard", d_sae=48, seed=0, **meta
         device="cpu",
     )
     config |= dict(
-        apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none"
+        apply_b_dec_to_input="transcoder" not in architecture,
+        normalize_activations="none",
+        reshape_activations="none",
     )
-    config |= dict(topk=dict(k=5)).get(architecture, {})
+    config |= dict(topk=dict(k=5)).get(architecture, {}) | (options or {})
     config["metadata"] = dict(hook_name=hook, model_name=model_name(model), **metadata)
     sae = SAE.from_dict(config)
     for name, value in sae.state_dict().items():

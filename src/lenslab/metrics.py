@@ -122,6 +122,8 @@ class ReconstructionError:
         self.squared_error = 0.0
         self._cosines = 0.0
         self._ratios = 0.0
+        self._square = 0.0  # of x_hat
+        self._product = 0.0  # of x and x_hat
         self._directed = 0  # tokens with x != 0: others have no direction and no relative length
 
     def update(self, x: Tokens, x_hat: Tokens, real: Mask = None) -> ReconstructionError:
@@ -138,6 +140,8 @@ class ReconstructionError:
             )
             self._ratios += float((block_hat.norm(dim=1) / norm)[directed].sum())
             self._directed += int(directed.sum())
+            self._square += float(block_hat.square().sum())
+            self._product += float((block * block_hat).sum())
         return self
 
     @property
@@ -170,6 +174,14 @@ class ReconstructionError:
     def l2_ratio(self) -> float:
         """Mean over tokens with x != 0 of ||x_hat|| / ||x||; below 1 is shrinkage."""
         return self._ratios / self._directed
+
+    @property
+    def relative_bias(self) -> float | None:
+        """The gamma at which x_hat / gamma comes nearest to x, over all tokens seen and about the
+        origin: sum ||x_hat||^2 / sum x . x_hat (Rajamanoharan et al. 2024, equation 10). Below
+        1 is shrinkage; 1 where no other length would do, although a projection is shorter than x
+        (`l2_ratio`). None where x_hat does not point along x at all."""
+        return self._square / self._product if self._product > 0 else None
 
 
 # Latents

@@ -15,8 +15,9 @@ A number alone says little: 2,048 random directions with the same L0 explain var
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
@@ -52,6 +53,7 @@ class SAEMetrics(Result):
     fvu: float  # one minus variance explained
     cosine: float
     l2_ratio: float  # mean ||x_hat|| / ||x||: below 1 is shrinkage
+    relative_bias: float | None  # what x_hat is to be divided by to come nearest to x: the same
     dead: int  # latents never active in n_tokens
     dense: int  # latents active on more than 10 % of them
     ce_clean: float
@@ -62,6 +64,13 @@ class SAEMetrics(Result):
     ce_recovered_zero: float | None  # (zero - spliced) / (zero - clean)
     ce_recovered_mean: float | None
     kl: float  # KL(clean || spliced)
+    # share of the tokens at which each latent is active, for `show.feature_plots.firing_density`
+    firing_rate: Float[Tensor, " d_sae"] = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field but the firing rates: thousands of numbers, in which a card or a table would
+        drown."""
+        return {key: value for key, value in super().to_dict().items() if key != "firing_rate"}
 
     def to_frame(self) -> pd.DataFrame:
         """One row; put several SAEs together with `pd.concat`."""
@@ -130,11 +139,13 @@ def evaluate_sae(
         fvu=error.fvu,
         cosine=error.cosine_similarity,
         l2_ratio=error.l2_ratio,
+        relative_bias=error.relative_bias,
         dead=int(activity.dead.sum()),
         dense=int(activity.dense.sum()),
         ce_difference=losses["ce_spliced"] - losses["ce_clean"],
         ce_recovered_zero=_recovered(losses, "ce_zero"),
         ce_recovered_mean=_recovered(losses, "ce_mean"),
+        firing_rate=activity.firing_rate.cpu(),
         **losses,
     )
 

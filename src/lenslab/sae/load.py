@@ -87,6 +87,12 @@ def sae_hook(sae: SparseAutoencoder) -> str:
     return sae.cfg.metadata.hook_name
 
 
+def recorded_key(sae: SparseAutoencoder) -> str | None:
+    """The key of the model that the SAE was made for, where it says one. None for the twin that
+    stands in for whole notebooks: the model's SAE must read it, being what it is the control of."""
+    return None if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else sae.cfg.metadata.model_key
+
+
 def refuse_transcoder(sae: SparseAutoencoder) -> None:
     """Raise ValueError for an SAE whose output has no place at the hook that it reads."""
     written = getattr(sae.cfg.metadata, "hook_name_out", None)
@@ -255,9 +261,7 @@ def check_sae(sae: SparseAutoencoder, model: TransformerBridge) -> None:
     shape = hook_names(model)[hook]  # of one text of two tokens
     if shape[:2] != (1, 2) or math.prod(shape[2:]) != sae.cfg.d_in:
         raise SAEMismatch(f"The SAE has width {sae.cfg.d_in}, {hook} of {given} gives {shape[2:]}.")
-    # The twin that stands in for whole notebooks must be read by the model's SAE: that is what it
-    # is the control of
-    recorded = None if os.environ.get("LENSLAB_MODEL_TWIN") == "1" else about.model_key
+    recorded = recorded_key(sae)
     if recorded and recorded.split("-")[0] != weights_key(model):
         own, others = model.cfg.dtype, (torch.float32, torch.bfloat16, torch.float16)
         same = any(recorded.split("-")[0] == weights_key(model, dtype) for dtype in others)

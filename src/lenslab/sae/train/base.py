@@ -86,6 +86,7 @@ class TrainableSAE(nn.Module):
 
     topk_family = False  # decoder rows of norm 1, dead latents revived by AuxK
     fitted = False  # scale and centre were taken from data, and weights perhaps trained on them
+    saved = False  # the weights are those of a saved SAE (`lenslab.sae.train.convert`)
 
     def __init__(self, config: SAEConfig):
         super().__init__()
@@ -123,10 +124,16 @@ class TrainableSAE(nn.Module):
     @torch.no_grad()
     def fit(self, x: Float[Tensor, "token d_in"], target: Tensor | None = None) -> None:
         """Scale and centre from a first sample, and the encoder's length at which it reconstructs
-        that sample best. ValueError where the sample is constant, or NaN or Inf."""
+        that sample best; a saved SAE's weights compute the same as before. ValueError where the
+        sample is constant, or NaN or Inf."""
         self._fit_side(x.float(), self.centre, self.scale)
         self._fit_side((x if target is None else target).float(), self.centre_out, self.scale_out)
-        if target is None:
+        if self.saved:
+            state = self.state_dict()
+            self.b_dec.sub_(self.centre)
+            for name in {"b_dec", "b_enc", "b_mag", "threshold"} & state.keys():
+                state[name].mul_(self.scale)
+        elif target is None:
             z = self.scaled(x[:4096].float())
             guess = self.activate(self.pre(z)) @ self.decoder + self.b_dec
             length = ((z * guess).sum() / guess.square().sum().clamp_min(1e-9)).clamp(1e-3, 1)

@@ -131,6 +131,8 @@ class Member:
         scalars = torch.stack([getattr(losses, name).detach().to(x.device) for name in names])
         values = dict(zip(names, scalars.tolist(), strict=True))  # a GPU is waited for once
         self.steps.append(values)
+        if self.sae.saved and step == 0:  # how far off it begins is not that it diverged
+            self.square = max(self.square, values["reconstruction"])
         self.check(step, values["reconstruction"], DIVERGED)
         # 2. gradients and the step
         self.optimizer.zero_grad(set_to_none=True)

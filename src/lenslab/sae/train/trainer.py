@@ -29,6 +29,7 @@ from lenslab import __version__, files
 from lenslab.metrics import FeatureActivity, ReconstructionError
 from lenslab.runtime import interrupts_wait, machine_summary, progress_bar
 from lenslab.sae.load import SparseAutoencoder
+from lenslab.sae.registry import plain_name
 from lenslab.sae.train.base import SAEConfig, TrainableSAE
 from lenslab.sae.train.convert import to_saelens
 from lenslab.sae.train.member import Member, TrainingConfig
@@ -150,8 +151,11 @@ def _described(name: str, sae: TrainableSAE, source: VectorSource, vectors: int)
     own, widths = sae.config, source.widths
     metadata = source.metadata | own.metadata
     for key in source.metadata.keys() & {"model_name", "model_key", "prepend_bos"}:
-        if metadata[key] != source.metadata[key]:
+        if plain_name(str(metadata[key])) != plain_name(str(source.metadata[key])):
             raise ValueError(f"{name} is meant for {key} {metadata[key]}, not the data's.")
+    processing = metadata.get("model_from_pretrained_kwargs")
+    if processing and "model_key" in source.metadata:
+        raise ValueError(f"{name} reads a model with {processing}: give a TensorSource made so.")
     hook = metadata.get("hook_name") or (next(iter(widths)) if len(widths) == 1 else None)
     transcoder = own.architecture == "transcoder"
     hook_out = metadata.get("hook_name_out") or (None if transcoder else hook)
