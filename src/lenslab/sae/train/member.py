@@ -24,6 +24,7 @@ from lenslab.sae.train.architectures import FIRST_THRESHOLD
 from lenslab.sae.train.base import SAEConfig, TrainableSAE, TrainingFailed
 
 FIRST = 1 << 15  # vectors that scale and centre are taken from
+TURN, FASTEST = 0.064, 0.008  # of a row of norm 1 in a step; the rate, where none is given
 # times the mean square of the data, in one step: their variance where they are centred, and the
 # error of the start where they lie far from the origin
 DIVERGED = 100.0
@@ -38,7 +39,9 @@ class TrainingConfig:
 
     vectors: int  # to train on, counted with repetitions
     batch: int = 4096  # vectors per step
-    # peak rate of Adam; None: 1e-3 * sqrt(4096 / d_sae) (Gao, appendix A)
+    # peak rate of Adam; None: 0.064 / sqrt(d_in), at most .008. A step moves each entry of a row by
+    # the rate, so rows of norm 1 turn alike at every width: .004 at 256, where rates were compared
+    # (`data/results/phase_4_rates.json`)
     lr: float | None = None
     warm_up: float = 0.05  # share of the steps in which the rate rises
     floor: float = 0.1  # what the cosine ends at, as a share of the peak
@@ -93,7 +96,7 @@ class Member:
         self.name, self.sae, self.config, self.described = name, sae.train(), config, described
         self.hook = described.metadata["hook_name"]
         self.hook_out = described.metadata.get("hook_name_out") or self.hook
-        self.lr = config.lr or 1e-3 * math.sqrt(4096 / described.d_sae)
+        self.lr = config.lr or min(FASTEST, TURN / math.sqrt(described.d_in))
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=self.lr, fused=True)
         device = sae.W_enc.device
         self.silent = torch.zeros(described.d_sae, dtype=torch.long, device=device)  # vectors
