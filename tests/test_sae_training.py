@@ -4,6 +4,7 @@ Runs are stopped by real signals: SIGINT out of an SAE's own loss or a source's 
 process of their own.
 """
 
+import math
 import signal
 import subprocess
 import sys
@@ -323,18 +324,19 @@ def test_the_floor_may_be_reached_before_the_end():
         replace(config, warm_up=500.0)  # steps
 
 
-def test_wider_vectors_are_learned_at_a_lower_rate_unless_told():
-    """.004 at 256 dimensions, where it was tried, whatever the number of latents; never more than
-    .008, at which no architecture diverged."""
-    config = TrainingConfig(256 * 4, batch=256, warm_up=0.0, log_every=1)
-    peaks = {}
-    for d_in, d_sae in ((16, 64), (64, 64), (64, 256), (256, 64)):
-        sae = build_sae("topk", d_in, d_sae, k=4)
-        x = torch.randn(600, d_in, generator=torch.Generator().manual_seed(0))
-        peaks[d_in, d_sae] = run(sae, x, config).history.lr.max()
-    assert list(peaks.values()) == pytest.approx([0.008, 0.008, 0.008, 0.004])
-    told = run(build_sae("topk", 256, 64, k=4), x, replace(config, lr=1e-3))
-    assert told.history.lr.max() == pytest.approx(1e-3)
+def test_wide_vectors_and_long_trainings_have_a_lower_rate_unless_told():
+    """2 / sqrt(d_in * steps), whatever the number of latents, and never more than .008, at which no
+    architecture diverged."""
+
+    def peak(d_in, steps, d_sae=64, lr=None):
+        sae = build_sae("topk", d_in, d_sae, k=4, metadata={"hook_name": "vectors"})
+        return Member("sae", sae, TrainingConfig(8 * steps, batch=8, lr=lr), sae.config).lr
+
+    rate = 2 / math.sqrt(256 * 600)
+    assert peak(256, 600) == peak(256, 600, d_sae=128) == pytest.approx(rate)
+    assert peak(1024, 600) == peak(256, 2400) == pytest.approx(rate / 2)
+    assert peak(64, 600) == peak(256, 1) == peak(256, 0) == 0.008
+    assert peak(256, 600, lr=0.02) == 0.02
 
 
 def test_a_short_training_has_a_history_too(vectors):
