@@ -35,6 +35,7 @@ from lenslab.sae.train import (
 )
 from lenslab.sae.train.architectures import ARCHITECTURES, FOR
 from lenslab.sae.train.base import TrainingFailed
+from lenslab.sae.train.member import Member
 from lenslab.store import ActivationStore
 from lenslab.tokens import pack, tokenize
 
