@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import compare as harness
 import sae_contestants as entries
 from compare import Contestant, PeerFailed, run_contestant, timed
-from sae_contestants import PENALISED, Job, Train, job_from
+from sae_contestants import PENALISED, Job, Train
 
 VECTORS = 1 << 18
 JOB = Job(d_sae=2048, lr=4e-3)
@@ -76,6 +76,20 @@ def contestant(name: str, job: Job, file: str) -> Contestant:
     return Contestant(entries.prepare(TRAINERS[name], job, file), peer=peer)
 
 
+def trained(name: str, jobs: list[Job], file: str) -> dict[str, Any]:
+    """FVU and L0 after each of the jobs, or why there are none: a rate may be too high. One process
+    for all of them: to start one takes longer than many of the trainings."""
+    found = []
+    for job in jobs:
+        _, run = entries.prepare(TRAINERS[name], job, file)()
+        try:
+            _, check = run()
+            found.append(check())
+        except Exception as error:  # of whatever library
+            found.append({"failed": f"{type(error).__name__}: {error}"[:200]})
+    return {"points": found}
+
+
 def own_rate(name: str, d_sae: int) -> float | None:
     """What a library would train at if it were not told (of the default trainer)."""
     scale = math.sqrt(d_sae / 2**14)
@@ -92,7 +106,7 @@ def own_rate(name: str, d_sae: int) -> float | None:
 
 
 def curve(
-    measure: Callable[[float | None, int], Point],
+    measure: Callable[[list[float | None], int], list[Point]],
     target: float,
     rates: tuple[float | None, ...],
     own: float | None = None,
@@ -103,11 +117,11 @@ def curve(
     points: list[Point] = []
     steps, tried = first, list(rates)
     while steps <= longest:
-        here = [measure(lr, steps) for lr in sorted({*tried, own or tried[0]})]
+        here = measure(sorted({*tried, own or tried[0]}), steps)
         best = least(here)
         while len(rates) > 1 and best and best["lr"] in (here[0]["lr"], here[-1]["lr"]):
             further = best["lr"] * (2 if best is here[-1] else 0.5)
-            here = sorted([*here, measure(further, steps)], key=lambda point: point["lr"])
+            here = sorted([*here, *measure([further], steps)], key=lambda point: point["lr"])
             if least(here) is best:
                 break
             best = least(here)
@@ -150,25 +164,31 @@ class Curves:
         self.known = known
         self.points: dict[str, dict[str, list[Point]]] = known.get("curves", {})
 
-    def measure(self, kind: str, name: str, **changes: Any) -> Point:
-        """One training, or what is known of it."""
+    def measure(self, kind: str, name: str, changes: list[dict[str, Any]]) -> list[Point]:
+        """A training for each of the changes to the job, or what is known of it."""
         points = self.points.setdefault(kind, {}).setdefault(name, [])
-        for point in points:
-            if all(point.get(key) == value for key, value in changes.items()):
-                return point
-        job = replace(self.job, architecture=kind, **changes)
-        one = contestant(name, job, self.vectors)
-        try:
-            found = run_contestant(__file__, name, one, extra({name: job}, self.vectors))
-            point = {**changes, "fvu": round(found["fvu"], 5), "l0": round(found["l0"], 2)}
-        except PeerFailed as error:
-            point = {**changes, "failed": str(error)}
-        print(f"{kind} {name}: {point}", flush=True)
-        points.append(point)
-        from lenslab.files import write_json
+        missing = [change for change in changes if self._known(points, change) is None]
+        if missing:
+            jobs = [replace(self.job, architecture=kind, **change) for change in missing]
+            one = contestant(name, jobs[0], self.vectors)
+            try:
+                found = run_contestant(__file__, name, one, extra({name: jobs}, self.vectors))
+                results = found["points"]
+            except PeerFailed as error:
+                results = [{"failed": str(error)}] * len(jobs)
+            for change, result in zip(missing, results, strict=True):
+                rounded = {k: round(v, 5) if k != "failed" else v for k, v in result.items()}
+                points.append(change | rounded)
+                print(f"{kind} {name}: {points[-1]}", flush=True)
+            from lenslab.files import write_json
 
-        write_json(self.result, self.known | {"curves": self.points})
-        return point
+            write_json(self.result, self.known | {"curves": self.points})
+        return [self._known(points, change) for change in changes]
+
+    def _known(self, points: list[Point], change: dict[str, Any]) -> Point | None:
+        """The point of a training that was made."""
+        same = (p for p in points if all(p.get(key) == value for key, value in change.items()))
+        return next(same, None)
 
     def chosen(self, kind: str, name: str) -> Job | str:
         """The job to time, or why there is none."""
@@ -177,9 +197,11 @@ class Curves:
             return self._at_l0(job, name)
         own, target = own_rate(name, job.d_sae), self.targets[kind]
         rates = RATES if name != "lenslab-default" else (None,)
-        points = curve(
-            lambda lr, steps: self.measure(kind, name, lr=lr, steps=steps), target, rates, own
-        )
+
+        def measure(rates: list[float | None], steps: int) -> list[Point]:
+            return self.measure(kind, name, [{"lr": lr, "steps": steps} for lr in rates])
+
+        points = curve(measure, target, rates, own)
         if found := needed(points, target):
             return replace(job, **found)
         return points[-1].get("failed", f"no FVU of {target} within {LONGEST} steps")
@@ -192,8 +214,7 @@ class Curves:
         changes = {"lr": self.job.lr, "steps": steps}
 
         def measure(l1: float) -> Point:
-            point = self.measure(kind, name, l1=l1, **changes)
-            return {"l0": 0.0, **point}
+            return {"l0": 0.0, **self.measure(kind, name, [{"l1": l1, **changes}])[0]}
 
         points = [p for p in search_l1(measure, job.k, PENALTY[kind]) if p["l0"]]
         if not points:
@@ -206,8 +227,12 @@ class Curves:
 # the time
 
 
-def extra(jobs: dict[str, Job], file: str) -> list[str]:
-    described = {name: asdict(job) for name, job in jobs.items()}
+def extra(jobs: dict[str, Job | list[Job]], file: str) -> list[str]:
+    """How a contestant's process is told what to train: one job, which is timed, or several."""
+    described = {
+        name: [asdict(job) for job in some] if isinstance(some, list) else asdict(some)
+        for name, some in jobs.items()
+    }
     return ["--jobs", json.dumps(described), "--vectors", file]
 
 
@@ -263,8 +288,11 @@ def main(words: list[str] | None = None) -> dict[str, Any] | None:
         add(name, help=argparse.SUPPRESS)
     a = parser.parse_args(words)
     if a.contestant:
-        job = job_from(json.dumps(json.loads(a.jobs)[a.contestant]))
-        return timed(contestant(a.contestant, job, a.vectors).prepare)
+        described = json.loads(a.jobs)[a.contestant]
+        if isinstance(described, list):
+            jobs = [Job(**job) for job in described]
+            return print(json.dumps(trained(a.contestant, jobs, a.vectors)))
+        return timed(contestant(a.contestant, Job(**described), a.vectors).prepare)
     job, targets = JOB, TARGETS
     if a.quick:
         harness.RESULTS = Path(tempfile.mkdtemp(prefix="time-to-quality-"))

@@ -4,6 +4,7 @@ Runs are stopped by real signals: SIGINT out of an SAE's own loss or a source's 
 process of their own.
 """
 
+import math
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from lenslab.sae.train import (
 )
 from lenslab.sae.train.architectures import ARCHITECTURES, FOR
 from lenslab.sae.train.base import TrainingFailed
+from lenslab.sae.train.member import Member
 from lenslab.store import ActivationStore
 from lenslab.tokens import pack, tokenize
 
@@ -323,10 +325,19 @@ def test_the_floor_may_be_reached_before_the_end():
         replace(config, warm_up=500.0)  # steps
 
 
-def test_wider_saes_learn_at_a_lower_rate_unless_told(vectors):
-    config = TrainingConfig(256 * 4, batch=256, warm_up=0.0, log_every=1)
-    peaks = {d: run(new(d_sae=d), vectors, config).history.lr.max() for d in (64, 256)}
-    assert peaks[64] == pytest.approx(2 * peaks[256]) and peaks[64] == pytest.approx(1e-3 * 8)
+def test_wide_vectors_and_long_trainings_have_a_lower_rate_unless_told():
+    """2 / sqrt(d_in * steps), whatever the number of latents, and never more than .008, at which no
+    architecture diverged."""
+
+    def peak(d_in, steps, d_sae=64, lr=None):
+        sae = build_sae("topk", d_in, d_sae, k=4, metadata={"hook_name": "vectors"})
+        return Member("sae", sae, TrainingConfig(8 * steps, batch=8, lr=lr), sae.config).lr
+
+    rate = 2 / math.sqrt(256 * 600)
+    assert peak(256, 600) == peak(256, 600, d_sae=128) == pytest.approx(rate)
+    assert peak(1024, 600) == peak(256, 2400) == pytest.approx(rate / 2)
+    assert peak(64, 600) == peak(256, 1) == peak(256, 0) == 0.008
+    assert peak(256, 600, lr=0.02) == 0.02
 
 
 def test_a_short_training_has_a_history_too(vectors):

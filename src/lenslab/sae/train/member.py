@@ -24,6 +24,7 @@ from lenslab.sae.train.architectures import FIRST_THRESHOLD
 from lenslab.sae.train.base import FROZEN, SAEConfig, TrainableSAE, TrainingFailed
 
 FIRST = 1 << 15  # vectors that scale and centre are taken from
+WALK, FASTEST = 2.0, 0.008  # of a row of norm 1 over all steps; the rate, where none is given
 # times the mean square of the data, in one step: their variance where they are centred, and the
 # error of the start where they lie far from the origin
 DIVERGED = 100.0
@@ -38,7 +39,9 @@ class TrainingConfig:
 
     vectors: int  # to train on, counted with repetitions
     batch: int = 4096  # vectors per step
-    # peak rate of Adam; None: 1e-3 * sqrt(4096 / d_sae) (Gao, appendix A)
+    # peak rate of Adam; None: 2 / sqrt(d_in * steps), at most .008. A step moves each entry of a
+    # row by the rate; over all steps, as a random walk, rows of norm 1 then move alike at every
+    # width and length (`data/results/phase_4_rates.json`: 256 dimensions, 98 and 366 steps)
     lr: float | None = None
     warm_up: float = 0.05  # share of the steps in which the rate rises
     floor: float = 0.1  # what the cosine ends at, as a share of the peak
@@ -93,7 +96,8 @@ class Member:
         self.name, self.sae, self.config, self.described = name, sae.train(), config, described
         self.hook = described.metadata["hook_name"]
         self.hook_out = described.metadata.get("hook_name_out") or self.hook
-        self.lr = config.lr or 1e-3 * math.sqrt(4096 / described.d_sae)
+        walk = math.sqrt(described.d_in * max(1, config.steps))
+        self.lr = config.lr or min(FASTEST, WALK / walk)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=self.lr, fused=True)
         device = sae.W_enc.device
         self.silent = torch.zeros(described.d_sae, dtype=torch.long, device=device)  # vectors
