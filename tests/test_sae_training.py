@@ -381,6 +381,25 @@ def test_a_run_that_goes_on_strikes_out_what_was_logged_after_its_checkpoint(vec
     assert sorted(int(file.stem[5:]) for file in (tmp_path / "run").glob("step-*.pt")) == [19, 20]
 
 
+@pytest.mark.parametrize("what", ["a file in the way", "a place where nothing can be written"])
+def test_a_tensorboard_folder_that_cannot_be_written_is_told_before_training(
+    what, vectors, tmp_path, monkeypatch
+):
+    sae, log_dir = new(), tmp_path / "log"
+    if what == "a file in the way":
+        log_dir.write_text("notes")
+    else:
+
+        def refused(**_):
+            raise OSError(30, "Read-only file system")
+
+        monkeypatch.setattr(trainer.tempfile, "TemporaryFile", refused)
+    with pytest.raises(NotWritten, match="log.sae was not written"):
+        run(sae, vectors, SHORT, log_dir=log_dir, folder=tmp_path / "run")
+    assert not list((tmp_path / "run").glob("step-*"))
+    run(sae, vectors, SHORT)  # nothing was begun
+
+
 # Going on
 
 
