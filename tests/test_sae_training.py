@@ -394,7 +394,7 @@ def test_a_tensorboard_folder_that_cannot_be_written_is_told_before_training(
             raise OSError(30, "Read-only file system")
 
         monkeypatch.setattr(trainer.tempfile, "TemporaryFile", refused)
-    with pytest.raises(NotWritten, match="log.sae was not written"):
+    with pytest.raises(NotWritten, match=r"log.sae was not written"):
         run(sae, vectors, SHORT, log_dir=log_dir, folder=tmp_path / "run")
     assert not list((tmp_path / "run").glob("step-*"))
     run(sae, vectors, SHORT)  # nothing was begun
