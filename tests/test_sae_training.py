@@ -241,14 +241,17 @@ def test_without_revival_they_stay_dead(vectors):
     assert dead.iloc[-1] >= 40
 
 
-@pytest.mark.parametrize(
-    ("architecture", "parameter", "value"),
-    [("jumprelu", "threshold", 50.0), ("gated", "b_enc", -50.0), ("relu", "b_enc", -50.0)],
-)
-def test_latents_that_could_never_fire_fire_again(architecture, parameter, value, vectors):
+def silence(sae, latents):
+    """From now on they never fire."""
+    jumps = sae.config.architecture == "jumprelu"
+    (sae.threshold if jumps else sae.b_enc).data[latents] = 50.0 if jumps else -50.0
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "gated", "relu"])
+def test_latents_that_could_never_fire_fire_again(architecture, vectors):
     def fired(dead_after):
         sae = new(architecture, sparsity=0.1)
-        getattr(sae, parameter).data[:12] = value
+        at_loss(sae, 1, lambda: silence(sae, slice(12)))  # after the first sample was fitted
         trained = run(sae, vectors, replace(CONFIG, dead_after=dead_after)).sae
         return int((trained.encode(vectors)[:, :12] > 0).any(0).sum())
 
@@ -259,8 +262,7 @@ def test_latents_that_could_never_fire_fire_again(architecture, parameter, value
 def test_a_resampled_latent_begins_anew_in_every_way_and_no_other_is_touched(architecture, vectors):
     """Weights at the end of a step and at the next one's beginning, latents resampled between."""
     sae, seen = new(architecture), {}
-    name, value = ("threshold", 50.0) if architecture == "jumprelu" else ("b_enc", -50.0)
-    getattr(sae, name).data[:8] = value  # never active
+    at_loss(sae, 1, lambda: silence(sae, slice(8)))
     loss, after_step, calls = sae.loss, sae.after_step, []
 
     def one_is_bad(*given):
@@ -286,11 +288,21 @@ def test_a_resampled_latent_begins_anew_in_every_way_and_no_other_is_touched(arc
     assert torch.equal(before["b_dec"], now["b_dec"])
     assert torch.allclose(now["W_dec"][:8], direction.expand(8, -1), atol=1e-6)
     assert torch.allclose(now["W_enc"].T[:8], length * direction.expand(8, -1), atol=1e-6)
+    half = float(length * (seen["x"] - before["b_dec"]).norm() / 2)  # it fires from a cosine of .5
+    first = {"threshold": half} if architecture == "jumprelu" else {"b_enc": -half}
     for key in before.keys() - {"b_dec"}:
         old, fresh = (part.T if key == "W_enc" else part for part in (before[key], now[key]))
         assert torch.equal(old[8:], fresh[8:])
         if fresh.ndim == 1:
-            assert fresh[:8].tolist() == pytest.approx([0.01 if key == "threshold" else 0.0] * 8)
+            assert fresh[:8].tolist() == pytest.approx([first.get(key, 0.0)] * 8, rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu"])
+def test_most_latents_resampled_at_once_do_not_undo_the_training(architecture, vectors):
+    sae = new(architecture, d_sae=512)
+    config = replace(CONFIG, dead_after=256 * 10, log_every=1)
+    at_loss(sae, 5, lambda: silence(sae, slice(4, None)))
+    assert run(sae, vectors, config).history.fvu.iloc[10:].max() < 1.5
 
 
 def test_silence_is_counted_in_vectors(vectors):
