@@ -8,8 +8,10 @@
 3. Runs of one rate, length and number are trained together on the same vectors: one pass of the
    model, or none, on a GPU, which keeps them. Each finished run is a line of WORK/runs.jsonl and is
    not repeated; what is interrupted inside a training goes on from its checkpoint.
-4. At the end stand data/results/phase_4_rates.json and phase_4_sweep.json, of all that is finished.
-   `--only` takes some architectures: on a GPU several processes at once, then one `collect`.
+4. At the end stand data/results/phase_4_rates.json and phase_4_sweep.json, of all that is finished
+   and of what stood there: a run that was made again replaces the old one, `--anew` leaves out an
+   architecture's old ones. Each row says on which machine it was made. `--only` takes some
+   architectures: on a GPU several processes at once, then one `collect`.
 
     python scripts/sae_sweep.py rates --corpus FOLDER
     python scripts/sae_sweep.py sweep seeds --corpus FOLDER              # two hours on two cores
@@ -33,7 +35,7 @@ import torch
 from torch import Tensor
 from train_pocket_saes import PASS, texts
 
-from lenslab.files import Result, content_key, save_result
+from lenslab.files import Result, content_key, save_result, saved_result
 from lenslab.models import load_model, model_key
 from lenslab.runtime import default_device, machine_summary
 from lenslab.sae.evaluate import evaluate_sae
@@ -48,7 +50,7 @@ LEVELS = (4, 8, 16, 32, 64)  # L0
 MIDDLE = 16
 # of which L0 between some 4 and 64 come; the fourth is for rates
 SUMMED = (0.6, 1.0, 1.6, 2.5, 4.0, 6.3, 10.0, 16.0)
-COUNTED = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+COUNTED = (0.15, 0.3, 0.6, 1.2, 2.5, 5.0, 10.0, 20.0)
 DOUBLED = tuple(2 * penalty for penalty in SUMMED)
 PENALTIES = {"relu": SUMMED, "gated": DOUBLED, "jumprelu": COUNTED}
 SEEDS = (1, 2, 3, 4)  # beside 0
@@ -64,7 +66,6 @@ class Runs(Result):
 
     site: str
     findings: dict[str, Any]
-    machine: dict[str, Any]
     runs: pd.DataFrame = field(repr=False)
 
     def to_frame(self) -> pd.DataFrame:
@@ -87,8 +88,6 @@ def rate_runs(given: argparse.Namespace) -> list[dict[str, Any]]:
         lengths = sorted({min(length, given.vectors) for length in LENGTHS})[-1 if few else 0 :]
         widths = [1, 0.5, 2] if architecture == "topk" else [1]  # of the usual one
         rates = RATES[1:4] if few else RATES
-        # a threshold moves by no more than the rate in a step, whatever the penalty
-        rates = [*rates, 2 * max(rates)] if architecture == "jumprelu" else rates
         level = MIDDLE if architecture not in PENALISED else PENALTIES[architecture][3]
         runs += [
             run_of(architecture, level, lr, d_sae=int(times * given.d_sae), vectors=vectors)
@@ -148,6 +147,8 @@ class Bench:
         is kept as such, and the others of its group begin anew."""
         known = finished(self.file)
         known = known.loc[known["asked_by"] == asked_by, list(ABOUT)].to_dict("records")
+        if not runs:
+            raise ValueError(f"No {asked_by} to train: --only leaves out all that would be.")
         groups = defaultdict(list)
         for run in runs:
             if run not in known:
@@ -179,7 +180,7 @@ class Bench:
             result = trained[title(run)]
             row = run | {"asked_by": asked_by, "loss": float(result.history["loss"].iloc[-1])}
             row |= {key: result.held_out[key] for key in ("fvu", "l0", "dead")}
-            row |= {"seconds": seconds, "together": len(group)}
+            row |= {"seconds": seconds, "together": len(group), "machine": machine()}
             if asked_by == "sweep" and run["architecture"] != "transcoder":
                 measured = evaluate_sae(self.model, result.sae, self.held_out)
                 row |= {"dense": measured.dense, "ce_difference": measured.ce_difference}
@@ -210,11 +211,16 @@ def title(run: dict[str, Any]) -> str:
     return " ".join(str(run[key]) for key in ABOUT)
 
 
+def machine() -> str:
+    here = machine_summary()
+    return here.get("gpu") or f"{here['cpu']}, {here['threads']} threads"
+
+
 def write(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Add lines; several processes may."""
+    """Add lines; several processes may. A line that a killed one left half written ends first."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a", encoding="utf-8") as handle:
-        handle.write("".join(json.dumps(row) + "\n" for row in rows))
+        handle.write("".join("\n" + json.dumps(row) for row in rows))
     print(end="", flush=True)
 
 
@@ -227,7 +233,17 @@ def finished(file: Path) -> pd.DataFrame:
         except ValueError:
             continue
     columns = [*ABOUT, "asked_by", "loss", "fvu", "l0", "dead", "dense", "ce_difference"]
-    return pd.DataFrame(rows).reindex(columns=[*columns, "seconds", "together", "failed"])
+    columns += ["seconds", "together", "machine", "failed"]
+    return pd.DataFrame(rows).reindex(columns=columns)
+
+
+def merged(old: pd.DataFrame | None, new: pd.DataFrame, anew: list[str]) -> pd.DataFrame:
+    """Runs that ship and new ones, which take the place of equal ones and of all of the
+    architectures `anew`."""
+    new = new.map(rounded)
+    if old is not None:
+        new = pd.concat([old[~old["architecture"].isin(anew)], new])
+    return new.drop_duplicates(list(ABOUT), keep="last").sort_values(list(ABOUT))
 
 
 # What the runs say
@@ -267,9 +283,12 @@ def collect(given: argparse.Namespace) -> list[Path]:
     """Both results, from whatever is finished."""
     done, written = finished(given.work / "runs.jsonl"), []
     inputs = {key: vars(given)[key] for key in ("layer", "d_sae", "vectors")}
+    if done.empty:
+        raise ValueError(f"No run is finished in {given.work}: run `rates`, then `sweep` first.")
     inputs["model_key"] = model_key(load_model(given.model))
     for name in ("rates", "sweep"):
         runs = done[done["asked_by"] == name].drop(columns="asked_by")
+        runs = merged(saved_result(f"phase_4_{name}", inputs), runs, given.anew)
         if runs.empty:
             continue
         if name == "rates":
@@ -284,9 +303,8 @@ def collect(given: argparse.Namespace) -> list[Path]:
                 "penalties": {n: penalty_of_l0(groups[n]) for n in groups if n in PENALISED},
                 "best": two_best(runs),
             }
-        runs = runs.sort_values(list(ABOUT)).map(rounded)
         site = f"{given.model} blocks.{given.layer}.hook_resid_post"
-        result = Runs(site, findings, machine_summary(), runs)
+        result = Runs(site, findings, runs)
         written.append(save_result(f"phase_4_{name}", result, inputs, ships=not given.smoke))
     print("\n".join(f"{file.name}: {file.stat().st_size:,} bytes" for file in written), flush=True)
     return written
@@ -309,6 +327,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=4096)
     add("--validation", type=float, default=2e4, help="held-out tokens to measure on")
     add("--only", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
+    add("--anew", nargs="+", default=[], help="architectures whose shipped runs are left out")
     add("--work", type=Path, default=Path("runs/sae-sweep"), help="finished runs, checkpoints")
     add("--smoke", action="store_true", help="64 latents on 4 thousand vectors, for development")
     given = parser.parse_args(arguments)

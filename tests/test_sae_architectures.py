@@ -1,6 +1,8 @@
 """Seven architectures: equal to SAELens's own at equal weights, in every loss and gradient, and
 equal after saving."""
 
+import json
+
 import pytest
 import torch
 from sae_lens import (
@@ -19,12 +21,20 @@ from sae_lens import (
 )
 from sae_lens.saes.sae import TrainStepInput
 
+from lenslab.files import data_path
 from lenslab.runtime import derive_generator
 from lenslab.sae.load import load_sae
 from lenslab.sae.registry import NotAnSAE
 from lenslab.sae.save import save_sae
 from lenslab.sae.train import architectures
-from lenslab.sae.train.architectures import ARCHITECTURES, FOR, TOPK_FAMILY, build_sae
+from lenslab.sae.train.architectures import (
+    ARCHITECTURES,
+    FOR,
+    STARTING,
+    TOPK_FAMILY,
+    build_sae,
+    starting_penalty,
+)
 from lenslab.sae.train.convert import to_saelens
 
 WIDTH, LATENTS, K, BATCH, SPARSITY, NESTED = 16, 48, 4, 40, 0.7, (8, 2, 1)
@@ -241,6 +251,15 @@ def test_decoder_rows_keep_length_one_and_are_only_turned(name):
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(LATENTS), atol=1e-6)
 
 
+def test_jumprelu_begins_with_few_active_latents_whatever_the_units():
+    for units in (0.01, 1.0, 300.0):
+        sae = build_sae("jumprelu", WIDTH, LATENTS)
+        sae.fit(x := units * drawn(2000, WIDTH) + units)
+        latents = sae.activate(sae.pre(sae.scaled(x)))
+        assert float((latents > 0).sum(1).float().mean()) == pytest.approx(WIDTH / 8, rel=0.02)
+        assert latents[latents > 0].min() > 0.3  # of pre-activations of about 1
+
+
 def test_a_threshold_never_falls_below_zero():
     sae = built("jumprelu")
     with torch.no_grad():
@@ -417,6 +436,25 @@ def test_the_threshold_follows_where_a_short_training_goes():
     assert float((to_saelens(sae).encode(unseen) > 0).sum(1).float().mean()) == pytest.approx(
         K, rel=0.15
     )
+
+
+# Penalties
+
+
+def test_penalties_of_an_l0_are_those_of_the_sweep():
+    findings = json.loads(data_path("results", "phase_4_sweep.json").read_text())["values"]["findings"]
+    for name, (intercept, slope, _) in STARTING.items():
+        found = findings["penalties"][name]
+        assert (found["intercept"], found["slope"]) == pytest.approx((intercept, slope), abs=5e-3)
+        for l0, penalty in found["penalty_at_l0"].items():
+            assert starting_penalty(name, 256, float(l0)) == pytest.approx(penalty, rel=0.02)
+
+
+def test_a_penalty_is_of_an_architecture_that_has_one():
+    with pytest.raises(ValueError, match="relu, jumprelu, gated"):
+        starting_penalty("topk", 256, 16)
+    with pytest.raises(ValueError, match="l0 above 0"):
+        starting_penalty("relu", 256, 0)
 
 
 # build_sae

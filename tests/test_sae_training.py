@@ -243,14 +243,17 @@ def test_without_revival_they_stay_dead(vectors):
     assert dead.iloc[-1] >= 40
 
 
-@pytest.mark.parametrize(
-    ("architecture", "parameter", "value"),
-    [("jumprelu", "threshold", 50.0), ("gated", "b_enc", -50.0), ("relu", "b_enc", -50.0)],
-)
-def test_latents_that_could_never_fire_fire_again(architecture, parameter, value, vectors):
+def silence(sae, latents):
+    """From now on they never fire."""
+    jumps = sae.config.architecture == "jumprelu"
+    (sae.threshold if jumps else sae.b_enc).data[latents] = 50.0 if jumps else -50.0
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "gated", "relu"])
+def test_latents_that_could_never_fire_fire_again(architecture, vectors):
     def fired(dead_after):
         sae = new(architecture, sparsity=0.1)
-        getattr(sae, parameter).data[:12] = value
+        at_loss(sae, 1, lambda: silence(sae, slice(12)))  # after the first sample was fitted
         trained = run(sae, vectors, replace(CONFIG, dead_after=dead_after)).sae
         return int((trained.encode(vectors)[:, :12] > 0).any(0).sum())
 
@@ -261,8 +264,7 @@ def test_latents_that_could_never_fire_fire_again(architecture, parameter, value
 def test_a_resampled_latent_begins_anew_in_every_way_and_no_other_is_touched(architecture, vectors):
     """Weights at the end of a step and at the next one's beginning, latents resampled between."""
     sae, seen = new(architecture), {}
-    name, value = ("threshold", 50.0) if architecture == "jumprelu" else ("b_enc", -50.0)
-    getattr(sae, name).data[:8] = value  # never active
+    at_loss(sae, 1, lambda: silence(sae, slice(8)))
     loss, after_step, calls = sae.loss, sae.after_step, []
 
     def one_is_bad(*given):
@@ -288,11 +290,21 @@ def test_a_resampled_latent_begins_anew_in_every_way_and_no_other_is_touched(arc
     assert torch.equal(before["b_dec"], now["b_dec"])
     assert torch.allclose(now["W_dec"][:8], direction.expand(8, -1), atol=1e-6)
     assert torch.allclose(now["W_enc"].T[:8], length * direction.expand(8, -1), atol=1e-6)
+    half = float(length * (seen["x"] - before["b_dec"]).norm() / 2)  # it fires from a cosine of .5
+    first = {"threshold": half} if architecture == "jumprelu" else {"b_enc": -half}
     for key in before.keys() - {"b_dec"}:
         old, fresh = (part.T if key == "W_enc" else part for part in (before[key], now[key]))
         assert torch.equal(old[8:], fresh[8:])
         if fresh.ndim == 1:
-            assert fresh[:8].tolist() == pytest.approx([0.01 if key == "threshold" else 0.0] * 8)
+            assert fresh[:8].tolist() == pytest.approx([first.get(key, 0.0)] * 8, rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu"])
+def test_most_latents_resampled_at_once_do_not_undo_the_training(architecture, vectors):
+    sae = new(architecture, d_sae=512)
+    config = replace(CONFIG, dead_after=256 * 10, log_every=1)
+    at_loss(sae, 5, lambda: silence(sae, slice(4, None)))
+    assert run(sae, vectors, config).history.fvu.iloc[10:].max() < 1.5
 
 
 def test_silence_is_counted_in_vectors(vectors):
@@ -390,6 +402,25 @@ def test_a_run_that_goes_on_strikes_out_what_was_logged_after_its_checkpoint(vec
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 8))
     assert sorted(int(file.stem[5:]) for file in (tmp_path / "run").glob("step-*.pt")) == [19, 20]
+
+
+@pytest.mark.parametrize("what", ["a file in the way", "a place where nothing can be written"])
+def test_a_tensorboard_folder_that_cannot_be_written_is_told_before_training(
+    what, vectors, tmp_path, monkeypatch
+):
+    sae, log_dir = new(), tmp_path / "log"
+    if what == "a file in the way":
+        log_dir.write_text("notes")
+    else:
+
+        def refused(**_):
+            raise OSError(30, "Read-only file system")
+
+        monkeypatch.setattr(trainer.tempfile, "TemporaryFile", refused)
+    with pytest.raises(NotWritten, match=r"log.sae was not written"):
+        run(sae, vectors, SHORT, log_dir=log_dir, folder=tmp_path / "run")
+    assert not list((tmp_path / "run").glob("step-*"))
+    run(sae, vectors, SHORT)  # nothing was begun
 
 
 # Going on

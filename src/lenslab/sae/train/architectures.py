@@ -22,11 +22,14 @@ purpose different: decoder rows of the topk family stay at norm 1, what would le
 the gradient (SAELens rescales by the norm instead); the estimate of BatchTopK's threshold is a mean
 over the last tenth of the batches (over the last hundred once there were a thousand), not one that
 leaves zero by a hundredth a batch; a transcoder, which SAELens does not train, is batchtopk because
-SAELens has no topk transcoder to save it as. Saving is `lenslab.sae.train.convert`.
+SAELens has no topk transcoder to save it as; jumprelu's thresholds, which a step moves by no more
+than the rate, begin where few latents are active, not at .01 where half of them are, and its
+bandwidth is ten times as wide. Saving is `lenslab.sae.train.convert`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,8 +40,8 @@ from lenslab.runtime import compute_dtype
 from lenslab.sae.train import sparse
 from lenslab.sae.train.base import FROZEN, Losses, SAEConfig, TrainableSAE
 
-FIRST_THRESHOLD = 0.01  # jumprelu, as SAELens
-BANDWIDTH = 0.05  # how near its threshold a pre-activation of jumprelu moves it, as SAELens
+START = 8  # jumprelu begins with d_in over this many latents active on average
+BANDWIDTH = 0.5  # how near its threshold a pre-activation of jumprelu moves it
 NESTED = (16, 4, 1)  # matryoshka: d_sae over the latents in each nested dictionary
 AT_A_TIME = 512  # vectors whose dead latents are looked at together
 SPARSE_ENOUGH = 0.04  # share of active latents below which a ReLU SAE is cheaper without its zeros
@@ -174,7 +177,11 @@ class _Rectangle(torch.autograd.Function):
 class JumpReLU(TrainableSAE):
     def __init__(self, config: SAEConfig):
         super().__init__(config)
-        self.threshold = nn.Parameter(torch.full((config.d_sae,), FIRST_THRESHOLD))
+        self.threshold = nn.Parameter(torch.zeros(config.d_sae))
+
+    def begin(self, pre):
+        l0 = min(max(1, self.config.d_in // START), self.config.d_sae)
+        self.threshold.fill_(pre.flatten().topk(l0 * len(pre)).values[-1].clamp_min(0))
 
     def activate(self, pre):
         return pre * (pre > self.threshold)
@@ -254,3 +261,20 @@ def build_sae(architecture: str, d_in: int, d_sae: int, **options: Any) -> Train
     if config.scale == "unit" and (config.centre or architecture == "transcoder"):
         raise ValueError("scale='unit' cannot be undone with centre=True or of a transcoder.")
     return ARCHITECTURES[architecture](config)
+
+
+# log penalty = intercept + slope * log L0, and the power of d_in that it grows with
+STARTING = {"relu": (3.32, -0.622, 0.5), "gated": (3.41, -0.608, 0.5), "jumprelu": (3.2, -1.0, 1)}
+
+
+def starting_penalty(architecture: str, d_in: int, l0: float) -> float:
+    """The `sparsity` with which about `l0` latents of a vector are active after training: a line
+    fitted to a sweep of one site of pocket-gpt (data/results/phase_4_sweep.json), `d_in` 256.
+
+    A latent that is kept costs the penalty once (jumprelu) or times its activation; what it saves
+    is its activation squared, of which a scaled vector has d_in to share out.
+    """
+    if architecture not in PENALISED or not l0 > 0:
+        raise ValueError(f"An l0 above 0 and one of {', '.join(PENALISED)}; others are given k.")
+    intercept, slope, power = STARTING[architecture]
+    return math.exp(intercept + slope * math.log(l0)) * (d_in / 256) ** power

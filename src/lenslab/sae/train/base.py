@@ -60,8 +60,8 @@ class SAEConfig:
     d_sae: int
     k: int = 32  # topk family: latents active for a vector (on average)
     # relu, gated: weight of the L1 penalty; jumprelu: of the L0 penalty. Nothing else makes them
-    # sparse, and what L0 a weight leads to depends on data, width and length of the training: watch
-    # `l0`, and raise the weight until it fits
+    # sparse, and what L0 a weight leads to depends on data, width and length of the training: begin
+    # with `starting_penalty`, watch `l0`
     sparsity: float = 1.0
     auxiliary: float = 1.0  # topk family: weight of AuxK
     tied: bool = False  # relu: the decoder is the encoder transposed
@@ -135,11 +135,16 @@ class TrainableSAE(nn.Module):
                 state[name].mul_(self.scale)
         elif target is None:
             z = self.scaled(x[:4096].float())
-            guess = self.activate(self.pre(z)) @ self.decoder + self.b_dec
+            self.begin(pre := self.pre(z))
+            guess = self.activate(pre) @ self.decoder + self.b_dec
             length = ((z * guess).sum() / guess.square().sum().clamp_min(1e-9)).clamp(1e-3, 1)
             # tied: it shortens both sides
             self.W_enc.mul_(length.sqrt() if self.config.tied else length)
+            self.begin(self.pre(z))
         self.fitted = True
+
+    def begin(self, pre: Float[Tensor, "batch d_sae"]) -> None:
+        """What else a rule takes from the first sample; jumprelu takes its thresholds."""
 
     def _fit_side(self, sample: Float[Tensor, "token d"], centre: Tensor, scale: Tensor) -> None:
         mean = sample.mean(0)

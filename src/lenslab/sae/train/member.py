@@ -20,7 +20,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lenslab.runtime import derive_generator
-from lenslab.sae.train.architectures import FIRST_THRESHOLD
 from lenslab.sae.train.base import FROZEN, SAEConfig, TrainableSAE, TrainingFailed
 
 FIRST = 1 << 15  # vectors that scale and centre are taken from
@@ -162,21 +161,25 @@ class Member:
     @torch.no_grad()
     def resample(self, step: int, x: Tensor, error: Tensor) -> None:
         """Dead latents start anew in the directions of inputs that are reconstructed badly (drawn
-        by the square of their loss), the encoder at a fifth of the usual length, everything else as
-        at the beginning (Bricken). Of a floor what is frozen stays, and the other side starts in
-        its directions."""
+        by the square of their loss), the encoder at a fifth of the usual length (Bricken), and fire
+        for vectors at a cosine above a half: many that fired for every other vector would together
+        undo the training. Everything else is zero. Of a floor what is frozen stays, and the other
+        side starts in its directions."""
         latents = self.dead.nonzero().flatten()
         weight = error.square().sum(1).double().square().cpu()
         generator = derive_generator(self.config.seed, f"resample {step}")
         drawn = torch.multinomial(weight, len(latents), replacement=True, generator=generator)
-        direction = torch.nn.functional.normalize(x[drawn] - self.sae.b_dec, dim=1)  # [dead, d_in]
+        vectors = x[drawn] - self.sae.b_dec  # [dead, d_in]
+        direction = torch.nn.functional.normalize(vectors, dim=1)
         frozen = FROZEN.get(self.described.frozen)
         if frozen:
             rows = self.sae.W_dec if frozen == "W_dec" else self.sae.W_enc.T
             direction = torch.nn.functional.normalize(rows[latents], dim=1)
         alive = self.sae.W_enc[:, ~self.dead]
         length = 0.2 * (alive.norm(dim=0).mean() if alive.numel() else 1.0)
-        first = {"W_enc": length * direction, "W_dec": direction, "threshold": FIRST_THRESHOLD}
+        half = length * vectors.norm(dim=1) / 2
+        first = {"W_enc": length * direction, "W_dec": direction}
+        first |= {"threshold": half} if hasattr(self.sae, "threshold") else {"b_enc": -half}
         for name, parameter in self.sae.named_parameters():
             if name in ("b_dec", frozen):  # all others have a row (W_enc a column) for each latent
                 continue

@@ -16,6 +16,7 @@ resumed to the bit.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
@@ -83,7 +84,7 @@ def train(
 
     Raises ValueError (widths, hooks, data that fill no batch, held-out documents among those of the
     training, a folder of another run, an SAE that was trained before), TrainingFailed, NotWritten
-    while another training writes into the folder, or where nobody can.
+    while another training writes into the folder, or where nobody can, or not into `log_dir`.
     """
     folder = None if folder is None else Path(folder).expanduser()
     total = config.steps * config.batch
@@ -91,6 +92,10 @@ def train(
         described = {name: _described(name, sae, source, total) for name, sae in saes.items()}
         members = [Member(name, sae, config, described[name]) for name, sae in saes.items()]
         _check(members, source, held_out)
+        for name in saes if log_dir is not None else ():  # before an SAE is fitted
+            with files.writing(place := Path(log_dir).expanduser() / name):
+                place.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=place).close()
         run = _Run(members, source, folder)
         try:
             _train(run, progress, log_dir, watch)
