@@ -4,11 +4,11 @@ architecture, and absorption of parents by their children.
 1. Data are SAELens's synthetic models: random directions in few dimensions, each on with a
    probability of its own. Both libraries read the same vectors in the same order, of norm
    sqrt(d_in) on average, in float32, with as many latents as there are features.
-2. L0 is matched to the true one: by k; of batchtopk and matryoshka by one threshold, set on training
-   vectors; of penalised ones the penalty is searched (`sae_quality.search_l1`), and every measure
-   read off over log L0 between the trainings that enclose the target.
-3. The rate is the best of a few by the MCC on a seed of its own, for each library; further rates are
-   tried while the best is at an end.
+2. L0 is matched to the true one: by k; of batchtopk and matryoshka by one threshold, set on
+   training vectors; of penalised ones the penalty is searched (`sae_quality.search_l1`), and every
+   measure read off over log L0 between the trainings that enclose the target.
+3. The rate is the best of a few by the MCC on a seed of its own, for each library; further rates
+   are tried while the best is at an end.
 4. Compared are five more seeds (of features, vectors and weights), paired: no worse where the lower
    95 % bound of the difference is above -.01. Beside both stands a dictionary that learned nothing.
 5. Reseeds: the same features and vectors, weights of five other seeds. What they spread is what a
@@ -261,8 +261,8 @@ def absorption(sae: Any, data: Planted, n: int) -> dict[str, float]:
 
     After Chanin et al. 2024 (arXiv 2409.14507), with known features in the place of probes:
     1. a parent's latent is the one whose decoder row has the largest cosine with the parent;
-    2. `silent`: of the vectors on which the parent and a child of it are on, the share on which that
-       latent is silent;
+    2. `silent`: of the vectors on which the parent and a child of it are on, the share on which
+       that latent is silent;
     3. `absorbed`: the share on which besides another latent carries at least half of the parent's
        strength, by itself: its activation times its decoder row's part along the parent;
     4. `silent_alone`: as 2, where no child is on: what the latent misses without any child.
@@ -309,7 +309,8 @@ def read_off(points: Sequence[dict[str, float]], target: float) -> dict[str, flo
         return None
     low, high = pair
     share = math.log(target / low["l0"]) / math.log(high["l0"] / low["l0"])
-    return {key: low[key] + share * (high[key] - low[key]) for key in low if key != "l1"}
+    measures = {key: low[key] + share * (high[key] - low[key]) for key in low if key != "l1"}
+    return measures | {"l0": target}
 
 
 # Runs
@@ -482,14 +483,20 @@ def absorption_table(bench: Bench, only: Sequence[str]) -> pd.DataFrame:
         chosen = bench.best_rate("lenslab", name)
         for seed in bench.sizes.seeds:
             found, _ = bench.matched("lenslab", name, *spread(chosen, seed, True))
-            rows += long("absorption", f"lenslab {name}", seed, found)
+            rows += long("absorption", f"lenslab {name}", seed, told(found))
             if name in RESEEDED:
                 about = (0, seed, True)
                 found, _ = bench.matched("lenslab", name, chosen[0], about, chosen[1])
-                rows += long("absorption, reseeded", f"lenslab {name}", seed, found)
+                rows += long("absorption, reseeded", f"lenslab {name}", seed, told(found))
     for seed in bench.sizes.seeds:
-        rows += long("absorption", "untrained", seed, floor(bench, seed, True))
+        rows += long("absorption", "untrained", seed, told(floor(bench, seed, True)))
     return pd.DataFrame(rows)
+
+
+def told(found: dict[str, float] | None) -> dict[str, float]:
+    """Of the measures on features with a hierarchy those that are shown."""
+    shown = ("absorbed", "silent", "silent_alone", "l0", "mcc", "f1")
+    return {key: found[key] for key in shown} if found else {}
 
 
 def long(part: str, of: str, seed: int, found: dict[str, float] | None) -> list[dict[str, Any]]:
@@ -570,6 +577,77 @@ def write_recovery(bench: Bench, only: Sequence[str], folder: Path) -> dict[str,
     return result
 
 
+def truth_table(bench: Bench, only: Sequence[str], work: Path) -> pd.DataFrame:
+    """All that is finished in long form: `part`, `of`, `kind` and `k` (of probes), `seed`,
+    `measure`, `value`; then, as part "smallest difference", what each measure can tell."""
+    tables = [recovery_table(bench, only)[0], absorption_table(bench, only)]
+    if (probes := work / "probing.json").exists():
+        tables.append(pd.read_json(probes, orient="records", precise_float=True))
+    table = pd.concat(tables).reindex(columns=COLUMNS)
+    table["k"] = table["k"].astype("Int64").astype(object).where(table["k"].notna(), None)
+    return pd.concat([table, pd.DataFrame(smallest(table))]).reindex(columns=COLUMNS)
+
+
+COLUMNS = ["part", "of", "kind", "k", "seed", "measure", "value"]
+TOLD = {  # where reseeds differ in the weights alone -> what is looked at there
+    "recovery, reseeded": ("mcc", "f1", "uniqueness"),
+    "absorption, reseeded": ("absorbed", "silent"),
+    "quality": ("fvu", "l0", "dead", "ce_difference"),
+    "probing, max": ("auroc",),
+    "probing, mean": ("auroc",),
+}
+
+
+def smallest(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The smallest difference of each measure, from reseeds; of probes after the mean over
+    kinds."""
+    from lenslab.stats import smallest_difference
+
+    rows = []
+    for part, measures in TOLD.items():
+        chosen = table[(table["part"] == part) & table["measure"].isin(measures)]
+        chosen = chosen[chosen["of"] != "SAE, shuffled labels"]
+        keys = ["measure", "of", "k"]
+        for (measure, of, k), group in chosen.groupby(keys, dropna=False, sort=False):
+            values = group.groupby("seed")["value"].mean().to_numpy()
+            if len(values) < 3:  # axes and coordinates have no seed
+                continue
+            name = f"{of}, {part}".removesuffix(", reseeded")
+            row = {"part": "smallest difference", "of": name, "k": None if pd.isna(k) else k}
+            rows.append(row | {"measure": measure, "value": smallest_difference(values)})
+    return rows
+
+
+def write_truth(bench: Bench, only: Sequence[str], work: Path, *, ships: bool) -> Path:
+    """data/results/phase_4_truth.json, which belongs to the bundled model and SAE."""
+    from sparse_probing import SAE
+
+    from lenslab.files import Result, save_result
+    from lenslab.models import load_model, model_key
+    from lenslab.runtime import machine_summary
+    from lenslab.sae.load import load_sae, sae_key
+
+    @dataclass(frozen=True)
+    class Truth(Result):
+        """What the table says beside itself."""
+
+        sizes: dict[str, Any]
+        machine: dict[str, Any]
+        table: pd.DataFrame = field(repr=False)
+
+        def to_frame(self) -> pd.DataFrame:
+            return self.table
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"sizes": self.sizes, "machine": self.machine}
+
+    table = truth_table(bench, only, work)
+    table["value"] = [float(f"{value:.5g}") for value in table["value"]]
+    result = Truth(asdict(bench.sizes), machine_summary(), table)
+    inputs = [model_key(load_model("pocket-gpt")), sae_key(load_sae(SAE))]
+    return save_result("phase_4_truth", result, inputs, ships=ships)
+
+
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -589,6 +667,8 @@ def main(words: list[str] | None = None) -> None:
         folder = Path(tempfile.mkdtemp(prefix="ground-truth-")) if given.smoke else harness.RESULTS
         write_recovery(bench, given.only, folder)
         print(f"written to {folder.name}/ground_truth.json")
+        file = write_truth(bench, given.only, given.work, ships=not given.smoke)
+        print(f"written to {file.parent.name}/{file.name}: {file.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
