@@ -51,10 +51,10 @@ import sae_contestants as entries
 from sae_quality import enclosing, search_l1
 
 SEEDS, CHOOSING = (0, 1, 2, 3, 4), 5  # the last chooses rates and first penalties
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (1e-2, 3e-2)
 STEP = 3.0  # between rates that are added at an end
 MOST_RATES = 4
-RESEEDED = ("topk", "relu")  # one of either kind
+RESEEDED = ("batchtopk",)  # as the bundled SAEs are
 PEERS = {  # ours -> SAELens's name
     "relu": "Standard",
     "topk": "TopK",
@@ -78,7 +78,7 @@ class Sizes:
 
     features: int = 256
     d_in: int = 64
-    samples: int = 1 << 19
+    samples: int = 400 << 10
     batch: int = 1024
     evaluated: int = 20_000
     parents: int = 20  # of the hierarchy

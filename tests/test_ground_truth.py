@@ -158,17 +158,20 @@ def test_smoke_runs_and_what_is_done_is_not_done_again(truth, sizes, tmp_path, m
         monkeypatch.setenv(name, {"LENSLAB_COMPUTE": "float32"}.get(name, "1"))
     monkeypatch.setattr(truth, "SMOKE", sizes)
     monkeypatch.setenv("LENSLAB_CACHE", str(tmp_path / "cache"))
-    given = ["--only", "topk", "--smoke", "--work", str(tmp_path)]
+    given = ["--only", "batchtopk", "--smoke", "--work", str(tmp_path)]
     truth.main(["recovery", "absorption", "collect", *given])
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
     monkeypatch.setattr(truth, "planted", None)  # nothing is made or trained again
     truth.main(["recovery", "absorption", *given])
     assert (tmp_path / "runs.jsonl").read_text().splitlines() == lines
     bench = truth.Bench(tmp_path, sizes)
-    rows, rates = truth.recovery_table(bench, ["topk"])
-    assert set(rows["of"]) == {"lenslab topk", "saelens topk", "untrained"} and len(rates) == 2
-    verdict = truth.judge(rows, ["topk"])
-    assert set(verdict["topk mcc"]) == {"difference", "low", "high", "no_worse"}
+    rows, rates = truth.recovery_table(bench, ["batchtopk"])
+    assert (
+        set(rows["of"]) == {"lenslab batchtopk", "saelens batchtopk", "untrained"}
+        and len(rates) == 2
+    )
+    verdict = truth.judge(rows, ["batchtopk"])
+    assert set(verdict["batchtopk mcc"]) == {"difference", "low", "high", "no_worse"}
     assert "not_compared" in truth.judge(rows, ["relu"])["relu mcc"]
 
 
