@@ -5,8 +5,8 @@ architecture, and absorption of parents by their children.
    probability of its own. Both libraries read the same vectors in the same order, of norm
    sqrt(d_in) on average, in float32, with as many latents as there are features.
 2. L0 is matched to the true one: by k; of batchtopk and matryoshka by one threshold, set on
-   training vectors; of penalised ones the penalty is searched (`sae_quality.search_l1`), and every
-   measure read off over log L0 between the trainings that enclose the target.
+   training vectors; of penalised ones the penalty is searched until L0 is within 5 %, or every
+   measure can be read off over log L0 between two trainings that enclose the target closely.
 3. The rate is the best of a few by the MCC on a seed of its own, for each library; further rates
    are tried while the best is at an end.
 4. Compared are five more seeds (of features, vectors and weights), paired: no worse where the lower
@@ -48,7 +48,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 import compare as harness
 import sae_contestants as entries
-from sae_quality import enclosing, search_l1
+from sae_quality import enclosing
 
 SEEDS, CHOOSING = (0, 1, 2, 3, 4), 5  # the last chooses rates and first penalties
 RATES = (1e-2, 3e-2)
@@ -63,7 +63,9 @@ PEERS = {  # ours -> SAELens's name
     "jumprelu": "JumpReLU",
     "gated": "Gated",
 }
-FIRST_PENALTY = {"relu": 2.0, "jumprelu": 1.0, "gated": 2.0}  # where the search starts
+FIRST_PENALTY = {"relu": 3.5, "jumprelu": 3.0, "gated": 5.0}  # where the search starts
+SEARCH = 6  # trainings at most, to find a penalty
+NEAR, ENCLOSED = 0.05, 1.3  # an L0 that is the target's; ratio of two between which one reads off
 WARM_UP = 10  # penalties of both rise over the first tenth
 DEAD_AFTER = 100_000  # vectors, of both
 SCORES = ("mcc", "f1", "uniqueness", "precision", "recall", "variance_explained")
@@ -143,14 +145,27 @@ def planted(seed: int, hierarchical: bool, sizes: Sizes) -> Planted:
             config, hierarchy=hierarchy, activation_generator=generator
         )
     torch.manual_seed(seed)
-    with torch.no_grad():
-        true_l0 = float(
-            (model.activation_generator.sample(sizes.evaluated) > 0).sum(1).float().mean()
-        )
-        parts = [model.sample(1 << 14) for _ in range(-(-sizes.samples // (1 << 14)))]
-    vectors = torch.cat(parts)[: sizes.samples]
+    strengths = model.activation_generator.sample(sizes.evaluated)
+    true_l0 = float((strengths > 0).sum(1).float().mean())
+    vectors = sampled(model, seed, sizes)
     scale = math.sqrt(sizes.d_in) / float(vectors.norm(dim=1).mean())
     return Planted(model, vectors * scale, scale, true_l0, seed, children)
+
+
+@torch.no_grad()
+def sampled(model: Any, seed: int, sizes: Sizes) -> Tensor:
+    """The training vectors, made once and kept in the ignored `.cache`."""
+    from lenslab.files import atomic_write, content_key
+
+    features = model.feature_dict.feature_vectors.detach().numpy().tobytes()
+    key = content_key(features, model.activation_generator.firing_probabilities, sizes.samples)
+    file = entries.CACHE / f"planted-{seed}-{key}.npy"
+    if not file.exists():
+        torch.manual_seed(seed)
+        parts = [model.sample(1 << 14) for _ in range(-(-sizes.samples // (1 << 14)))]
+        with atomic_write(file) as temporary, open(temporary, "wb") as handle:
+            np.save(handle, torch.cat(parts)[: sizes.samples].numpy())
+    return torch.from_numpy(np.load(file))
 
 
 # Trainings
@@ -302,9 +317,41 @@ def scored(sae: Any, data: Planted, n: int) -> dict[str, float]:
     return recovery(sae, data, n) | (absorption(sae, data, n) if data.children else {})
 
 
+def search(
+    measure: Callable[[float], dict[str, float]], target: float, first: float
+) -> list[dict[str, float]]:
+    """Points {l1, l0, ..}: the last is near the target L0, or the nearest two enclose it closely.
+
+    The next penalty lies on the line through the two nearest points in logarithms, on either side
+    of the target where there are such; no more than a factor of 3 beyond them.
+    """
+    points: list[dict[str, float]] = []
+    penalty = first
+    for _ in range(SEARCH):
+        points.append({"l1": penalty, **measure(penalty)})
+        last = max(points[-1]["l0"], 0.1)
+        pair = enclosing(points, target)
+        if abs(last / target - 1) < NEAR or (pair and pair[1]["l0"] / pair[0]["l0"] < ENCLOSED):
+            break
+        if pair is None:
+            pair = sorted(points, key=lambda point: abs(math.log(max(point["l0"], 0.1) / target)))
+        slope = -1.0  # of log L0 over log penalty
+        if len(pair) > 1 and min(pair[0]["l0"], pair[1]["l0"]) > 0:
+            run = math.log(pair[0]["l1"] / pair[1]["l1"])
+            slope = min(-0.1, math.log(pair[0]["l0"] / pair[1]["l0"]) / run if run else -1.0)
+        change = math.log(target / max(pair[0]["l0"], 0.1)) / slope
+        penalty = pair[0]["l1"] * math.exp(min(math.log(3), max(-math.log(3), change)))
+        silenced = [point["l1"] for point in points if point["l0"] == 0]
+        if silenced and pair[0]["l0"] > 0 and penalty >= min(silenced):
+            penalty = math.sqrt(pair[0]["l1"] * min(silenced))
+    return points
+
+
 def read_off(points: Sequence[dict[str, float]], target: float) -> dict[str, float] | None:
-    """Every measure over log L0, linearly between the points that enclose the target; None where
-    none do."""
+    """The last point where its L0 is near the target, else every measure over log L0, linearly
+    between the points that enclose the target; None where none do."""
+    if abs(points[-1]["l0"] / target - 1) < NEAR:
+        return {key: value for key, value in points[-1].items() if key != "l1"}
     if (pair := enclosing(list(points), target)) is None:
         return None
     low, high = pair
@@ -373,7 +420,7 @@ class Bench:
         measure = partial(self.measured, library, architecture, lr, about=about)
         if architecture not in FIRST_PENALTY:
             return measure(target), first
-        points = search_l1(lambda level: measure(level), target, first)
+        points = search(measure, target, first)
         return read_off(points, target), points[-1]["l1"]
 
     def best_rate(self, library: str, architecture: str) -> tuple[float, float]:

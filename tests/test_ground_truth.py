@@ -141,6 +141,21 @@ def test_measures_are_read_off_at_the_target_over_log_l0(truth):
     points = [{"l1": 1.0, "l0": 4.0, "mcc": 0.5}, {"l1": 0.5, "l0": 16.0, "mcc": 0.7}]
     assert truth.read_off(points, 8) == pytest.approx({"l0": 8.0, "mcc": 0.6})
     assert truth.read_off(points, 32) is None
+    assert truth.read_off(points, 15.5) == {"l0": 16.0, "mcc": 0.7}
+
+
+@pytest.mark.parametrize("power", [-0.3, -1.0, -3.0])
+def test_the_penalty_is_found_whatever_l0_owes_to_it(truth, power):
+    """Also where a strong one silences everything, as it does in a training."""
+    tried = []
+
+    def measure(penalty):
+        tried.append(penalty)
+        l0 = 20 * penalty**power
+        return {"l0": l0 if l0 > 3 else 0.0, "mcc": 1.0}
+
+    found = truth.read_off(truth.search(measure, 7, 2.0), 7)
+    assert found["l0"] == pytest.approx(7, rel=0.05) and len(tried) <= truth.SEARCH
 
 
 def test_scores_are_compared_by_their_paired_difference(truth):
@@ -157,6 +172,7 @@ def test_smoke_runs_and_what_is_done_is_not_done_again(truth, sizes, tmp_path, m
     for name in ("LENSLAB_COMPUTE", "TQDM_DISABLE"):
         monkeypatch.setenv(name, {"LENSLAB_COMPUTE": "float32"}.get(name, "1"))
     monkeypatch.setattr(truth, "SMOKE", sizes)
+    monkeypatch.setattr(truth.entries, "CACHE", tmp_path)
     monkeypatch.setenv("LENSLAB_CACHE", str(tmp_path / "cache"))
     given = ["--only", "batchtopk", "--smoke", "--work", str(tmp_path)]
     truth.main(["recovery", "absorption", "collect", *given])
