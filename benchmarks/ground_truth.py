@@ -627,10 +627,11 @@ def write_recovery(bench: Bench, only: Sequence[str], folder: Path) -> dict[str,
 def truth_table(bench: Bench, only: Sequence[str], work: Path) -> pd.DataFrame:
     """All that is finished in long form: `part`, `of`, `kind` and `k` (of probes), `seed`,
     `measure`, `value`; then, as part "smallest difference", what each measure can tell."""
+    from sparse_probing import finished
+
     tables = [recovery_table(bench, only)[0], absorption_table(bench, only)]
-    if (probes := work / "probing.json").exists():
-        tables.append(pd.read_json(probes, orient="records", precise_float=True))
-    table = pd.concat(tables).reindex(columns=COLUMNS)
+    tables.append(finished(work / "probing.jsonl"))
+    table = pd.concat([rows for rows in tables if len(rows)]).reindex(columns=COLUMNS)
     table["k"] = table["k"].astype("Int64").astype(object).where(table["k"].notna(), None)
     return pd.concat([table, pd.DataFrame(smallest(table))]).reindex(columns=COLUMNS)
 

@@ -55,20 +55,20 @@ def main(words: list[str] | None = None) -> None:
     add = parser.add_argument
     add("folder", type=Path, help="of the tables NAME.csv.zst")
     add("--only", nargs="+", default=SETS, help="names of data sets of two labels")
-    add("--texts", type=int, default=600, help="of each data set, half of them held out")
+    add("--texts", type=int, default=300, help="of each data set, half of them held out")
     given = parser.parse_args(words)
     model = load_model("pocket-gpt")
     saes = {0: load_sae(sparse_probing.SAE)}
-    tables = []
     for name in given.only:
         labels = read_set(given.folder / f"{name}.csv.zst", model, given.texts)
         batch = tokenize(model, list(labels.texts))
         labels = labels.with_lengths(batch.real.sum(1).numpy())
         rows = pd.DataFrame(sparse_probing.probing(model, saes, batch, labels))
-        tables.append(rows[rows["kind"] == labels.categories[-1]].assign(set=name))
-    table = pd.concat(tables)
-    table["way"] = table["of"] + table["part"].str.removeprefix("probing")
-    print(table.pivot_table(index=["way", "k"], columns="set", values="value").round(2).to_string())
+        rows = rows[rows["kind"] == labels.categories[-1]]  # of two kinds the other says the same
+        rows["way"] = rows["of"] + rows["part"].str.removeprefix("probing")
+        table = rows.pivot_table(index="way", columns="k", values="value")
+        print(f"\n{name}: {len(labels)} texts, held-out AUROC by k")
+        print(table.round(3).to_string(na_rep=""), flush=True)
 
 
 if __name__ == "__main__":
