@@ -4,11 +4,11 @@ architecture, and absorption of parents by their children.
 1. Data are SAELens's synthetic models: random directions in few dimensions, each on with a
    probability of its own. Both libraries read the same vectors in the same order, of norm
    sqrt(d_in) on average, in float32, with as many latents as there are features.
-2. L0 is matched to the true one: by k; of batchtopk and matryoshka by one threshold, set on training
-   vectors; of penalised ones the penalty is searched (`sae_quality.search_l1`), and every measure
-   read off over log L0 between the trainings that enclose the target.
-3. The rate is the best of a few by the MCC on a seed of its own, for each library; further rates are
-   tried while the best is at an end.
+2. L0 is matched to the true one: by k; of batchtopk and matryoshka by one threshold, set on
+   training vectors; of penalised ones the penalty is searched until L0 is within 5 %, or every
+   measure can be read off over log L0 between two trainings that enclose the target closely.
+3. The rate is the best of a few by the MCC on a seed of its own, for each library; further rates
+   are tried while the best is at an end.
 4. Compared are five more seeds (of features, vectors and weights), paired: no worse where the lower
    95 % bound of the difference is above -.01. Beside both stands a dictionary that learned nothing.
 5. Reseeds: the same features and vectors, weights of five other seeds. What they spread is what a
@@ -48,13 +48,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 import compare as harness
 import sae_contestants as entries
-from sae_quality import enclosing, search_l1
+from sae_quality import enclosing
 
 SEEDS, CHOOSING = (0, 1, 2, 3, 4), 5  # the last chooses rates and first penalties
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (1e-2, 3e-2)
 STEP = 3.0  # between rates that are added at an end
 MOST_RATES = 4
-RESEEDED = ("topk", "relu")  # one of either kind
+RESEEDED = ("batchtopk",)  # as the bundled SAEs are
 PEERS = {  # ours -> SAELens's name
     "relu": "Standard",
     "topk": "TopK",
@@ -63,7 +63,9 @@ PEERS = {  # ours -> SAELens's name
     "jumprelu": "JumpReLU",
     "gated": "Gated",
 }
-FIRST_PENALTY = {"relu": 2.0, "jumprelu": 1.0, "gated": 2.0}  # where the search starts
+FIRST_PENALTY = {"relu": 3.5, "jumprelu": 3.0, "gated": 5.0}  # where the search starts
+SEARCH = 6  # trainings at most, to find a penalty
+NEAR, ENCLOSED = 0.05, 1.3  # an L0 that is the target's; ratio of two between which one reads off
 WARM_UP = 10  # penalties of both rise over the first tenth
 DEAD_AFTER = 100_000  # vectors, of both
 SCORES = ("mcc", "f1", "uniqueness", "precision", "recall", "variance_explained")
@@ -78,7 +80,7 @@ class Sizes:
 
     features: int = 256
     d_in: int = 64
-    samples: int = 1 << 19
+    samples: int = 400 << 10
     batch: int = 1024
     evaluated: int = 20_000
     parents: int = 20  # of the hierarchy
@@ -143,14 +145,27 @@ def planted(seed: int, hierarchical: bool, sizes: Sizes) -> Planted:
             config, hierarchy=hierarchy, activation_generator=generator
         )
     torch.manual_seed(seed)
-    with torch.no_grad():
-        true_l0 = float(
-            (model.activation_generator.sample(sizes.evaluated) > 0).sum(1).float().mean()
-        )
-        parts = [model.sample(1 << 14) for _ in range(-(-sizes.samples // (1 << 14)))]
-    vectors = torch.cat(parts)[: sizes.samples]
+    strengths = model.activation_generator.sample(sizes.evaluated)
+    true_l0 = float((strengths > 0).sum(1).float().mean())
+    vectors = sampled(model, seed, sizes)
     scale = math.sqrt(sizes.d_in) / float(vectors.norm(dim=1).mean())
     return Planted(model, vectors * scale, scale, true_l0, seed, children)
+
+
+@torch.no_grad()
+def sampled(model: Any, seed: int, sizes: Sizes) -> Tensor:
+    """The training vectors, made once and kept in the ignored `.cache`."""
+    from lenslab.files import atomic_write, content_key
+
+    features = model.feature_dict.feature_vectors.detach().numpy().tobytes()
+    key = content_key(features, model.activation_generator.firing_probabilities, sizes.samples)
+    file = entries.CACHE / f"planted-{seed}-{key}.npy"
+    if not file.exists():
+        torch.manual_seed(seed)
+        parts = [model.sample(1 << 14) for _ in range(-(-sizes.samples // (1 << 14)))]
+        with atomic_write(file) as temporary, open(temporary, "wb") as handle:
+            np.save(handle, torch.cat(parts)[: sizes.samples].numpy())
+    return torch.from_numpy(np.load(file))
 
 
 # Trainings
@@ -261,8 +276,8 @@ def absorption(sae: Any, data: Planted, n: int) -> dict[str, float]:
 
     After Chanin et al. 2024 (arXiv 2409.14507), with known features in the place of probes:
     1. a parent's latent is the one whose decoder row has the largest cosine with the parent;
-    2. `silent`: of the vectors on which the parent and a child of it are on, the share on which that
-       latent is silent;
+    2. `silent`: of the vectors on which the parent and a child of it are on, the share on which
+       that latent is silent;
     3. `absorbed`: the share on which besides another latent carries at least half of the parent's
        strength, by itself: its activation times its decoder row's part along the parent;
     4. `silent_alone`: as 2, where no child is on: what the latent misses without any child.
@@ -302,14 +317,47 @@ def scored(sae: Any, data: Planted, n: int) -> dict[str, float]:
     return recovery(sae, data, n) | (absorption(sae, data, n) if data.children else {})
 
 
+def search(
+    measure: Callable[[float], dict[str, float]], target: float, first: float
+) -> list[dict[str, float]]:
+    """Points {l1, l0, ..}: the last is near the target L0, or the nearest two enclose it closely.
+
+    The next penalty lies on the line through the two nearest points in logarithms, on either side
+    of the target where there are such; no more than a factor of 3 beyond them.
+    """
+    points: list[dict[str, float]] = []
+    penalty = first
+    for _ in range(SEARCH):
+        points.append({"l1": penalty, **measure(penalty)})
+        last = max(points[-1]["l0"], 0.1)
+        pair = enclosing(points, target)
+        if abs(last / target - 1) < NEAR or (pair and pair[1]["l0"] / pair[0]["l0"] < ENCLOSED):
+            break
+        if pair is None:
+            pair = sorted(points, key=lambda point: abs(math.log(max(point["l0"], 0.1) / target)))
+        slope = -1.0  # of log L0 over log penalty
+        if len(pair) > 1 and min(pair[0]["l0"], pair[1]["l0"]) > 0:
+            run = math.log(pair[0]["l1"] / pair[1]["l1"])
+            slope = min(-0.1, math.log(pair[0]["l0"] / pair[1]["l0"]) / run if run else -1.0)
+        change = math.log(target / max(pair[0]["l0"], 0.1)) / slope
+        penalty = pair[0]["l1"] * math.exp(min(math.log(3), max(-math.log(3), change)))
+        silenced = [point["l1"] for point in points if point["l0"] == 0]
+        if silenced and pair[0]["l0"] > 0 and penalty >= min(silenced):
+            penalty = math.sqrt(pair[0]["l1"] * min(silenced))
+    return points
+
+
 def read_off(points: Sequence[dict[str, float]], target: float) -> dict[str, float] | None:
-    """Every measure over log L0, linearly between the points that enclose the target; None where
-    none do."""
+    """The last point where its L0 is near the target, else every measure over log L0, linearly
+    between the points that enclose the target; None where none do."""
+    if abs(points[-1]["l0"] / target - 1) < NEAR:
+        return {key: value for key, value in points[-1].items() if key != "l1"}
     if (pair := enclosing(list(points), target)) is None:
         return None
     low, high = pair
     share = math.log(target / low["l0"]) / math.log(high["l0"] / low["l0"])
-    return {key: low[key] + share * (high[key] - low[key]) for key in low if key != "l1"}
+    measures = {key: low[key] + share * (high[key] - low[key]) for key in low if key != "l1"}
+    return measures | {"l0": target}
 
 
 # Runs
@@ -372,7 +420,7 @@ class Bench:
         measure = partial(self.measured, library, architecture, lr, about=about)
         if architecture not in FIRST_PENALTY:
             return measure(target), first
-        points = search_l1(lambda level: measure(level), target, first)
+        points = search(measure, target, first)
         return read_off(points, target), points[-1]["l1"]
 
     def best_rate(self, library: str, architecture: str) -> tuple[float, float]:
@@ -482,14 +530,20 @@ def absorption_table(bench: Bench, only: Sequence[str]) -> pd.DataFrame:
         chosen = bench.best_rate("lenslab", name)
         for seed in bench.sizes.seeds:
             found, _ = bench.matched("lenslab", name, *spread(chosen, seed, True))
-            rows += long("absorption", f"lenslab {name}", seed, found)
+            rows += long("absorption", f"lenslab {name}", seed, told(found))
             if name in RESEEDED:
                 about = (0, seed, True)
                 found, _ = bench.matched("lenslab", name, chosen[0], about, chosen[1])
-                rows += long("absorption, reseeded", f"lenslab {name}", seed, found)
+                rows += long("absorption, reseeded", f"lenslab {name}", seed, told(found))
     for seed in bench.sizes.seeds:
-        rows += long("absorption", "untrained", seed, floor(bench, seed, True))
+        rows += long("absorption", "untrained", seed, told(floor(bench, seed, True)))
     return pd.DataFrame(rows)
+
+
+def told(found: dict[str, float] | None) -> dict[str, float]:
+    """Of the measures on features with a hierarchy those that are shown."""
+    shown = ("absorbed", "silent", "silent_alone", "l0", "mcc", "f1")
+    return {key: found[key] for key in shown} if found else {}
 
 
 def long(part: str, of: str, seed: int, found: dict[str, float] | None) -> list[dict[str, Any]]:
@@ -570,6 +624,78 @@ def write_recovery(bench: Bench, only: Sequence[str], folder: Path) -> dict[str,
     return result
 
 
+def truth_table(bench: Bench, only: Sequence[str], work: Path) -> pd.DataFrame:
+    """All that is finished in long form: `part`, `of`, `kind` and `k` (of probes), `seed`,
+    `measure`, `value`; then, as part "smallest difference", what each measure can tell."""
+    from sparse_probing import finished
+
+    tables = [recovery_table(bench, only)[0], absorption_table(bench, only)]
+    tables.append(finished(work / "probing.jsonl"))
+    table = pd.concat([rows for rows in tables if len(rows)]).reindex(columns=COLUMNS)
+    table["k"] = table["k"].astype("Int64").astype(object).where(table["k"].notna(), None)
+    return pd.concat([table, pd.DataFrame(smallest(table))]).reindex(columns=COLUMNS)
+
+
+COLUMNS = ["part", "of", "kind", "k", "seed", "measure", "value"]
+TOLD = {  # where reseeds differ in the weights alone -> what is looked at there
+    "recovery, reseeded": ("mcc", "f1", "uniqueness"),
+    "absorption, reseeded": ("absorbed", "silent"),
+    "quality": ("fvu", "l0", "dead", "ce_difference"),
+    "probing, max": ("auroc",),
+    "probing, mean": ("auroc",),
+}
+
+
+def smallest(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The smallest difference of each measure, from reseeds; of probes after the mean over
+    kinds."""
+    from lenslab.stats import smallest_difference
+
+    rows = []
+    for part, measures in TOLD.items():
+        chosen = table[(table["part"] == part) & table["measure"].isin(measures)]
+        chosen = chosen[chosen["of"] != "SAE, shuffled labels"]
+        keys = ["measure", "of", "k"]
+        for (measure, of, k), group in chosen.groupby(keys, dropna=False, sort=False):
+            values = group.groupby("seed")["value"].mean().to_numpy()
+            if len(values) < 3:  # axes and coordinates have no seed
+                continue
+            name = f"{of}, {part}".removesuffix(", reseeded")
+            row = {"part": "smallest difference", "of": name, "k": None if pd.isna(k) else k}
+            rows.append(row | {"measure": measure, "value": smallest_difference(values)})
+    return rows
+
+
+def write_truth(bench: Bench, only: Sequence[str], work: Path, *, ships: bool) -> Path:
+    """data/results/phase_4_truth.json, which belongs to the bundled model and SAE."""
+    from sparse_probing import SAE
+
+    from lenslab.files import Result, save_result
+    from lenslab.models import load_model, model_key
+    from lenslab.runtime import machine_summary
+    from lenslab.sae.load import load_sae, sae_key
+
+    @dataclass(frozen=True)
+    class Truth(Result):
+        """What the table says beside itself."""
+
+        sizes: dict[str, Any]
+        machine: dict[str, Any]
+        table: pd.DataFrame = field(repr=False)
+
+        def to_frame(self) -> pd.DataFrame:
+            return self.table
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"sizes": self.sizes, "machine": self.machine}
+
+    table = truth_table(bench, only, work)
+    table["value"] = [float(f"{value:.5g}") for value in table["value"]]
+    result = Truth(asdict(bench.sizes), machine_summary(), table)
+    inputs = [model_key(load_model("pocket-gpt")), sae_key(load_sae(SAE))]
+    return save_result("phase_4_truth", result, inputs, ships=ships)
+
+
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -589,6 +715,8 @@ def main(words: list[str] | None = None) -> None:
         folder = Path(tempfile.mkdtemp(prefix="ground-truth-")) if given.smoke else harness.RESULTS
         write_recovery(bench, given.only, folder)
         print(f"written to {folder.name}/ground_truth.json")
+        file = write_truth(bench, given.only, given.work, ships=not given.smoke)
+        print(f"written to {file.parent.name}/{file.name}: {file.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -103,8 +103,8 @@ def times(ratio: float) -> str:
 
 def benchmarks_table() -> str:
     """One row per result with peers: its claim, ours (lowest and highest round), and how many times
-    better than each peer. Above 1 ours is better: rates are ours over the peer's, and where less
-    is better (errors, memory) the peer's over ours."""
+    better than each peer. Above 1 ours is better: rates and scores are ours over the peer's, and
+    where less is better (errors, memory) the peer's over ours."""
     rows = [
         "| result | claim | ours (its rounds) | better is | times better than each peer |",
         "|---|---|---|---|---|",
@@ -113,20 +113,20 @@ def benchmarks_table() -> str:
         result = json.loads(file.read_text(encoding="utf-8"))
         if "ratios" not in result:
             continue
-        rate = result["unit"].endswith("/s")
+        more = result.get("more_is_better", result["unit"].endswith("/s"))
         ours = result["ours"] if isinstance(result["ours"], dict) else {"": result["ours"]}
         values = ", ".join(f"{name} {value:,}".strip() for name, value in ours.items())
         values += f" {result['unit']}"
         if len(rounds := result.get("rounds", {}).get("lenslab", ())) > 1:
             values += f" ({min(rounds):,} to {max(rounds):,})"
         better = ", ".join(
-            f"{peer} {times(ratio if rate else 1 / ratio)}"
+            f"{peer} {times(ratio if more else 1 / ratio)}"
             for peer, ratio in result["ratios"].items()
             if ratio is not None
         )
         rows.append(
             f"| [{file.stem.replace('_', ' ')}](results/{file.name}) | {result['claim']} | "
-            f"{values} | {'more' if rate else 'less'} | {better} |"
+            f"{values} | {'more' if more else 'less'} | {better} |"
         )
     return "\n".join(rows)
 

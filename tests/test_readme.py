@@ -196,15 +196,18 @@ def test_a_notebook_without_a_finding_is_not_passed_over(tables, monkeypatch):
 
 
 def test_above_one_is_better_in_every_row_of_the_benchmarks(tables, tmp_path, monkeypatch):
-    """Ours over the peer for a rate; the peer over ours for an error; no ratio of thousands."""
+    """Ours over the peer for a rate or a score; the peer over ours for an error; no ratio of
+    thousands."""
     rate = {"claim": "fast", "ours": 200, "unit": "tokens/s", "ratios": {"a": 2.0, "b": 23872}}
     error = {"claim": "good", "ours": {"x": 0.5}, "unit": "FVU", "ratios": {"a": 0.5, "b": None}}
-    for name, result in (("rate", rate), ("wrong", error)):
+    score = error | {"unit": "MCC", "more_is_better": True, "ratios": {"a": 1.25}}
+    for name, result in (("rate", rate), ("score", score), ("wrong", error)):
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     rows = tables.benchmarks_table().splitlines()[2:]
     assert [row.split(" | ")[3:] for row in rows] == [
         ["more", "a 2.00, b about 10^4 |"],
+        ["more", "a 1.25 |"],
         ["less", "a 2.00 |"],
     ]
 
