@@ -178,7 +178,10 @@ print(f"{ships_name}: {origin}")
 columns = ["l0", "fvu", "ce_difference", "kl", "reconstruction_bias", "dead", "dense"]
 table = pd.concat([each.to_frame() for each in scores]).set_index("sae")[columns]
 less = table[["fvu", "ce_difference", "kl"]].drop([ships_name])
-ahead = {metric: [name for name in less.index if less[metric][name] < less[metric]["my SAE"]] for metric in less}
+ahead = {
+    metric: [name for name in less.index if less[metric][name] < less[metric]["my SAE"]]
+    for metric in less
+}
 HTML(table.to_html(float_format="{:.3f}".format))
 
 # %% [markdown]
@@ -219,40 +222,128 @@ print(at_16.round(2).to_string())
 
 # %% [markdown]
 # ## 6. What does each decision cost?
-# All seven architectures at one hook of `pocket-gpt`, 1.5 million vectors each, every one at the
-# best of its learning rates; five seeds for the two best (`scripts/sae_sweep.py`). A transcoder
-# writes another stream than it reads.
+# **Architecture and sparsity**: all seven at one hook of `pocket-gpt`, 1.5 million vectors each,
+# every one at the best of its learning rates (`scripts/sae_sweep.py`, a saved result). FVU at three
+# L0, read off between runs; a transcoder writes another stream than it reads. **Control**: the two
+# best from five seeds each.
 
 # %%
 inputs = {"layer": 3, "d_sae": 2048, "vectors": 1_500_000, "model_key": pocket}
-sweep = saved_result("phase_4_sweep", inputs)
+sweep = saved_result("phase_4_sweep", inputs).dropna(subset="fvu")
+runs = sweep.groupby(["architecture", "level"])[["l0", "fvu"]].agg(["mean", "min", "max"])
 curves = {
-    name: runs.groupby("level")[["l0", "fvu"]].mean().sort_values("l0")
-    for name, runs in sweep.dropna(subset="fvu").groupby("architecture")
+    name: runs.loc[name].sort_values(("l0", "mean")) for name in sweep["architecture"].unique()
 }
-at = [8, 16, 32]
-fvu_at = {n: np.interp(np.log(at), np.log(c["l0"]), c["fvu"], np.nan, np.nan) for n, c in curves.items()}
-print(pd.DataFrame(fvu_at, index=at).T.round(2).sort_values(16).to_string())
+at = np.array([8, 16, 32])
+read = {
+    name: np.interp(np.log(at), np.log(curve["l0", "mean"]), curve["fvu", "mean"], np.nan, np.nan)
+    for name, curve in curves.items()
+}
+fvu_at = pd.DataFrame(read, index=at).T.sort_values(16)
+print(fvu_at.round(2).to_string())
 
 # %% [markdown]
-# **Control**: how much do two seeds differ?
+# How far apart are seeds of one architecture, and how far apart are architectures?
 
 # %%
-spread = sweep.groupby(["architecture", "level"])["fvu"].agg(["std", "count"])
+seeds = sweep.groupby(["architecture", "level"])["fvu"].agg(["std", "count"]).query("count > 1")
+others = fvu_at.drop("transcoder")[16]
+so(
+    f"at L0 16 {others.index[0]} leaves {others.iloc[0]:.2f} of the variance, {others.index[1]} "
+    f"{others.iloc[1]:.2f}, the last ({others.index[-1]}) {others.iloc[-1]:.2f}; five seeds of one differ by a standard deviation of "
+    f"at most {seeds['std'].max():.3f}. Which is best hardly depends on the L0."
+)
 
 # %% [markdown]
-# Drawn, both axes logarithmic: lower left is better.
+# Drawn, both axes logarithmic; lower left is better. Grey are the floors of section 5, which were
+# trained for longer.
 
 # %%
-series, places = ({n: c[column] for n, c in curves.items()} for column in ("fvu", "l0"))
-axes = {"x_title": "L0: active per token", "y_title": "FVU: variance left unexplained"}
-lines(series, places, log_x=True, log_y=True, title="What sparsity costs", **axes).show()
+fvu_of = {name: curve["fvu", "mean"] for name, curve in curves.items()}
+l0_of = {name: curve["l0", "mean"] for name, curve in curves.items()}
+spread = {name: (curve["fvu", "min"], curve["fvu", "max"]) for name, curve in curves.items()}
+for name in ("frozen decoder", "frozen encoder", "random directions"):
+    rows = floors[floors["name"] == name].sort_values("l0")
+    fvu_of[name], l0_of[name] = rows["fvu"], rows["l0"]
+axes = {"x_title": "L0: latents active at a token", "y_title": "FVU: variance left unexplained"}
+axes |= {"log_x": True, "log_y": True, "spread": spread}
+lines(fvu_of, l0_of, title="What sparsity costs, by architecture", **axes).show()
 
 # %% [markdown]
-# The rate. Adam's step hardly depends on the loss's scale, so one rate may fit all:
+# **Rate, width, length**: the peak rate of Adam with which each training ended best.
 
 # %%
-rates = saved_result("phase_4_rates", inputs)
+ladder = saved_result("phase_4_rates", inputs).dropna(subset="loss")
+keys = ["architecture", "d_sae", "vectors"]
+best = ladder.loc[ladder.groupby(keys)["fvu"].idxmin(), [*keys, "lr", "fvu"]]
+print(best.round(4).to_string(index=False))
+usual = ladder.query("d_sae == 2048 and vectors == 1_500_000")
+by = {name: rows.sort_values("lr") for name, rows in usual.groupby("architecture")}
+low = {name: rows["fvu"].iloc[0] / rows["fvu"].min() for name, rows in by.items()}
+so(
+    f"the best rates lie between {best['lr'].min():g} and {best['lr'].max():g}, whatever the architecture, the width and the "
+    f"length; at the lowest tried up to {max(low.values()):.1f} times as much variance is left."
+)
+
+# %% [markdown]
+# The same, drawn: too low a rate costs, too high a rate breaks.
+
+# %%
+axes = {"x_title": "peak rate", "y_title": "FVU over the least", "log_x": True, "log_y": True}
+over = {name: rows["fvu"] / rows["fvu"].min() for name, rows in by.items()}
+lines(
+    over, {name: rows["lr"] for name, rows in by.items()}, title="What the rate costs", **axes
+).show()
+
+# %% [markdown]
+# **Penalty**: where nothing else fixes how many latents are active, a penalty does, and nobody
+# knows which. `starting_penalty` suggests one from the sweep, for vectors of any width.
+
+# %%
+from lenslab.sae.train import starting_penalty
+
+penalties = pd.DataFrame(
+    {
+        kind: [starting_penalty(kind, 256, l0) for l0 in at]
+        for kind in ("relu", "jumprelu", "gated")
+    },
+    index=pd.Index(at, name="for L0"),
+)
+print(penalties.round(2).to_string())
+
+# %% [markdown]
+# **Everything else**, one decision at a time, here and now: small SAEs, trained on the same batches
+# for a few steps. **Control**: another seed; what differs less than that says nothing.
+
+# %%
+small = dict(d_in=source.widths[HOOK], d_sae=512, k=16)
+decisions = {
+    "as it is": {},
+    "another seed": {"seed": 1},
+    "half as wide": {"d_sae": 256},
+    "twice as wide": {"d_sae": 1024},
+    "vectors not centred": {"centre": False},
+    "each vector to one length": {"centre": False, "scale": "unit"},
+    "dead latents not revived": {"auxiliary": 0.0},
+    "k = 32": {"k": 32},
+}
+tries = {name: build_sae("topk", **(small | changed)) for name, changed in decisions.items()}
+quick = TrainingConfig(vectors=200_000, batch=2048, dead_after=50_000)
+tried = train(tries, source, quick, progress=False)
+
+# %% [markdown]
+# FVU in the model's own units, on held-out text.
+
+# %%
+x = unseen.pool(0, 0)[HOOK]
+total = (x - x.mean(0)).square().sum()
+with torch.inference_mode():
+    left = {
+        name: float((x - each.sae.decode(each.sae.encode(x))).square().sum() / total)
+        for name, each in tried.items()
+    }
+seed = abs(left["another seed"] - left["as it is"])
+matter = [name for name in left if abs(left[name] - left["as it is"]) > 3 * seed]
 
 # %% [markdown]
 # ## 7. Does an SAE find what is there?
@@ -277,8 +368,11 @@ fas = {name: encode_features(model, everybody[name], batch, name=name) for name 
 pooled = {name: fa.pool("max") for name, fa in fas.items()}  # [text, feature]
 strength = {name: np.sort(each.max(axis=0).toarray())[::-1] for name, each in pooled.items()}
 lines(
-    strength, log_y=True, title="Every feature's largest activation, sorted",
-    x_title="rank", y_title="largest activation",
+    strength,
+    log_y=True,
+    title="Every feature's largest activation, sorted",
+    x_title="rank",
+    y_title="largest activation",
 ).show()
 
 # %% [markdown]
@@ -291,9 +385,7 @@ rates = {name: (fa.matrix > 0).mean(axis=0) for name, fa in fas.items()}
 firing_density(rates, title="How often the features fire").show()
 rarely = {name: np.mean(rate < 0.001) for name, rate in rates.items()}
 ratio = {name: each[len(each) // 100] / np.median(each) for name, each in strength.items()}
-so(
-    f"features of my SAE differ more than random directions do: {rarely['my SAE']:.0%}"
-)
+so(f"features of my SAE differ more than random directions do: {rarely['my SAE']:.0%}")
 
 # %% [markdown]
 # All features in one picture: a column each, under the kind of text where it is strongest. Each
@@ -323,7 +415,10 @@ from lenslab.features.specialists import discriminate
 
 frozen_fa = encode_features(model, everybody["frozen decoder"], batch, name="frozen decoder")
 searched = pooled | {"frozen decoder": frozen_fa.pool("max")}
-found = {name: discriminate({name: each}, labels).set_index("category") for name, each in searched.items()}
+found = {
+    name: discriminate({name: each}, labels).set_index("category")
+    for name, each in searched.items()
+}
 aurocs = pd.DataFrame({name: each["auroc"] for name, each in found.items()})
 so(
     f"one feature of my SAE tells a kind apart with a held-out AUROC of {aurocs['my SAE'].mean():.1f} on average"
