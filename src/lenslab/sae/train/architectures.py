@@ -267,7 +267,7 @@ STARTING["jumprelu"] = (3.39, -1.11, 1)
 
 def starting_penalty(architecture: str, d_in: int, l0: float | int) -> float:
     """The `sparsity` with which about `l0` latents of a vector are active after training: a line
-    fitted to one site of pocket-gpt (data/results/phase_4_sweep.json; jumprelu, short trials there).
+    fitted to one site of pocket-gpt (data/results/phase_4_sweep.json; jumprelu: trials).
 
     A latent that is kept costs the penalty once (jumprelu) or times its activation; what it saves
     is its activation squared, of which a scaled vector has d_in to share out. With a quarter of the
