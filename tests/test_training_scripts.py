@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import shutil
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -688,3 +689,94 @@ def test_what_never_came_near_a_level_has_no_value_there_and_is_not_the_best(tok
     assert sorted(sae_sweep.two_best(runs)) == ["gated", "topk"]
     far = sae_sweep.at_levels(runs[runs["architecture"] == "relu"], "fvu")
     assert np.isnan(far[:4]).all() and far[4] == 0
+
+
+def test_new_runs_join_those_that_ship_and_take_the_place_of_old_ones(tokens_file):
+    import sae_sweep
+
+    def runs(machine, *names):
+        rows = [dict(sae_sweep.run_of(n, 8.0, 0.004, d_sae=64, vectors=4096)) for n in names]
+        return sae_sweep.pd.DataFrame([row | {"machine": machine} for row in rows])
+
+    def machines(old, new, anew=()):
+        table = sae_sweep.merged(old, new, list(anew))
+        return dict(zip(table["architecture"], table["machine"], strict=True))
+
+    old, new = runs("old", "topk", "relu", "jumprelu"), runs("new", "relu")
+    assert machines(old, new) == {"jumprelu": "old", "relu": "new", "topk": "old"}
+    assert machines(old, new, ["jumprelu"]) == {"relu": "new", "topk": "old"}
+    assert machines(None, new) == {"relu": "new"}
+
+
+def test_a_sweep_of_nothing_says_what_to_run(tokens_file, tmp_path, gpt2_folder):
+    import sae_sweep
+
+    options = f"--only relu --layer 1 --smoke --work {tmp_path / 'none'}"
+    options += f" --tokens {tokens_file.file} --model {gpt2_folder}"
+    for do, message in {
+        "collect": "No run is finished",
+        "sweep": "run `rates` first",
+        "seeds": "No sweep to train",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            sae_sweep.main([do, *options.split()])
+
+
+def test_a_half_written_line_spoils_no_other(tokens_file, tmp_path):
+    import sae_sweep
+
+    file = tmp_path / "runs.jsonl"
+    sae_sweep.write(file, [{"architecture": "topk", "lr": 1.0}])
+    with open(file, "a", encoding="utf-8") as handle:
+        handle.write('\n{"architecture": "re')  # killed while it wrote
+    sae_sweep.write(file, [{"architecture": "gated", "lr": 2.0}])
+    assert sae_sweep.finished(file)["architecture"].tolist() == ["topk", "gated"]
+
+
+def test_a_sweep_that_is_stopped_in_a_training_or_between_two_goes_on(
+    tokens_file, gpt2_folder, tmp_path, monkeypatch, capsys
+):
+    import sae_sweep
+
+    monkeypatch.setenv("LENSLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sae_sweep, "RATES", (1e-3, 2e-3))
+    monkeypatch.setattr(sae_sweep, "MIDDLE", 4)
+    options = f"rates --only batchtopk --layer 1 --smoke --tokens {tokens_file.file}"
+    options = [*options.split(), "--model", str(gpt2_folder), "--work"]
+    step, calls = sae_sweep.TrainableSAE.after_step, []
+
+    def stopping(sae):
+        step(sae)
+        calls.append(1)
+        if len(calls) == 6:  # four steps a run: within the second
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sae_sweep.TrainableSAE, "after_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        sae_sweep.main([*options, str(tmp_path / "stopped")])
+    assert len(sae_sweep.finished(tmp_path / "stopped" / "runs.jsonl")) == 1
+    capsys.readouterr()
+    sae_sweep.main([*options, str(tmp_path / "stopped")])
+    assert "goes on at step" in capsys.readouterr().out
+    sae_sweep.main([*options, str(tmp_path / "whole")])
+    one, two = (
+        sae_sweep.finished(tmp_path / name / "runs.jsonl")[["lr", "loss", "fvu"]]
+        for name in ("stopped", "whole")
+    )
+    sae_sweep.pd.testing.assert_frame_equal(one, two)
+
+
+@pytest.mark.parametrize("script", ["sae_sweep", "train_pocket_saes"])
+def test_evaluation_texts_among_the_training_texts_are_refused(
+    script, tokens_file, model, gpt2_folder, tmp_path
+):
+    file = tmp_path / "same.npz"
+    both = {"train": tokens_file.train, "held_out": tokens_file.train}
+    tokens_file.script.write_tokens(file, model, both)
+    options = f"--smoke --tokens {file} --model {gpt2_folder} --work {tmp_path / 'work'} "
+    own = {
+        "sae_sweep": "rates --only topk --layer 1",
+        "train_pocket_saes": f"--sites resid-1 --out {tmp_path}",
+    }
+    with pytest.raises(ValueError, match="held-out documents were trained on"):
+        importlib.import_module(script).main((options + own[script]).split())
