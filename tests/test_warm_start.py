@@ -13,10 +13,10 @@ from lenslab.metrics import FeatureActivity, ReconstructionError
 from lenslab.models import load_model, model_key, model_name, random_twin
 from lenslab.sae.load import load_sae, sae_key
 from lenslab.sae.save import save_sae
-from lenslab.sae.train import ModelSource, TensorSource, TrainingConfig, train
+from lenslab.sae.train import ModelSource, TensorSource, TrainingConfig, from_saelens, train
 from lenslab.sae.train.architectures import ARCHITECTURES, TOPK_FAMILY
 from lenslab.sae.train.base import TrainingFailed
-from lenslab.sae.train.convert import from_saelens, to_saelens
+from lenslab.sae.train.convert import to_saelens
 from lenslab.texts import sampled_text
 from lenslab.tokens import pack
 
