@@ -4,7 +4,8 @@
    same activations and by their principal axes, each as a mean and as a maximum over the text.
 2. Labels select k of the candidates on the discovery half (F test) and fit a logistic regression
    there (`lenslab.features.ceiling.probe`); scored is its AUROC on the other half, by kind.
-3. Beside stand logistic regression on all coordinates, and the SAE under shuffled labels.
+3. Beside stand logistic regression on all coordinates, and the SAE under labels shuffled among
+   texts of like length: what length alone tells stays.
 4. Of the same SAEs: FVU, L0, dead latents and the difference in cross-entropy, on text that
    pocket-gpt wrote.
 
