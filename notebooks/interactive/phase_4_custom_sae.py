@@ -383,7 +383,8 @@ print(recovered.sort_values("mcc").round(2).to_string())
 ours = recovered.filter(like="lenslab", axis=0)
 so(
     f"ours find the planted directions with an MCC of {ours['mcc'].min():.2f} to "
-    f"{ours['mcc'].max():.2f}; one that learned nothing has {recovered.loc['untrained', 'mcc']:.2f}."
+    f"{ours['mcc'].max():.2f}, where one that learned nothing has "
+    f"{recovered.loc['untrained', 'mcc']:.2f}."
 )
 
 # %% [markdown]
