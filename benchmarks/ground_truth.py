@@ -33,6 +33,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import product
@@ -369,11 +370,11 @@ class Bench:
     def __init__(self, work: Path, sizes: Sizes):
         self.file, self.sizes = work / "runs.jsonl", sizes
         self.done: dict[str, dict[str, float]] = {}
-        for line in (
-            self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else ()
-        ):
-            row = json.loads(line)
-            self.done[row.pop("key")] = row
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else ()
+        for line in lines:
+            with suppress(ValueError):  # a line that was cut off
+                row = json.loads(line)
+                self.done[row.pop("key")] = row
 
     def kept(self, key: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """What was measured under a key, or is now."""
@@ -415,11 +416,13 @@ class Bench:
     def matched(
         self, library: str, architecture: str, lr: float, about: tuple[int, int, bool], first: float
     ) -> tuple[dict[str, float] | None, float]:
-        """(the measures at the true L0, or None where no penalty leads to it; the last penalty)"""
+        """(the measures at the true L0; None where no penalty leads to it or all trainings failed;
+        the last penalty)"""
         target = max(1, round(self.target(about[0], about[2])))
         measure = partial(self.measured, library, architecture, lr, about=about)
         if architecture not in FIRST_PENALTY:
-            return measure(target), first
+            found = measure(target)
+            return (found if found["l0"] else None), first
         points = search(measure, target, first)
         return read_off(points, target), points[-1]["l1"]
 
