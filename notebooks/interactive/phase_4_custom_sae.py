@@ -124,7 +124,7 @@ for _ in range(40):
     loss.backward()
     optimizer.step()
     mine.W_dec.data /= mine.W_dec.data.norm(dim=1, keepdim=True)
-    fvu.append(float(loss / variance))
+    fvu.append(loss.item() / variance.item())
 so(f"forty steps take the FVU from {fvu[0]:.1f} to less than {math.ceil(10 * fvu[-1]) / 10:.1f}.")
 
 # %% [markdown]
@@ -245,7 +245,7 @@ print(fvu_at.round(2).to_string())
 
 # %%
 seeds = sweep.groupby(["architecture", "level"])["fvu"].agg(["std", "count"]).query("count == 5")
-same = fvu_at.drop("transcoder")[16]
+same = fvu_at.drop("transcoder")[16].dropna()
 so(
     f"at L0 16 {same.index[0]} leaves {same.iloc[0]:.2f} of the variance, {same.index[1]} "
     f"{same.iloc[1]:.2f}, {same.index[-1]} {same.iloc[-1]:.2f}; five seeds of one architecture "
@@ -270,14 +270,15 @@ axes |= {"log_x": True, "log_y": True, "spread": spread}
 lines(fvu_of, l0_of, title="What sparsity costs, by architecture", **axes).show()
 
 # %% [markdown]
-# **Rate, width, length**: the peak rate of Adam with which trainings ended best, for each
-# architecture at 2,048 latents, and for TopK at other widths and at a shorter length.
+# **Rate, width, length**: the peak rate of Adam with which trainings ended best, where *k* fixes the
+# sparsity, so that FVU can be compared; for TopK at other widths and at a shorter length, too.
 
 # %%
 ladder = saved_result("phase_4_rates", inputs).dropna(subset="fvu")
+ladder = ladder[~ladder["architecture"].isin(["relu", "jumprelu", "gated"])]
 keys = ["architecture", "d_sae", "vectors"]
 best = ladder.loc[ladder.groupby(keys)["fvu"].idxmin(), [*keys, "lr", "fvu"]]
-print(best.round(4).to_string(index=False))
+print(best.round(3).to_string(index=False))
 usual = ladder.query("d_sae == 2048 and vectors == 1_500_000").sort_values("lr")
 by = {name: rows.set_index("lr")["fvu"] for name, rows in usual.groupby("architecture")}
 slow = {name: rows.iloc[0] / rows.min() for name, rows in by.items()}
@@ -425,10 +426,7 @@ so(
 
 # %%
 told = truth[truth["part"] == "smallest difference"]
-shown = told.assign(of=told["of"], k=told["k"].fillna("")).set_index("measure")[
-    ["of", "k", "value"]
-]
-print(shown.round(3).to_string())
+print(told[["measure", "of", "k", "value"]].round(3).to_string(index=False, na_rep=""))
 so(
     "two SAEs whose FVU differs by less than "
     f"{told[told['measure'] == 'fvu']['value'].max():.3f} may differ in their seeds alone."
