@@ -19,8 +19,8 @@ from lenslab.files import REPOSITORY, data_path, sha256_file
 from lenslab.models import load_model, model_key, random_twin
 from lenslab.texts import load_probes
 
-SETS = ("first_look", "categories", "matched", "prompt_pairs")
-TEXTS = SETS[:3]
+TEXTS = ("first_look", "categories", "matched", "contextual")
+SETS = (*TEXTS, "prompt_pairs")
 HALVES = {"discovery", "held_out"}
 LANGUAGES = {"de", "es", "fr", "it", "pt", "ru"}
 FORMS = {"symbolic", "plain", "formal", "other_language"}
@@ -57,6 +57,11 @@ def matched(script):
 @pytest.fixture(scope="module")
 def pairs():
     return load_probes("prompt_pairs")
+
+
+@pytest.fixture(scope="module")
+def contexts(script):
+    return script.probes("contextual")
 
 
 def overlap(texts: list[str]) -> np.ndarray:
@@ -218,6 +223,75 @@ def test_no_word_gives_half_of_a_category_away(categories):
                 elsewhere.map(lambda w, x=word: x in w).mean(),
             )
             assert share - other < 0.5 or word == "https", (category, word, share, other)
+
+
+def test_contexts_are_balanced_and_style_tells_no_meaning(contexts):
+    cells = contexts.groupby(["token", "meaning", "split"]).size()
+    assert len(contexts) == 864 and (cells == 6).all() and set(contexts["split"]) == HALVES
+    assert contexts["token"].nunique() == 24
+    assert (contexts.groupby("token")["meaning"].nunique() == 3).all()
+    for (token, half), part in contexts.groupby(["token", "split"]):
+        styles = pd.crosstab(part["style"], part["meaning"])
+        assert (styles.nunique(axis=1) == 1).all(), (token, half)
+    styles = contexts.groupby(["token", "meaning", "style"]).size()
+    assert styles.max() <= 6 and styles.groupby(["token", "meaning"]).size().min() >= 3
+    order = contexts[["token", "meaning", "split"]].apply(tuple, axis=1)
+    assert (order != order.shift()).sum() == len(cells)  # what belongs together stands together
+
+
+def test_the_token_is_one_token_where_it_starts(tokenizer, contexts):
+    encoded = tokenizer(
+        contexts["text"].tolist(), add_special_tokens=False, return_offsets_mapping=True
+    )
+    for row, ids, offsets in zip(
+        contexts.itertuples(), encoded.input_ids, encoded.offset_mapping, strict=True
+    ):
+        end = row.start + len(row.target)
+        (own,) = tokenizer(row.token, add_special_tokens=False).input_ids
+        assert row.token.strip() == row.target == row.text[row.start : end], row.id
+        places = [i for i, (_, stop) in enumerate(offsets) if stop == end]
+        assert [ids[i] for i in places] == [own], row.id
+        assert row.text[end - len(row.token) : end] == row.token, row.id
+        assert ids.count(own) == 1 or not row.target.isalpha(), row.id
+        assert 30 <= len(ids) <= 80 and places[0] == row.before >= 15, row.id
+
+
+def test_no_five_words_in_a_row_stand_in_more_than_two_contexts(contexts):
+    runs = CountVectorizer(ngram_range=(5, 5), token_pattern=r"\w+", binary=True)
+    shared = np.asarray(runs.fit_transform(contexts["text"]).sum(axis=0)).ravel()
+    assert not runs.get_feature_names_out()[shared > 2].tolist()
+
+
+def test_neither_length_nor_position_tells_meanings(script):
+    for token, part in script.probes("contextual").groupby("token"):
+        means = part.groupby("meaning")[["tokens", "before"]].mean()
+        assert (means.max() - means.min() < [4, 7]).all(), (token, means)
+        aurocs = length_auroc(part, "meaning")  # one against the others: 12 against 24
+        assert all(abs(auroc - 0.5) < 0.25 for auroc in aurocs.values()), (token, aurocs)
+    across = script.probes("contextual").groupby(["token", "meaning"])["before"].mean()
+    assert across.groupby("token").agg(np.ptp).mean() < 4
+
+
+def test_meanings_are_told_by_what_stands_before_the_token_and_nothing_after(script):
+    rows = [
+        {
+            "token": token,
+            "meaning": meaning,
+            "style": style,
+            "split": half,
+            "start": len(f"{meaning if token == 'told' else 'same'} words "),
+            "text": f"{meaning if token == 'told' else 'same'} words x {meaning}",
+        }
+        for token in ("told", "untold")
+        for meaning in ("wood", "river", "stone")
+        for style in ("story", "letter")
+        for half in ("discovery", "held_out")
+    ]
+    scores = script.context_scores(pd.DataFrame(rows)).groupby("token").mean()
+    told = {"characters": 1, "words": 1, "last word": 1 / 3, "style": 1 / 3}
+    assert scores.loc["told"].to_dict() == pytest.approx(told)
+    assert scores.loc["untold"].to_dict() == pytest.approx(dict.fromkeys(told, 1 / 3))
+    assert script.shown_token(" |") == r"` \|`"
 
 
 def test_pairs_are_balanced(pairs):
@@ -425,4 +499,18 @@ def test_the_blind_reading_covers_every_register_and_language_on_the_texts_as_th
     for entry, text in zip(labels, read["text"], strict=True):
         assert hashlib.sha256(text.encode()).hexdigest().startswith(entry["sha256"]), (
             f"{entry['id']} was edited since"
+        )
+
+
+def test_the_blind_reading_covers_every_token_on_the_contexts_as_they_are(contexts):
+    reading = json.loads(data_path("probes", "blind_reading.json").read_text(encoding="utf-8"))
+    labels = reading["contextual"]["labels"]
+    read = contexts.set_index("id").loc[[entry["id"] for entry in labels]]
+    assert read.index.is_unique and set(read["token"]) == set(contexts["token"])
+    assert read.groupby("token").size().min() >= 5
+    meanings = contexts.groupby("token")["meaning"].unique()
+    for entry, row in zip(labels, read.itertuples(), strict=True):
+        assert {entry["label"], entry["second"]} <= {*meanings[row.token], None}, row.Index
+        assert hashlib.sha256(row.text.encode()).hexdigest().startswith(entry["sha256"]), (
+            f"{row.Index} was edited since"
         )
