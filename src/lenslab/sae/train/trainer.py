@@ -79,8 +79,8 @@ def train(
         held_out: vectors of other texts, measured at the end.
         log_dir: TensorBoard's, a run per SAE: what `history` holds.
         watch: called with an SAE's name and each new row of its history, after the rows that a
-            resumed training brings (`lenslab.show.report.live_curves`). Its first error is
-            printed, and it is not called again.
+            resumed training brings (`lenslab.show.report.live_curves`). Its errors
+            end the training, which goes on from its folder.
 
     Raises ValueError (widths, hooks, data that fill no batch, held-out documents among those of the
     training, a folder of another run, an SAE that was trained before), TrainingFailed, NotWritten
@@ -111,8 +111,10 @@ def _train(
 ) -> None:
     """The steps that are left, with bar, TensorBoard and whoever watches."""
     batch, writers = run.config.batch, []
+    told = watch or (lambda name, row: None)
     for member in run.members:
-        watch = _told(watch, member.name, member.history)
+        for row in member.history:
+            told(member.name, row)
     total, done = run.config.steps * batch, run.step * batch
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(total=total, initial=done, progress=progress, **BAR))
@@ -130,21 +132,9 @@ def _train(
                 for key, value in row.items():
                     writer.add_scalar(key, value, run.step)
             for member, row in zip(run.members, rows, strict=False):
-                watch = _told(watch, member.name, [row])
+                told(member.name, row)
             if rows:
                 bar.set_postfix({k: f"{rows[0][k]:.3g}" for k in ("loss", "fvu", "l0", "dead")})
-
-
-def _told(watch: Watch | None, name: str, rows: list[dict[str, float | int]]) -> Watch | None:
-    """Tell `watch` of new rows; returns it, or None from its first error on: a picture that cannot
-    be drawn must not lose a training."""
-    try:
-        for row in rows if watch else ():
-            watch(name, dict(row))
-    except Exception as error:
-        print(f"not watched any longer: {type(error).__name__}: {error}", flush=True)
-        return None
-    return watch
 
 
 # 1. Prepare
