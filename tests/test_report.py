@@ -115,7 +115,7 @@ def test_a_report_is_printed_a_section_a_page(model, monkeypatch):
 
 def test_a_browser_that_hangs_costs_the_pdf_and_no_more(monkeypatch, tmp_path, capsys):
     script = tmp_path / "chromium"
-    script.write_text("#!/bin/sh\nsleep 600 &\nexec sleep 600\n")
+    script.write_text("#!/bin/sh\nexec sleep 600\n")
     script.chmod(0o755)
     monkeypatch.setenv("BROWSER_PATH", str(script))
     monkeypatch.setattr(images, "SECONDS", 0.2)

@@ -252,9 +252,8 @@ def random_twin(
 def _exact_normal(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     """Numbers of mean 0 and spread 1: each the sum of four integers, which no processor computes
     otherwise."""
-    total = sum(
-        torch.randint(1 << 16, shape, generator=generator, dtype=torch.int32) for _ in range(4)
-    )
+    options = {"generator": generator, "dtype": torch.int32}
+    total = sum(torch.randint(1 << 16, shape, **options) for _ in range(4))
     return (total - (2 << 16)).float() / ((1 << 16) / 3**0.5)  # the variance of one is 2^32 / 12
 
 

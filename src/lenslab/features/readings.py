@@ -80,9 +80,7 @@ def _token_table(fa: FeatureActivations) -> pd.DataFrame:
     """`text`, `token` (its string) and `class` of every real token. ValueError for negative
     activations."""
     if (fa.matrix.data < 0).any():
-        raise ValueError(
-            "Negative activations have no shares: choose an SAE that is never below 0."
-        )
+        raise ValueError("Negative activations have no shares: take an SAE without such.")
     strings = [fa.batch.strings(row) for row in range(len(fa.batch))]
     seen = [strings[text][position] for text, position in fa.batch.real.nonzero().tolist()]
     classes = pd.Categorical([token_class(string) for string in seen], CLASSES)
@@ -168,9 +166,7 @@ def form_and_concept(
     matrix = check_matrix(matrix, form)
     cells = pd.crosstab(np.asarray(form), np.asarray(concept))
     if (cells != 1).any(axis=None) or min(cells.shape) < 2:
-        raise ValueError(
-            "Form and content need every concept exactly once in every form, and two of each."
-        )
+        raise ValueError("Needed is every concept exactly once in every form, and two of each.")
     features = np.flatnonzero(np.asarray((matrix > 0).sum(axis=0)).ravel() >= 10)
     values = columns_of(matrix, features).astype(np.float64)[np.lexsort([concept, form])]
     varies = np.ptp(values, axis=0) > ROUNDING * np.abs(values).max(axis=0)

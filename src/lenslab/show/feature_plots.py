@@ -114,9 +114,8 @@ def coactivation_heatmap(
         raise ValueError("This PMI is not symmetric: rows and columns must be the same features.")
     np.fill_diagonal(pmi, np.nan)
     most = max(np.nanmax(np.abs(pmi), initial=0), 1e-9)
-    figure = plots.cells(
-        pmi, features, features, colorscale="RdBu_r", zmin=-most, zmax=most, hoverongaps=False
-    )
+    scale = {"colorscale": "RdBu_r", "zmin": -most, "zmax": most}
+    figure = plots.cells(pmi, features, features, hoverongaps=False, **scale)
     hover = "%{y} and %{x}: %{z:.3f}<extra></extra>"
     figure.update_traces(xgap=1, ygap=1, colorbar_title_text="PMI, nats", hovertemplate=hover)
     figure.update_xaxes(tickangle=-90)
@@ -152,9 +151,8 @@ def firing_density(
             line={"shape": "hvh", "width": 2, "color": colour, "dash": dash},
         )
     figure.add_vline(x=DENSE, line=plots.DOTTED)
-    figure.add_annotation(
-        x=np.log10(DENSE), y=1, yref="paper", yanchor="bottom", text="dense", showarrow=False
-    )
+    note = {"text": "dense", "showarrow": False, "y": 1, "yref": "paper", "yanchor": "bottom"}
+    figure.add_annotation(x=np.log10(DENSE), **note)
     figure.update_xaxes(type="log", dtick=1, range=[lowest, 0], exponentformat="power")
     titles = {"x_title": "share of tokens on which a feature fires", "y_title": "features per bin"}
     return styled(figure, title=title, legend=True, **titles)

@@ -112,14 +112,9 @@ class Browser:
         """End the browser and all that it started, whatever state they are in."""
         with suppress(Exception):
             self.run(self.kaleido.close(), 2)
-        with suppress(AttributeError):  # not started
-            end_group(self.kaleido.subprocess)
-
-
-def end_group(process: subprocess.Popen) -> None:
-    """End a process that leads a group of its own, and all that it started."""
-    with suppress(ProcessLookupError):  # gone
-        os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+        with suppress(AttributeError, ProcessLookupError):  # not started, or gone
+            process = self.kaleido.subprocess
+            os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
 
 
 def print_pdf(page: Path) -> Path | None:

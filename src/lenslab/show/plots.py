@@ -292,9 +292,7 @@ def intervals(
     return styled(figure, height=height, legend=len(series) > 1, **titles)
 
 
-def null_histogram(
-    null: Values, observed: Mapping[str, Number], *, name: str = "shuffled labels", **titles: str
-) -> go.Figure:
+def null_histogram(null: Values, observed: Mapping[str, Number], **titles: str) -> go.Figure:
     """What chance gives, as grey bars, and what was observed, as lines. Whole numbers get a bar
     each. Raises ValueError on NaN and Inf, and without draws."""
     null = numbers(null).ravel()
@@ -304,7 +302,7 @@ def null_histogram(
         bins = min(40, max(10, len(null) // 10))
     counts, edges = np.histogram(null, bins=bins)
     centres = (edges[:-1] + edges[1:]) / 2
-    figure = go.Figure(go.Bar(x=centres, y=counts, marker_color=CONTROL, name=label(name, 40)))
+    figure = go.Figure(go.Bar(x=centres, y=counts, marker_color=CONTROL, name="chance"))
     values = sorted((float(value), text) for text, value in observed.items())
     for i, (value, text) in enumerate(values):
         colour = colours(observed)[text]

@@ -64,9 +64,9 @@ def training_curves(histories: Mapping[str, pd.DataFrame], title: str = "Trainin
             y = histories[name][key].tolist()
             line = go.Scatter(x=x, y=y, name=label(name, 40), line_color=colour)
             figure.add_trace(line.update(showlegend=column == 1), 1, column)
-    figure = styled(figure, title=title, height=320, x_title="vectors", y_title="", legend=True)
-    for column, y_title in enumerate(CURVES.values(), 1):
-        figure.update_yaxes(title_text=y_title, title_standoff=4, row=1, col=column)
+            figure.update_yaxes(title_text=CURVES[key], title_standoff=4, row=1, col=column)
+    titles = {"title": title, "x_title": "vectors", "y_title": CURVES["fvu"]}
+    figure = styled(figure, height=320, legend=True, **titles)
     return figure.update_yaxes(LOGARITHMIC, row=1, col=1)
 
 
@@ -107,9 +107,8 @@ def feature_page(
     """A feature for `save_report`: its texts and kinds (`explore_feature`), how strongly it fires,
     and what it does to the next token (of SAEs that write into the residual stream)."""
     counts, edges = np.histogram(fa.matrix[:, [int(feature)]].data, bins=30)
-    titles = {"title": f"How strongly feature {feature} fires, where it does"}
-    titles |= {"x_title": "activation", "y_title": "tokens"}
-    figure = bars({"tokens": counts}, (edges[:-1] + edges[1:]) / 2, **titles)
+    titles = {"title": f"How strong feature {feature} is", "x_title": "activation"}
+    figure = bars({"tokens": counts}, (edges[:-1] + edges[1:]) / 2, y_title="tokens", **titles)
     view = explore_feature(fa, feature, categories=categories, n=n, spread=n // 2)
     parts = [view, figure.update_layout(height=200)]
     if RESIDUAL.search(fa.hook):
