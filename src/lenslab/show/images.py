@@ -123,8 +123,8 @@ def print_pdf(page: Path) -> Path | None:
     target = page.with_suffix(".pdf")
     target.unlink(missing_ok=True)  # one of an earlier page would pass for this one's
     browser = find_browser() or "Chromium or Chrome"  # which the error then says is not there
-    profile = TemporaryDirectory(ignore_cleanup_errors=True)
     try:
+        profile = TemporaryDirectory(ignore_cleanup_errors=True)
         with atomic_write(target) as temporary, profile as folder:
             command = [browser, *PRINT, f"--user-data-dir={folder}"]
             command += [f"--print-to-pdf={temporary}", page.absolute().as_uri()]
