@@ -12,7 +12,7 @@ architecture, and absorption of parents by their children.
 4. Compared are five more seeds (of features, vectors and weights), paired: no worse where the lower
    95 % bound of the difference is above -.01. Beside both stands a dictionary that learned nothing.
 5. Reseeds: the same features and vectors, weights of five other seeds. What they spread is what a
-   measure cannot tell (`lenslab.stats.smallest_difference`).
+   measure cannot tell (`smallest_difference`).
 6. Absorption (`absorption`): ours, on features of which some imply others.
 
 Each training is a line of WORK/runs.jsonl and is not repeated.
@@ -649,11 +649,20 @@ TOLD = {  # where reseeds differ in the weights alone -> what is looked at there
 }
 
 
+def smallest_difference(values: np.ndarray) -> float:
+    """What the difference of one measure between two reseeds stays under in 95 % of cases: a
+    smaller one says nothing. `values` are of reseeds that differ in nothing else; ValueError for
+    fewer than 3 and for NaN."""
+    n = len(values)
+    if n < 3 or not np.isfinite(values).all():
+        raise ValueError(f"The spread needs three reseeds or more, none NaN, not {list(values)}.")
+    t = scipy.stats.t.ppf(0.975, n - 1)  # not 1.96: few reseeds know their own sd badly
+    return float(t * np.sqrt(2) * np.std(values, ddof=1))
+
+
 def smallest(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The smallest difference of each measure, from reseeds; of probes after the mean over
     kinds."""
-    from lenslab.stats import smallest_difference
-
     rows = []
     for part, measures in TOLD.items():
         chosen = table[(table["part"] == part) & table["measure"].isin(measures)]

@@ -14,7 +14,7 @@ from lenslab.features import contexts
 from lenslab.features.contexts import find_contexts
 from lenslab.features.readings import direct_logits, final_norm, vocabulary_effects
 from lenslab.models import load_model
-from lenslab.sae.controls import random_sae
+from lenslab.sae.controls import untrained_sae
 from lenslab.sae.load import SAEMismatch
 from lenslab.tokens import pack, token_string, tokenize
 
@@ -226,7 +226,7 @@ def test_a_direction_of_one_token_promotes_that_token(model):
 
 def test_an_sae_without_a_decoder_matrix_is_asked_by_decoding(model, sae):
     x = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
-    null = random_sae(sae, x, 4)
+    null = untrained_sae(sae, x, 4)
     found = vocabulary_effects(model, null, [2], n=1)
     expected = float(direct_logits(model, null.directions[[2]]).detach().max())
     assert found["logit"][0] == pytest.approx(expected, rel=1e-4)

@@ -334,8 +334,6 @@ def test_older_specialists_by_hand():
         0,
         3,
     ]  # 2, 3 and 4 have score 0
-    only = ranking.count_specialists(MATRIX, KINDS, top=1).set_index("category")
-    assert only.loc["c", ["feature", "score"]].tolist() == [2, 0]
 
 
 def test_of_equal_scores_the_feature_with_the_largest_value_inside_is_the_older_specialist():
@@ -530,7 +528,7 @@ def test_matrices_of_small_numbers_give_what_floats_give(dtype):
     """Minus one is 255 in a byte: the features that never fire came first."""
     small, floats = MATRIX.astype(dtype), MATRIX.astype(dtype).astype(np.float32)
     for use in (
-        lambda m: ranking.count_specialists(m, KINDS, "half", top=1),
+        lambda m: ranking.count_specialists(m, KINDS, "half"),
         lambda m: summarize_features(m, KINDS).to_frame(),
         lambda m: concept_features(m[:2], m[2:], n=20),
         lambda m: coactivation(m, [0, 1, 2]).to_frame(),

@@ -74,7 +74,7 @@ def test_where_there_are_no_neurons_they_are_left_out(model, olmoe_folder):
 
 def test_random_directions_are_unit_vectors_drawn_from_the_seed(model):
     sae, x = tiny_sae(model), torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
-    first, again, other = (controls.random_sae(sae, x, 3, seed).directions for seed in (0, 0, 1))
+    first, again, other = (controls.untrained_sae(sae, x, 3, seed).directions for seed in (0, 0, 1))
     assert torch.allclose(first.norm(dim=1), torch.ones(48))
     assert torch.equal(first, again) and not torch.allclose(first, other)
 
@@ -105,7 +105,7 @@ def test_an_sae_is_known_by_its_weights_and_by_how_many_features_it_keeps(model)
 
 def test_a_random_sae_is_known_by_how_many_directions_it_uses(model):
     sae, x = tiny_sae(model), torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
-    keys = {sae_key(controls.random_sae(sae, x, k)) for k in (3, 4)}
+    keys = {sae_key(controls.untrained_sae(sae, x, k)) for k in (3, 4)}
     assert len(keys) == 2
 
 

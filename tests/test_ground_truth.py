@@ -202,3 +202,22 @@ def test_probes_find_what_labels_say_and_nothing_under_shuffled_ones(scripts):
     shuffled = replace(labels, category=labels.category[order])
     null = scripts["sparse_probing"].held_out_aurocs(values, shuffled, (1, 5))
     assert real > 0.6 and abs(np.mean([row["value"] for row in null]) - 0.5) < 0.1
+
+
+def test_differences_of_two_reseeds_stay_under_the_smallest_difference_in_95_percent(truth):
+    """Of simulated reseeds with a known spread: what is measured on a few of them holds for the
+    next two."""
+    values = np.random.default_rng(0).normal(0.7, 0.02, (5000, 7))
+    known, following = values[:, :5], values[:, 5:]
+    bounds = np.array([truth.smallest_difference(row) for row in known])
+    within = np.abs(following[:, 0] - following[:, 1]) < bounds
+    assert within.mean() == pytest.approx(0.95, abs=0.015)
+    many = np.random.default_rng(1).normal(0.7, 0.02, 5000)
+    assert truth.smallest_difference(many) == pytest.approx(1.96 * 2**0.5 * 0.02, rel=0.05)
+    assert truth.smallest_difference(np.ones(3)) == 0
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.6], [0.5, 0.6, np.nan]])
+def test_the_spread_of_too_few_reseeds_is_refused(values, truth):
+    with pytest.raises(ValueError, match="three reseeds"):
+        truth.smallest_difference(np.array(values))

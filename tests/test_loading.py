@@ -323,7 +323,7 @@ def test_a_bundled_config_that_is_not_its_cards_is_refused(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", ["pocket-gtp", "pocket_gpt", "Pocket-MoE", "pocketswitch"])
 def test_a_misspelt_bundled_name_is_answered_without_asking_the_hub(name, monkeypatch):
-    monkeypatch.setattr("lenslab.loading.open_weights", None)
+    monkeypatch.setattr("lenslab.opening.open_weights", None)
     with pytest.raises(NotAModel, match="Did you mean 'pocket-"):
         load_model(name)
 

@@ -1,7 +1,6 @@
 """Reports and live curves: what is stored, printed and said, with and without a browser."""
 
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -32,14 +31,12 @@ def row(step: int) -> dict[str, float | int]:
 
 @pytest.fixture
 def shown(monkeypatch):
-    """What a kernel would be sent: (call, bundle)."""
+    """What a kernel would be sent, in order: figures, and None where the output is cleared."""
     sent = []
     monkeypatch.setattr(images, "in_kernel", lambda: True)
-    handle = {
-        name: lambda bundle, raw, name=name: sent.append((name, bundle))
-        for name in ("display", "update")
-    }
-    monkeypatch.setattr(report, "DisplayHandle", lambda: SimpleNamespace(**handle))
+    monkeypatch.delenv("LENSLAB_PNG", raising=False)
+    monkeypatch.setattr(report, "clear_output", lambda wait: sent.append(None))
+    monkeypatch.setattr(report.go.Figure, "show", lambda figure: sent.append(figure))
     return sent
 
 
@@ -48,13 +45,9 @@ def test_live_curves_are_drawn_now_and_then_and_at_the_end(shown):
     for step in range(1, 11):
         watch("a", row(step))
         watch("b", row(step))
-    plotly = [(call, bundle) for call, bundle in shown if images.PLOTLY_MIME in bundle]
-    assert [call for call, _ in plotly] == ["display", "update"]  # all else came too fast
-    last = plotly[-1][1][images.PLOTLY_MIME]
-    assert [len(trace["x"]) for trace in last["data"]] == [10] * 6
-    # the first output has no text that a test run would compare; what replaces it comes between
-    assert shown[0][0] == "display" and set(shown[0][1]) == {images.PLOTLY_MIME}
-    assert shown[1] == ("update", {"text/plain": ""})
+    assert shown[::2] == [None, None]  # each picture takes the place of the one before
+    first, last = shown[1::2]  # all else came too fast
+    assert [len(trace.x) for trace in last.data] == [10] * 6 and len(first.data) == 3
 
 
 def test_live_curves_of_a_training_that_goes_on_have_every_row_once(shown, monkeypatch):
@@ -62,7 +55,15 @@ def test_live_curves_of_a_training_that_goes_on_have_every_row_once(shown, monke
     watch = report.live_curves(CONFIG)
     for step in (1, 2, 3, 1, 2, 3, 4):
         watch("a", row(step))
-    assert list(shown[-1][1][images.PLOTLY_MIME]["data"][0]["x"]) == [4, 8, 12, 16]
+    assert list(shown[-1].data[0].x) == [4, 8, 12, 16]
+
+
+def test_a_notebook_that_is_built_keeps_the_last_curves_alone(shown, monkeypatch):
+    monkeypatch.setenv("LENSLAB_PNG", "1")
+    watch = report.live_curves(CONFIG)
+    for step in range(1, 11):
+        watch("a", row(step))
+    assert len(shown) == 1 and len(shown[0].data[0].x) == 10
 
 
 def test_outside_a_kernel_curves_are_shown_once_at_the_end(monkeypatch):
@@ -114,7 +115,7 @@ def test_a_report_is_printed_a_section_a_page(model, monkeypatch):
 
 def test_a_browser_that_hangs_costs_the_pdf_and_no_more(monkeypatch, tmp_path, capsys):
     script = tmp_path / "chromium"
-    script.write_text("#!/bin/sh\nsleep 600 &\nexec sleep 600\n")
+    script.write_text("#!/bin/sh\nexec sleep 600\n")
     script.chmod(0o755)
     monkeypatch.setenv("BROWSER_PATH", str(script))
     monkeypatch.setattr(images, "SECONDS", 0.2)

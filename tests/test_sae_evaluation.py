@@ -14,7 +14,7 @@ from lenslab.circuits.interventions import splice
 from lenslab.metrics import cross_entropy
 from lenslab.models import load_model, random_twin
 from lenslab.sae import evaluate
-from lenslab.sae.controls import evaluate_null, random_sae
+from lenslab.sae.controls import evaluate_null, untrained_sae
 from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.find import small_sae
 from lenslab.sae.load import SAEMismatch, load_sae, sae_key
@@ -216,12 +216,12 @@ def test_nan_in_the_model_is_refused(shaken_folder, batch):  # noqa: F811
 
 def test_the_random_null_has_the_shape_and_l0_asked_for_and_its_scale_is_the_best(bold, batch):
     sae, x = tiny_sae(bold), values(bold, batch)
-    null = random_sae(sae, x, 6, seed=1)
+    null = untrained_sae(sae, x, 6, seed=1)
     assert null.encode(x).shape == (len(x), 48) and int((null.encode(x) != 0).sum(1).max()) <= 6
-    assert torch.equal(null.directions, random_sae(sae, x, 6, seed=1).directions)
+    assert torch.equal(null.directions, untrained_sae(sae, x, 6, seed=1).directions)
     best = float((null.decode(null.encode(x)) - x).square().sum())
     for factor in (0.9, 1.1):
-        other = random_sae(sae, x, 6, seed=1)
+        other = untrained_sae(sae, x, 6, seed=1)
         other.scale *= factor
         assert float((other.decode(other.encode(x)) - x).square().sum()) > best
     m = evaluate_null(bold, sae, batch, 6.3)

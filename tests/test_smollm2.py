@@ -146,7 +146,7 @@ def test_fetched_once_it_computes_what_the_file_holds_and_needs_no_network_again
 
 @pytest.mark.parametrize("name", ["smolm2", "SmolLM-2", "smollm"])
 def test_a_misspelt_name_is_answered_without_asking_the_hub(name, monkeypatch):
-    monkeypatch.setattr("lenslab.loading.open_weights", None)
+    monkeypatch.setattr("lenslab.opening.open_weights", None)
     with pytest.raises(NotAModel, match="Did you mean 'smollm2'"):
         load_model(name)
 

@@ -510,22 +510,3 @@ def test_documents_go_by_their_place_and_none_may_be_missing(unchecked):
         broken = np.where(documents == 3, missing, documents)
         with pytest.raises(ValueError, match="None or NaN"):
             stats.bootstrap_by_document(values, broken, generator(), n=50)
-
-
-def test_differences_of_two_reseeds_stay_under_the_smallest_difference_in_95_percent():
-    """Of simulated reseeds with a known spread: what is measured on a few of them holds for the
-    next two."""
-    values = np.random.default_rng(0).normal(0.7, 0.02, (5000, 7))
-    known, following = values[:, :5], values[:, 5:]
-    bounds = np.array([stats.smallest_difference(row) for row in known])
-    within = np.abs(following[:, 0] - following[:, 1]) < bounds
-    assert within.mean() == pytest.approx(0.95, abs=0.015)
-    many = np.random.default_rng(1).normal(0.7, 0.02, 5000)
-    assert stats.smallest_difference(many) == pytest.approx(1.96 * 2**0.5 * 0.02, rel=0.05)
-    assert stats.smallest_difference(np.ones(3)) == 0
-
-
-@pytest.mark.parametrize("values", [[0.5, 0.6], [0.5, 0.6, math.nan]])
-def test_the_spread_of_too_few_reseeds_is_refused(values):
-    with pytest.raises(ValueError, match="three reseeds"):
-        stats.smallest_difference(np.array(values))

@@ -166,6 +166,7 @@ def test_saved_and_loaded_it_is_an_sae_like_others(trained, tmp_path):
         ("standard", {"normalize_activations": "layer_norm"}, {"sparsity": 1.0}, "layer_norm"),
         ("standard", {}, {"sparsity": 1.0, "scale": "unit", "centre": False}, "scaling 'none'"),
         ("standard", {}, {"sparsity": 1.0, "tied": True}, "not tied"),
+        ("standard", {}, {"sparsity": 1.0, "frozen": "soft decoder"}, "or frozen"),
         ("standard", {}, {}, "Say sparsity"),
         ("gated", {}, {"k": 4}, "Say sparsity"),
         ("standard", {}, {"sparsity": 1.0, "k": 4}, "k is for"),

@@ -215,9 +215,7 @@ def _check_finite(hook: str, value: Tensor, texts: Tensor) -> None:
     bad = ~fine.flatten(1).all(1)  # [text]
     if not bool(bad.any()):
         return
-    advice = "Check the weights, or run with compute='float32'."
-    if value.dtype == torch.float16:
-        advice = "Values above 65,504 do not fit float16: try torch.bfloat16 or torch.float32."
+    advice = "Check the weights, or run in float32 (float16 holds values up to 65,504)."
     raise BadActivations(f"NaN or Inf at {hook} of text {int(texts[bad.cpu()][0])}. {advice}")
 
 

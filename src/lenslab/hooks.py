@@ -106,11 +106,9 @@ def check_unhooked(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         if not all(str(getattr(hook, "__module__", "")).startswith(OWN_HOOKS) for hook in hooks):
-            raise ValueError(
-                f"{name.replace('._original_component', '')} has a hook: the model is not what its "
-                "weights say. Take it off: model.reset_hooks(including_permanent=True) or "
-                "remove() of a PyTorch handle."
-            )
+            where = name.replace("._original_component", "")
+            off = "model.reset_hooks(including_permanent=True) or remove() of a PyTorch handle"
+            raise ValueError(f"{where} has a hook and is not what its weights say. Off: {off}.")
 
 
 def by_pair(hook: str) -> bool:

@@ -21,15 +21,8 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
+from lenslab import opening
 from lenslab.files import BUNDLED, DEFAULT, FETCHED, HUB, NotAModel, as_bytes, data_path
-from lenslab.opening import (
-    build,
-    check_folder,
-    check_vocabulary,
-    open_tokenizer,
-    open_weights,
-    text_config,
-)
 from lenslab.runtime import default_device, derive_generator
 from lenslab.smollm2 import smollm2_folder
 
@@ -74,9 +67,10 @@ def load_model(
         source, label = HUB.get(name, name), name
     try:
         if folder.is_dir():
-            check_folder(folder, label)
-        weights, tokenizer = open_weights(source, label, dtype), open_tokenizer(source)
-        check_vocabulary(tokenizer, weights.get_input_embeddings().num_embeddings, label)
+            opening.check_folder(folder, label)
+        weights = opening.open_weights(source, label, dtype)
+        tokenizer = opening.open_tokenizer(source)
+        opening.check_vocabulary(tokenizer, weights.get_input_embeddings().num_embeddings, label)
     except NotAModel:
         raise
     except Exception as error:  # of a dozen kinds: bad JSON, cut-off weights, no network
@@ -120,7 +114,8 @@ def boot(weights: PreTrainedModel, tokenizer, label: str, device: str) -> Transf
     weights = weights.to(device).eval()
     try:  # before the bridge takes the modules over: no second copy of the weights
         n_embeddings = weights.get_input_embeddings().num_embeddings
-        length = min(16, getattr(text_config(weights), "max_position_embeddings", 16))
+        config = opening.text_config(weights)
+        length = min(16, getattr(config, "max_position_embeddings", 16))
         ids = [i for i in tokenizer(SAMPLE, add_special_tokens=False).input_ids if i < n_embeddings]
         ids = torch.tensor([ids[:length]], device=device)
         reference = _reference(weights, ids)
@@ -132,7 +127,7 @@ def boot(weights: PreTrainedModel, tokenizer, label: str, device: str) -> Transf
         with mock.patch.object(transformers.AutoProcessor, "from_pretrained", return_value=None):
             model = TransformerBridge.boot_transformers(label, **options)
         model.cfg.model_name = label  # TransformerLens puts another in the place of old short names
-        model.cfg.n_ctx = getattr(text_config(weights), "max_seq_len", model.cfg.n_ctx)  # of MPT
+        model.cfg.n_ctx = getattr(config, "max_seq_len", model.cfg.n_ctx)  # of MPT
         if len(model.tokenizer) > len(tokenizer):  # a made-up end of text, without an embedding
             model._tokenizer = tokenizer  # the setter would make it up again
             model.cfg.default_prepend_bos = tokenizer.bos_token is not None
@@ -243,7 +238,7 @@ def random_twin(
     generator = derive_generator(seed, "random twin")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        twin = build(model.original_model.config, dtype=model.cfg.dtype)
+        twin = opening.build(model.original_model.config, dtype=model.cfg.dtype)
     with torch.no_grad():
         for parameter in twin.parameters():
             spread = float(parameter.float().std()) if parameter.numel() > 1 else 0.0
@@ -257,9 +252,8 @@ def random_twin(
 def _exact_normal(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     """Numbers of mean 0 and spread 1: each the sum of four integers, which no processor computes
     otherwise."""
-    total = sum(
-        torch.randint(1 << 16, shape, generator=generator, dtype=torch.int32) for _ in range(4)
-    )
+    options = {"generator": generator, "dtype": torch.int32}
+    total = sum(torch.randint(1 << 16, shape, **options) for _ in range(4))
     return (total - (2 << 16)).float() / ((1 << 16) / 3**0.5)  # the variance of one is 2^32 / 12
 
 

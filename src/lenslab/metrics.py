@@ -135,9 +135,8 @@ class ReconstructionError:
             norm = block.norm(dim=1)
             directed = norm > 0
             self.squared_error += float((block - block_hat).square().sum())
-            self._cosines += float(
-                functional.cosine_similarity(block, block_hat, dim=1, eps=1e-150).sum()
-            )
+            cosines = functional.cosine_similarity(block, block_hat, dim=1, eps=1e-150)
+            self._cosines += float(cosines.sum())
             self._ratios += float((block_hat.norm(dim=1) / norm)[directed].sum())
             self._directed += int(directed.sum())
             self._square += float(block_hat.square().sum())
@@ -275,17 +274,15 @@ def kl_divergence(clean_logits: Logits, other_logits: Logits, real: Real) -> flo
     return max(total, 0.0) / int(real[:, 1:].sum())  # equal ones round to either side of 0
 
 
-def recovered_fraction(clean: float, spliced: float, ablated: float) -> float:
+def recovered_fraction(clean: float, spliced: float, ablated: float) -> float | None:
     """Share of the loss that ablation costs and the splice keeps: (ablated - spliced) / (ablated -
     clean).
 
     1: as good as the clean run; 0: as bad as the ablation. Report it for zero and for mean
-    ablation, beside the difference in nats. ValueError when ablation does not raise the loss: then
-    the share means nothing.
+    ablation, beside the difference in nats. None where ablation does not raise the loss: then the
+    share means nothing.
     """
-    if not ablated > clean:
-        raise ValueError(f"ablation lowers the loss ({clean} to {ablated}): report nats instead")
-    return (ablated - spliced) / (ablated - clean)
+    return (ablated - spliced) / (ablated - clean) if ablated > clean else None
 
 
 # Ranks

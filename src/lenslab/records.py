@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
@@ -39,11 +40,6 @@ from lenslab.store import tensors_key
 from lenslab.tokens import tokenize
 
 SUFFIXES = (".safetensors", ".npz", ".json", ".json.gz", ".pt")
-METRICS = {
-    "cosine": lambda x, y: torch.dot(x, y) / (x.norm() * y.norm()),
-    "l2": lambda x, y: (x - y).norm(),
-    "l1": lambda x, y: (x - y).abs().sum(),
-}
 
 
 class NotARecord(ValueError):
@@ -206,11 +202,13 @@ def compare_records(
     RuntimeError for widths that differ.
     """
     x, y = (_vectors(record, hook)[position].double() for record in (a, b))
-    return float(METRICS[metric](x, y))
+    if metric == "cosine":
+        return float(torch.dot(x, y) / (x.norm() * y.norm()))
+    return float(torch.dist(x, y, {"l1": 1, "l2": 2}[metric]))
 
 
 def record_statistics(record: ActivationRecord, hook: str) -> dict[str, float | list[float] | None]:
-    """Of the components of all real tokens at one hook: 'mean', 'std' (divided by their number),
+    """Of the components of all real tokens at one hook: 'mean', 'std' (pandas': of a sample),
     'min', 'max' and 'mean_norm'; beside them 'norm' of every position and 'bos_norm', apart because
     it is often a hundred times larger (None where the model has no BOS).
 
@@ -220,15 +218,10 @@ def record_statistics(record: ActivationRecord, hook: str) -> dict[str, float | 
     values = _vectors(record, hook).double()  # [pos, d]
     real = torch.tensor(record.real)
     norm = values.norm(dim=1)
-    return {
-        "mean": float(values[real].mean()),
-        "std": float(values[real].std(correction=0)),
-        "min": float(values[real].min()),
-        "max": float(values[real].max()),
-        "mean_norm": float(norm[real].mean()),
-        "norm": norm.tolist(),
-        "bos_norm": None if record.real[0] else float(norm[0]),
-    }
+    components = pd.Series(values[real].flatten())
+    found = components.agg(["mean", "std", "min", "max"]).to_dict()
+    found |= {"mean_norm": float(norm[real].mean()), "norm": norm.tolist()}
+    return found | {"bos_norm": None if record.real[0] else float(norm[0])}
 
 
 def _vectors(record: ActivationRecord, hook: str) -> Float[Tensor, "pos d"]:
@@ -241,10 +234,7 @@ def _vectors(record: ActivationRecord, hook: str) -> Float[Tensor, "pos d"]:
 def _suffix(path: Path) -> str:
     name = path.name.lower()
     if name.endswith((".pkl", ".pickle")):
-        raise NotARecord(
-            f"{path.name} is a pickle, and opening one can run any code, so none is written or read"
-            " here. Use .safetensors, which keeps the same values."
-        )
+        raise NotARecord(f"{path.name} is a pickle, which can run any code: use .safetensors.")
     for suffix in SUFFIXES:
         if name.endswith(suffix):
             return suffix

@@ -232,17 +232,6 @@ def clopper_pearson(k: int, n: int, level: float = LEVEL) -> Interval:
     return Interval(k / n, float(interval.low), float(interval.high), level, n)
 
 
-def smallest_difference(values: Float[np.ndarray, " seed"]) -> float:
-    """What the difference of one measure between two reseeds stays under in 95 % of cases: a
-    smaller one says nothing. `values` are of reseeds that differ in nothing else; ValueError for
-    fewer than 3 and for NaN."""
-    n = len(values)
-    if n < 3 or not np.isfinite(values).all():
-        raise ValueError(f"The spread needs three reseeds or more, none NaN, not {list(values)}.")
-    t = scipy.stats.t.ppf((1 + LEVEL) / 2, n - 1)  # not 1.96: few reseeds know their own sd badly
-    return float(t * np.sqrt(2) * np.std(values, ddof=1))
-
-
 def _numpy_generator(generator: Generator) -> np.random.Generator:
     """NumPy's generator, seeded from what `derive_generator` gave."""
     return np.random.default_rng(randint(2**63 - 1, (2,), generator=generator).tolist())

@@ -32,16 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab import runtime
-from lenslab.files import (
-    as_bytes,
-    atomic_write,
-    cache_path,
-    content_key,
-    signed,
-    verified,
-    write_json,
-)
+from lenslab import files, runtime
 from lenslab.hooks import check_hooks, vector_width
 from lenslab.models import model_key, model_name
 from lenslab.tokens import TokenBatch
@@ -73,7 +64,7 @@ class ActivationStore:
         self.folder = Path(folder).expanduser()
         file = self.folder / "manifest.json"
         try:
-            self.manifest = verified(json.loads(file.read_text(encoding="utf-8")))
+            self.manifest = files.verified(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             message = f"{self.folder.name}: its manifest was changed or is of an earlier layout"
             raise ValueError(f"{message}: delete the store.") from error
@@ -117,7 +108,8 @@ class ActivationStore:
             "dtype": str(dtype).removeprefix("torch."),
             "compute": compute,
         }
-        folder = Path(folder or cache_path("activations", content_key(identity))).expanduser()
+        usual = files.cache_path("activations", files.content_key(identity))
+        folder = Path(folder or usual).expanduser()
         store = cls(folder) if (folder / "manifest.json").is_file() else None
         per_text = batch.tokens.shape[1] * sum(identity["hooks"].values()) * dtype.itemsize
         step = texts_per_shard or max(1, SHARD_BYTES // per_text)
@@ -129,7 +121,7 @@ class ActivationStore:
                 raise StoreMismatch(f"{folder.name} was made for another {other[0]} ({pair}).")
             return store
         manifest = {"model": model_name(model), "texts_per_shard": step}
-        write_json(folder / "manifest.json", signed(manifest | identity))
+        files.write_json(folder / "manifest.json", files.signed(manifest | identity))
         return cls(folder)
 
     def __len__(self) -> int:
@@ -191,13 +183,13 @@ class ActivationStore:
         name, tensors = self.shards[shard], vectors | origin
         if {len(value) for value in tensors.values()} != {self.manifest["rows"][shard]}:
             raise ValueError(f"{name} is to hold one row for each real token of its own texts.")
-        with atomic_write(self._file(name)) as temporary:
+        with files.atomic_write(self._file(name)) as temporary:
             save_file(tensors, temporary, metadata={"key": self._key(name, tensors)})
         self._verified.add(name)
 
     def _key(self, name: str, tensors: dict[str, Tensor]) -> str:
         """Of the values of a shard, and of which shard of which store it is."""
-        return content_key(self.manifest, name, tensors_key(tensors))
+        return files.content_key(self.manifest, name, tensors_key(tensors))
 
     def _digest(self, name: str) -> str | None:
         """The key in a shard; None where there is none that can be opened."""
@@ -236,5 +228,5 @@ def tensors_key(tensors: Mapping[str, Tensor]) -> str:
     """The key of named tensors: names, types, shapes and every bit of the values."""
     parts = []
     for name, value in sorted(tensors.items()):
-        parts += [[name, str(value.dtype), list(value.shape)], as_bytes(value)]
-    return content_key(*parts)
+        parts += [[name, str(value.dtype), list(value.shape)], files.as_bytes(value)]
+    return files.content_key(*parts)

@@ -144,12 +144,7 @@ class HeadScores:
 
 
 def head_scores(
-    model: TransformerBridge,
-    batch: TokenBatch | None = None,
-    *,
-    n: int = 16,
-    length: int = 50,
-    seed: int = 0,
+    model: TransformerBridge, batch: TokenBatch | None = None, *, n: int = 16, length: int = 50
 ) -> HeadScores:
     """Where each head looks in random sequences repeated once; nothing but the repeat can be
     predicted there. With a `batch` also how much it looks at the previous token of its texts, from
@@ -160,7 +155,7 @@ def head_scores(
     read; as `harvest` for the batch; ValueError where all its texts are of one token.
     """
     check_eval(model)
-    tokens = repeated_tokens(model, n, length, seed)
+    tokens = repeated_tokens(model, n, length)
     hooks = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
     check_hooks(model, hooks)
     with torch.inference_mode():

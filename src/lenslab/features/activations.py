@@ -32,14 +32,7 @@ from lenslab.capture import harvest
 from lenslab.files import atomic_write, content_key
 from lenslab.models import model_key, model_name
 from lenslab.runtime import progress_bar
-from lenslab.sae.load import (
-    SparseAutoencoder,
-    encode,
-    input_transform,
-    neuronpedia_link,
-    sae_hook,
-    sae_key,
-)
+from lenslab.sae.load import SparseAutoencoder, encode, input_transform, neuronpedia_link, sae_key
 from lenslab.tokens import TokenBatch
 
 Matrix = np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix  # [text, feature], pooled
@@ -54,6 +47,7 @@ Indices = Sequence[Index] | np.ndarray | Tensor
 Labels = Sequence | np.ndarray | pd.Series  # one a text
 
 
+AROUND = 4  # tokens shown on either side of a strong one
 TEXTS, ROWS = 64, 2048  # texts harvested and tokens encoded at a time: what is dense stays small
 
 
@@ -195,7 +189,7 @@ def encode_features(
     `folder` that is damaged, of something else, or that cannot be written is warned about: the
     result is the same.
     """
-    transform, hook = input_transform(sae, model, batch), sae_hook(sae)
+    transform, hook = input_transform(sae, model, batch), sae.cfg.metadata.hook_name
     key = content_key(model_key(model), sae_key(sae), hook, batch.key)
     file = None if folder is None else Path(folder).expanduser() / f"{key}.npz"
     matrix = _kept_matrix(file, key)
@@ -263,14 +257,9 @@ def marked_context(strings: Sequence[str], middle: int) -> str:
 
 
 def top_tokens(
-    batch: TokenBatch,
-    activation: Float[Tensor, "text pos"],
-    *,
-    n: int = 10,
-    skip: Sequence[int] = (),
-    context: int = 4,
+    batch: TokenBatch, activation: Float[Tensor, "text pos"], *, n: int = 10, skip: Indices = ()
 ) -> pd.DataFrame:
-    """The `n` real tokens where a feature is strongest, with the tokens around them.
+    """The `n` real tokens where a feature is strongest, with four tokens on either side.
 
     `skip` leaves texts out, such as the one a feature was chosen on. Columns `text` (row of the
     batch), `activation`, `context` (the token itself between double angle quotes). Tokens where it
@@ -283,7 +272,7 @@ def top_tokens(
     for strength, cell in zip(best.values.tolist(), best.indices.tolist(), strict=True):
         text, position = divmod(cell, value.shape[1])
         strings = batch.strings(text)
-        places = range(max(position - context, 0), min(position + context + 1, len(strings)))
+        places = range(max(position - AROUND, 0), min(position + AROUND + 1, len(strings)))
         shown = [place for place in places if batch.real[text, place]]
         marked = marked_context([strings[place] for place in shown], shown.index(position))
         rows.append((text, strength, marked))

@@ -155,10 +155,8 @@ def find_contexts(
     bar.close()
     if not tokens:
         raise ValueError("There are no windows: the list of batches is empty.")
-    tables = [
-        table.sort_values(["feature", "key"], ascending=[True, False], kind="stable")
-        for table in (strongest, sampled)
-    ]
+    order = {"by": ["feature", "key"], "ascending": [True, False], "kind": "stable"}
+    tables = [table.sort_values(**order) for table in (strongest, sampled)]
     return TopContexts(features, fired[features], tokens, *tables, batch.tokenizer)
 
 

@@ -8,7 +8,7 @@ Counting is an older way, kept to stand beside the tested ones:
    scale-free, half of the feature's own largest value (`threshold="half"`);
 2. `count_leaders`: first place by largest value, by texts it fires on, by fewest strong texts; ties
    go to the lowest id, and `tied` says how many features share the place;
-3. `count_specialists`: of the `top` features with the largest value inside a category, the one with
+3. `count_specialists`: of the five features with the largest value inside a category, the one with
    the best score, texts strong inside minus texts strong outside. The score starts at -1: where
    none of the features does better, there is none (feature -1);
 4. nothing is held out and nothing is corrected, so categories that mean nothing have specialists as
@@ -31,6 +31,7 @@ from lenslab.runtime import derive_generator
 from lenslab.stats import shuffled_orders
 
 Threshold = float | int | Literal["half"]
+TOP = 5  # features of a category whose strong texts are counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,13 +179,13 @@ def count_leaders(matrix: Matrix, threshold: Threshold = 5.0) -> pd.DataFrame:
 
 
 def count_specialists(
-    matrix: Matrix, categories: Labels, threshold: Threshold = 5.0, top: int = 5
+    matrix: Matrix, categories: Labels, threshold: Threshold = 5.0
 ) -> pd.DataFrame:
-    """One row per category: `category`, `feature`, `score`, and `tied`: how many of the `top`
+    """One row per category: `category`, `feature`, `score`, and `tied`: how many of its five
     features share the best score."""
     values = dense(check_matrix(matrix, categories))
     names, codes = np.unique(np.asarray(categories), return_inverse=True)
-    chosen, score = _count_scores(values, _strong(values, threshold), codes, top)
+    chosen, score = _count_scores(values, _strong(values, threshold), codes)
     best = score.max(axis=1)
     first = chosen[np.arange(len(names)), score.argmax(axis=1)]
     table = pd.DataFrame({"category": names, "feature": np.where(best > -1, first, -1)})
@@ -208,13 +209,7 @@ class CountNull:
 
 
 def count_specialists_null(
-    matrix: Matrix,
-    categories: Labels,
-    threshold: Threshold = 5.0,
-    top: int = 5,
-    *,
-    n: int = 200,
-    seed: int = 0,
+    matrix: Matrix, categories: Labels, threshold: Threshold = 5.0, *, n: int = 200, seed: int = 0
 ) -> CountNull:
     """`count_specialists` on the labels and on `n` shuffles of them."""
     values = dense(check_matrix(matrix, categories))
@@ -222,10 +217,8 @@ def count_specialists_null(
     codes = np.unique(np.asarray(categories), return_inverse=True)[1]
 
     orders = shuffled_orders(codes, derive_generator(seed, "count specialists"), n, None)
-    scores = [
-        _count_scores(values, strong, labels, top)[1]
-        for labels in (codes, *(codes[o] for o in orders))
-    ]
+    shuffled = [codes, *(codes[order] for order in orders)]
+    scores = [_count_scores(values, strong, labels)[1] for labels in shuffled]
     observed, *null = [int((score > 0).any(axis=1).sum()) for score in scores]
     return CountNull(observed=observed, null=np.array(null), threshold=threshold)
 
@@ -236,13 +229,13 @@ def _strong(values: np.ndarray, threshold: Threshold) -> Float[np.ndarray, "text
 
 
 def _count_scores(
-    values: np.ndarray, strong: np.ndarray, codes: np.ndarray, top: int
+    values: np.ndarray, strong: np.ndarray, codes: np.ndarray
 ) -> tuple[Int[np.ndarray, "category top"], Float[np.ndarray, "category top"]]:
-    """(the `top` features with the largest value inside each category, their scores), from values
+    """(the `TOP` features with the largest value inside each category, their scores), from values
     and what is strong `[text, feature]`."""
     member = codes == np.arange(codes.max() + 1)[:, None]  # [category, text]
     largest = np.stack([values[texts].max(axis=0) for texts in member])
-    chosen = np.argsort(-largest, axis=1, kind="stable")[:, :top]
+    chosen = np.argsort(-largest, axis=1, kind="stable")[:, :TOP]
     inside = member.astype(np.float32) @ strong  # [category, feature]
     score = 2 * inside - strong.sum(axis=0)  # inside less outside, which is all less inside
     return chosen, np.take_along_axis(score, chosen, axis=1)

@@ -51,6 +51,7 @@ CLASSES = (
 
 
 BRACKETS = frozenset("()[]{}<>\"'`“”‘’«»")
+CONTROLS = 20  # random directions
 ROUNDING = 1e-6  # of float32 activations, relative: what varies by less does not vary
 
 
@@ -79,9 +80,7 @@ def _token_table(fa: FeatureActivations) -> pd.DataFrame:
     """`text`, `token` (its string) and `class` of every real token. ValueError for negative
     activations."""
     if (fa.matrix.data < 0).any():
-        raise ValueError(
-            "Negative activations have no shares: choose an SAE that is never below 0."
-        )
+        raise ValueError("Negative activations have no shares: take an SAE without such.")
     strings = [fa.batch.strings(row) for row in range(len(fa.batch))]
     seen = [strings[text][position] for text, position in fa.batch.real.nonzero().tolist()]
     classes = pd.Categorical([token_class(string) for string in seen], CLASSES)
@@ -167,9 +166,7 @@ def form_and_concept(
     matrix = check_matrix(matrix, form)
     cells = pd.crosstab(np.asarray(form), np.asarray(concept))
     if (cells != 1).any(axis=None) or min(cells.shape) < 2:
-        raise ValueError(
-            "Form and content need every concept exactly once in every form, and two of each."
-        )
+        raise ValueError("Needed is every concept exactly once in every form, and two of each.")
     features = np.flatnonzero(np.asarray((matrix > 0).sum(axis=0)).ravel() >= 10)
     values = columns_of(matrix, features).astype(np.float64)[np.lexsort([concept, form])]
     varies = np.ptp(values, axis=0) > ROUNDING * np.abs(values).max(axis=0)
@@ -204,17 +201,11 @@ def _epsilon_squared(
 
 @torch.inference_mode()
 def vocabulary_effects(
-    model: TransformerBridge,
-    sae: SparseAutoencoder,
-    features: Indices,
-    *,
-    n: int = 10,
-    controls: int = 20,
-    seed: int = 0,
+    model: TransformerBridge, sae: SparseAutoencoder, features: Indices, *, n: int = 10
 ) -> pd.DataFrame:
     """The `n` tokens that each feature most promotes and most suppresses by the direct path, and
     the scale of chance: the largest logit of a random direction of equal norm, median of
-    `controls`.
+    twenty.
 
     One row per feature and token, largest effect first: `feature`, `effect` ("promoted",
     "suppressed"), `rank`, `token`, `logit` (per unit of activation, before the final norm's scale)
@@ -237,8 +228,8 @@ def vocabulary_effects(
         one = torch.nn.functional.one_hot(features, sae.cfg.d_sae).float()
         direction = (sae.decode(one) - sae.decode(0 * one)).float().to(model.cfg.device)
     # 2. The same for random directions of the same norm
-    generator = derive_generator(seed, "random decoder directions")
-    drawn = torch.randn(controls, direction.shape[1], generator=generator)
+    generator = derive_generator(0, "random decoder directions")
+    drawn = torch.randn(CONTROLS, direction.shape[1], generator=generator)
     drawn = (drawn / drawn.norm(dim=1, keepdim=True)).to(direction)
     chance = direct_logits(model, drawn).amax(1).median() * direction.norm(dim=1).clamp_min(1e-30)
     # 3. The ends of the vocabulary

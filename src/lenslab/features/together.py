@@ -45,9 +45,8 @@ class CoActivation(Result):
             "p_feature_given_other": self.joint[i, j] / self.fired[j],
         }
         columns |= {key: getattr(self, key)[i, j] for key in ("joint", "expected", "pmi", "p", "q")}
-        return pd.DataFrame(columns).sort_values(
-            ["p", "pmi"], ascending=[True, False], ignore_index=True
-        )
+        order = {"by": ["p", "pmi"], "ascending": [True, False], "ignore_index": True}
+        return pd.DataFrame(columns).sort_values(**order)
 
 
 def coactivation(matrix: Matrix, features: Indices, strata: Labels | None = None) -> CoActivation:
@@ -98,9 +97,7 @@ def _hypergeometric(size: int, a: int, b: int) -> Float[np.ndarray, " count"]:
     return scipy.stats.hypergeom.pmf(np.arange(min(a, b) + 1), size, a, b)
 
 
-def concept_features(
-    concept: Matrix, background: Matrix, *, n: int = 1000, seed: int = 0
-) -> pd.DataFrame:
+def concept_features(concept: Matrix, background: Matrix, *, n: int = 1000) -> pd.DataFrame:
     """Features that separate given concept texts from given background texts: two pooled `[text,
     feature]` matrices.
 
@@ -112,7 +109,7 @@ def concept_features(
     inside, outside = dense(check_matrix(concept)), dense(check_matrix(background))
     values = np.concatenate([inside, outside])
     labels = np.arange(len(values)) < len(inside)
-    generator = derive_generator(seed, "concept search")
+    generator = derive_generator(0, "concept search")
     search = auroc_permutations(values, labels, generator, n)
     table = pd.DataFrame({"feature": np.arange(values.shape[1]), "auroc": search.observed})
     table["mean_concept"] = inside.mean(axis=0, dtype=np.float64)

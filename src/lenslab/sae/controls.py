@@ -29,10 +29,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.capture import harvest, texts_per_pass
+from lenslab.capture import harvest
 from lenslab.hooks import hook_names
 from lenslab.runtime import derive_generator, progress_bar
-from lenslab.sae.evaluate import SAEMetrics, evaluate_sae, forward
+from lenslab.sae.evaluate import SAEMetrics, evaluate_sae
 from lenslab.sae.load import SparseAutoencoder, input_transform, sae_hook
 from lenslab.tokens import TokenBatch
 
@@ -200,13 +200,6 @@ def untrained_sae(
     return null
 
 
-def random_sae(
-    sae: SparseAutoencoder, x: Float[Tensor, "token d_in"], k: int, seed: int = 0
-) -> UntrainedSAE:
-    """`untrained_sae` of random directions."""
-    return untrained_sae(sae, x, k, seed)
-
-
 def evaluate_null(
     model: TransformerBridge,
     sae: SparseAutoencoder,
@@ -218,10 +211,8 @@ def evaluate_null(
     """`evaluate_sae` of the untrained SAE (`untrained_sae`) with the same rounded L0, its scale
     fitted on the first texts of `batch`."""
     transform, hook = input_transform(sae, model), sae_hook(sae)
-    fit = max(1, 4096 // batch.tokens.shape[1])
-    first = batch[: texts_per_pass(model, batch, limit=fit)]
-    with torch.inference_mode():
-        _, value = forward(model, hook, first)
-        x = transform(value)[first.real.to(value.device)]
+    first = batch[: max(1, 4096 // batch.tokens.shape[1])]
+    values = torch.cat([values for _, values in _real_values(model, first, hook)])
+    x = transform(values.to(model.cfg.device))
     null = untrained_sae(sae, x, max(1, round(l0)), seed, kind)
     return evaluate_sae(model, null, batch, name=f"{KINDS[kind]}, same L0")

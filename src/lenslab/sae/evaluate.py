@@ -128,6 +128,7 @@ def evaluate_sae(
     for part in progress_bar(parts, desc="mean ablation"):
         totals["ce_mean"] += _nats(forward(model, hook, part, to_mean)[0], part)
     losses = {name: total / n_predicted for name, total in totals.items()}
+    recovered = partial(metrics.recovered_fraction, losses["ce_clean"], losses["ce_spliced"])
     return SAEMetrics(
         sae=name or f"{type(sae).__name__} {hook}",
         model=model_name(model),
@@ -143,8 +144,8 @@ def evaluate_sae(
         dead=int(activity.dead.sum()),
         dense=int(activity.dense.sum()),
         ce_difference=losses["ce_spliced"] - losses["ce_clean"],
-        ce_recovered_zero=_recovered(losses, "ce_zero"),
-        ce_recovered_mean=_recovered(losses, "ce_mean"),
+        ce_recovered_zero=recovered(losses["ce_zero"]),
+        ce_recovered_mean=recovered(losses["ce_mean"]),
         firing_rate=activity.firing_rate.cpu(),
         **losses,
     )
@@ -183,10 +184,3 @@ def _nats(logits: Tensor, batch: TokenBatch) -> float:
         nats = metrics.next_token_nats(logits[:, span], tokens[:, span], real[:, span])
         total += float(metrics.in_float64(nats).sum())
     return total
-
-
-def _recovered(losses: dict[str, float], ablation: str) -> float | None:
-    clean, ablated = losses["ce_clean"], losses[ablation]
-    if ablated <= clean:
-        return None
-    return metrics.recovered_fraction(clean, losses["ce_spliced"], ablated)

@@ -22,14 +22,7 @@ from lenslab.files import cache_path, content_key, data_path, versions
 from lenslab.hooks import UnknownHook, stream_hook
 from lenslab.models import model_key, model_name
 from lenslab.runtime import compute_dtype
-from lenslab.sae.load import (
-    SAEMismatch,
-    SparseAutoencoder,
-    bundled_saes,
-    check_sae,
-    load_sae,
-    sae_hook,
-)
+from lenslab.sae.load import SAEMismatch, SparseAutoencoder, bundled_saes, check_sae, load_sae
 from lenslab.sae.registry import CARD, NotAnSAE, SAENotHere, cached_ids, releases_of
 from lenslab.sae.save import save_sae
 from lenslab.sae.train import ModelSource, TrainingConfig, build_sae, train
@@ -76,7 +69,7 @@ def find_sae(
         # Other weights may go by the same name, and then the SAE is not theirs
         with suppress(SAEMismatch, UnknownHook):
             check_sae(found.sae, model)
-            if sae_hook(found.sae) in hooks:
+            if found.sae.cfg.metadata.hook_name in hooks:
                 return found
     batch = pack(model, sampled_text(documents, model_name(model)))
     batch = batch[: POOL // batch.tokens.shape[1]]

@@ -23,10 +23,6 @@ from lenslab.show.plots import Labels, Values, label, numbers, styled
 
 ACTIVATION = [[0, "#fafafa"], [0.12, "#f5ddd4"], [0.6, plots.ACCENT], [1, "#6e2410"]]
 STRIP = ["#c8ccd0", "#80868b"]  # neighbouring categories in turn
-# a bar of a figure in three dimensions: corners, and triangles of its six sides
-CUBE = np.array(list(np.ndindex(2, 2, 2)))  # [corner, xyz]
-SIDES = [(0, 1, 3, 2), (4, 5, 7, 6), (0, 1, 5, 4), (2, 3, 7, 6), (0, 2, 6, 4), (1, 3, 7, 5)]
-FACES = np.array([(a, *two) for a, b, c, d in SIDES for two in ((b, c), (c, d))])
 MOST_BARS = 40  # features of a figure in three dimensions
 MOST_NUMBERS = 120  # cells of a heatmap that still have room for their number
 
@@ -118,9 +114,8 @@ def coactivation_heatmap(
         raise ValueError("This PMI is not symmetric: rows and columns must be the same features.")
     np.fill_diagonal(pmi, np.nan)
     most = max(np.nanmax(np.abs(pmi), initial=0), 1e-9)
-    figure = plots.cells(
-        pmi, features, features, colorscale="RdBu_r", zmin=-most, zmax=most, hoverongaps=False
-    )
+    scale = {"colorscale": "RdBu_r", "zmin": -most, "zmax": most}
+    figure = plots.cells(pmi, features, features, hoverongaps=False, **scale)
     hover = "%{y} and %{x}: %{z:.3f}<extra></extra>"
     figure.update_traces(xgap=1, ygap=1, colorbar_title_text="PMI, nats", hovertemplate=hover)
     figure.update_xaxes(tickangle=-90)
@@ -156,9 +151,8 @@ def firing_density(
             line={"shape": "hvh", "width": 2, "color": colour, "dash": dash},
         )
     figure.add_vline(x=DENSE, line=plots.DOTTED)
-    figure.add_annotation(
-        x=np.log10(DENSE), y=1, yref="paper", yanchor="bottom", text="dense", showarrow=False
-    )
+    note = {"text": "dense", "showarrow": False, "y": 1, "yref": "paper", "yanchor": "bottom"}
+    figure.add_annotation(x=np.log10(DENSE), **note)
     figure.update_xaxes(type="log", dtick=1, range=[lowest, 0], exponentformat="power")
     titles = {"x_title": "share of tokens on which a feature fires", "y_title": "features per bin"}
     return styled(figure, title=title, legend=True, **titles)
@@ -203,23 +197,20 @@ def strength_bars(
     names = [label(name, 40) for name in means]
     spaced = {"specs": [[{"type": "scene"}] * len(means)], "horizontal_spacing": 0.03}
     figure = make_subplots(1, len(means), subplot_titles=names, **spaced)
+    top = max((numbers(values).max(initial=0) for values in means.values()), default=0)
     for column, values in enumerate(map(numbers, means.values()), 1):
         strongest = np.argsort(-values.max(0), kind="stable")[:MOST_BARS]
         rank = np.arange(len(strongest))
         for row, (group, colour) in enumerate(zip(groups, cycle(plots.PALETTE), strict=False)):
-            corner = np.stack([rank, np.full(rank.shape, row), 0 * rank], 1)[:, None]
-            size = np.stack([0.8 + 0 * rank, 0.6 + 0 * rank, values[row, strongest]], 1)[:, None]
-            corners = (corner + size * CUBE).reshape(-1, 3)
-            faces = (8 * rank[:, None, None] + FACES).reshape(-1, 3)
-            solid = dict(zip("xyzijk", (*corners.T, *faces.T), strict=True))
-            solid |= {"text": np.repeat(strongest, 8), "name": label(group), "color": colour}
-            bars = go.Mesh3d(**solid, flatshading=True, hovertemplate="feature %{text}: %{z:.3f}")
-            figure.add_trace(bars, 1, column)
-    top = max((trace.z.max(initial=0) for trace in figure.data), default=0)
-    named = plots.ticks(groups, most=24)
+            # a thick line from the ground to each value, and a gap before the next
+            z = np.stack([0 * rank, values[row, strongest], np.nan * rank], 1).ravel()
+            place = {"x": np.repeat(rank, 3), "y": np.full(z.shape, row), "z": z}
+            look = {"mode": "lines", "line": {"color": colour, "width": 9}, "name": label(group)}
+            hover = {"text": np.repeat(strongest, 3), "hovertemplate": "feature %{text}: %{z:.3f}"}
+            figure.add_trace(go.Scatter3d(**place, **look, **hover), 1, column)
     figure.update_scenes(
         xaxis={"title_text": "rank by strength"},
-        yaxis={"title_text": y_title, **named, "tickvals": np.add(named["tickvals"], 0.3)},
+        yaxis={"title_text": y_title, **plots.ticks(groups, most=24)},
         zaxis={"title_text": "activation", "range": [0, 1.02 * top]},
         aspectratio={"x": 1.4, "y": 1.0, "z": 0.8},
         camera={"eye": dict(x=1.6, y=-1.85, z=1.1), "center": dict(x=-0.1, y=-0.1, z=-0.2)},

@@ -28,6 +28,7 @@ import sys
 from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
+from subprocess import DEVNULL
 from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any, Literal
@@ -111,14 +112,9 @@ class Browser:
         """End the browser and all that it started, whatever state they are in."""
         with suppress(Exception):
             self.run(self.kaleido.close(), 2)
-        with suppress(AttributeError):  # not started
-            end_group(self.kaleido.subprocess)
-
-
-def end_group(process: subprocess.Popen) -> None:
-    """End a process that leads a group of its own, and all that it started."""
-    with suppress(ProcessLookupError):  # gone
-        os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+        with suppress(AttributeError, ProcessLookupError):  # not started, or gone
+            process = self.kaleido.subprocess
+            os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
 
 
 def print_pdf(page: Path) -> Path | None:
@@ -126,18 +122,13 @@ def print_pdf(page: Path) -> Path | None:
     does not answer."""
     target = page.with_suffix(".pdf")
     target.unlink(missing_ok=True)  # one of an earlier page would pass for this one's
+    browser = find_browser() or "Chromium or Chrome"  # which the error then says is not there
     try:
-        if (path := find_browser()) is None:
-            raise FileNotFoundError("no Chromium or Chrome found")
-        with atomic_write(target) as temporary, TemporaryDirectory() as profile:
-            command = [path, *PRINT, f"--user-data-dir={profile}"]
+        profile = TemporaryDirectory(ignore_cleanup_errors=True)
+        with atomic_write(target) as temporary, profile as folder:
+            command = [browser, *PRINT, f"--user-data-dir={folder}"]
             command += [f"--print-to-pdf={temporary}", page.absolute().as_uri()]
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            process = subprocess.Popen(command, **quiet, start_new_session=True)
-            try:
-                process.wait(2 * SECONDS)
-            finally:
-                end_group(process)
+            subprocess.run(command, timeout=2 * SECONDS, stdout=DEVNULL, stderr=DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as problem:
         print(f"No PDF of {page.name} ({type(problem).__name__}: {problem}).", file=sys.stderr)
         return None

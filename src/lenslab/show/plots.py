@@ -32,6 +32,7 @@ GREYS = [CONTROL, "#5f6368", "#80868b", "#b3b8bd"]  # of several controls in one
 CONTROLS = ("control", "twin", "random", "shuffled", "null", "pca", "neuron", "n-gram", "frozen")
 SYMBOLS = ["circle", "diamond", "square", "triangle-up", "x", "star"]
 DOTTED = {"color": INK, "width": 1, "dash": "dot"}  # of lines that mark a value
+LOGARITHMIC = {"type": "log", "tickformat": "~g"}  # or .2 would be named "2"
 MOST_MARKERS = 60  # of a line
 MOST_POINTS = 5000  # of a scatter: a notebook keeps every point
 MOST_NAMES = 12  # of marked points: more would overlap
@@ -158,20 +159,9 @@ def lines(
         )
     if reference is not None:
         figure.add_hline(y=float(reference), line=DOTTED)
-    figure.update_xaxes(log_axis([trace.x for trace in figure.data]) if log_x else {})
-    figure.update_yaxes(log_axis([trace.y for trace in figure.data]) if log_y else {})
+    figure.update_xaxes(LOGARITHMIC if log_x else {})
+    figure.update_yaxes(LOGARITHMIC if log_y else {})
     return styled(figure, legend=len(series) > 1, **titles)
-
-
-def log_axis(values: Iterable[Sequence]) -> dict[str, Any]:
-    """A logarithmic axis for these values, with ticks at 1, 2 and 5 where it is short."""
-    every = np.concatenate([[], *values])
-    decades = np.log10(every[every > 0])
-    if not len(decades) or np.ptp(decades) > 3:
-        return {"type": "log", "dtick": 1}
-    powers = 10.0 ** np.arange(np.floor(decades.min()), np.ceil(decades.max()) + 1)
-    places = np.outer(powers, [1, 2, 5]).ravel()
-    return {"type": "log", "tickvals": places, "ticktext": [f"{place:g}" for place in places]}
 
 
 def bars(
@@ -302,9 +292,7 @@ def intervals(
     return styled(figure, height=height, legend=len(series) > 1, **titles)
 
 
-def null_histogram(
-    null: Values, observed: Mapping[str, Number], *, name: str = "shuffled labels", **titles: str
-) -> go.Figure:
+def null_histogram(null: Values, observed: Mapping[str, Number], **titles: str) -> go.Figure:
     """What chance gives, as grey bars, and what was observed, as lines. Whole numbers get a bar
     each. Raises ValueError on NaN and Inf, and without draws."""
     null = numbers(null).ravel()
@@ -314,22 +302,13 @@ def null_histogram(
         bins = min(40, max(10, len(null) // 10))
     counts, edges = np.histogram(null, bins=bins)
     centres = (edges[:-1] + edges[1:]) / 2
-    figure = go.Figure(go.Bar(x=centres, y=counts, marker_color=CONTROL, name=label(name, 40)))
-    observed = {text: float(value) for text, value in observed.items()}
-    colour = colours(observed)
-    for i, (text, value) in enumerate(sorted(observed.items(), key=lambda item: item[1])):
-        top = float(counts.max()) * (1.06 + 0.13 * (i % 4))  # neighbours' labels stay apart
-        figure.add_scatter(
-            x=[value, value],
-            y=[0, top],
-            text=["", f"{label(text, 40)}: {value:.3g}"],
-            mode="lines+text",
-            textposition="top center",
-            textfont_color=INK if is_control(text) else colour[text],
-            line={"color": colour[text], "width": 2},
-            cliponaxis=False,
-            showlegend=False,
-        )
+    figure = go.Figure(go.Bar(x=centres, y=counts, marker_color=CONTROL, name="chance"))
+    values = sorted((float(value), text) for text, value in observed.items())
+    for i, (value, text) in enumerate(values):
+        colour = colours(observed)[text]
+        note = {"text": f"{label(text, 40)}: {value:.3g}", "yshift": -14 * (i % 4)}  # kept apart
+        note["font_color"] = INK if is_control(text) else colour
+        figure.add_vline(x=value, line={"color": colour, "width": 2}, annotation=note)
     figure.update_layout(bargap=0.08)
     figure.update_xaxes(showgrid=False)
     return styled(figure, y_title=f"of {len(null):,} draws", legend=True, **titles)

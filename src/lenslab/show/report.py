@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from IPython.display import DisplayHandle
+from IPython.display import clear_output
 from plotly.subplots import make_subplots
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -30,7 +30,7 @@ from lenslab.sae.load import RESIDUAL, SparseAutoencoder
 from lenslab.sae.train import TrainingConfig
 from lenslab.show import images
 from lenslab.show.explore import explore_feature
-from lenslab.show.plots import Labels, bars, colours, label, log_axis, styled
+from lenslab.show.plots import LOGARITHMIC, Labels, bars, colours, label, styled
 from lenslab.show.tokens import View
 
 EVERY = 2.0  # seconds between two pictures of a training
@@ -51,7 +51,6 @@ tr,.r,.figure{break-inside:avoid}
 @media print{
 body{margin:0;max-width:none;font-size:13px;print-color-adjust:exact}
 section:not(:last-child){break-after:page}
-.modebar{display:none}
 }
 """
 
@@ -65,40 +64,33 @@ def training_curves(histories: Mapping[str, pd.DataFrame], title: str = "Trainin
             y = histories[name][key].tolist()
             line = go.Scatter(x=x, y=y, name=label(name, 40), line_color=colour)
             figure.add_trace(line.update(showlegend=column == 1), 1, column)
-    figure = styled(figure, title=title, height=320, x_title="vectors", y_title="", legend=True)
-    for column, y_title in enumerate(CURVES.values(), 1):
-        figure.update_yaxes(title_text=y_title, title_standoff=4, row=1, col=column)
-    return figure.update_yaxes(log_axis([t.y for t in figure.data[:: len(CURVES)]]), row=1, col=1)
+            figure.update_yaxes(title_text=CURVES[key], title_standoff=4, row=1, col=column)
+    titles = {"title": title, "x_title": "vectors", "y_title": CURVES["fvu"]}
+    figure = styled(figure, height=320, legend=True, **titles)
+    return figure.update_yaxes(LOGARITHMIC, row=1, col=1)
 
 
 def live_curves(config: TrainingConfig, title: str = "Training") -> Callable[[str, Row], None]:
     """For `train(..., config, watch=live_curves(config))`: `training_curves` that grow, in a
-    notebook. Outside one, the whole figure at the end."""
+    notebook, in place of what its cell showed before. Outside one, the whole figure at the end."""
     rows: dict[str, list[Row]] = defaultdict(list)
-    handle = DisplayHandle()
     due = 0.0
-    drawn = False
+    # a notebook that is built keeps the last picture alone, and PNGs of the others cost time
+    live = images.in_kernel() and os.environ.get("LENSLAB_PNG") != "1"
 
     def watch(name: str, row: Row) -> None:
-        nonlocal due, drawn
+        nonlocal due
         # a training that was stopped and goes on brings its rows again
         rows[name] = [r for r in rows[name] if r["step"] < row["step"]] + [row]
         done = all(seen[-1]["step"] == config.steps for seen in rows.values())
-        if not done and (time.monotonic() < due or not images.in_kernel()):
+        if not done and (time.monotonic() < due or not live):
             return
         figure = training_curves({n: pd.DataFrame(seen) for n, seen in rows.items()}, title=title)
         figure.update_xaxes(range=[0, config.steps * config.batch])
+        if live:
+            clear_output(wait=True)
+        figure.show()
         due = time.monotonic() + EVERY
-        if not images.in_kernel():
-            figure.show()
-            return
-        bundle = {images.PLOTLY_MIME: images.figure_json(figure)}
-        if done:  # with its PNG
-            bundle = images.FigureRenderer().to_mimebundle(figure.to_dict())
-        if drawn:  # JupyterLab keeps a plotly figure unless something else takes its place
-            handle.update({"text/plain": ""}, raw=True)
-        (handle.update if drawn else handle.display)(bundle, raw=True)
-        drawn = True
 
     return watch
 
@@ -115,9 +107,8 @@ def feature_page(
     """A feature for `save_report`: its texts and kinds (`explore_feature`), how strongly it fires,
     and what it does to the next token (of SAEs that write into the residual stream)."""
     counts, edges = np.histogram(fa.matrix[:, [int(feature)]].data, bins=30)
-    titles = {"title": f"How strongly feature {feature} fires, where it does"}
-    titles |= {"x_title": "activation", "y_title": "tokens"}
-    figure = bars({"tokens": counts}, (edges[:-1] + edges[1:]) / 2, **titles)
+    titles = {"title": f"How strong feature {feature} is", "x_title": "activation"}
+    figure = bars({"tokens": counts}, (edges[:-1] + edges[1:]) / 2, y_title="tokens", **titles)
     view = explore_feature(fa, feature, categories=categories, n=n, spread=n // 2)
     parts = [view, figure.update_layout(height=200)]
     if RESIDUAL.search(fa.hook):

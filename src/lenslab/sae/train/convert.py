@@ -103,8 +103,8 @@ def from_saelens(sae: SparseAutoencoder, **options: Any) -> TrainableSAE:
     options = {"scale": SCALES[scaling], "centre": scaling == "none"} | options
     if kind == "topk":
         options = {"k": sae.cfg.k} | options
-    if (scaling == "none") == (options["scale"] == "unit") or options.get("tied"):
-        raise ValueError(f"This SAE has scaling {scaling!r} and is not tied: that stays so.")
+    if (scaling == "none") == (options["scale"] == "unit") or options.keys() & {"tied", "frozen"}:
+        raise ValueError(f"This SAE has scaling {scaling!r}, not tied or frozen: that stays so.")
     needed = "k" if architecture in TOPK_FAMILY else "sparsity"
     if needed not in options:
         raise ValueError(f"Say {needed}: a saved {architecture} SAE does not hold its own.")

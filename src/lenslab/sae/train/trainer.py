@@ -79,8 +79,8 @@ def train(
         held_out: vectors of other texts, measured at the end.
         log_dir: TensorBoard's, a run per SAE: what `history` holds.
         watch: called with an SAE's name and each new row of its history, after the rows that a
-            resumed training brings (`lenslab.show.report.live_curves`). Its first error is
-            printed, and it is not called again.
+            resumed training brings (`lenslab.show.report.live_curves`). Its errors end
+            the training, which goes on from its folder.
 
     Raises ValueError (widths, hooks, data that fill no batch, held-out documents among those of the
     training, a folder of another run, an SAE that was trained before), TrainingFailed, NotWritten
@@ -110,9 +110,11 @@ def _train(
     run: _Run, progress: bool, log_dir: str | os.PathLike | None, watch: Watch | None
 ) -> None:
     """The steps that are left, with bar, TensorBoard and whoever watches."""
-    batch, writers = run.config.batch, []
+    batch, writers = run.config.batch, {}
+    told = watch or (lambda name, row: None)
     for member in run.members:
-        watch = _told(watch, member.name, member.history)
+        for row in member.history:
+            told(member.name, row)
     total, done = run.config.steps * batch, run.step * batch
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(total=total, initial=done, progress=progress, **BAR))
@@ -122,29 +124,16 @@ def _train(
             for member in run.members:
                 folder = str(Path(log_dir).expanduser() / member.name)
                 writer = SummaryWriter(folder, purge_step=run.step + 1)
-                writers.append(stack.enter_context(writer))
+                writers[member.name] = stack.enter_context(writer)
         while run.step < run.config.steps:
             rows = run.advance()
             bar.update(batch)
-            for writer, row in zip(writers, rows, strict=False):
-                for key, value in row.items():
-                    writer.add_scalar(key, value, run.step)
             for member, row in zip(run.members, rows, strict=False):
-                watch = _told(watch, member.name, [row])
+                told(member.name, row)
+                for key, value in row.items() if writers else ():
+                    writers[member.name].add_scalar(key, value, run.step)
             if rows:
                 bar.set_postfix({k: f"{rows[0][k]:.3g}" for k in ("loss", "fvu", "l0", "dead")})
-
-
-def _told(watch: Watch | None, name: str, rows: list[dict[str, float | int]]) -> Watch | None:
-    """Tell `watch` of new rows; returns it, or None from its first error on: a picture that cannot
-    be drawn must not lose a training."""
-    try:
-        for row in rows if watch else ():
-            watch(name, dict(row))
-    except Exception as error:
-        print(f"not watched any longer: {type(error).__name__}: {error}", flush=True)
-        return None
-    return watch
 
 
 # 1. Prepare
