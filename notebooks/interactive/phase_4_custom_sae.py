@@ -270,8 +270,8 @@ axes |= {"log_x": True, "log_y": True, "spread": spread}
 lines(fvu_of, l0_of, title="What sparsity costs, by architecture", **axes).show()
 
 # %% [markdown]
-# **Rate, width, length**: the peak rate of Adam with which trainings ended best, where *k* fixes the
-# sparsity, so that FVU can be compared; for TopK at other widths and at a shorter length, too.
+# **Rate, width, length**: the peak rate of Adam with which trainings ended best, where *k* fixes
+# the sparsity, so that FVU can be compared; for TopK at other widths and at a shorter length, too.
 
 # %%
 ladder = saved_result("phase_4_rates", inputs).dropna(subset="fvu")
@@ -461,10 +461,12 @@ from lenslab.show.feature_plots import firing_density
 
 rates = {name: (fa.matrix > 0).mean(axis=0) for name, fa in fas.items()}
 rare = {name: np.mean(rate < 1e-3) for name, rate in rates.items()}
-dense = {name: int((rate > 0.1).sum()) for name, rate in rates.items()}
+alike = abs(rare["my SAE"] - rare["random directions"]) < 0.1
 so(
-    f"features of my SAE differ in how often they fire: {rare['my SAE']:.0%} of them on less than "
-    f"one token in a thousand, of random directions {rare['random directions']:.0%}."
+    "how often features fire is "
+    f"{'not ' if alike else ''}what sets my SAE apart from random directions: on less than one "
+    f"token in a thousand fire {rare['my SAE']:.0%} of its features and "
+    f"{rare['random directions']:.0%} of theirs."
 )
 firing_density(rates, title="How often the features fire").show()
 
@@ -484,9 +486,11 @@ second = {}  # how near the second kind comes to the first, median over features
 for name, means in kind_means.items():
     ordered = np.sort(means[:, means.max(0) > 0], axis=0)
     second[name] = np.median(ordered[-2] / ordered[-1])
+alike = abs(second["my SAE"] - second["random directions"]) < 0.05
 so(
     f"in its second kind of text a feature of my SAE reaches {second['my SAE']:.0%} of what it "
-    f"reaches in its first (median), a random direction {second['random directions']:.0%}."
+    f"reaches in its first (median), a random direction {second['random directions']:.0%}: most "
+    f"features are {'no ' if alike else ''}more of one kind than random directions are."
 )
 strength_map(kind_means, labels.categories, title="Where each feature is strongest").show()
 
