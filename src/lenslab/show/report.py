@@ -51,6 +51,7 @@ tr,.r,.figure{break-inside:avoid}
 @media print{
 body{margin:0;max-width:none;font-size:13px;print-color-adjust:exact}
 section:not(:last-child){break-after:page}
+.modebar-container{display:none}
 }
 """
 
