@@ -651,6 +651,6 @@ except ValueError as error:
 # 2. In the last cell of section 7 put `"duplicate_token"` for `"previous_token"`. Its weights have
 #    to sum to one, so where it finds nothing they go somewhere harmless, often to BOS.
 # 3. Sections 5 and 7 above all: it does park a huge vector at BOS, and its induction heads sit in
-#    the middle layers. Its SAE is a small one that is trained on the spot.
+#    the middle layers. The SAE of its middle layer ships with this project.
 #
 # </details>
