@@ -238,6 +238,11 @@ def test_a_dead_latent_of_a_floor_begins_anew_where_it_may(architecture, frozen,
     assert not torch.equal(sae.get_parameter(other), before[other])
     cosine = torch.cosine_similarity(rows[held], rows[other], dim=1)
     assert torch.allclose(cosine, torch.ones(5), atol=1e-5)
+    # it fires from a cosine of .5 with the vector drawn for it, whatever the encoder's length
+    first = sae.threshold[:5] if architecture == "jumprelu" else -sae.b_enc[:5]
+    lengths = (sae.scaled(vectors[:256]) - sae.b_dec).norm(dim=1)  # [vector]
+    half = torch.outer(sae.W_enc[:, :5].norm(dim=0), lengths) / 2  # [latent, vector]
+    assert torch.isclose(half, first[:, None], rtol=1e-4).any(1).all()
 
 
 @pytest.mark.parametrize("options", [{"frozen": "both"}, {"frozen": "decoder", "tied": True}])
