@@ -120,7 +120,8 @@ def test_a_report_without_a_browser_is_a_page_and_says_so(model, monkeypatch, tm
     old.write_text("of an earlier report")
     file = report.save_report("r", EVIL, sections(model))
     assert file == tmp_path / "results" / "r.html" and not old.exists()
-    assert capsys.readouterr().err.count("No PDF") == 1
+    said = capsys.readouterr().err
+    assert said.count("No PDF") == 1 and "Chromium" in said and "free some space" not in said
     text = file.read_text(encoding="utf-8")
     assert "<b>bold" not in text.replace("<b>kept</b>", "") and "&lt;b&gt;bold" in text
     assert text.count("</script>") == text.count("<script")
