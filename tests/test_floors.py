@@ -1,6 +1,8 @@
 """Controls: each describes the same texts as the SAE does, pooled alike, and is what it says.
 Floors: SAEs that learned nothing, or on one side only."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -219,6 +221,20 @@ def test_a_checkpoint_from_before_there_were_floors_is_gone_on_with(vectors, tmp
         run(new("batchtopk"), vectors, SHORT),
         run(new("batchtopk"), vectors, SHORT, folder=tmp_path),
     )
+
+
+def test_a_checkpoint_of_another_rule_for_the_rate_is_refused(vectors, tmp_path, monkeypatch):
+    """Before there was this one the rate was .001 sqrt(4096 / d_sae), and checkpoints held none."""
+    config, identity = replace(SHORT, lr=None), trainer._identity
+
+    def older(*given):
+        return {key: value for key, value in identity(*given).items() if key != "sae.lr"}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_identity", older)
+        interrupted(new("batchtopk"), 25, vectors, config, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"sae\.lr None there"):
+        run(new("batchtopk"), vectors, config, folder=tmp_path)
 
 
 @pytest.mark.parametrize("frozen", FROZEN)

@@ -246,9 +246,9 @@ class _Run:
 def _identity(members: list[Member], source: VectorSource) -> dict[str, Any]:
     """What a checkpoint is of, flat, so that what differs has a name."""
     parts = {"config": asdict(replace(members[0].config, checkpoint_minutes=0.0))}
-    for member in members:
-        parts[member.name] = asdict(member.described)
-        parts[member.name]["metadata"].pop("lenslab_version")  # it may go on after an update
+    for one in members:  # a rate that is not given is of a rule, which has changed once
+        parts[one.name] = asdict(one.described) | ({} if one.config.lr else {"lr": one.lr})
+        parts[one.name]["metadata"].pop("lenslab_version")  # it may go on after an update
     flat = {f"{name}.{key}": str(part[key]) for name, part in parts.items() for key in part}
     return {"format": FORMAT, "data": source.key, **flat}
 
