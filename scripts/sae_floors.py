@@ -21,6 +21,7 @@ import copy
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,13 @@ from lenslab.capture import harvest
 from lenslab.features.activations import encode_features
 from lenslab.features.ceiling import SPARSE, probe
 from lenslab.features.specialists import discriminate
-from lenslab.files import Result, data_path, save_result
+from lenslab.files import Result, content_key, data_path, save_result
 from lenslab.metrics import auroc
 from lenslab.models import load_model, model_key, model_name, random_twin
 from lenslab.sae.controls import KINDS, untrained_sae
 from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.load import SparseAutoencoder, load_sae
-from lenslab.sae.registry import CARD
+from lenslab.sae.registry import CARD, CONFIG
 from lenslab.sae.train.base import FROZEN
 from lenslab.texts import label_texts, load_probes
 from lenslab.tokens import tokenize
@@ -94,6 +95,15 @@ class Bench:
     def vectors(self, model, windows, hook: str) -> torch.Tensor:
         return harvest(model, windows, hook, compute="float32", progress=False)[hook][windows.real]
 
+    def of(self, site: str, what: str, where: Path | str, l0: int) -> tuple[str, str, int, str]:
+        """What a row is of: of another model, other texts or SAEs it is another row."""
+        folder = where
+        if not isinstance(where, Path):
+            folder = self.given.saes / f"{model_name(self.model)}-{site}"
+        files = [(folder / name).read_text(encoding="utf-8") for name in (CONFIG, CARD)]
+        texts = [batch.key for batch in (self.batch, self.held_out, self.probes)]
+        return site, what, l0, content_key(model_key(self.model), texts, files)
+
     def measure(self, site: str, what: str, where: Path | str, l0: int) -> dict[str, Any]:
         """Metrics of one at one L0, and how well it tells the kinds of the probe texts apart."""
         model, hook = self.model, site_hook(self.model, site)
@@ -133,6 +143,15 @@ def at_l0(sae: SparseAutoencoder, x: torch.Tensor, l0: int) -> SparseAutoencoder
     return sae
 
 
+def written(file: Path) -> list[dict[str, Any]]:
+    """Rows that were written whole, and say what they are of."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        with suppress(ValueError):  # of a run that was killed
+            rows.append(json.loads(line))
+    return [row for row in rows if "of" in row]
+
+
 def ahead(rows: pd.DataFrame) -> list[str]:
     """Where a floor does better than the SAE."""
     found = []
@@ -163,18 +182,17 @@ def main(arguments: list[str] | None = None) -> Path:
     given.seeds = [0]  # of the windows
     bench, file = Bench(given), given.work / "rows.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    rows = [json.loads(line) for line in lines]
-    done = {(row["site"], row["name"], row["asked_l0"]): row for row in rows}
+    done = {tuple(row.pop("of")): row for row in written(file)}
     rows = []
     for site in given.sites:
         for (what, where), l0 in itertools.product(bench.contestants(site), LEVELS):
-            row = done.get((site, what, l0))
+            of = bench.of(site, what, where, l0)
+            row = done.get(of)
             if row is None:
                 row = bench.measure(site, what, where, l0)
                 print(row, flush=True)
                 with open(file, "a", encoding="utf-8") as handle:
-                    handle.write(json.dumps(row) + "\n")
+                    handle.write("\n" + json.dumps(row | {"of": of}))
             rows.append(row)
     table = pd.DataFrame(rows).map(_rounded)
     ships = given.saes == data_path("saes")

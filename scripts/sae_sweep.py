@@ -239,8 +239,9 @@ def finished(file: Path) -> pd.DataFrame:
 
 def merged(old: pd.DataFrame | None, new: pd.DataFrame, anew: list[str]) -> pd.DataFrame:
     """Runs that ship and new ones, which take the place of equal ones and of all of the
-    architectures `anew`."""
+    architectures `anew`, as soon as there is one of them."""
     new = new.map(rounded)
+    anew = set(anew) & set(new["architecture"])
     if old is not None:
         new = pd.concat([old[~old["architecture"].isin(anew)], new])
     return new.drop_duplicates(list(ABOUT), keep="last").sort_values(list(ABOUT))

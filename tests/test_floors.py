@@ -1,6 +1,8 @@
 """Controls: each describes the same texts as the SAE does, pooled alike, and is what it says.
 Floors: SAEs that learned nothing, or on one side only."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -221,6 +223,20 @@ def test_a_checkpoint_from_before_there_were_floors_is_gone_on_with(vectors, tmp
     )
 
 
+def test_a_checkpoint_of_another_rule_for_the_rate_is_refused(vectors, tmp_path, monkeypatch):
+    """Before there was this one the rate was .001 sqrt(4096 / d_sae), and checkpoints held none."""
+    config, identity = replace(SHORT, lr=None), trainer._identity
+
+    def older(*given):
+        return {key: value for key, value in identity(*given).items() if key != "sae.lr"}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_identity", older)
+        interrupted(new("batchtopk"), 25, vectors, config, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"sae\.lr None there"):
+        run(new("batchtopk"), vectors, config, folder=tmp_path)
+
+
 @pytest.mark.parametrize("frozen", FROZEN)
 @pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated"])
 def test_a_dead_latent_of_a_floor_begins_anew_where_it_may(architecture, frozen, vectors):
@@ -238,6 +254,11 @@ def test_a_dead_latent_of_a_floor_begins_anew_where_it_may(architecture, frozen,
     assert not torch.equal(sae.get_parameter(other), before[other])
     cosine = torch.cosine_similarity(rows[held], rows[other], dim=1)
     assert torch.allclose(cosine, torch.ones(5), atol=1e-5)
+    # it fires from a cosine of .5 with the vector drawn for it, whatever the encoder's length
+    first = sae.threshold[:5] if architecture == "jumprelu" else -sae.b_enc[:5]
+    lengths = (sae.scaled(vectors[:256]) - sae.b_dec).norm(dim=1)  # [vector]
+    half = torch.outer(sae.W_enc[:, :5].norm(dim=0), lengths) / 2  # [latent, vector]
+    assert torch.isclose(half, first[:, None], rtol=1e-4).any(1).all()
 
 
 @pytest.mark.parametrize("options", [{"frozen": "both"}, {"frozen": "decoder", "tied": True}])

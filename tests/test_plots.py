@@ -405,3 +405,20 @@ def test_bars_in_three_dimensions_are_sorted_and_of_one_scale():
     assert np.allclose(web, [0, 4, 1]) and np.allclose(math, [9, 1, 2])
     assert figure.layout.scene.zaxis.range == figure.layout.scene2.zaxis.range
     assert tuple(figure.layout.scene.yaxis.ticktext) == ("web", "math")
+
+
+def test_a_group_without_texts_is_a_gap_and_hides_no_feature():
+    means = {"SAE": np.array([[1.0, 0.0, 4.0], [np.nan] * 3, [2.0, 9.0, 1.0]])}
+    flat = strength_map(means, "abc", title="t")
+    assert flat.layout.annotations[0].text == "SAE: 3 of 3 features fire"
+    assert np.isnan(flat.data[0].z[1]).all() and np.nanmax(flat.data[0].z) == 1
+    solid = strength_bars(means, "abc", title="t")
+    assert solid.layout.scene.zaxis.range == (0, pytest.approx(1.02 * 9))
+    assert solid.data[0].text.tolist()[::3] == [1, 2, 0]
+
+
+@pytest.mark.parametrize("draw", [strength_map, strength_bars])
+@pytest.mark.parametrize("names", ["ab", "abcd"])
+def test_groups_of_another_number_than_the_rows_are_refused(draw, names):
+    with pytest.raises(ValueError):
+        draw({"SAE": np.ones((3, 4))}, names, title="t")

@@ -5,11 +5,13 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import TEXTS
 from test_sae_pretrained import tiny_sae
 
 from lenslab.features.activations import encode_features
-from lenslab.sae.train import TrainingConfig
+from lenslab.runtime import derive_generator
+from lenslab.sae.train import TensorSource, TrainingConfig, build_sae, train
 from lenslab.show import images, plots, report
 from lenslab.show.feature_plots import strength_bars
 from lenslab.show.tokens import View
@@ -75,6 +77,28 @@ def test_outside_a_kernel_curves_are_shown_once_at_the_end(monkeypatch):
     assert len(figures) == 1 and len(figures[0].data[0].x) == 10
 
 
+def test_curves_of_several_that_were_finished_before_are_shown_once(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(report.go.Figure, "show", lambda figure: figures.append(figure))
+    source = TensorSource(torch.randn(100, 8, generator=derive_generator(0, "x")))
+    for _ in "ab":
+        saes = {name: build_sae("topk", 8, 16, k=2) for name in "abc"}
+        watch = report.live_curves(CONFIG)
+        train(saes, source, CONFIG, folder=tmp_path, progress=False, watch=watch)
+    assert [len(figure.data) for figure in figures] == [9, 9]
+
+
+def test_whoever_watches_changes_no_history(tmp_path):
+    def watch(name, row):
+        row["name"] = row.pop("fvu")
+
+    source = TensorSource(torch.randn(100, 8, generator=derive_generator(0, "x")))
+    for _ in "ab":
+        saes = {"a": build_sae("topk", 8, 16, k=2)}
+        result = train(saes, source, CONFIG, folder=tmp_path, progress=False, watch=watch)["a"]
+        assert "fvu" in result.history and "name" not in result.history
+
+
 def sections(model) -> dict:
     fa = encode_features(model, tiny_sae(model), tokenize(model, TEXTS), progress=False)
     feature = int(np.argmax(fa.pool("max").max(axis=0).toarray()))
@@ -96,7 +120,8 @@ def test_a_report_without_a_browser_is_a_page_and_says_so(model, monkeypatch, tm
     old.write_text("of an earlier report")
     file = report.save_report("r", EVIL, sections(model))
     assert file == tmp_path / "results" / "r.html" and not old.exists()
-    assert capsys.readouterr().err.count("No PDF") == 1
+    said = capsys.readouterr().err
+    assert said.count("No PDF") == 1 and "Chromium" in said and "free some space" not in said
     text = file.read_text(encoding="utf-8")
     assert "<b>bold" not in text.replace("<b>kept</b>", "") and "&lt;b&gt;bold" in text
     assert text.count("</script>") == text.count("<script")

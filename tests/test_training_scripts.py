@@ -646,8 +646,12 @@ def test_floors_stand_beside_the_sae_and_nothing_is_measured_twice(
     better = rows.query("asked_l0 == 8").set_index("name")["fvu"]
     ahead = [line for line in found["values"]["ahead"] if "L0 8, fvu" in line]
     assert len(ahead) == (better < better["SAE"]).sum()
+    file = tmp_path / "work" / "rows.jsonl"
+    file.write_text(file.read_text() + '\n{"site": "resid-1", "na')  # killed while it wrote
     monkeypatch.setattr(sae_floors.Bench, "measure", None)
     assert json.loads(sae_floors.main(measuring).read_text())["config"] == found["config"]
+    with pytest.raises(TypeError):  # of other held-out texts every row is measured anew
+        sae_floors.main([*measuring[:-1], "300"])
 
 
 def test_a_sweep_repeats_nothing_and_a_rate_that_is_too_high_stops_no_other(
@@ -704,7 +708,7 @@ def test_new_runs_join_those_that_ship_and_take_the_place_of_old_ones(tokens_fil
 
     old, new = runs("old", "topk", "relu", "jumprelu"), runs("new", "relu")
     assert machines(old, new) == {"jumprelu": "old", "relu": "new", "topk": "old"}
-    assert machines(old, new, ["jumprelu"]) == {"relu": "new", "topk": "old"}
+    assert machines(old, new, ["jumprelu"]) == {"jumprelu": "old", "relu": "new", "topk": "old"}
     assert machines(None, new) == {"relu": "new"}
 
 

@@ -277,3 +277,9 @@ def test_the_bundled_sae_is_not_lost_by_training_on(recwarn):
     (before, l0), (after, l0_after) = measured(sae), measured(result.sae)
     assert result.history["fvu"][0] == pytest.approx(before, rel=0.1)
     assert after < 1.02 * before and l0_after == pytest.approx(l0, rel=0.15)
+
+
+def test_a_floor_is_not_trained_on_as_if_it_had_learned():
+    sae = to_saelens(new("topk", frozen="decoder"))
+    with pytest.raises(ValueError, match="frozen: decoder"):
+        from_saelens(sae, k=K)

@@ -172,12 +172,12 @@ def strength_map(
     spacing = 90 / max(len(means) * (inner + 90) - 90, 91)
     names = [label(name, 40) for name in means]
     figure = make_subplots(len(means), 1, subplot_titles=names, vertical_spacing=spacing)
-    notes = figure.layout.annotations
     for row, values in enumerate(map(numbers, means.values())):
-        largest = values.max(0, initial=0)
-        order = np.lexsort((-largest, values.argmax(0)))
+        known = np.nan_to_num(values)  # a group of no texts has no mean, and stays a gap
+        largest = known.max(0, initial=0)
+        order = np.lexsort((-largest, known.argmax(0)))
         order = order[largest[order] > 0]
-        notes[row].text += f": {len(order):,} of {len(largest):,} features fire"
+        figure.layout.annotations[row].text += f": {len(order):,} of {len(largest):,} features fire"
         panel = plots.cells(values[:, order] / largest[order], order, groups, coloraxis="coloraxis")
         panel.update_traces(hovertemplate="%{y}: %{z:.0%}<extra></extra>")
         figure.add_trace(panel.data[0], row + 1, 1)
@@ -197,15 +197,15 @@ def strength_bars(
     names = [label(name, 40) for name in means]
     spaced = {"specs": [[{"type": "scene"}] * len(means)], "horizontal_spacing": 0.03}
     figure = make_subplots(1, len(means), subplot_titles=names, **spaced)
-    top = max((numbers(values).max(initial=0) for values in means.values()), default=0)
+    top = max(np.nanmax(numbers(values), initial=0) for values in means.values())
     for column, values in enumerate(map(numbers, means.values()), 1):
-        strongest = np.argsort(-values.max(0), kind="stable")[:MOST_BARS]
-        rank = np.arange(len(strongest))
-        for row, (group, colour) in enumerate(zip(groups, cycle(plots.PALETTE), strict=False)):
+        strongest = np.argsort(-np.nanmax(values, 0, initial=0), kind="stable")[:MOST_BARS]
+        rank, hue = np.arange(len(strongest)), cycle(plots.PALETTE)
+        for row, (group, own) in enumerate(zip(groups, values[:, strongest], strict=True)):
             # a thick line from the ground to each value, and a gap before the next
-            z = np.stack([0 * rank, values[row, strongest], np.nan * rank], 1).ravel()
+            z = np.stack([0 * rank, own, np.nan * rank], 1).ravel()
             place = {"x": np.repeat(rank, 3), "y": np.full(z.shape, row), "z": z}
-            look = {"mode": "lines", "line": {"color": colour, "width": 9}, "name": label(group)}
+            look = {"mode": "lines", "line": {"color": next(hue), "width": 9}, "name": label(group)}
             hover = {"text": np.repeat(strongest, 3), "hovertemplate": "feature %{text}: %{z:.3f}"}
             figure.add_trace(go.Scatter3d(**place, **look, **hover), 1, column)
     figure.update_scenes(

@@ -130,7 +130,7 @@ def print_pdf(page: Path) -> Path | None:
             command += [f"--print-to-pdf={temporary}", page.absolute().as_uri()]
             subprocess.run(command, timeout=2 * SECONDS, stdout=DEVNULL, stderr=DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as problem:
-        print(f"No PDF of {page.name} ({type(problem).__name__}: {problem}).", file=sys.stderr)
+        print(f"No PDF of {page.name} ({problem.__cause__ or problem}).", file=sys.stderr)
         return None
     return target
 

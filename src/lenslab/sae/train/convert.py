@@ -92,13 +92,13 @@ def from_saelens(sae: SparseAutoencoder, **options: Any) -> TrainableSAE:
     refuses other data; for a fine-tune of the model set `sae.cfg.metadata.model_name` and
     `model_key` to None before. `began_from` in the metadata is the `sae_key` of the loaded one.
 
-    Raises ValueError for what cannot be trained on without a change: transcoders and other kinds,
+    Raises ValueError for what cannot be trained on without a change: transcoders, floors, others,
     another scaling, decoder rows of other lengths where a training keeps them at 1, several
     thresholds where it has one; and as `build_sae`.
     """
     about, kind, scaling = sae.cfg.metadata, sae.cfg.architecture(), sae.cfg.normalize_activations
-    if kind not in OURS or scaling not in SCALES:
-        raise ValueError(f"No training goes on from a {kind} SAE with scaling {scaling!r}.")
+    if kind not in OURS or scaling not in SCALES or about.frozen:
+        raise ValueError(f"No training goes on from a {kind}, {scaling!r}, frozen: {about.frozen}.")
     architecture = about.trained_as or OURS[kind]
     options = {"scale": SCALES[scaling], "centre": scaling == "none"} | options
     if kind == "topk":

@@ -175,10 +175,10 @@ class Member:
         if frozen:
             rows = self.sae.W_dec if frozen == "W_dec" else self.sae.W_enc.T
             direction = torch.nn.functional.normalize(rows[latents], dim=1)
-        alive = self.sae.W_enc[:, ~self.dead]
-        length = 0.2 * (alive.norm(dim=0).mean() if alive.numel() else 1.0)
-        half = length * vectors.norm(dim=1) / 2
-        first = {"W_enc": length * direction, "W_dec": direction}
+        length = 0.2 * self.sae.W_enc[:, ~self.dead].norm(dim=0).mean().nan_to_num(1.0)
+        encoder = self.sae.W_enc.T[latents] if frozen == "W_enc" else length * direction
+        half = encoder.norm(dim=1) * vectors.norm(dim=1) / 2
+        first = {"W_enc": encoder, "W_dec": direction}
         first |= {"threshold": half} if hasattr(self.sae, "threshold") else {"b_enc": -half}
         for name, parameter in self.sae.named_parameters():
             if name in ("b_dec", frozen):  # all others have a row (W_enc a column) for each latent

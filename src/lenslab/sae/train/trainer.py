@@ -112,9 +112,9 @@ def _train(
     """The steps that are left, with bar, TensorBoard and whoever watches."""
     batch, writers = run.config.batch, {}
     told = watch or (lambda name, row: None)
-    for member in run.members:
-        for row in member.history:
-            told(member.name, row)
+    past = [(member.name, row) for member in run.members for row in member.history]
+    for name, row in sorted(past, key=lambda told: told[1]["step"]):  # as they came
+        told(name, row.copy())
     total, done = run.config.steps * batch, run.step * batch
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(total=total, initial=done, progress=progress, **BAR))
@@ -129,7 +129,7 @@ def _train(
             rows = run.advance()
             bar.update(batch)
             for member, row in zip(run.members, rows, strict=False):
-                told(member.name, row)
+                told(member.name, row.copy())
                 for key, value in row.items() if writers else ():
                     writers[member.name].add_scalar(key, value, run.step)
             if rows:
@@ -246,9 +246,9 @@ class _Run:
 def _identity(members: list[Member], source: VectorSource) -> dict[str, Any]:
     """What a checkpoint is of, flat, so that what differs has a name."""
     parts = {"config": asdict(replace(members[0].config, checkpoint_minutes=0.0))}
-    for member in members:
-        parts[member.name] = asdict(member.described)
-        parts[member.name]["metadata"].pop("lenslab_version")  # it may go on after an update
+    for one in members:  # a rate that is not given is of a rule, which has changed once
+        parts[one.name] = asdict(one.described) | ({} if one.config.lr else {"lr": one.lr})
+        parts[one.name]["metadata"].pop("lenslab_version")  # it may go on after an update
     flat = {f"{name}.{key}": str(part[key]) for name, part in parts.items() for key in part}
     return {"format": FORMAT, "data": source.key, **flat}
 
