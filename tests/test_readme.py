@@ -46,6 +46,7 @@ def test_every_snippet_runs_offline(snippet, tmp_path):
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY / "scripts" / "offline"),
         "LENSLAB_NETWORK_LOG": str(log),
+        "PLOTLY_RENDERER": "json",  # else a figure opens a browser, where there is one
     }
     done = subprocess.run(
         [sys.executable, "-c", snippet],

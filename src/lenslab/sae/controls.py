@@ -215,8 +215,8 @@ def evaluate_null(
     seed: int = 0,
     kind: Literal["random", "PCA", "neurons"] = "random",
 ) -> SAEMetrics:
-    """`evaluate_sae` of the untrained SAE (`untrained_sae`) with the same rounded L0, its scale
-    fitted on the first texts of `batch`."""
+    """`evaluate_sae` of the untrained SAE (`untrained_sae`) with the same rounded L0; its mean,
+    axes and scale are those of the first 4,096 positions or so of `batch` itself."""
     transform, hook = input_transform(sae, model), sae_hook(sae)
     first = batch[: max(1, 4096 // batch.tokens.shape[1])]
     values = torch.cat([values for _, values in _real_values(model, first, hook)])
