@@ -91,7 +91,7 @@ def test_controls_by_name_all_of_these_texts(model, batch):
     found = controls.control_matrices(model, tiny_sae(model), batch, "mean")
     assert {name: len(matrix) for name, matrix in found.items()} == {
         "PCA axes": 4,
-        "raw neurons": 4,
+        "raw coordinates": 4,
         "character n-grams": 4,
     }
     assert found["character n-grams"].shape[1] == 48
@@ -111,7 +111,7 @@ def test_a_random_sae_is_known_by_how_many_directions_it_uses(model):
     assert len(keys) == 2
 
 
-@pytest.mark.parametrize(("kind", "axes"), [("PCA", None), ("neurons", torch.eye(32))])
+@pytest.mark.parametrize(("kind", "axes"), [("PCA", None), ("coordinates", torch.eye(32))])
 def test_an_untrained_sae_of_axes_has_both_directions_of_each(model, kind, axes):
     x = torch.randn(200, 32, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 33) + 5
     null = controls.untrained_sae(tiny_sae(model), x, 5, kind=kind)
@@ -132,7 +132,12 @@ def test_few_principal_axes_hold_more_than_as_many_coordinates_or_random_directi
     for kind in controls.KINDS:
         null = controls.untrained_sae(tiny_sae(model), x, 3, kind=kind)
         left[kind] = float((null.decode(null.encode(x)) - x).square().sum() / x.square().sum())
-    assert left["PCA"] < 1e-4 < min(left["random"], left["neurons"])
+    assert left["PCA"] < 1e-4 < min(left["random"], left["coordinates"])
+
+
+def test_a_kind_of_floor_that_there_is_not_is_refused(model, batch):
+    with pytest.raises(ValueError, match="random, PCA, coordinates, not 'pca'"):
+        controls.evaluate_null(model, tiny_sae(model), batch, 6, kind="pca")
 
 
 @pytest.mark.parametrize("kind", controls.KINDS)

@@ -637,7 +637,7 @@ def test_floors_stand_beside_the_sae_and_nothing_is_measured_twice(
     found = json.loads(sae_floors.main(measuring).read_text())
     rows = pd.DataFrame(found["config"]["table"])
     names = ["SAE", "frozen decoder", "frozen soft decoder"]
-    names += ["random directions", "PCA axes", "raw neurons"]
+    names += ["random directions", "PCA axes", "raw coordinates"]
     assert rows["name"].tolist() == [name for name in names for _ in (4, 8)]
     assert (rows[["fvu", "best_feature", "probe_5", "probe_16"]] > 0).all().all()
     card = json.loads((floors[0] / "card.json").read_text())

@@ -234,7 +234,10 @@ def _vectors(record: ActivationRecord, hook: str) -> Float[Tensor, "pos d"]:
 def _suffix(path: Path) -> str:
     name = path.name.lower()
     if name.endswith((".pkl", ".pickle")):
-        raise NotARecord(f"{path.name} is a pickle, which can run any code: use .safetensors.")
+        raise NotARecord(
+            f"{path.name} is a pickle, and opening one can run any code, so none is written or read"
+            " here. Use .safetensors, which keeps the same values."
+        )
     for suffix in SUFFIXES:
         if name.endswith(suffix):
             return suffix

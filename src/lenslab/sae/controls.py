@@ -39,7 +39,7 @@ from lenslab.tokens import TokenBatch
 TEXTS = 32  # texts whose candidates are held per token at a time
 
 # directions of an SAE that learned nothing
-KINDS = {"random": "random directions", "PCA": "PCA axes", "neurons": "raw neurons"}
+KINDS = {"random": "random directions", "PCA": "PCA axes", "coordinates": "raw coordinates"}
 FIT = 50_000  # tokens that principal axes are fitted on, at most
 
 
@@ -176,22 +176,24 @@ def untrained_sae(
     x: Float[Tensor, "token d_in"],
     k: int,
     seed: int = 0,
-    kind: Literal["random", "PCA", "neurons"] = "random",
+    kind: Literal["random", "PCA", "coordinates"] = "random",
 ) -> UntrainedSAE:
     """A floor of an SAE at the same hook, with k latents (at most all) active at a time: as many
     `random` directions, or both directions of each principal axis of `x` (`PCA`) or of each of the
-    hook's own coordinates (`neurons`).
+    hook's own coordinates (`coordinates`).
 
     What it scores needs no learned dictionary. To be a fair null it is given what costs nothing:
     the mean of `x` as its bias, and the one factor on its activations that fits `x` best.
     """
+    if kind not in KINDS:
+        raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind!r}.")
     mean, cfg = x.mean(0), copy(sae.cfg)
     if kind == "random":
         generator = derive_generator(seed, "random SAE")
         directions = torch.randn(cfg.d_sae, cfg.d_in, generator=generator)
         directions = (directions / directions.norm(dim=1, keepdim=True)).to(x)
     else:
-        axes = torch.eye(cfg.d_in) if kind == "neurons" else _principal_axes(x)[0]
+        axes = torch.eye(cfg.d_in) if kind == "coordinates" else _principal_axes(x)[0]
         directions = torch.cat([axes, -axes]).to(x)
     cfg.d_sae = len(directions)
     null = UntrainedSAE(cfg=cfg, directions=directions, mean=mean, k=min(k, cfg.d_sae))
@@ -213,7 +215,7 @@ def evaluate_null(
     batch: TokenBatch,
     l0: float,
     seed: int = 0,
-    kind: Literal["random", "PCA", "neurons"] = "random",
+    kind: Literal["random", "PCA", "coordinates"] = "random",
 ) -> SAEMetrics:
     """`evaluate_sae` of the untrained SAE (`untrained_sae`) with the same rounded L0; its mean,
     axes and scale are those of the first 4,096 positions or so of `batch` itself."""

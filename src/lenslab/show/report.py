@@ -68,7 +68,7 @@ def training_curves(histories: Mapping[str, pd.DataFrame], title: str = "Trainin
             figure.update_yaxes(title_text=CURVES[key], title_standoff=4, row=1, col=column)
     titles = {"title": title, "x_title": "vectors", "y_title": CURVES["fvu"]}
     figure = styled(figure, height=320, legend=True, **titles)
-    return figure.update_yaxes(LOGARITHMIC, row=1, col=1)
+    return figure.update_yaxes(rangemode="tozero").update_yaxes(LOGARITHMIC, row=1, col=1)
 
 
 def live_curves(config: TrainingConfig, title: str = "Training") -> Callable[[str, Row], None]:
