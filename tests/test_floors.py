@@ -91,7 +91,7 @@ def test_controls_by_name_all_of_these_texts(model, batch):
     found = controls.control_matrices(model, tiny_sae(model), batch, "mean")
     assert {name: len(matrix) for name, matrix in found.items()} == {
         "PCA axes": 4,
-        "raw coordinates": 4,
+        "raw neurons": 4,
         "character n-grams": 4,
     }
     assert found["character n-grams"].shape[1] == 48
@@ -137,7 +137,7 @@ def test_few_principal_axes_hold_more_than_as_many_coordinates_or_random_directi
 
 def test_a_kind_of_floor_that_there_is_not_is_refused(model, batch):
     with pytest.raises(ValueError, match="random, PCA, coordinates, not 'pca'"):
-        controls.evaluate_null(model, tiny_sae(model), batch, 6, kind="pca")
+        controls.evaluate_null(model, tiny_sae(model), batch, 6.0, kind="pca")
 
 
 @pytest.mark.parametrize("kind", controls.KINDS)

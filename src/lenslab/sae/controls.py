@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -176,7 +176,7 @@ def untrained_sae(
     x: Float[Tensor, "token d_in"],
     k: int,
     seed: int = 0,
-    kind: Literal["random", "PCA", "coordinates"] = "random",
+    kind: str = "random",
 ) -> UntrainedSAE:
     """A floor of an SAE at the same hook, with k latents (at most all) active at a time: as many
     `random` directions, or both directions of each principal axis of `x` (`PCA`) or of each of the
@@ -215,7 +215,7 @@ def evaluate_null(
     batch: TokenBatch,
     l0: float,
     seed: int = 0,
-    kind: Literal["random", "PCA", "coordinates"] = "random",
+    kind: str = "random",
 ) -> SAEMetrics:
     """`evaluate_sae` of the untrained SAE (`untrained_sae`) with the same rounded L0; its mean,
     axes and scale are those of the first 4,096 positions or so of `batch` itself."""
