@@ -159,7 +159,7 @@ def _stat(file: Path) -> list[str]:
     """(state, parent, group, ...) of a process."""
     try:
         return file.read_text().rsplit(")", 1)[1].split()
-    except OSError:
+    except (OSError, IndexError):  # it is gone, or just going
         return []
 
 
