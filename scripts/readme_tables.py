@@ -207,18 +207,6 @@ def picture_line() -> str:
     return f"![{PICTURE['alternative']}](assets/{PICTURE['file']}.png)"
 
 
-MARKERS = {  # file -> marker -> what stands between it and its end
-    "README.md": {
-        "picture": picture_line,
-        "finding": finding,
-        "notebooks": notebooks_table,
-        "families": families_sentence,
-        "memory": memory_table,
-    },
-    "benchmarks/README.md": {"benchmarks": benchmarks_table},
-}
-
-
 def floors_table() -> str:
     """The bundled SAE and every floor at each L0; bold what is better than the SAE's."""
     saved = json.loads(data_path("results", "phase_4_floors.json").read_text(encoding="utf-8"))
@@ -235,6 +223,19 @@ def floors_table() -> str:
             told.append(f"**{value}**" if better and compared else value)
         rows.append(told)
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+MARKERS = {  # file -> marker -> what stands between it and its end
+    "README.md": {
+        "picture": picture_line,
+        "finding": finding,
+        "notebooks": notebooks_table,
+        "families": families_sentence,
+        "memory": memory_table,
+    },
+    "data/README.md": {"floors": floors_table},
+    "benchmarks/README.md": {"benchmarks": benchmarks_table},
+}
 
 
 def filled(text: str, markers: dict) -> str:
