@@ -62,6 +62,14 @@ class Contestant:
     tuned: bool = True  # False: the system's allocator, as the peer's users have it
 
 
+def run_script(main: Callable[[], object]) -> None:
+    """A benchmark from the command line: a peer that failed is told in a line, not by a trace."""
+    try:
+        main()
+    except PeerFailed as error:
+        raise SystemExit(f"{error}\n{error.__cause__ or ''}") from None
+
+
 def timed(prepare: Callable[[], Any]) -> None:
     """In the contestant's process: prepare, warm up once, then print one JSON line {units, seconds,
     ...}.

@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parent))
 import compare as harness
 import sae_contestants as entries
-from compare import Contestant, PeerFailed, run_contestant, timed
+from compare import Contestant, run_contestant, run_script, timed
 from sae_contestants import Job, fast_bf16, job_from
 
 VECTORS, WINDOWS = 1 << 18, 2048
@@ -332,7 +332,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except PeerFailed as error:
-        raise SystemExit(f"{error}\n{error.__cause__ or ''}") from None
+    run_script(main)

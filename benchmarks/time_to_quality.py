@@ -39,7 +39,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import compare as harness
 import sae_contestants as entries
-from compare import Contestant, PeerFailed, run_contestant, timed
+from compare import Contestant, PeerFailed, run_contestant, run_script, timed
 from sae_contestants import PENALISED, Job, Train
 
 VECTORS = 1 << 18
@@ -355,7 +355,4 @@ def report(kinds: dict[str, dict[str, Any]], curves: Curves) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except PeerFailed as error:
-        raise SystemExit(f"{error}\n{error.__cause__ or ''}") from None
+    run_script(main)

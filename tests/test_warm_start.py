@@ -149,6 +149,12 @@ def test_a_start_that_is_far_off_learns_and_one_that_runs_away_is_still_stopped(
         run(from_saelens(sae), vectors, replace(config, lr=1e3))
 
 
+def test_it_goes_on_at_a_rate_that_does_not_undo_what_was_learned(trained):
+    start = from_saelens(trained["topk", "mean", True])
+    went_on = run(start, planted(2000), replace(CONFIG, vectors=256 * 20, lr=None))
+    assert went_on.history["lr"].max() <= 1e-4
+
+
 def test_saved_and_loaded_it_is_an_sae_like_others(trained, tmp_path):
     result = run(from_saelens(trained["relu", "unit", False], sparsity=0.1), planted(3000))
     loaded = load_sae(save_sae(result.sae, tmp_path / "sae"), device="cpu")

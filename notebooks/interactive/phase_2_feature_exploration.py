@@ -212,11 +212,12 @@ so(
 
 # %%
 from lenslab.capture import harvest
-from lenslab.sae.controls import random_sae
+from lenslab.sae.controls import untrained_sae
 from lenslab.show.feature_plots import firing_density
 
 values = prepare(harvest(model, batch, middle)[middle])[batch.real]
-null_fa = encode_features(model, random_sae(sae, values, round(active)), batch, name="random")
+null = untrained_sae(sae, values, round(active))
+null_fa = encode_features(model, null, batch, name="random")
 both = {"SAE": fa, "random directions": null_fa}
 firing = {name: (each.matrix > 0).mean(axis=0) for name, each in both.items()}
 

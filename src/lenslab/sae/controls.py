@@ -202,13 +202,6 @@ def untrained_sae(
     return null
 
 
-def random_sae(
-    sae: SparseAutoencoder, x: Float[Tensor, "token d_in"], k: int, seed: int = 0
-) -> UntrainedSAE:
-    """`untrained_sae` of random directions."""
-    return untrained_sae(sae, x, k, seed)
-
-
 def evaluate_null(
     model: TransformerBridge,
     sae: SparseAutoencoder,

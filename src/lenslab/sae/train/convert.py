@@ -85,9 +85,8 @@ def to_saelens(sae: TrainableSAE) -> SparseAutoencoder:
 @torch.no_grad()
 def from_saelens(sae: SparseAutoencoder, **options: Any) -> TrainableSAE:
     """A loaded SAE to train on. Until the first step it computes what the loaded one does, on
-    whatever vectors; the optimizer and the counts of dead latents begin anew. Train it at a small
-    rate (`TrainingConfig(lr=1e-4)`): the default is for new weights, and a short training at it
-    does harm.
+    whatever vectors; the optimizer and the counts of dead latents begin anew. Its rate is
+    1e-4 unless one is given: that of new weights would undo what it learned.
 
     `options` are those of `build_sae`. What kept the SAE sparse has to be said, `k` or `sparsity`:
     only TopK is saved with it. Hook, model and BOS stay those of the loaded SAE, and `train`

@@ -24,6 +24,7 @@ from lenslab.sae.train.base import FROZEN, SAEConfig, TrainableSAE, TrainingFail
 
 FIRST = 1 << 15  # vectors that scale and centre are taken from
 WALK, FASTEST = 2.0, 0.008  # of a row of norm 1 over all steps; the rate, where none is given
+WARM = 1e-4  # the rate of an SAE that goes on; that of new weights would undo what it learned
 # times the mean square of the data, in one step: their variance where they are centred, and the
 # error of the start where they lie far from the origin
 DIVERGED = 100.0
@@ -38,7 +39,8 @@ class TrainingConfig:
 
     vectors: int  # to train on, counted with repetitions
     batch: int = 4096  # vectors per step
-    # peak rate of Adam; None: 2 / sqrt(d_in * steps), at most .008. A step moves each entry of a
+    # peak rate of Adam; None: 2 / sqrt(d_in * steps), at most .008, and 1e-4 where an SAE goes on
+    # from a saved one. A step moves each entry of a
     # row by the rate; over all steps, as a random walk, rows of norm 1 then move alike at every
     # width and length (`data/results/phase_4_rates.json`: 256 dimensions, 98 and 366 steps)
     lr: float | None = None
@@ -96,7 +98,7 @@ class Member:
         self.hook = described.metadata["hook_name"]
         self.hook_out = described.metadata.get("hook_name_out") or self.hook
         walk = math.sqrt(described.d_in * max(1, config.steps))
-        self.lr = config.lr or min(FASTEST, WALK / walk)
+        self.lr = config.lr or min(WARM if sae.saved else FASTEST, WALK / walk)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=self.lr, fused=True)
         device = sae.W_enc.device
         self.silent = torch.zeros(described.d_sae, dtype=torch.long, device=device)  # vectors
