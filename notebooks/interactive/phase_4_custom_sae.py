@@ -1,0 +1,628 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Phase 4: train an SAE of one's own
+#
+# **What you will learn**: how a sparse autoencoder (SAE) is built and trained, in code that fits on
+# a screen; how to tell whether it worked, beside floors that learn less and beside the SAE that
+# ships; what each decision costs (architecture, sparsity, rate, width, penalty); whether SAEs find
+# what is really there, where that is known; and what the new features fire on.
+#
+# **Runs on** the bundled `pocket-gpt` and text that ships with the project, offline; the README
+# says how long it takes and how much memory. For another model set `LENSLAB_MODEL` before you start
+# Jupyter: to `smollm2`, a name on the hub (`gpt2`, `google/gemma-3-1b-it`) or a local folder.
+#
+# **How to read it**: one question per section, then code, a printed check, the control, a picture.
+# Lines that begin with *So:* say what was found, computed from the numbers above them on whatever
+# model you run; read alone, they are a summary. A training ends a little differently on every
+# machine: its exact numbers stand in tables and pictures, the lines give bounds.
+
+# %% [markdown]
+# ## 1. What it learns from
+# Vectors at one hook, one for each token of running text.
+
+# %%
+import math
+
+import numpy as np
+import pandas as pd
+import torch
+from IPython.display import HTML
+
+from lenslab.hooks import stream_hook
+from lenslab.models import load_model, model_name
+from lenslab.show.images import set_up_figures
+from lenslab.show.words import so
+
+set_up_figures()
+model = load_model()
+HOOK = stream_hook(model, model.cfg.n_layers // 2)  # or another, such as an MLP's output
+print(f"{model_name(model)}, {HOOK}")
+
+# %% [markdown]
+# The text ships with the project: sampled from the model itself where that was done, else from
+# `pocket-gpt`. Your own comes from files by `load_texts`, from the hub by `hub_texts`. The first
+# documents are held out: nothing is trained or chosen on them. Positions without a token of text
+# (BOS, padding, separators) take no part.
+
+# %%
+from lenslab.sae.train import ModelSource
+from lenslab.texts import sampled_text
+from lenslab.tokens import pack
+
+documents = list(dict.fromkeys(sampled_text(640, model_name(model))))
+held_out, text = pack(model, documents[:24]), pack(model, documents[24:])
+source, unseen = (ModelSource(model, part, HOOK) for part in (text, held_out))
+there = unseen.documents()
+shared = len(there & source.documents())
+print(f"{text.n_real:,} tokens to train on, {held_out.n_real:,} held out")
+print(f"of {len(there)} held-out pieces of text {shared} also stand in the training text")
+
+# %% [markdown]
+# ## 2. Build it
+# A TopK SAE in full. The encoder gives a number for each latent, the *k* largest stay, the decoder
+# adds up their directions. Encoder and decoder start as each other's transpose, from random
+# directions of length 1; what is learned makes the squared distance of the two ends small.
+
+
+# %%
+class TopK(torch.nn.Module):
+    def __init__(self, decoder, k):  # decoder [latent, d_in], rows of length 1
+        super().__init__()
+        self.k = k
+        self.W_dec = torch.nn.Parameter(decoder.clone())
+        self.W_enc = torch.nn.Parameter(decoder.T.clone())
+        self.b_enc = torch.nn.Parameter(torch.zeros(len(decoder)))
+        self.b_dec = torch.nn.Parameter(torch.zeros(decoder.shape[1]))
+
+    def encode(self, x):  # [token, d_in] -> [token, latent]
+        pre = (x - self.b_dec) @ self.W_enc + self.b_enc
+        top = pre.topk(self.k, dim=-1)
+        return torch.zeros_like(pre).scatter(-1, top.indices, torch.relu(top.values))
+
+    def decode(self, latents):  # and back
+        return latents @ self.W_dec + self.b_dec
+
+
+# %% [markdown]
+# **Control**: the package's `topk` is the same thing, computed with sparse products. Vectors are
+# centred, and scaled to a mean length of the square root of their dimensions, so that one rate fits
+# every hook. From the same first weights, do both give the same latents?
+
+# %%
+from lenslab.sae.train import build_sae
+
+D_SAE, K = 8 * source.widths[HOOK], 16
+theirs = build_sae("topk", source.widths[HOOK], D_SAE, k=K)
+vectors = source.pool(0, 0)[HOOK]
+theirs.fit(vectors)
+scaled = theirs.scaled(vectors)
+mine = TopK(theirs.W_dec.detach(), K)
+mine.load_state_dict({name: getattr(theirs, name) for name, _ in mine.named_parameters()})
+with torch.inference_mode():
+    gap = (mine.encode(scaled[:1024]) - theirs.activate(theirs.pre(scaled[:1024]))).abs().max()
+print(f"{len(vectors):,} vectors; {D_SAE:,} latents, {K} active; the same: {bool(gap < 1e-4)}")
+
+# %% [markdown]
+# ## 3. Train it
+# The loop, written out: Adam on random batches, decoder rows kept at length 1. *FVU* is the share
+# of the vectors' variance that is left unexplained; 1 is what the mean vector gives.
+
+# %%
+optimizer = torch.optim.Adam(mine.parameters(), lr=4e-3)
+variance = (scaled - scaled.mean(0)).square().sum(-1).mean()
+generator = torch.Generator().manual_seed(0)
+fvu = []
+for _ in range(40):
+    x = scaled[torch.randint(len(scaled), (1024,), generator=generator)]
+    loss = (x - mine.decode(mine.encode(x))).square().sum(-1).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    mine.W_dec.data /= mine.W_dec.data.norm(dim=1, keepdim=True)
+    fvu.append(loss.item() / variance.item())
+so(f"forty steps take the FVU from {fvu[0]:.1f} to less than {math.ceil(10 * fvu[-1]) / 10:.1f}.")
+
+# %% [markdown]
+# `train` does the same with what a real training needs: a rate that warms up and falls, latents
+# that died revived, checkpoints, held-out scores, several SAEs on the same batches. **Control**: a
+# *floor*, the same SAE with its random decoder frozen; only the encoder learns. The curves draw
+# themselves while it runs.
+
+# %%
+from lenslab.sae.train import TrainingConfig, train
+from lenslab.show.report import live_curves
+
+new = {
+    "my SAE": build_sae("topk", source.widths[HOOK], D_SAE, k=K),
+    "frozen decoder": build_sae("topk", source.widths[HOOK], D_SAE, k=K, frozen="decoder"),
+}
+config = TrainingConfig(vectors=600_000, batch=2048, dead_after=100_000)
+trained = train(new, source, config, held_out=unseen, watch=live_curves(config), progress=False)
+least = {name: math.ceil(20 * each.held_out["fvu"]) / 20 for name, each in trained.items()}
+so(
+    f"on held-out text my SAE leaves less than {least['my SAE']:.2f} of the variance, the one "
+    f"whose decoder learned nothing less than {least['frozen decoder']:.2f}."
+)
+
+# %% [markdown]
+# ## 4. Did it work?
+# The same held-out text for everybody. Beside my SAE stand the one that ships for this hook (where
+# there is one, else a small one), the frozen decoder, and floors that learned nothing at all:
+# random directions, principal axes, the hook's own coordinates, each with as many active.
+
+# %%
+from lenslab.sae.controls import KINDS, untrained_sae
+from lenslab.sae.evaluate import evaluate_sae
+from lenslab.sae.find import find_sae
+
+sae = trained["my SAE"].sae
+ships, ships_name, origin = find_sae(model)
+everybody = {"my SAE": sae, ships_name: ships, "frozen decoder": trained["frozen decoder"].sae}
+everybody |= {name: untrained_sae(sae, vectors, K, kind=kind) for kind, name in KINDS.items()}
+scores = [evaluate_sae(model, each, held_out, name) for name, each in everybody.items()]
+print(f"beside mine: {ships_name} ({origin})")
+
+# %% [markdown]
+# `ce_difference`: nats of loss a token that it costs to put the reconstruction in the vector's
+# place; `kl`: how far that moves the prediction; `relative_bias`: below 1 reconstructions are too
+# short (*shrinkage*); `dead`, `dense`: latents that fire nowhere in this text, or on more than a
+# tenth of it.
+
+# %%
+columns = ["l0", "fvu", "ce_difference", "kl", "relative_bias", "dead", "dense"]
+table = pd.concat([each.to_frame() for each in scores]).set_index("sae")[columns]
+floor_rows = table.drop(ships_name)[["fvu", "ce_difference", "kl"]]
+least_error = ", ".join(f"{floor_rows[metric].idxmin()} ({metric})" for metric in floor_rows)
+more = "less" if table.loc[ships_name, "fvu"] < table.loc["my SAE", "fvu"] else "more"
+so(
+    f"of my SAE and the floors the least error is that of {least_error}. {ships_name}, with about "
+    f"{table.loc[ships_name, 'l0']:.0f} latents active where mine has {K}, leaves {more} of the "
+    "variance than mine."
+)
+HTML(table.to_html(float_format="{:.3f}".format))
+
+# %% [markdown]
+# ## 5. Where do floors come near?
+# The same comparison for the SAE that ships with `pocket-gpt`, at three sparsities, with floors
+# that were trained for as long as it was: a decoder that stays as it was drawn, one that stays near
+# (cosine .8), an encoder that stays. FVU on held-out documents, a saved result
+# (`scripts/sae_floors.py`).
+
+# %%
+from lenslab.files import saved_result
+from lenslab.sae.load import load_sae
+
+reference = load_sae("pocket-gpt-resid-3")
+pocket = reference.cfg.metadata.model_key
+inputs = {"sites": ["resid-3"], "levels": [8, 16, 32], "model_key": pocket}
+floors = saved_result("phase_4_floors", inputs)
+floors = floors[floors["name"] != "SAE of the random twin"]  # it reads other vectors
+by_l0 = floors.pivot(index="name", columns="asked_l0", values="fvu").sort_values(16)
+print(by_l0.round(2).to_string())
+
+# %% [markdown]
+# Reconstruction is one thing, telling kinds of text apart another: held-out AUROC with which one
+# feature, or five, or sixteen, tell the seven kinds of probe texts apart (mean over kinds).
+
+# %%
+named = floors[floors["asked_l0"] == 16].set_index("name")
+print(named[["fvu", "ce_difference", "best_feature", "probe_5", "probe_16"]].round(2).to_string())
+beside = named[~named.index.str.startswith("SAE")]
+tells = ["best_feature", "probe_5", "probe_16"]
+wins = [f"{beside[m].idxmax()} by {m}" for m in tells if beside[m].max() > named.loc["SAE", m]]
+so(
+    f"at L0 16 the SAE leaves {named.loc['SAE', 'fvu']:.2f} of the variance, the best floor "
+    f"({beside['fvu'].idxmin()}) {beside['fvu'].min():.2f}. In telling kinds of text apart a floor "
+    f"is ahead in {len(wins)} of {len(tells)} measures{': ' if wins else ''}{', '.join(wins)}."
+)
+
+# %% [markdown]
+# ## 6. What does each decision cost?
+# **Architecture and sparsity**: all seven at one hook of `pocket-gpt`, 1.5 million vectors each,
+# every one at the best of its learning rates, a saved result (`scripts/sae_sweep.py`). FVU at three
+# L0, read off between runs; a transcoder writes another stream than it reads.
+
+# %%
+inputs = {"layer": 3, "d_sae": 2048, "vectors": 1_500_000, "model_key": pocket}
+sweep = saved_result("phase_4_sweep", inputs).dropna(subset="fvu")
+runs = sweep.groupby(["architecture", "level"])[["l0", "fvu"]].agg(["mean", "min", "max"])
+curves = {name: rows.droplevel(0) for name, rows in runs.groupby("architecture")}
+curves = {name: rows.sort_values(("l0", "mean")) for name, rows in curves.items()}
+at = np.array([8, 16, 32])
+read = {
+    name: np.interp(np.log(at), np.log(rows["l0", "mean"]), rows["fvu", "mean"], np.nan, np.nan)
+    for name, rows in curves.items()
+}
+fvu_at = pd.DataFrame(read, index=at).T.sort_values(16)
+print(fvu_at.round(2).to_string())
+
+# %% [markdown]
+# **Control**: five seeds of each of the two best. How far apart are they, and how far apart are the
+# architectures?
+
+# %%
+seeds = sweep.groupby(["architecture", "level"])["fvu"].agg(["std", "count"]).query("count == 5")
+same = fvu_at.drop("transcoder")[16].dropna()
+so(
+    f"at L0 16 {same.index[0]} leaves {same.iloc[0]:.2f} of the variance, {same.index[1]} "
+    f"{same.iloc[1]:.2f}, {same.index[-1]} {same.iloc[-1]:.2f}; five seeds of one architecture "
+    f"spread by a standard deviation of at most {seeds['std'].max():.3f}."
+)
+
+# %% [markdown]
+# Drawn, both axes logarithmic; lower left is better. Grey are floors of section 5, which were
+# trained on six times as many vectors.
+
+# %%
+from lenslab.show.plots import lines
+
+fvu_of = {name: rows["fvu", "mean"] for name, rows in curves.items()}
+l0_of = {name: rows["l0", "mean"] for name, rows in curves.items()}
+spread = {name: (rows["fvu", "min"], rows["fvu", "max"]) for name, rows in curves.items()}
+for name in ("frozen decoder", "frozen encoder", "random directions"):
+    rows = floors[floors["name"] == name].sort_values("l0")
+    fvu_of[name], l0_of[name] = rows["fvu"], rows["l0"]
+axes = {"x_title": "L0: latents active at a token", "y_title": "FVU: variance left unexplained"}
+axes |= {"log_x": True, "log_y": True, "spread": spread}
+lines(fvu_of, l0_of, title="What sparsity costs, by architecture", **axes).show()
+
+# %% [markdown]
+# **Rate, width, length**: the peak rate of Adam with which trainings ended best, where *k* fixes
+# the sparsity, so that FVU can be compared; for TopK at other widths and at a shorter length, too.
+
+# %%
+ladder = saved_result("phase_4_rates", inputs).dropna(subset="fvu")
+ladder = ladder[~ladder["architecture"].isin(["relu", "jumprelu", "gated"])]
+keys = ["architecture", "d_sae", "vectors"]
+best = ladder.loc[ladder.groupby(keys)["fvu"].idxmin(), [*keys, "lr", "fvu"]]
+print(best.round(3).to_string(index=False))
+usual = ladder.query("d_sae == 2048 and vectors == 1_500_000").sort_values("lr")
+by = {name: rows.set_index("lr")["fvu"] for name, rows in usual.groupby("architecture")}
+slow = {name: rows.iloc[0] / rows.min() for name, rows in by.items()}
+so(
+    f"the best rates lie between {best['lr'].min():g} and {best['lr'].max():g}. At the lowest that "
+    f"was tried, {min(slow.values()):.1f} to {max(slow.values()):.1f} times as much variance is "
+    "left: too low a rate can cost more than the choice of architecture."
+)
+
+# %% [markdown]
+# The same, drawn: FVU at each rate over the least.
+
+# %%
+axes = {"x_title": "peak rate", "y_title": "FVU over the least", "log_x": True, "log_y": True}
+over = {name: rows / rows.min() for name, rows in by.items()}
+places = {name: rows.index for name, rows in by.items()}
+lines(over, places, title="What the rate costs", **axes).show()
+
+# %% [markdown]
+# **Penalty**: where no *k* fixes how many latents are active, a penalty does, and which one leads
+# to an L0 depends on the data. `starting_penalty` suggests one from the sweep. **Check**: the L0
+# that these would have led to in the sweep itself, read off between its runs.
+
+# %%
+from lenslab.sae.train import starting_penalty
+
+rows = []
+for kind in ("relu", "jumprelu", "gated"):
+    penalty = [starting_penalty(kind, 256, l0) for l0 in at]
+    seen = curves[kind].sort_index()["l0", "mean"]
+    led_to = np.exp(np.interp(np.log(penalty), np.log(list(seen.index)), np.log(seen)))
+    rows += [(kind, *row) for row in zip(at, penalty, led_to, strict=True)]
+penalties = pd.DataFrame(rows, columns=["architecture", "for L0", "penalty", "led to L0"])
+print(penalties.round(1).to_string(index=False))
+off = np.exp(np.abs(np.log(penalties["led to L0"] / penalties["for L0"]))).max()
+so(f"a suggested penalty leads to the L0 within a factor of {off:.1f} where it was fitted.")
+
+# %% [markdown]
+# **Everything else**, one decision at a time, here and now: small SAEs, trained on the same batches
+# for few steps. FVU in the model's own units, on held-out text.
+
+# %%
+small = dict(d_in=source.widths[HOOK], d_sae=512, k=16)
+decisions = {
+    "as it is": {},
+    "another seed": {"seed": 1},
+    "half as wide": {"d_sae": 256},
+    "twice as wide": {"d_sae": 1024},
+    "k = 32": {"k": 32},
+    "not centred": {"centre": False},
+    "all of one length": {"centre": False, "scale": "unit"},
+    "dead stay dead": {"auxiliary": 0.0},
+}
+tries = {name: build_sae("topk", **(small | changed)) for name, changed in decisions.items()}
+quick = TrainingConfig(vectors=150_000, batch=2048, dead_after=50_000)
+tried = train(tries, source, quick, progress=False)
+
+# %% [markdown]
+# **Control**: another seed; what moves the FVU no further than that says nothing.
+
+# %%
+from lenslab.show.plots import bars
+
+x = unseen.pool(0, 0)[HOOK]
+total = (x - x.mean(0)).square().sum()
+left = {}
+with torch.inference_mode():
+    for name, each in tried.items():
+        left[name] = float((x - each.sae.decode(each.sae.encode(x))).square().sum() / total)
+beyond = {name: abs(left[name] - left["as it is"]) / left["as it is"] for name in left}
+matter = [name for name in left if beyond[name] > max(0.05, 3 * beyond["another seed"])]
+so(f"more than another seed, and by more than 5 %, the FVU is moved by: {', '.join(matter)}.")
+axes = {"x_title": "one decision changed", "y_title": "FVU on held-out text"}
+bars({"FVU": list(left.values())}, list(left), title="One decision at a time", **axes).show()
+
+# %% [markdown]
+# Why this notebook decides as it does: **TopK** because the sweep's best two fix *k* and need no
+# penalty; **8 x wide** because width lowers the FVU slowly and costs time in proportion;
+# **centred** because else the first steps learn the mean; **scaled to one average length** so that
+# one rate fits all hooks, but not each vector by itself (a vector's length is information);
+# **warm-up and cosine** because a high rate is best in the middle and a low one at the end; **dead
+# latents revived** because a latent that never fires is width wasted; **BOS left out** because its
+# vector is many times as long as others and would outweigh them.
+
+# %% [markdown]
+# ## 7. Does an SAE find what is there?
+# In a language model nobody knows the true features. In a planted world they are known: random
+# directions in few dimensions, each on with a probability of its own (SAELens's synthetic models).
+# *MCC*: mean cosine between true and found directions, matched one to one; *f1*: whether a latent
+# fires when its feature is on. A saved result (`benchmarks/ground_truth.py`), five seeds.
+# **Control**: a dictionary that learned nothing.
+
+# %%
+from lenslab.sae.load import sae_key
+
+truth = saved_result("phase_4_truth", [pocket, sae_key(reference)])
+planted = truth[truth["part"] == "recovery"]
+recovered = (
+    planted.groupby(["of", "measure"])["value"].mean().unstack()[["mcc", "f1", "uniqueness"]]
+)
+print(recovered.sort_values("mcc").round(2).to_string())
+ours = recovered.filter(like="lenslab", axis=0)
+so(
+    f"ours find the planted directions with an MCC of {ours['mcc'].min():.2f} to "
+    f"{ours['mcc'].max():.2f}, where one that learned nothing has "
+    f"{recovered.loc['untrained', 'mcc']:.2f}."
+)
+
+# %% [markdown]
+# **Absorption**: where one feature implies another (every poodle is a dog), a latent for dogs may
+# learn to be silent on poodles, and the poodle's latent says both. `absorbed`: share of the tokens
+# with parent and child on which this happens; `silent_alone`: how often the parent's latent is
+# silent when no child is there.
+
+# %%
+parents = truth[truth["part"] == "absorption"]
+absorbed = parents.groupby(["of", "measure"])["value"].mean().unstack()
+print(absorbed[["absorbed", "silent", "silent_alone", "mcc", "f1"]].round(2).to_string())
+worst = absorbed.filter(like="lenslab", axis=0)["absorbed"]
+so(
+    f"parents are absorbed in {worst.min():.0%} ({worst.idxmin()}) to {worst.max():.0%} "
+    f"({worst.idxmax()}) of such tokens."
+)
+
+# %% [markdown]
+# **Kinds of text**: *k* features of the bundled SAE that labels select, against as many coordinates
+# of the same vectors, as many principal axes, and logistic regression on all coordinates.
+# **Control**: shuffled labels. Held-out AUROC, mean over seven kinds.
+
+# %%
+probes = truth[truth["part"].str.startswith("probing")]
+means = probes.groupby(["of", "k"])["value"].mean().unstack()
+print(means.round(2).to_string(na_rep=""))
+so(
+    f"one feature of the SAE tells a kind apart with an AUROC of {means.loc['SAE', 1]:.2f}, one "
+    f"coordinate with {means.loc['coordinates', 1]:.2f}; sixteen with {means.loc['SAE', 16]:.2f} "
+    f"and {means.loc['coordinates', 16]:.2f}; logistic regression on all coordinates with "
+    f"{means.loc['logistic regression'].max():.2f}."
+)
+
+# %% [markdown]
+# **What can these measures tell?** The smallest difference between two trainings that is more than
+# another seed would make, from SAEs that differ in nothing else.
+
+# %%
+told = truth[truth["part"] == "smallest difference"]
+print(told[["measure", "of", "k", "value"]].round(3).to_string(index=False, na_rep=""))
+so(
+    "two SAEs whose FVU differs by less than "
+    f"{told[told['measure'] == 'fvu']['value'].max():.3f} may differ in their seeds alone."
+)
+
+# %% [markdown]
+# ## 8. What do the new features fire on?
+# The 420 probe texts of phase 2, seven kinds. **Control** in everything that follows: as many
+# random directions, as many of them active. How strong does each feature get?
+
+# %%
+from lenslab.features.activations import encode_features
+from lenslab.texts import label_texts, load_probes
+from lenslab.tokens import tokenize
+
+labels = label_texts(load_probes("categories"))
+batch = tokenize(model, list(labels.texts), truncate=True)
+labels = labels.with_lengths(batch.real.sum(1).numpy())
+names = ["my SAE", "random directions"]
+fas = {name: encode_features(model, everybody[name], batch, name=name) for name in names}
+pooled = {name: fa.pool("max") for name, fa in fas.items()}  # [text, feature]
+strength = {name: np.sort(each.max(axis=0).toarray())[::-1] for name, each in pooled.items()}
+ranks = range(1, len(strength["my SAE"]) + 1)
+axes = {"x_title": "rank", "y_title": "largest activation", "log_y": True}
+lines(strength, ranks, title="Strength of every feature, sorted", **axes).show()
+
+# %% [markdown]
+# And how often does each fire? Those that never do (*dead*, in these texts) are in the legend.
+
+# %%
+from lenslab.show.feature_plots import firing_density
+
+rates = {name: (fa.matrix > 0).mean(axis=0) for name, fa in fas.items()}
+rare = {name: np.mean(rate < 1e-3) for name, rate in rates.items()}
+alike = abs(rare["my SAE"] - rare["random directions"]) < 0.1
+so(
+    "how often features fire is "
+    f"{'not ' if alike else ''}what sets my SAE apart from random directions: on less than one "
+    f"token in a thousand fire {rare['my SAE']:.0%} of its features and "
+    f"{rare['random directions']:.0%} of theirs."
+)
+firing_density(rates, title="How often the features fire").show()
+
+# %% [markdown]
+# All features in one picture: a column each, under the kind of text where it is strongest, as a
+# share of its own largest. Each is strongest somewhere; what counts is how pale its other rows are,
+# beside the control.
+
+# %%
+from lenslab.show.feature_plots import strength_bars, strength_map
+
+kind_means = {
+    name: np.stack([each[labels.category == kind].mean(axis=0) for kind in labels.categories])
+    for name, each in pooled.items()
+}
+second = {}  # how near the second kind comes to the first, median over features
+for name, means in kind_means.items():
+    ordered = np.sort(means[:, means.max(0) > 0], axis=0)
+    second[name] = np.median(ordered[-2] / ordered[-1])
+alike = abs(second["my SAE"] - second["random directions"]) < 0.05
+so(
+    f"in its second kind of text a feature of my SAE reaches {second['my SAE']:.0%} of what it "
+    f"reaches in its first (median), a random direction {second['random directions']:.0%}: most "
+    f"features are {'no ' if alike else ''}more of one kind than random directions are."
+)
+strength_map(kind_means, labels.categories, title="Where each feature is strongest").show()
+
+# %% [markdown]
+# The strongest of them, in three dimensions.
+
+# %%
+strength_bars(kind_means, labels.categories, title="The strongest features, by kind").show()
+
+# %% [markdown]
+# Which feature tells each kind apart, chosen on half of the texts, scored on the others (phase 2,
+# section 5)? **Control**: the frozen decoder's features, searched in the same way.
+
+# %%
+from lenslab.features.specialists import discriminate
+
+frozen_fa = encode_features(model, everybody["frozen decoder"], batch, name="frozen decoder")
+searched = {"my SAE": pooled["my SAE"], "frozen decoder": frozen_fa.pool("max")}
+found = {n: discriminate({n: m}, labels).set_index("category") for n, m in searched.items()}
+aurocs = pd.DataFrame({name: each["auroc"] for name, each in found.items()})
+ahead = (aurocs["my SAE"] > aurocs["frozen decoder"] + 0.05).sum()
+so(
+    "the best feature of my SAE is ahead of the frozen decoder's by more than .05 AUROC in "
+    f"{ahead} of {len(aurocs)} kinds."
+)
+HTML(aurocs.assign(feature=found["my SAE"]["feature"]).to_html(float_format="{:.2f}".format))
+
+# %% [markdown]
+# Where the best of them fires in running text that it was not trained on.
+
+# %%
+from lenslab.features.contexts import find_contexts
+
+best_feature = int(found["my SAE"].sort_values("auroc_discovery")["feature"].iloc[-1])
+contexts = find_contexts(model, sae, held_out, features=[best_feature], progress=False)
+top = contexts.top(best_feature)[["activation", "context"]].head(8)
+HTML(top.to_html(float_format="{:.2f}".format, index=False))
+
+# %% [markdown]
+# ## 9. Save it, open it, go on
+# In SAELens's format, whole or not at all. A training can go on from any saved SAE: its first step
+# then computes what the saved one did. **Control**: as many steps from a random start.
+
+# %%
+from lenslab.files import outputs_path
+from lenslab.sae.save import save_sae
+from lenslab.sae.train import from_saelens
+
+opened = load_sae(save_sae(sae, outputs_path("saes") / "my-sae"))
+with torch.inference_mode():
+    same = torch.equal(opened.encode(vectors[:512]), sae.encode(vectors[:512]))
+again = {"from the saved": from_saelens(opened)}
+again["from a random start"] = build_sae("topk", opened.cfg.d_in, opened.cfg.d_sae, k=K)
+short = TrainingConfig(vectors=40_000, batch=2048)
+went_on = train(again, source, short, held_out=unseen, progress=False)
+ends = {name: math.ceil(10 * each.held_out["fvu"]) / 10 for name, each in went_on.items()}
+print(f"saved and opened again, it encodes the same: {same}")
+so(
+    f"after {short.steps} more steps what went on from the saved SAE leaves less than "
+    f"{ends['from the saved']:.1f} of the variance, from a random start less than "
+    f"{ends['from a random start']:.1f}."
+)
+
+# %% [markdown]
+# ## 10. A report to keep
+# Curves, scores beside the floors, and the features that tell kinds apart: a page, and a PDF where
+# a browser is there to print it.
+
+# %%
+from lenslab.show.report import feature_page, save_report, training_curves
+
+history = {name: each.history for name, each in trained.items()}
+sections = {"Training": [training_curves(history)], "Scores beside floors": [table]}
+for kind, feature in found["my SAE"]["feature"].head(3).items():
+    about = feature_page(model, sae, fas["my SAE"], feature, categories=list(labels.category))
+    sections[f"Feature {feature}, chosen for {kind}"] = about
+report = save_report("phase_4_my_sae", f"An SAE of {model_name(model)}, {HOOK}", sections)
+print(f"{report.stem}, {len(sections)} sections, in outputs/")
+
+# %% [markdown]
+# ## 11. Another site, another text
+# The same in one cell for any hook of any model: here what the MLP adds after its down-projection,
+# each vector scaled to one length, a ReLU with the penalty that is suggested. For Gemma 3 set
+# `LENSLAB_MODEL=google/gemma-3-1b-it`; for WikiText,
+# `hub_texts("Salesforce/wikitext", "wikitext-103-raw-v1", limit=20_000)`.
+
+# %%
+site = f"blocks.{model.cfg.n_layers // 2}.hook_mlp_out"
+mlp = ModelSource(model, text, site)
+unit = dict(scale="unit", centre=False, sparsity=starting_penalty("relu", mlp.widths[site], 32))
+other = {"MLP": build_sae("relu", mlp.widths[site], 512, **unit)}
+relu = train(other, mlp, quick, progress=False)["MLP"].sae
+measured = evaluate_sae(model, relu, held_out)
+
+# %% [markdown]
+# **Control**: random directions, as many of them active.
+
+# %%
+from lenslab.sae.controls import evaluate_null
+
+null = evaluate_null(model, relu, held_out, measured.l0)
+so(
+    f"an SAE of {site} leaves {'less' if measured.fvu < 0.9 * null.fvu else 'hardly less'} of the "
+    f"variance than random directions: less than {math.ceil(10 * measured.fvu) / 10:.1f}, where "
+    f"they leave less than {math.ceil(10 * null.fvu) / 10:.1f}."
+)
+
+# %% [markdown]
+# ## What was found, and what was not
+# **Found**: what the lines that begin with *So:* say. An SAE that fits on a screen trains in
+# seconds; whether it worked is said by floors (sections 4 and 5), not by its own loss; what it cost
+# to decide otherwise, by a sweep and its seeds (section 6); whether such SAEs find true features,
+# where they are known (section 7).
+#
+# **Not shown**: that planted worlds are like language models; that the model uses these features;
+# that a lower FVU makes features more useful (section 5 has floors that tell kinds of text apart
+# about as well). One small model, one hook, text that the model wrote itself: another rate, width
+# or penalty may be best elsewhere.
+#
+# **Exercises**
+# 1. Train on the output of the attention instead (`HOOK`). Is its FVU lower? Is that hook easier?
+# 2. Freeze the encoder instead of the decoder in section 3. Which side matters more?
+# 3. Go on from the SAE that ships instead of from mine in section 9.
+#
+# <details><summary>Solutions</summary>
+#
+# 1. `HOOK = f"blocks.{model.cfg.n_layers // 2}.hook_attn_out"` in section 1, then sections 2 to 4.
+#    FVUs of two hooks are shares of different variances: compare each with its own floors.
+# 2. `frozen="encoder"` in section 3; section 5 has both, trained for longer.
+# 3. `from_saelens(ships, k=16)` for a BatchTopK SAE such as `pocket-gpt-resid-3`.
+#
+# </details>
