@@ -1,11 +1,11 @@
 """Time to quality: how long each library trains until its held-out FVU is that of a target, at 32
 active latents and at the best of its learning rates.
 
-1. The curves (`--choose`): for each contestant trainings of 32, 64, 128, ... steps until one reaches
-   the target, each with the whole of its schedule: its end, where the rate falls, is worth many
-   steps, and a curve read along one long run would hide it. At the first length four rates and the
-   library's own are tried, then the best of the length before with half and twice of it, and
-   further ones while the best is an outermost one. One seed; the time does not matter here.
+1. The curves (`--choose`): for each contestant trainings of 32, 64, 128, ... steps until one
+   reaches the target, each with the whole of its schedule: its end, where the rate falls, is worth
+   many steps, and a curve read along one long run would hide it. At the first length four rates
+   and the library's own are tried, then the best of the length before with half and twice of it,
+   and further ones while the best is an outermost one. One seed; the time does not matter here.
 2. The steps that are needed: where log FVU, over log steps, crosses the target, at the rate that
    crosses it first.
 3. The time: everyone trains anew for as many steps as it needs, in a process of its own, in

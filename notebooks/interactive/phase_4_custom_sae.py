@@ -274,6 +274,26 @@ axes |= {"log_x": True, "log_y": True, "spread": spread}
 lines(fvu_of, l0_of, title="What sparsity costs, by architecture", **axes).show()
 
 # %% [markdown]
+# What does the model lose? The same runs, by the nats of loss a token that are added when the
+# reconstruction takes the vector's place.
+
+# %%
+columns = ["l0", "ce_difference"]
+spliced = sweep.dropna(subset=columns).groupby(["architecture", "level"])[columns].mean()
+costs = {n: rows.sort_values("l0") for n, rows in spliced.groupby("architecture")}
+at_16 = {n: np.interp(16, r["l0"], r["ce_difference"], np.nan, np.nan) for n, r in costs.items()}
+by_loss = pd.Series(at_16).dropna().sort_values()
+agree = by_loss.index.tolist() == same.index.intersection(by_loss.index).tolist()
+so(
+    f"at L0 16 {by_loss.index[0]} adds {by_loss.iloc[0]:.2f} nats, {by_loss.index[-1]} "
+    f"{by_loss.iloc[-1]:.2f}; by loss the architectures come in {'the' if agree else 'not the'} "
+    "same order as by FVU."
+)
+axes |= {"y_title": "nats of loss added", "spread": None}
+nats, l0_at = ({n: r[c] for n, r in costs.items()} for c in ("ce_difference", "l0"))
+lines(nats, l0_at, title="What sparsity costs the model", **axes).show()
+
+# %% [markdown]
 # **Rate, width, length**: the peak rate of Adam with which trainings ended best, where *k* fixes
 # the sparsity, so that FVU can be compared; for TopK at other widths and at a shorter length, too.
 
