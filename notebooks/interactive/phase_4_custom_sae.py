@@ -178,8 +178,8 @@ print(f"beside mine: {ships_name} ({origin})")
 # %%
 columns = ["l0", "fvu", "ce_difference", "kl", "relative_bias", "dead", "dense"]
 table = pd.concat([each.to_frame() for each in scores]).set_index("sae")[columns]
-floor_rows = table.drop(ships_name)[["fvu", "ce_difference", "kl"]]
-least_error = ", ".join(f"{floor_rows[metric].idxmin()} ({metric})" for metric in floor_rows)
+winner = table.drop(ships_name)[["fvu", "ce_difference", "kl"]].idxmin()
+least_error = "; ".join(f"{who} by {', '.join(by.index)}" for who, by in winner.groupby(winner))
 more = "less" if table.loc[ships_name, "fvu"] < table.loc["my SAE", "fvu"] else "more"
 so(
     f"of my SAE and the floors the least error is that of {least_error}. {ships_name}, with about "
