@@ -622,7 +622,7 @@ null = evaluate_null(model, relu, held_out, measured.l0)
 share = measured.fvu / null.fvu
 so(
     f"an SAE of {site} leaves {'less' if share < 0.9 else 'hardly less'} of the variance than "
-    f"random directions with as many active: less than {math.ceil(10 * share + 0.5) / 10:.1f} times "
+    f"random directions as sparse: less than {math.ceil(10 * share + 0.5) / 10:.1f} times "
     "as much."
 )
 
