@@ -316,7 +316,7 @@ so(
 # The same, drawn: FVU at each rate over the least.
 
 # %%
-axes = {"x_title": "peak rate", "y_title": "FVU over the least", "log_x": True, "log_y": True}
+axes = {"x_title": "peak rate", "y_title": "FVU over the least", "log_x": True}
 over = {name: rows / rows.min() for name, rows in by.items()}
 places = {name: rows.index for name, rows in by.items()}
 lines(over, places, title="What the rate costs", **axes).show()

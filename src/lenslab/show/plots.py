@@ -27,13 +27,14 @@ Labels = Sequence | np.ndarray | pd.Series | Tensor  # names or numbers
 Number = int | float | np.number | Tensor
 
 ACCENT, CONTROL, INK = "#c8502d", "#9aa0a6", "#3c4043"
-PALETTE = [ACCENT, "#2f6690", "#5b8e55", "#8d6a9f", "#c49a2c", "#4aa3a2", "#6d6875"]
+PALETTE = [ACCENT, "#2f6690", "#5b8e55", "#8d6a9f", "#c49a2c", "#4aa3a2", "#c76b98"]
 GREYS = [CONTROL, "#5f6368", "#80868b", "#b3b8bd"]  # of several controls in one figure
 CONTROLS = ("control", "twin", "random", "shuffled", "null", "pca", "neuron", "n-gram")
 CONTROLS += ("frozen", "coordinate")
 SYMBOLS = ["circle", "diamond", "square", "triangle-up", "x", "star"]
 DOTTED = {"color": INK, "width": 1, "dash": "dot"}  # of lines that mark a value
-LOGARITHMIC = {"type": "log", "tickformat": "~g"}  # or .2 would be named "2"
+LOGARITHMIC = {"type": "log", "dtick": "D2"}  # 1, 2, 5, 10: all digits would overlap
+LOGARITHMIC["tickformat"] = "~g"  # or .2 would be named "2"
 MOST_MARKERS = 60  # of a line
 MOST_POINTS = 5000  # of a scatter: a notebook keeps every point
 MOST_NAMES = 12  # of marked points: more would overlap
