@@ -1,8 +1,8 @@
 """Learning rates, then L0 against reconstruction, of all seven architectures at one site.
 
 1. `rates` trains each architecture at several peak rates, two lengths and, for topk, three widths.
-   The rate with the least loss is the best: loss is what training lowers, and at one penalty FVU
-   alone would favour rates that leave more latents active.
+   The best rate is that of the least FVU where k fixes how many latents are active; where a penalty
+   decides that, of the least loss: FVU alone would favour rates that leave more of them active.
 2. `sweep` trains each at the best of its rates and at several L0 (or penalties), `seeds` the two
    with the least FVU (mean over levels, interpolated at the same L0) from four more seeds.
 3. Runs of one rate, length and number are trained together on the same vectors: one pass of the
@@ -109,13 +109,20 @@ def sweep_runs(given: argparse.Namespace, done: pd.DataFrame, seeds=(0,)) -> lis
 
 
 def best_rate(done: pd.DataFrame, architecture: str, options: dict[str, int]) -> float:
-    """Of the finished rates the one with the least loss. ValueError where there is none."""
+    """Of the finished rates the best (`best_row`). ValueError where there is none."""
     rows = done[(done["architecture"] == architecture) & (done["asked_by"] == "rates")]
     for key, value in options.items():
         rows = rows[rows[key] == value]
-    if rows["loss"].isna().all():
+    rows = rows.dropna(subset=["fvu", "loss"])
+    if rows.empty:
         raise ValueError(f"No learning rate of {architecture} is known: run `rates` first.")
-    return float(rows.loc[rows["loss"].idxmin(), "lr"])
+    return float(best_row(rows)["lr"])
+
+
+def best_row(rows: pd.DataFrame) -> pd.Series:
+    """Of one architecture's rates the one with the least FVU, or loss where there is a penalty."""
+    by = "loss" if rows["architecture"].iloc[0] in PENALISED else "fvu"
+    return rows.loc[rows[by].astype(float).idxmin()]
 
 
 class KeptSource(ModelSource):
@@ -293,9 +300,9 @@ def collect(given: argparse.Namespace) -> list[Path]:
         if runs.empty:
             continue
         if name == "rates":
-            best = runs.dropna(subset="loss").sort_values("loss")
             keys = ["architecture", "d_sae", "vectors"]
-            findings = {"best": best.groupby(keys).head(1)[[*keys, "lr", "fvu"]].to_dict("records")}
+            tried = runs.dropna(subset="fvu").reset_index().groupby(keys)
+            findings = {"best": [best_row(r)[[*keys, "lr", "fvu"]].to_dict() for _, r in tried]}
         else:
             groups = {n: r for n, r in runs.dropna(subset="fvu").groupby("architecture")}
             findings = {

@@ -680,6 +680,21 @@ def test_a_sweep_repeats_nothing_and_a_rate_that_is_too_high_stops_no_other(
     assert (tmp_path / "work" / "runs.jsonl").read_text() == before
 
 
+def test_the_best_rate_is_by_fvu_where_k_fixes_l0_and_by_loss_where_a_penalty_does(tokens_file):
+    import sae_sweep
+
+    rows = [
+        {"architecture": name, "asked_by": "rates", "lr": lr, "fvu": fvu, "loss": loss, "d_sae": 8}
+        for name in ("transcoder", "gated")
+        for lr, fvu, loss in ((0.001, 0.4, 1.0), (0.004, 0.3, 2.0), (0.008, np.nan, np.nan))
+    ]
+    done = sae_sweep.pd.DataFrame(rows)
+    assert sae_sweep.best_rate(done, "transcoder", {"d_sae": 8}) == 0.004
+    assert sae_sweep.best_rate(done, "gated", {"d_sae": 8}) == 0.001
+    with pytest.raises(ValueError, match="run `rates` first"):
+        sae_sweep.best_rate(done, "gated", {"d_sae": 16})
+
+
 def test_what_never_came_near_a_level_has_no_value_there_and_is_not_the_best(tokens_file):
     import sae_sweep
 
