@@ -330,17 +330,19 @@ def report(kinds: dict[str, dict[str, Any]], curves: Curves) -> dict[str, Any]:
 
     result = joined(kinds)
     peers = {name: ratio for name, ratio in result["ratios"].items() if name.split()[0] not in OURS}
+    targets = {kind: fvu for kind, fvu in curves.targets.items() if kind in kinds}
+    reached = ", ".join(f"{fvu} ({kind})" for kind, fvu in targets.items())
     claim = (
-        "training until a held-out FVU of "
-        + ", ".join(f"{fvu} ({kind})" for kind, fvu in curves.targets.items())
-        + f" at {curves.job.k} active latents takes at most half as long as with any peer, each at "
-        "its best learning rate; jumprelu and gated: the same number of steps"
+        f"training until a held-out FVU of {reached} at {curves.job.k} active latents takes at "
+        "most half as long as with any peer, each at its best learning rate"
     )
+    if fixed := [kind for kind in kinds if kind in PENALISED]:
+        claim += f"; {', '.join(fixed)}: the same number of steps"
     result |= {
         "claim": claim,
         "unit": "ms of training",
         "holds": {name: ratio <= 0.5 for name, ratio in peers.items()},
-        "targets": curves.targets,
+        "targets": targets,
         "curves": curves.points,
         "job": asdict(curves.job) | {"model": entries.MODEL, "hook": entries.HOOK, "d_in": 256},
         "precision": entries.precision(),
