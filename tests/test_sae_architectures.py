@@ -450,7 +450,7 @@ def test_penalties_of_an_l0_are_those_of_the_sweep():
     findings = json.loads(data_path("results", "phase_4_sweep.json").read_text())["values"][
         "findings"
     ]
-    for name in ("relu", "gated"):
+    for name in ("relu", "gated", "jumprelu"):
         intercept, slope, _ = STARTING[name]
         found = findings["penalties"][name]
         assert (found["intercept"], found["slope"]) == pytest.approx((intercept, slope), abs=5e-3)

@@ -264,13 +264,13 @@ def build_sae(architecture: str, d_in: int, d_sae: int, **options: Any) -> Train
 
 
 # log penalty = intercept + slope * log L0, and the power of d_in that it grows with
-STARTING = {"relu": (3.318, -0.622, 0.5), "gated": (3.415, -0.608, 0.5)}
-STARTING["jumprelu"] = (3.39, -1.11, 1)
+STARTING = {"relu": (3.464, -0.644, 0.5), "gated": (3.451, -0.616, 0.5)}
+STARTING["jumprelu"] = (4.661, -1.616, 1)
 
 
 def starting_penalty(architecture: str, d_in: int, l0: float | int) -> float:
     """The `sparsity` with which about `l0` latents of a vector are active after training: a line
-    fitted to one site of pocket-gpt (data/results/phase_4_sweep.json; jumprelu: trials).
+    fitted to one site of pocket-gpt (data/results/phase_4_sweep.json).
 
     A latent that is kept costs the penalty once (jumprelu) or times its activation; what it saves
     is its activation squared, of which a scaled vector has d_in to share out. With a quarter of the
