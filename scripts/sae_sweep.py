@@ -220,7 +220,8 @@ def title(run: dict[str, Any]) -> str:
 
 def machine() -> str:
     here = machine_summary()
-    return here.get("gpu") or f"{here['cpu']}, {here['threads']} threads"
+    processor = f"{here['cpu']}, {here['threads']} threads"
+    return processor if default_device() == "cpu" else here["gpu"]
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> None:
