@@ -27,7 +27,7 @@ from lenslab.files import HUB, sha256_file
 PICKLED = {"connor_rob_hook_z", "goodfire", "deepseek_r1", "qwen_scope", "dictionary_learning_1"}
 
 # How ids and releases name what an SAE reads -> the stream, as `lenslab.hooks` calls it; "heads"
-# are the attention's values before they are mixed (`hook_z`): Gemma's releases call those its output
+# are the attention's values before they are mixed (`hook_z`), as in Gemma's releases
 NAMED = {"resid_pre": "residual_pre", "resid_mid": "residual_mid", "resid_post": "residual"}
 NAMED |= {"attn_out": "attention", "mlp_out": "mlp", "embedding": "embedding"}
 GEMMA = {"-res": "residual", "-att": "heads", "-mlp": "mlp"}

@@ -1,0 +1,97 @@
+"""The three choices of an older rule on planted layers that hold the same: the trend that it
+reports is its own."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lenslab.features.factorial import (
+    FACTORS,
+    ORDERS,
+    factorial,
+    main_effects,
+    planted_layers,
+    pooled_ways,
+    to_act_on,
+)
+
+FIRST, LATER = ORDERS
+
+
+@pytest.fixture(scope="module")
+def tables():
+    """threshold -> specialists (way x layer), and the same of shuffled labels and of coverage."""
+    layers, real, attention, categories = planted_layers()
+    found = {}
+    for threshold in (5.0, "half"):
+        parts = []
+        for name, layer in layers.items():
+            ways = pooled_ways(layer.encode, layer.x, real, attention)
+            parts.append(factorial(ways, categories, threshold, n=10).assign(layer=name))
+        table = pd.concat(parts)
+        wide = table.pivot(index=list(FACTORS), columns="layer")
+        found[threshold] = {c: wide[c] for c in ("specialists", "shuffled", "coverage")}
+    return found
+
+
+def test_the_old_trend_appears_where_tokens_are_averaged_first_and_with_shuffled_labels(tables):
+    found = tables[5.0]
+    counts = found["specialists"].loc[False, False, LATER].to_numpy()
+    assert counts[0] < 6 and counts[-1] == 7 and (np.diff(counts) >= 0).all()
+    shuffled = found["shuffled"].loc[False, False, LATER].to_numpy()
+    assert shuffled[0] < 4 < 6 < shuffled[-1], "the same trend where labels mean nothing"
+
+
+def test_the_trend_vanishes_by_either_mend(tables):
+    assert (tables[5.0]["specialists"].loc[False, False, FIRST] == 7).all()
+    assert (tables["half"]["specialists"].loc[False, False] == 7).all(axis=None)
+
+
+def test_a_huge_bos_hides_all_specialists_and_covers_every_text(tables):
+    found = tables[5.0]
+    assert (found["specialists"].loc[True, False, FIRST] == 0).all()
+    assert found["specialists"].loc[True, False, LATER].iloc[0] == 0
+    assert (found["coverage"].loc[True, False] == 1).all(axis=None)
+    assert found["coverage"].loc[False, False, LATER].max() < 0.6
+
+
+def test_without_a_huge_bos_bos_changes_little():
+    layers, real, attention, categories = planted_layers(bos=1e-3, scales=(1.0,))
+    layer = layers["layer 1"]
+    table = factorial(pooled_ways(layer.encode, layer.x, real, attention), categories, n=5)
+    effects = main_effects(table).set_index("factor")
+    assert abs(effects.loc["BOS", "specialists"]) < 0.5 < -effects.loc["order", "specialists"]
+    assert to_act_on(layer.x, real, attention)["bos_ratio"] < 1e-3
+
+
+def test_ways_are_means_over_what_is_counted():
+    x = torch.tensor([[[9.0], [1.0], [3.0], [100.0]]])
+    real = torch.tensor([[False, True, True, False]])
+    attention = torch.tensor([[True, True, True, False]])
+    ways = pooled_ways(lambda v: torch.relu(v - 2), x, real, attention)
+    assert {way: float(matrix[0, 0]) for way, matrix in ways.items()} == pytest.approx(
+        {
+            (False, False, FIRST): 0.5,
+            (False, False, LATER): 0.0,
+            (True, False, FIRST): 8 / 3,
+            (True, False, LATER): 13 / 3 - 2,
+            (False, True, FIRST): 99 / 3,
+            (False, True, LATER): 104 / 3 - 2,
+            (True, True, FIRST): 106 / 4,
+            (True, True, LATER): 113 / 4 - 2,
+        }
+    )
+    told = to_act_on(x, real, attention)
+    assert told == pytest.approx({"bos_ratio": 4.5, "padding": 0.25})
+
+
+def test_effects_are_differences_of_means_over_the_other_factors():
+    rows = [
+        {"BOS": b, "padding": p, "order": o, "specialists": 4 * b + 2 * p + (o == LATER)}
+        for b in (False, True)
+        for p in (False, True)
+        for o in ORDERS
+    ]
+    table = pd.DataFrame(rows).assign(shuffled=0.0, coverage=0.0)
+    assert main_effects(table)["specialists"].tolist() == [4, 2, 1]
