@@ -10,7 +10,9 @@ from lenslab.capture import harvest
 from lenslab.features.activations import FeatureActivations
 from lenslab.features.readings import (
     CLASSES,
+    alike_by_pair,
     direct_logits,
+    explained_by_token,
     feature_names,
     final_norm,
     firing_summary,
@@ -232,3 +234,37 @@ def test_direct_logits_are_the_models_own_before_a_cap(tmp_path, kind):
     direct = direct_logits(model, x) / (x.square().mean(-1, keepdim=True) + model.cfg.eps).sqrt()
     expected = logits - logits.mean(-1, keepdim=True)
     assert float((direct - expected).norm() / expected.norm()) < 1e-3
+
+
+def test_what_the_token_foretells_is_told_from_what_the_place_does(model):
+    texts = ["7 cats, 8 dogs", "8 dogs, 7 cats", "7 dogs", "8, cats"] * 3
+    batch = tokenize(model, texts)
+    strings = [batch.strings(row) for row in range(len(batch))]
+    shape = batch.real.shape
+    seven, digit, noise = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    for row, position in batch.real.nonzero().tolist():
+        seven[row, position] = strings[row][position].strip() == "7"
+        digit[row, position] = token_class(strings[row][position]) == "digits"
+    noise[:] = np.random.default_rng(0).random(shape)
+    fa = planted(batch, [seven, digit, noise, 0 * noise])
+    found = explained_by_token(fa, [0, 1, 2, 3], np.arange(len(batch)) >= 6)
+    assert found["by_string"].iloc[:2].tolist() == pytest.approx([1, 1])
+    assert found["by_class"][1] == pytest.approx(1) and 0.1 < found["by_class"][0] < 0.9
+    assert found.iloc[2, 1:].max() < 0.3 and found.iloc[3, 1:].isna().all()
+    # a string that the other texts do not hold is foretold by its class
+    new = explained_by_token(fa, [1], np.isin(np.arange(len(batch)), [0, 1, 4, 5, 8, 9, 2, 6, 10]))
+    assert new["by_string"][0] == pytest.approx(1)
+    with pytest.raises(ValueError, match="texts but 3 marks"):
+        explained_by_token(fa, [0], np.ones(3))
+
+
+def test_pairs_of_texts_are_compared_by_what_they_share():
+    form, concept = np.repeat(list("ab"), 20), np.tile(np.arange(20), 2)
+    same = (concept[:, None] == concept).astype(float)
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(40, 40)) / 10
+    found = alike_by_pair(same + noise + noise.T, form, concept).set_index("pair")
+    assert found["pairs"].to_dict() == {"same concept": 20, "same form": 380, "neither": 380}
+    assert found.loc["same concept", "low"] > 0.8 > 0.1 > found.loc["same form", "high"]
+    assert (found["low"] <= found["mean"]).all() and (found["mean"] <= found["high"]).all()
+    assert found.loc["neither", "low"] < 0.05

@@ -17,7 +17,7 @@ share of a null's pairs that get there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -29,7 +29,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.features.activations import FeatureActivations, Index, encode_features
+from lenslab.features.activations import ROWS, FeatureActivations, Index
 from lenslab.features.readings import direct_logits
 from lenslab.files import Result
 from lenslab.hooks import UnknownHook
@@ -42,6 +42,7 @@ from lenslab.sae.load import (
     SparseAutoencoder,
     bundled_saes,
     check_sae,
+    encode,
     load_sae,
     refuse_transcoder,
     sae_hook,
@@ -157,16 +158,19 @@ def null_dictionaries(
     SAE of the random-weight `twin`, where there is one; and the SAE itself with its firings dealt
     out anew among the tokens, each latent's rate kept.
 
-    `x` are inputs of the SAE; ValueError for fewer than it has latents.
+    `x` are the SAE's inputs at the real tokens of `fa`; ValueError where they are others, or fewer
+    than it has latents.
     """
-    if len(x) < sae.cfg.d_sae:
-        raise ValueError(f"{len(x)} points cannot be {sae.cfg.d_sae} directions: give more texts.")
+    if not sae.cfg.d_sae <= len(x) == fa.matrix.shape[0]:
+        wanted = f"{fa.matrix.shape[0]} real tokens, at least the {sae.cfg.d_sae} latents"
+        raise ValueError(f"{len(x)} inputs for {wanted}: give those of all tokens, or more texts.")
     own, active = describe(model, sae, fa), max(1, round(fa.matrix.nnz / fa.matrix.shape[0]))
     nulls = {}
     for kind, name in (("random", "random directions"), ("data", "data points")):
         null = untrained_sae(sae, x, active, seed, kind)
-        encoded = encode_features(model, null, fa.batch, name=name, progress=False)
-        nulls[name] = describe(model, null, encoded)
+        parts = [scipy.sparse.csr_array(encode(null, rows).numpy()) for rows in x.split(ROWS)]
+        encoded = scipy.sparse.csr_array(scipy.sparse.vstack(parts))
+        nulls[name] = describe(model, null, replace(fa, matrix=encoded, name=name))
     if twin is not None:  # compared as if its directions were of this model: that is the null
         nulls["twin's SAE"] = replace(twin, name="twin's SAE", model=own.model)
     generator = derive_generator(seed, "shuffled firings")
@@ -254,14 +258,17 @@ class Comparison(Result):
         return float((wide.nunique(axis=1) == 1).mean())
 
 
-def compare(a: Dictionary, b: Dictionary, nulls: Mapping[str, Dictionary]) -> Comparison:
+def compare(
+    a: Dictionary, b: Dictionary, nulls: Mapping[str, Dictionary], kinds: Sequence[str] = KINDS
+) -> Comparison:
     """Match the latents of `a` that fire in the texts with those of `b`, and with each null in its
-    place. ValueError without nulls; SAEMismatch where nothing can be compared."""
+    place, by the `kinds` of similarity that the two have. ValueError without nulls; SAEMismatch
+    where nothing can be compared."""
     if not nulls:
         raise ValueError("A similarity says nothing without nulls: see null_dictionaries.")
     alive = np.flatnonzero(a.rate > 0)
     tables, rows = [], []
-    for kind in comparable_kinds(a, b):
+    for kind in filter(kinds.__contains__, comparable_kinds(a, b)):
         found = match(similarity(a, b, kind)[alive])
         # firings that are dealt out anew leave directions as they are
         others = {n: d for n, d in nulls.items() if kind == "firing" or n != "shuffled firings"}

@@ -5,9 +5,7 @@ whether tokens are encoded before they are averaged or after.
 1. `pooled_ways`: the eight combinations, `[text, feature]` each.
 2. `factorial`: what the older rule (`count_specialists`) says of each, beside shuffled labels, and
    how much of the texts the most frequent feature covers.
-3. `main_effects`: what each choice changes, the other two held fixed, and whether it has anything
-   to act on: how long the vector at BOS is against the others, how much of the batch is padding.
-4. `planted_layers`: four layers that hold the same, only stronger from one to the next, with a huge
+3. `planted_layers`: four layers that hold the same, only stronger from one to the next, with a huge
    vector at BOS. Whatever a rule says of the depth of these layers is its own doing.
 """
 
@@ -73,30 +71,6 @@ def factorial(
         row |= {"shuffled": null.mean_null, "coverage": float(summary.frequency.max())}
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def main_effects(table: pd.DataFrame) -> pd.DataFrame:
-    """What each factor changes in a table of `factorial`, mean over the others: in BOS and padding
-    when they come in, in the order when it is pooled first."""
-    rows = []
-    for factor in FACTORS:
-        late = table[factor] == (ORDERS[1] if factor == "order" else True)
-        columns = ["specialists", "shuffled", "coverage"]
-        change = table.loc[late, columns].mean() - table.loc[~late, columns].mean()
-        rows.append({"factor": factor} | change.to_dict())
-    return pd.DataFrame(rows)
-
-
-def to_act_on(
-    x: Float[Tensor, "text pos d_in"],
-    real: Bool[Tensor, "text pos"],
-    attention: Bool[Tensor, "text pos"],
-) -> dict[str, float]:
-    """What the factors have to work with: `bos_ratio`, the mean length of the vector at BOS over
-    that of the others (NaN without BOS), and `padding`, its share of the places."""
-    norm = x.norm(dim=-1)
-    ratio = norm[attention & ~real].mean() / norm[real].mean()
-    return {"bos_ratio": float(ratio), "padding": float((~attention).float().mean())}
 
 
 class PlantedLayer(NamedTuple):

@@ -7,7 +7,9 @@
 2. `form_and_concept`: on texts that say the same thing in several forms, how much of a feature's
    activation follows the form and how much the content (two-way analysis of variance, one text per
    cell), beside what shuffled labels give.
-3. `vocabulary_effects`: which next tokens a feature's decoder direction makes likelier, read
+3. `explained_by_token`: how much of an activation the token alone would foretell.
+4. `alike_by_pair`: are texts more alike that say the same thing, or that say it in the same form?
+5. `vocabulary_effects`: which next tokens a feature's decoder direction makes likelier, read
    through the final norm and the unembedding, later layers skipped.
 """
 
@@ -18,7 +20,7 @@ import unicodedata
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -34,6 +36,7 @@ from lenslab.features.activations import (
 from lenslab.metrics import as_mask, auroc
 from lenslab.runtime import derive_generator
 from lenslab.sae.load import RESIDUAL, SparseAutoencoder, check_sae, sae_hook
+from lenslab.stats import bootstrap_by_document
 from lenslab.texts import LabelledTexts
 from lenslab.tokens import token_string
 
@@ -197,6 +200,56 @@ def _epsilon_squared(
     ss_total = ((table - grand) ** 2).sum(axis=(0, 1))
     noise = (ss_total - ss_form - ss_concept) / ((f - 1) * (c - 1))
     return np.stack([ss_form - (f - 1) * noise, ss_concept - (c - 1) * noise]) / ss_total
+
+
+def explained_by_token(
+    fa: FeatureActivations, features: Indices, held_out: Shaped[np.ndarray, " text"]
+) -> pd.DataFrame:
+    """Share of the variance of each feature's activation at the tokens of held-out texts that is
+    foretold by its mean, in the other texts, at tokens of the same class (`by_class`) and of the
+    same string (`by_string`; of a string that is new, by its class).
+
+    0 is no better than the mean of all tokens; NaN where a feature does not vary. ValueError for
+    negative activations and another number of texts.
+    """
+    if len(fa.batch) != len(held_out):
+        raise ValueError(f"{len(fa.batch)} texts but {len(held_out)} marks: one each is needed.")
+    tokens, new = _token_table(fa), as_mask(np.asarray(held_out))[fa.text]
+    table = pd.DataFrame({"feature": np.asarray(features)})
+    values = pd.DataFrame(columns_of(fa.matrix, features), dtype=np.float64)  # [token, feature]
+    guess = pd.DataFrame(0.0, values.index[new], values.columns) + values[~new].mean()
+    spread = ((values[new] - guess) ** 2).sum().replace(0, np.nan)
+    for name, by in (("by_class", "class"), ("by_string", "token")):
+        means = values[~new].groupby(tokens.loc[~new, by], observed=True).mean()
+        own = means.reindex(tokens.loc[new, by].astype(str))
+        guess = own.set_axis(guess.index).fillna(guess)
+        table[name] = (1 - ((values[new] - guess) ** 2).sum() / spread).to_numpy()
+    return table
+
+
+def alike_by_pair(
+    similarity: Float[np.ndarray, "text text"], form: Labels, concept: Labels, *, seed: int = 0
+) -> pd.DataFrame:
+    """Mean similarity of two texts that say the same in two forms (`same concept`), that say
+    different things in one form (`same form`), and that share neither (the null).
+
+    One row per kind of pair: `pairs`, `mean`, and `low` and `high`, the 95 % interval where whole
+    concepts are drawn anew: pairs that share a text are not independent.
+    """
+    form, concept = np.asarray(form), np.asarray(concept)
+    one_form, one_concept = form[:, None] == form, concept[:, None] == concept
+    kinds = {"same concept": one_concept & ~one_form, "same form": one_form & ~one_concept}
+    kinds["neither"] = ~one_form & ~one_concept
+    rows = []
+    for name, pairs in kinds.items():
+        sums = np.stack([np.where(pairs, similarity, 0).sum(1), pairs.sum(1)], 1)  # by text
+        generator = derive_generator(seed, name)
+        interval = bootstrap_by_document(
+            sums, concept, generator, lambda s: s[:, 0].sum() / s[:, 1].sum()
+        )
+        row = {"pair": name, "pairs": int(pairs.sum()) // 2, "mean": interval.estimate}
+        rows.append(row | {"low": interval.low, "high": interval.high})
+    return pd.DataFrame(rows)
 
 
 @torch.inference_mode()
