@@ -251,8 +251,11 @@ def test_what_the_token_foretells_is_told_from_what_the_place_does(model):
     assert found["by_string"].iloc[:2].tolist() == pytest.approx([1, 1])
     assert found["by_class"][1] == pytest.approx(1) and 0.1 < found["by_class"][0] < 0.9
     assert found.iloc[2, 1:].max() < 0.3 and found.iloc[3, 1:].isna().all()
-    # a string that the other texts do not hold is foretold by its class
-    new = explained_by_token(fa, [1], np.isin(np.arange(len(batch)), [0, 1, 4, 5, 8, 9, 2, 6, 10]))
+    # a string that the other texts do not hold is foretold by its class: 7 as 8
+    other = tokenize(model, ["8 dogs"] * 3 + ["7 dogs"] * 3)
+    first = [[s.strip() in ("7", "8") for s in other.strings(row)] for row in range(6)]
+    half = planted(other, [np.array(first)])
+    new = explained_by_token(half, [0], np.arange(6) >= 3)
     assert new["by_string"][0] == pytest.approx(1)
     with pytest.raises(ValueError, match="texts but 3 marks"):
         explained_by_token(fa, [0], np.ones(3))
