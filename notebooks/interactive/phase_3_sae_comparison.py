@@ -335,7 +335,7 @@ so(
 )
 
 # %% [markdown]
-# By how often a latent fires: what is seen often is learned by every seed.
+# Is what fires often learned by every seed? By how often a latent fires:
 
 # %%
 if len(seeds) > 1:
@@ -343,13 +343,13 @@ if len(seeds) > 1:
     print(bands.round(2).to_string(index=False))
     curves = {"second seed": bands["similarity"], "null: data points": bands["null"]}
     titles = {"x_title": "fires on up to this share of tokens", "y_title": "cosine of the match"}
-    title = "Features that fire rarely are shared less"
+    title = "What two seeds share, by how often a latent fires"
     lines(curves, bands["rate"].astype(float), log_x=True, title=title, **titles).show()
 
 # %% [markdown]
 # ## 6. Other widths, layers and streams
-# The same for SAEs that differ by more than a seed, by decoder and by firing, each against nulls of
-# its own site and size.
+# The same for SAEs that differ by more than a seed, by decoder and by firing, each against data
+# points of its own site and as many as it has latents, and against its own firings dealt out anew.
 
 # %%
 numbers = {name: hook[name].split(".")[1] for name in saes}
@@ -358,11 +358,8 @@ others += [n for n in places if n != main and hook[n].split(".")[-1] == hook[mai
 others += [n for n in places if n != main and numbers[n] == numbers[main]]
 rows = []
 for name in others:
-    own_nulls = (
-        nulls
-        if hook[name] == hook[main] and width[name] == width[main]
-        else (null_dictionaries(model, saes[name], fas[name], inputs[name]))
-    )
+    own_nulls = null_dictionaries(model, saes[name], fas[name], inputs[name])
+    own_nulls.pop("random directions")  # reached less in section 5
     pair = compare(dictionaries[main], dictionaries[name], own_nulls, ("decoder", "firing"))
     rows.append(pair.summary.assign(other=name))
 likeness = pd.concat(rows) if rows else pd.DataFrame(columns=["other", "kind"])
@@ -481,20 +478,18 @@ lines(curves, list(layers), title="A trend over layers that hold the same", **ti
 # the values at BOS and padding.
 
 # %%
-rows, size = [], {}
 streams = [n for n in places if hook[n].split("hook_")[-1] == hook[main].split("hook_")[-1]]
-for name in streams:
-    parts = []
-    for start in range(0, len(batch), 60):
-        few = batch[start : start + 60]
-        options = {"attention_mask": few.attention.long(), "names_filter": [hook[name]]}
-        with torch.inference_mode():
-            parts.append(model.run_with_cache(few.tokens, **options)[1][hook[name]])
-    x = input_transform(saes[name], model)(torch.cat(parts))
-    size[name] = float(x[:, 0].norm(dim=1).mean() / x[batch.real].norm(dim=1).mean())
-    ways = pooled_ways(saes[name].encode, x, batch.real, batch.attention)
-    rows.append(factorial(ways, labels.category, n=3).assign(sae=name))
-crossed = pd.concat(rows)
+parts = {name: [] for name in streams}
+for start in range(0, len(batch), 60):
+    few = batch[start : start + 60]
+    options = {"attention_mask": few.attention.long(), "names_filter": [hook[n] for n in streams]}
+    with torch.inference_mode():
+        cache = model.run_with_cache(few.tokens, **options)[1]
+    for name in streams:
+        parts[name].append(input_transform(saes[name], model)(cache[hook[name]]))
+everywhere = {name: torch.cat(values) for name, values in parts.items()}  # [text, pos, d_in]
+norms = {name: x.norm(dim=2) for name, x in everywhere.items()}
+size = {name: float(norm[:, 0].mean() / norm[batch.real].mean()) for name, norm in norms.items()}
 print({name: f"BOS is {ratio:.1f} times as long" for name, ratio in size.items()})
 print(f"padding is {1 - batch.attention.float().mean():.0%} of the places")
 
@@ -502,6 +497,11 @@ print(f"padding is {1 - batch.attention.float().mean():.0%} of the places")
 # What each choice changes, mean over the others and over the layers:
 
 # %%
+rows = []
+for name, x in everywhere.items():
+    ways = pooled_ways(saes[name].encode, x, batch.real, batch.attention)
+    rows.append(factorial(ways, labels.category, n=3).assign(sae=name))
+crossed = pd.concat(rows)
 changes = {}
 for factor in FACTORS:
     columns = ["specialists", "shuffled", "coverage"]

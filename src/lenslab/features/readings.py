@@ -55,6 +55,7 @@ CLASSES = (
 
 BRACKETS = frozenset("()[]{}<>\"'`“”‘’«»")
 CONTROLS = 20  # random directions
+SEEN = 5  # times that a token must have been seen for its mean to say something
 ROUNDING = 1e-6  # of float32 activations, relative: what varies by less does not vary
 
 
@@ -207,7 +208,8 @@ def explained_by_token(
 ) -> pd.DataFrame:
     """Share of the variance of each feature's activation at the tokens of held-out texts that is
     foretold by its mean, in the other texts, at tokens of the same class (`by_class`) and of the
-    same string (`by_string`; of a string that is new, by its class).
+    same string (`by_string`; of a string that is new or stands there fewer than five times, by its
+    class).
 
     0 is no better than the mean of all tokens; NaN where a feature does not vary. ValueError for
     negative activations and another number of texts.
@@ -220,7 +222,8 @@ def explained_by_token(
     guess = pd.DataFrame(0.0, values.index[new], values.columns) + values[~new].mean()
     spread = ((values[new] - guess) ** 2).sum().replace(0, np.nan)
     for name, by in (("by_class", "class"), ("by_string", "token")):
-        means = values[~new].groupby(tokens.loc[~new, by], observed=True).mean()
+        groups = values[~new].groupby(tokens.loc[~new, by], observed=True)
+        means = groups.mean()[groups.size() >= SEEN]
         own = means.reindex(tokens.loc[new, by].astype(str))
         guess = own.set_axis(guess.index).fillna(guess)
         table[name] = (1 - ((values[new] - guess) ** 2).sum() / spread).to_numpy()
