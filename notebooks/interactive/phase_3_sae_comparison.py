@@ -687,22 +687,24 @@ for c, (kind, feature) in enumerate(own.items()):
     far[own.to_numpy()] = np.inf
     tested += [(kind, f, f == feature) for f in [feature, *np.argsort(far, kind="stable")[:2]]]
 tested = pd.DataFrame(tested, columns=["kind", "feature", "chosen"])
-effects = ablate_features(model, saes[main], held_fa, tested["feature"].to_numpy())
-print(f"{len(tested)} features set to zero, each on the held-out texts on which it fires")
+own_rise, scores = [], []
+for c, kind in enumerate(labels.categories):
+    features = tested.loc[tested["kind"] == kind, "feature"].to_numpy()
+    few = held_fa[np.flatnonzero(inside[:, c]).tolist()]
+    own_rise += (1000 * ablate_features(model, saes[main], few, features).mean(1)).tolist()
+    scores += auroc(dense_held[:, features], inside[:, c]).tolist()
+tested["own"], tested["selectivity"] = own_rise, scores
+print(f"{len(tested)} features set to zero, each on the held-out texts of its kind")
 
 # %% [markdown]
-# Rise of the loss in millinats per token, on the kind and on the others, with 95 % intervals over
-# texts.
+# Rise of the loss in millinats per token on the kind; of the matched features (`False`) the mean of
+# two. `others`: what the chosen feature does to the loss of the other kinds.
 
 # %%
-columns = {kind: c for c, kind in enumerate(labels.categories)}
-member = np.stack([inside[:, columns[kind]] for kind in tested["kind"]])  # [feature, text]
-tested["own"] = [1000 * e[m].mean() for e, m in zip(effects, member, strict=True)]
-tested["others"] = [1000 * e[~m].mean() for e, m in zip(effects, member, strict=True)]
-scores = zip(tested["feature"], member, strict=True)
-tested["selectivity"] = [float(auroc(dense_held[:, f], m)) for f, m in scores]
-table = tested.groupby(["kind", "chosen"])[["own", "others", "selectivity"]].mean().unstack()
-print(table.round(2).to_string())
+rises = 1000 * ablate_features(model, saes[main], held_fa, own.to_numpy())
+others_rise = np.array([row[~inside[:, c]].mean() for c, row in enumerate(rises)])
+table = tested.groupby(["kind", "chosen"])[["own", "selectivity"]].mean().unstack()
+print(table.assign(others=others_rise).round(2).to_string())
 
 # %% [markdown]
 # Are selective features the ones that matter? The rank correlation over all tested features, with
@@ -719,11 +721,14 @@ relation = bootstrap_by_document(
     lambda rows: spearmanr(rows[:, 0], rows[:, 1]).statistic,
 )
 chosen = tested["chosen"]
-wins = sum(table["own"][True] > table["own"][False])
+lead = (table["own"][True] - table["own"][False]).to_numpy()
+draw = derive_generator(0, "chosen against matched")
+gain = bootstrap_by_document(lead, np.arange(len(lead)), draw)
 so(
     f"the chosen features raise the loss of their kind by {tested.loc[chosen, 'own'].mean():.1f} "
-    f"millinats, of the other kinds by {tested.loc[chosen, 'others'].mean():.1f}; matched features "
-    f"{tested.loc[~chosen, 'own'].mean():.1f} (the chosen one more in {wins} of {len(own)} kinds). "
+    f"millinats, of the other kinds by {others_rise.mean():.1f}; matched features "
+    f"{tested.loc[~chosen, 'own'].mean():.1f}: a lead of {gain.estimate:.1f} "
+    f"({gain.low:.1f} to {gain.high:.1f} over kinds). "
     f"Selectivity and effect: rank correlation {relation.estimate:.2f} "
     f"({relation.low:.2f} to {relation.high:.2f}, {len(pairs)} features)."
 )
@@ -743,7 +748,8 @@ scatter(tested["selectivity"], tested["own"], title=title, **marks, **axes).show
 # %% [markdown]
 # ## 12. Cloze: is what a feature marks also what the model can do?
 # Sums in three forms, and for comparison brackets and agreement. Scored is the log-probability of
-# the right token over the mean of the other answers of its task, in nats; 0 is chance.
+# the right token over the mean of the other answers of its task, in nats; at 0 the right one is as
+# likely as the others.
 
 # %%
 words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -812,11 +818,20 @@ by_task = pd.DataFrame(rows)
 print(by_task.round(2).to_string(index=False))
 is_sum = by_task["task"].str.startswith("sum")
 able = by_task.loc[by_task["low"] > 0, "task"]
+sums = cloze[cloze["task"].str.startswith("sum")][["activation", "margin"]].to_numpy()
+moves = np.ptp(sums[:, 0]) > 0
+relation = bootstrap_by_document(
+    sums,
+    np.arange(len(sums)),
+    derive_generator(0, "activation and margin"),
+    lambda rows: spearmanr(rows[:, 0], rows[:, 1]).statistic if moves else np.nan,
+)
 so(
-    f"{model_name(model)} is better than chance at {', '.join(able) or 'none of these'}; the "
-    f"feature for mathematics fires at {by_task.loc[is_sum, 'activation'].mean():.2f} on sums and "
-    f"at {by_task.loc[~is_sum, 'activation'].mean():.2f} on the others: a feature that marks a "
-    "kind of text says little about what the model can do there."
+    f"{model_name(model)} prefers the right answer in: {', '.join(able) or 'none of these'}. The "
+    f"feature for mathematics fires at {by_task.loc[is_sum, 'activation'].mean():.1f} on sums and "
+    f"at {by_task.loc[~is_sum, 'activation'].mean():.1f} on the others; over the sums its "
+    f"activation and the score have a rank correlation of {relation.estimate:.2f} "
+    f"({relation.low:.2f} to {relation.high:.2f})."
 )
 
 # %% [markdown]
@@ -866,9 +881,11 @@ print(both.round(2).to_string())
 # Where the two read the same tokens, features are matched by when they fire.
 
 # %%
-second_dictionary = describe(second, second_sae, second_fa)
+second_dictionary, there = describe(second, second_sae, second_fa), sae_hook(second_sae)
 if second_batch.key == batch.key:
-    pair = compare(dictionaries[main], second_dictionary, nulls)
+    x = input_transform(second_sae, second)(harvest(second, second_batch, there)[there][batch.real])
+    second_nulls = null_dictionaries(second, second_sae, second_fa, x)
+    pair = compare(dictionaries[main], second_dictionary, second_nulls)
     row = pair.summary.set_index("kind").loc["firing"]
     so(
         f"matched by firing, latents of {model_name(model)} and {SECOND} correlate at "
@@ -893,7 +910,7 @@ so(
     f"in {SECOND} the chosen features raise the loss of their kind by {own_rise.mean():.1f} "
     f"millinats and of the others by {other_rise.mean():.1f}, more in "
     f"{(own_rise > other_rise).sum()} of {len(own_rise)} kinds; in {model_name(model)} "
-    f"{tested.loc[chosen, 'own'].mean():.1f} and {tested.loc[chosen, 'others'].mean():.1f}."
+    f"{tested.loc[chosen, 'own'].mean():.1f} and {others_rise.mean():.1f}."
 )
 
 # %% [markdown]
@@ -933,7 +950,7 @@ table = linked_table(best.loc[best["sae"].isin(places), columns], fas)
 sections = {"Side by side": [by_sae.round(3), sizes.round(3)], "Best features": [table]}
 sections["Two features that are called one"] = [view]
 page = save_report("sae_comparison", f"SAEs of {model_name(model)}, compared", sections)
-print(f"written: {page.name}")
+print(f"written: {page.with_suffix('.html').name}")
 
 # %% [markdown]
 # ## What was found, and what was not
