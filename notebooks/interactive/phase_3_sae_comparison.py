@@ -178,11 +178,9 @@ print(by_sae.round(2).to_string())
 reseeds = best[best["sae"].isin(seeds)].groupby("sae")["auroc"].mean()
 least = smallest_difference(reseeds.to_numpy())
 gap = by_sae["feature"].max() - by_sae["feature"].min()
-told = (
-    "cannot be judged with one seed"
-    if np.isnan(least)
-    else ("is more than reseeding gives" if gap > least else "is no more than reseeding gives")
-)
+told = "cannot be judged with one seed"
+if len(seeds) > 1:
+    told = f"is {'more' if gap > least else 'no more'} than reseeding gives ({least:.3f})"
 so(
     f"by the older rule {by_sae['at 5.0'].min():.0f} to {by_sae['at 5.0'].max():.0f} of "
     f"{len(labels.categories)} kinds have a specialist, and under shuffled labels "
@@ -190,21 +188,28 @@ so(
     f"the best feature's AUROC goes from {by_sae['feature'].min():.2f} "
     f"({by_sae['feature'].idxmin()}) to {by_sae['feature'].max():.2f} "
     f"({by_sae['feature'].idxmax()}), a gap of {gap:.3f} that "
-    f"{told} ({least:.3f}); the ceiling is {by_sae['ceiling'].min():.2f} to "
+    f"{told}; the ceiling is {by_sae['ceiling'].min():.2f} to "
     f"{by_sae['ceiling'].max():.2f}."
 )
 
 # %% [markdown]
-# The same, drawn over the places; grey is the null of the older rule.
+# Over the layers, a line for each stream; the bar is from the least to the most of several seeds,
+# the dotted line is chance.
 
 # %%
 from lenslab.show.plots import heatmap, lines
 
-share = {key: by_sae[key] / len(labels.categories) for key in ("discriminating", "at 5.0")}
-share["at 5.0, shuffled labels"] = by_sae["at 5.0 shuffled"] / len(labels.categories)
-share["held-out AUROC"], share["ceiling"] = by_sae["feature"], by_sae["ceiling"]
-titles = {"x_title": "SAE", "y_title": "share of kinds, or AUROC"}
-lines(share, places, title="Specialists by place, by four measures", **titles).show()
+where = {name: hook[name].split(".")[1:] for name in places if hook[name].startswith("blocks.")}
+curves, at, spread = {}, {}, {}
+for stream in dict.fromkeys(place[-1] for place in where.values()):
+    own = [name for name in where if where[name][-1] == stream]
+    curves[stream] = by_sae.loc[own, "feature"].to_numpy()
+    at[stream] = [int(where[name][0]) for name in own]
+    ends = [reseeds if name == main else curves[stream][[i]] for i, name in enumerate(own)]
+    spread[stream] = [e.min() for e in ends], [e.max() for e in ends]
+titles = {"x_title": "layer", "y_title": "mean held-out AUROC over kinds"}
+title = "The best feature of a kind, by layer and stream"
+lines(curves, at, spread=spread, reference=0.5, title=title, **titles).show()
 
 # %% [markdown]
 # By kind: a kind is told apart *always*, *sometimes* or *never* over the SAEs; and for every SAE
@@ -740,7 +745,7 @@ so(
 from lenslab.show.plots import scatter
 
 marks = {"marked": chosen.to_numpy(), "marked_name": "chosen for the kind"}
-marks["names"] = tested["kind"] + " " + tested["feature"].astype(str)
+marks["names"] = tested["kind"]
 axes = {"x_title": "selectivity (held-out AUROC)", "y_title": "rise of the kind's loss, millinats"}
 title = "Selective, and needed? (grey: matched features)"
 scatter(tested["selectivity"], tested["own"], title=title, **marks, **axes).show()
@@ -856,9 +861,10 @@ so(
 # Drawn: FVU beside that of random directions.
 
 # %%
-drawn = {"FVU": shown["fvu"], "FVU of random directions": 1 - shown["null"]}
-titles = {"x_title": "SAE", "y_title": "FVU (lower is better)"}
-bars(drawn, shown.index, title="SAEs of several models", **titles).show()
+drawn = {"FVU": (shown["fvu"], None, None)}
+drawn["FVU of random directions"] = (1 - shown["null"], None, None)
+axes = {"x_title": "FVU (left is better)", "y_title": "SAE"}
+intervals(drawn, shown.index, title="SAEs of several models", **axes).show()
 
 # %% [markdown]
 # **The same questions asked of a second model**: a mixture of experts, which reads the same tokens.

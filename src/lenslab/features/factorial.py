@@ -81,7 +81,7 @@ class PlantedLayer(NamedTuple):
 
 
 def planted_layers(
-    *, bos: float = 3000.0, scales: tuple[float, ...] = (1.0, 1.75, 2.2, 2.9), seed: int = 0
+    *, bos: float = 3000.0, scales: tuple[float, ...] = (1.0, 1.15, 1.35, 2.0), seed: int = 0
 ) -> tuple[dict[str, PlantedLayer], Tensor, Tensor, np.ndarray]:
     """(layers by name, real, attention, categories): seventy texts of seven kinds, ten each, of 10
     to 20 tokens after BOS, padded.
