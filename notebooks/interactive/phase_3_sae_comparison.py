@@ -37,10 +37,16 @@ from lenslab.show.words import so
 from lenslab.texts import label_texts, load_probes
 from lenslab.tokens import tokenize
 
+# %% [markdown]
+# It is loaded; the texts become tokens.
+
+# %%
 set_up_figures()
 model = load_model()
 labels = label_texts(load_probes("categories"))
 batch = tokenize(model, list(labels.texts), truncate=True)
+labels = labels.with_lengths(batch.real.sum(1).numpy())
+print(f"{len(batch)} texts of {len(labels.categories)} kinds, {batch.n_real} real tokens")
 
 # %% [markdown]
 # Several SAEs by name. One that is missing, damaged or of another model is named with the reason
@@ -51,9 +57,13 @@ from lenslab.compare import comparable_saes, open_saes
 from lenslab.sae.find import find_sae
 
 SAES = None  # or a list of bundled names, folders, or (release, id) of the hub
-labels = labels.with_lengths(batch.real.sum(1).numpy())
 found = find_sae(model)
 short = found.name.removeprefix(f"{model_name(model)}-")
+
+# %% [markdown]
+# Without a list: all that ship for the model, or those of its published releases.
+
+# %%
 names = SAES or comparable_saes(model)
 saes, missing = open_saes(model, names) if names else ({short: found.sae}, {})
 main = short if short in saes else next(iter(saes))
@@ -90,7 +100,8 @@ fas = encode_saes(model, saes, batch)
 pooled = {name: fa.pool("max") for name, fa in fas.items()}
 values = harvest(model, batch, sorted(set(hook.values())))
 inputs = {n: input_transform(sae, model)(values[hook[n]][batch.real]) for n, sae in saes.items()}
-print(f"{batch.n_real} real tokens of {len(batch)} texts, {len(values)} hooks")
+active = {name: round(fa.matrix.nnz / len(fa.text), 1) for name, fa in fas.items()}
+print(f"at {len(values)} hooks; active latents per token:", active)
 
 # %% [markdown]
 # ## 2. Side by side, and the smallest difference that counts
@@ -122,6 +133,11 @@ for metric in ("l0", "fvu", "ce_difference"):
     spread = cards.loc[places, metric]
     by_place[metric] = least, spread.max() - spread.min()
     print(f"{metric:14s} tells apart {least:.3f}; the places differ by {by_place[metric][1]:.3f}")
+
+# %% [markdown]
+# In words:
+
+# %%
 so(
     f"{len(seeds)} seeds at one site tell differences in FVU of {by_place['fvu'][0]:.3f} apart; "
     f"those between the places come to {by_place['fvu'][1]:.2f}."
@@ -156,15 +172,19 @@ from lenslab.metrics import auroc
 
 best = discriminate({name: pooled[name] for name in dict.fromkeys(places + seeds)}, labels)
 aurocs = best.pivot(index="sae", columns="category", values="auroc")
-rows, held = [], labels.held_out
-texts = fas[main].text
+
+# %% [markdown]
+# Per place: the mean over kinds, the ceiling, and the older rule at both thresholds.
+
+# %%
+rows, held, text = [], labels.held_out, fas[main].text
 for name in places:
-    vectors = np.stack([inputs[name][texts == i].mean(0).numpy() for i in range(len(batch))])
+    vectors = np.stack([inputs[name][text == i].mean(0).numpy() for i in range(len(batch))])
     fitted = supervised_directions(vectors, labels)["logistic regression"][held]
-    top = np.mean([auroc(fitted[:, c], labels.inside[held, c]) for c in range(fitted.shape[1])])
-    own = best[best["sae"] == name]
-    row = {"sae": name, "feature": own["auroc"].mean(), "ceiling": top}
-    rows.append(row | {"discriminating": own["discriminating"].sum()})
+    top = [auroc(fitted[:, c], labels.inside[held, c]) for c in range(fitted.shape[1])]
+    sums = best[best["sae"] == name].agg({"auroc": "mean", "discriminating": "sum"})
+    rows.append({"sae": name, "feature": sums["auroc"], "ceiling": np.mean(top)})
+    rows[-1]["discriminating"] = int(sums["discriminating"])
     for key, cut in (("at 5.0", 5.0), ("half", "half")):
         null = count_specialists_null(pooled[name], labels.category, cut, n=10)
         rows[-1] |= {f"{key}": null.observed, f"{key} shuffled": null.mean_null}
@@ -181,6 +201,11 @@ gap = by_sae["feature"].max() - by_sae["feature"].min()
 told = "cannot be judged with one seed"
 if len(seeds) > 1:
     told = f"is {'more' if gap > least else 'no more'} than reseeding gives ({least:.3f})"
+
+# %% [markdown]
+# In words:
+
+# %%
 so(
     f"by the older rule {by_sae['at 5.0'].min():.0f} to {by_sae['at 5.0'].max():.0f} of "
     f"{len(labels.categories)} kinds have a specialist, and under shuffled labels "
@@ -202,14 +227,13 @@ from lenslab.show.plots import heatmap, lines
 where = {name: hook[name].split(".")[1:] for name in places if hook[name].startswith("blocks.")}
 curves, at, spread = {}, {}, {}
 for stream in dict.fromkeys(place[-1] for place in where.values()):
-    own = [name for name in where if where[name][-1] == stream]
-    curves[stream] = by_sae.loc[own, "feature"].to_numpy()
-    at[stream] = [int(where[name][0]) for name in own]
-    ends = [reseeds if name == main else curves[stream][[i]] for i, name in enumerate(own)]
+    sites = [name for name in where if where[name][-1] == stream]
+    curves[stream] = by_sae.loc[sites, "feature"].to_numpy()
+    at[stream] = [int(where[name][0]) for name in sites]
+    ends = [reseeds if name == main else curves[stream][[i]] for i, name in enumerate(sites)]
     spread[stream] = [e.min() for e in ends], [e.max() for e in ends]
-titles = {"x_title": "layer", "y_title": "mean held-out AUROC over kinds"}
-title = "The best feature of a kind, by layer and stream"
-lines(curves, at, spread=spread, reference=0.5, title=title, **titles).show()
+titles = {"x_title": "layer", "y_title": "mean held-out AUROC over kinds", "reference": 0.5}
+lines(curves, at, spread=spread, title="Best features by layer and stream", **titles).show()
 
 # %% [markdown]
 # By kind: a kind is told apart *always*, *sometimes* or *never* over the SAEs; and for every SAE
@@ -221,6 +245,11 @@ told = best[best["sae"].isin(places)].pivot(
 )
 for word, which in (("always", told.all(axis=1)), ("never", ~told.any(axis=1))):
     print(f"{word}: {', '.join(told.index[which]) or 'none'}")
+
+# %% [markdown]
+# Sometimes, and the kind that each SAE tells best:
+
+# %%
 some = told.any(axis=1) & ~told.all(axis=1)
 print("sometimes:", ", ".join(f"{k} ({told.loc[k].sum()}/{len(places)})" for k in told.index[some]))
 here = aurocs.loc[places]
@@ -258,6 +287,11 @@ for name in places:
     rows.append(
         row | {"coverage": frequency.max(), "on half of the texts": (frequency > 0.5).sum()}
     )
+
+# %% [markdown]
+# As a table:
+
+# %%
 sizes = pd.DataFrame(rows).set_index("sae")
 print(sizes.round(2).to_string())
 so(
@@ -285,7 +319,7 @@ bars(peaks, places, title="Largest activations by kind, scale removed", **titles
 # SAE, turned a little and put in another order, among as many data points.
 
 # %%
-from lenslab.compare import SHARED, compare, describe, match, null_dictionaries
+from lenslab.compare import SHARED, comparable_kinds, compare, describe, match, null_dictionaries
 from lenslab.runtime import derive_generator
 
 dictionaries = {name: describe(model, saes[name], fas[name]) for name in saes}
@@ -295,6 +329,11 @@ order = torch.randperm(n, generator=generator)
 planted = own + 0.6 * torch.randn(n, d, generator=generator) / d**0.5
 centred = inputs[main] - inputs[main].mean(0)
 planted[n // 2 :] = centred[torch.randperm(len(centred), generator=generator)[: n - n // 2]]
+
+# %% [markdown]
+# Matched, and compared with what was planted.
+
+# %%
 planted = torch.nn.functional.normalize(planted, dim=1)[order]
 pairs = match((own @ planted.T).numpy())
 claimed, right = pairs["similarity"] >= SHARED, order[pairs["partner"]].numpy() == np.arange(n)
@@ -329,6 +368,11 @@ if len(seeds) > 1:
     means = np.array([match(values.numpy())["similarity"].mean() for values in cosines])
     agree = seed_pair.agreement("decoder", "encoder")
     print(f"decoder, all {len(pairs)} pairs of seeds: {means.min():.3f} to {means.max():.3f}")
+
+# %% [markdown]
+# Said together:
+
+# %%
 so(
     f"matched decoder rows of two seeds have a cosine of {table.loc['decoder', 'value']:.2f}, data "
     f"points {table.loc['decoder', 'null']:.2f}: corrected {table.loc['decoder', 'corrected']:.2f} "
@@ -361,14 +405,19 @@ numbers = {name: hook[name].split(".")[1] for name in saes}
 others = seeds[1:2] + [n for n in widths if n != main]
 others += [n for n in places if n != main and hook[n].split(".")[-1] == hook[main].split(".")[-1]]
 others += [n for n in places if n != main and numbers[n] == numbers[main]]
+
+# %% [markdown]
+# Each against its nulls:
+
+# %%
 rows = []
 for name in others:
     own_nulls = null_dictionaries(model, saes[name], fas[name], inputs[name])
     own_nulls.pop("random directions")  # reached less in section 5
     pair = compare(dictionaries[main], dictionaries[name], own_nulls, ("decoder", "firing"))
     rows.append(pair.summary.assign(other=name))
-likeness = pd.concat(rows) if rows else pd.DataFrame(columns=["other", "kind"])
 shown = ["other", "kind", "value", "null", "corrected", "shared", "shared_null"]
+likeness = pd.concat(rows) if rows else pd.DataFrame(columns=shown)
 print(likeness[shown].round(2).to_string(index=False) if rows else "no other SAE to compare with")
 
 # %% [markdown]
@@ -412,6 +461,11 @@ for narrow, wide in steps:
     alive = int((np.diff(fas[narrow].matrix.tocsc().indptr) >= 10).sum())
     splits[narrow, wide] = (family >= 2).sum() / alive
     print(f"{narrow} -> {wide}: {splits[narrow, wide]:.0%} of {alive} features have two or more")
+
+# %% [markdown]
+# In words:
+
+# %%
 so(
     f"{', '.join(f'{share:.0%} from {a} to {b}' for (a, b), share in splits.items())} have two "
     "children or more: what exceeds the pair of equal width is splitting."
@@ -465,16 +519,24 @@ ways = {"pooled first, at 5.0": later & (clean["threshold"] == 5.0)}
 ways |= {"encoded first, at 5.0": ~later & (clean["threshold"] == 5.0)}
 ways |= {"pooled first, half": later & (clean["threshold"] == "half")}
 curves = {name: clean.loc[which, "specialists"].to_numpy() for name, which in ways.items()}
-curves["shuffled labels, pooled first, at 5.0"] = clean.loc[
-    ways["pooled first, at 5.0"], "shuffled"
-]
+
+# %% [markdown]
+# With shuffled labels the older way shows the same trend.
+
+# %%
 old, mended = curves["pooled first, at 5.0"], curves["encoded first, at 5.0"]
+shuffled = clean.loc[ways["pooled first, at 5.0"], "shuffled"].to_numpy()
+curves["pooled first, at 5.0, shuffled labels"] = shuffled
 so(
     f"on layers that hold the same, the older way counts {old[0]:.0f} to {old[-1]:.0f} of 7 "
-    f"(shuffled labels {curves['shuffled labels, pooled first, at 5.0'].iloc[0]:.1f} to "
-    f"{curves['shuffled labels, pooled first, at 5.0'].iloc[-1]:.1f}); encoded first it counts "
+    f"(shuffled labels {shuffled[0]:.1f} to {shuffled[-1]:.1f}); encoded first it counts "
     f"{mended.min():.0f} to {mended.max():.0f}: the trend is the rule's own."
 )
+
+# %% [markdown]
+# Drawn:
+
+# %%
 titles = {"x_title": "planted layer", "y_title": "kinds with a specialist, of 7"}
 lines(curves, list(layers), title="A trend over layers that hold the same", **titles).show()
 
@@ -493,6 +555,11 @@ for start in range(0, len(batch), 60):
     for name in streams:
         parts[name].append(input_transform(saes[name], model)(cache[hook[name]]))
 everywhere = {name: torch.cat(values) for name, values in parts.items()}  # [text, pos, d_in]
+
+# %% [markdown]
+# How long is the vector at BOS against the others, and how much padding is there?
+
+# %%
 norms = {name: x.norm(dim=2) for name, x in everywhere.items()}
 size = {name: float(norm[:, 0].mean() / norm[batch.real].mean()) for name, norm in norms.items()}
 print({name: f"BOS is {ratio:.1f} times as long" for name, ratio in size.items()})
@@ -507,12 +574,22 @@ for name, x in everywhere.items():
     ways = pooled_ways(saes[name].encode, x, batch.real, batch.attention)
     rows.append(factorial(ways, labels.category, n=3).assign(sae=name))
 crossed = pd.concat(rows)
+
+# %% [markdown]
+# Put in, or pooled first, against the other:
+
+# %%
 changes = {}
 for factor in FACTORS:
     columns = ["specialists", "shuffled", "coverage"]
     means = crossed.groupby(factor)[columns].mean()
     changes[factor] = means.iloc[-1] - means.iloc[0]
 print(pd.DataFrame(changes).T.round(2).to_string())
+
+# %% [markdown]
+# In words:
+
+# %%
 strongest = max(FACTORS, key=lambda factor: abs(changes[factor]["specialists"]))
 so(
     f"in {model_name(model)}, where BOS is at most {max(size.values()):.1f} times as long as the "
@@ -537,6 +614,11 @@ frozen = f"{found.name}-frozen-decoder"
 if frozen in bundled_saes():
     floor = encode_saes(model, {frozen: load_sae(frozen)}, batch)[frozen]
     controls["frozen decoder"] = floor.pool("max")
+
+# %% [markdown]
+# With the length of the text as the least of them; the same search in each.
+
+# %%
 controls["text length"] = batch.real.sum(1).numpy()[:, None].astype(np.float32)
 table = discriminate(controls, labels, n=200).pivot(index="sae", columns="category", values="auroc")
 table = table.loc[list(controls)].assign(mean=lambda rows: rows.mean(axis=1))
@@ -565,12 +647,22 @@ from lenslab.features.readings import alike_by_pair, explained_by_token
 own = best[best["sae"] == main].set_index("category")["feature"]
 fires = np.asarray((pooled[main] > 0).sum(axis=0)).ravel()
 often = np.flatnonzero(fires >= np.sort(fires[own])[0])
+
+# %% [markdown]
+# Chosen ones, and random ones that fire on as many texts.
+
+# %%
 rng = np.random.default_rng(0)
 drawn = rng.choice(often, len(own), replace=False)
 tables = {}
 for name, features in (("chosen", own.to_numpy()), ("random", drawn)):
     tables[name] = explained_by_token(fas[main], features, labels.held_out)
 print(tables["chosen"].assign(kind=own.index).round(2).to_string(index=False))
+
+# %% [markdown]
+# In words:
+
+# %%
 so(
     f"of the activation of the features chosen for a kind the token's string foretells "
     f"{tables['chosen']['by_string'].median():.0%} of the variance, its class "
@@ -589,6 +681,12 @@ matched = load_probes("matched")
 matched_batch = tokenize(model, matched["text"].tolist(), truncate=True)
 matched_fa = encode_saes(model, {main: saes[main]}, matched_batch)[main]
 matched_pooled = matched_fa.pool("max")
+print(f"{len(matched)} texts, {matched_pooled.nnz / len(matched):.0f} features fire in one")
+
+# %% [markdown]
+# By form:
+
+# %%
 values = pd.DataFrame(matched_pooled[:, own.to_numpy()].toarray(), columns=own.index)
 forms = list(matched["form"].unique())
 means = {form: [] for form in forms}
@@ -625,6 +723,11 @@ crossed_kinds = [kind for kind in ("math", "python") if kind in own.index]
 across = values[crossed_kinds].groupby(notation.to_numpy()).mean()
 fraction = (values[crossed_kinds] > 0).groupby(notation.to_numpy()).mean()
 print(across.join(fraction, rsuffix=": fires on").round(2).to_string())
+
+# %% [markdown]
+# In words:
+
+# %%
 so(
     "; ".join(
         f"the feature chosen for {kind} fires on {fraction.loc['code', kind]:.0%} of code, "
@@ -651,6 +754,11 @@ vectors = harvest(model, matched_batch, hook[main])[hook[main]]
 means = np.stack([v[r].mean(0).numpy() for v, r in zip(vectors, matched_batch.real, strict=True)])
 means = means - means[~new].mean(0)
 unit = means[new] / np.linalg.norm(means[new], axis=1, keepdims=True)
+
+# %% [markdown]
+# Compared by what two texts share:
+
+# %%
 alike = {}
 for name, similarity in (("Jaccard", both / (40 - both)), ("cosine", unit @ unit.T)):
     alike[name] = alike_by_pair(similarity, matched["form"][new], matched["concept"][new])
@@ -685,6 +793,11 @@ held_fa, inside = fas[main][held_rows.tolist()], labels.inside[held_rows]
 dense_held = held_fa.pool("max").toarray()
 rates = (dense_held > 0).T.astype(float) @ inside / inside.sum(0)  # [feature, kind]
 strengths = dense_held.T.astype(float) @ inside / inside.sum(0)
+
+# %% [markdown]
+# The two nearest by share of the kind's texts and by mean activation there:
+
+# %%
 tested = []
 for c, (kind, feature) in enumerate(own.items()):
     far = np.abs(rates[:, c] - rates[feature, c])
@@ -692,6 +805,12 @@ for c, (kind, feature) in enumerate(own.items()):
     far[own.to_numpy()] = np.inf
     tested += [(kind, f, f == feature) for f in [feature, *np.argsort(far, kind="stable")[:2]]]
 tested = pd.DataFrame(tested, columns=["kind", "feature", "chosen"])
+print(tested.groupby("kind", sort=False)["feature"].agg(list).to_string())
+
+# %% [markdown]
+# Set to zero, one after the other, on the texts of the kind:
+
+# %%
 own_rise, scores = [], []
 for c, kind in enumerate(labels.categories):
     features = tested.loc[tested["kind"] == kind, "feature"].to_numpy()
@@ -699,7 +818,7 @@ for c, kind in enumerate(labels.categories):
     own_rise += (1000 * ablate_features(model, saes[main], few, features).mean(1)).tolist()
     scores += auroc(dense_held[:, features], inside[:, c]).tolist()
 tested["own"], tested["selectivity"] = own_rise, scores
-print(f"{len(tested)} features set to zero, each on the held-out texts of its kind")
+print(tested[["own", "selectivity"]].describe().loc[["min", "50%", "max"]].round(1).to_string())
 
 # %% [markdown]
 # Rise of the loss in millinats per token on the kind; of the matched features (`False`) the mean of
@@ -729,6 +848,11 @@ chosen = tested["chosen"]
 lead = (table["own"][True] - table["own"][False]).to_numpy()
 draw = derive_generator(0, "chosen against matched")
 gain = bootstrap_by_document(lead, np.arange(len(lead)), draw)
+
+# %% [markdown]
+# In words:
+
+# %%
 so(
     f"the chosen features raise the loss of their kind by {tested.loc[chosen, 'own'].mean():.1f} "
     f"millinats, of the other kinds by {others_rise.mean():.1f}; matched features "
@@ -760,31 +884,23 @@ scatter(tested["selectivity"], tested["own"], title=title, **marks, **axes).show
 words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 sums = [(a, b) for a in range(1, 8) for b in range(1, 9 - a) if a != b]
 tasks = [("sum, symbols", f"1 + 1 = 2\n3 + 2 = 5\n{a} + {b} =", f" {a + b}") for a, b in sums]
-tasks += [
-    (
-        "sum, words",
-        f"One plus one is two. Three plus two is five. {words[a].title()} plus {words[b]} is",
-        f" {words[a + b]}",
-    )
-    for a, b in sums
-]
-tasks += [
-    (
-        "sum, story",
-        f"Ann has {words[a]} apples and gets {words[b]} more. In all, the number of "
-        "apples that she has is",
-        f" {words[a + b]}",
-    )
-    for a, b in sums
-]
+for a, b in sums:
+    said = f"One plus one is two. Three plus two is five. {words[a].title()} plus {words[b]} is"
+    told = f"Ann has {words[a]} apples and gets {words[b]} more. The number of her apples is"
+    tasks += [("sum, words", said, f" {words[a + b]}"), ("sum, story", told, f" {words[a + b]}")]
+print(f"{len(tasks)} sums, such as {tasks[-1][1]!r}")
+
+# %% [markdown]
+# For comparison:
+
+# %%
 given = load_probes("prompt_pairs")
 for task in ("brackets", "agreement"):
     few = given[given["task"] == task].head(40)
     tasks += list(zip([task] * len(few), few["prompt_clean"], few["answer_clean"], strict=True))
 cloze = pd.DataFrame(tasks, columns=["task", "prompt", "answer"])
-cloze["id"] = [
-    model.tokenizer(a, add_special_tokens=False)["input_ids"][-1] for a in cloze["answer"]
-]
+ids = model.tokenizer(cloze["answer"].tolist(), add_special_tokens=False)["input_ids"]
+cloze["id"] = [tokens[-1] for tokens in ids]
 print(cloze.groupby("task")["answer"].agg(["size", "nunique"]).to_string())
 
 # %% [markdown]
@@ -800,6 +916,11 @@ for start in range(0, len(asked), 32):
     last = [int(row.nonzero()[-1]) for row in few.real]
     scores.append(logits[range(len(few)), last])
 scores = torch.cat(scores)
+
+# %% [markdown]
+# Against the other answers of the task; and the feature's largest value in the prompt.
+
+# %%
 options = cloze.groupby("task")["id"].unique()
 cloze["margin"] = [
     float(scores[i, row.id] - scores[i, [o for o in options[row.task] if o != row.id]].mean())
@@ -808,6 +929,7 @@ cloze["margin"] = [
 asked_fa = encode_saes(model, {main: saes[main]}, asked)[main]
 math_feature = int(own.get("math", own.iloc[0]))
 cloze["activation"] = asked_fa.pool("max")[:, [math_feature]].toarray()[:, 0]
+print(cloze[["margin", "activation"]].describe().loc[["min", "50%", "max"]].round(1).to_string())
 
 # %% [markdown]
 # By task, with intervals over prompts.
@@ -821,8 +943,12 @@ for task, group in cloze.groupby("task"):
     rows.append(row | {"activation": group["activation"].mean()})
 by_task = pd.DataFrame(rows)
 print(by_task.round(2).to_string(index=False))
+
+# %% [markdown]
+# Does the feature fire where the model does better?
+
+# %%
 is_sum = by_task["task"].str.startswith("sum")
-able = by_task.loc[by_task["low"] > 0, "task"]
 sums = cloze[cloze["task"].str.startswith("sum")][["activation", "margin"]].to_numpy()
 moves = np.ptp(sums[:, 0]) > 0
 relation = bootstrap_by_document(
@@ -831,6 +957,12 @@ relation = bootstrap_by_document(
     derive_generator(0, "activation and margin"),
     lambda rows: spearmanr(rows[:, 0], rows[:, 1]).statistic if moves else np.nan,
 )
+
+# %% [markdown]
+# In words:
+
+# %%
+able = by_task.loc[by_task["low"] > 0, "task"]
 so(
     f"{model_name(model)} prefers the right answer in: {', '.join(able) or 'none of these'}. The "
     f"feature for mathematics fires at {by_task.loc[is_sum, 'activation'].mean():.1f} on sums and "
@@ -888,15 +1020,14 @@ print(both.round(2).to_string())
 
 # %%
 second_dictionary, there = describe(second, second_sae, second_fa), sae_hook(second_sae)
-if second_batch.key == batch.key:
+if comparable_kinds(dictionaries[main], second_dictionary):
     x = input_transform(second_sae, second)(harvest(second, second_batch, there)[there][batch.real])
     second_nulls = null_dictionaries(second, second_sae, second_fa, x)
     pair = compare(dictionaries[main], second_dictionary, second_nulls)
     row = pair.summary.set_index("kind").loc["firing"]
     so(
         f"matched by firing, latents of {model_name(model)} and {SECOND} correlate at "
-        f"{row['value']:.2f}; the strictest null reaches {row['null']:.2f}: corrected "
-        f"{row['corrected']:.2f}."
+        f"{row['value']:.2f}, a null at {row['null']:.2f}: corrected {row['corrected']:.2f}."
     )
 else:
     so(f"{SECOND} has another tokenizer than {model_name(model)}: their firings do not compare.")
@@ -912,6 +1043,11 @@ own_rise = np.array([row[inside[:, c]].mean() for c, row in enumerate(rises)])
 other_rise = np.array([row[~inside[:, c]].mean() for c, row in enumerate(rises)])
 for kind, a, b in zip(labels.categories, own_rise, other_rise, strict=True):
     print(f"{kind:15s} own {a:6.2f}, others {b:6.2f} millinats")
+
+# %% [markdown]
+# In words:
+
+# %%
 so(
     f"in {SECOND} the chosen features raise the loss of their kind by {own_rise.mean():.1f} "
     f"millinats and of the others by {other_rise.mean():.1f}, more in "
@@ -940,6 +1076,11 @@ if others:
 else:
     ours = theirs = int(own.iloc[0])
     so("there is one SAE at hand, so a feature is shown beside itself.")
+
+# %% [markdown]
+# Side by side:
+
+# %%
 partner = others[0] if others else main
 view = side_by_side([(fas[main], ours), (fas[partner], theirs)], categories=list(labels.category))
 view
