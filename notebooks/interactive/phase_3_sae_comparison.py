@@ -57,28 +57,32 @@ from lenslab.compare import comparable_saes, open_saes
 from lenslab.sae.find import find_sae
 
 SAES = None  # or a list of bundled names, folders, or (release, id) of the hub
-found = find_sae(model)
-short = found.name.removeprefix(f"{model_name(model)}-")
+names = SAES or comparable_saes(model)
+if names:
+    saes, missing = open_saes(model, names)
+else:  # the middle layer's, trained now where there is none
+    found = find_sae(model)
+    saes, missing = {found.name: found.sae}, {}
+print(f"{len(saes)} SAEs; left out: {missing or 'none'}")
 
 # %% [markdown]
-# Without a list: all that ship for the model, or those of its published releases.
+# Read most closely is the one of the residual stream after the middle block.
 
 # %%
-names = SAES or comparable_saes(model)
-saes, missing = open_saes(model, names) if names else ({short: found.sae}, {})
-main = short if short in saes else next(iter(saes))
+from lenslab.sae.load import input_transform, sae_hook
+
+hook = {name: sae_hook(sae) for name, sae in saes.items()}
+middle = f"blocks.{model.cfg.n_layers // 2}."
+near = [name for name in saes if hook[name].startswith(middle)]
+main = next((name for name in near if "resid" in hook[name]), [*near, *saes][0])
+whole = f"{model_name(model)}-{main}"  # its name among those that ship
 print(f"{model_name(model)}: {len(saes)} SAEs, {', '.join(saes)}; read most closely: {main}")
-for name, reason in missing.items():
-    print(f"left out: {name}: {reason}")
 
 # %% [markdown]
 # Which of them stand in for which question: SAEs of the same site and width differ by their seed;
 # of the same site, by their width; and one for each site.
 
 # %%
-from lenslab.sae.load import input_transform, sae_hook
-
-hook = {name: sae_hook(sae) for name, sae in saes.items()}
 width = {name: sae.cfg.d_sae for name, sae in saes.items()}
 same = [name for name in saes if hook[name] == hook[main]]
 seeds = [main] + [n for n in same if width[n] == width[main] and n != main]
@@ -610,7 +614,7 @@ from lenslab.sae.load import bundled_saes, load_sae
 
 controls = {"this SAE": pooled[main]} | control_matrices(model, saes[main], batch)
 controls["random-twin SAE"] = twin_fa.pool("max")
-frozen = f"{found.name}-frozen-decoder"
+frozen = f"{whole}-frozen-decoder"
 if frozen in bundled_saes():
     floor = encode_saes(model, {frozen: load_sae(frozen)}, batch)[frozen]
     controls["frozen decoder"] = floor.pool("max")
@@ -981,7 +985,7 @@ every = card_table()
 every = every[every["ships"].astype(bool)].drop(columns="ships").set_index("sae")
 every["fvu"] = 1 - every["variance_explained"]
 other_models = [n for n in every.index if not n.startswith(f"{model_name(model)}-")]
-shown = every.loc[[*other_models, *[n for n in every.index if n == found.name]]]
+shown = every.loc[[*other_models, *every.index[every.index == whole]]]
 print(shown[["l0", "fvu", "ce_difference", "dead", "dense"]].round(2).to_string())
 so(
     f"over the {len(every)} SAEs that ship FVU goes from {every['fvu'].min():.2f} to "
@@ -1004,10 +1008,10 @@ intervals(drawn, shown.index, title="SAEs of several models", **axes).show()
 
 # %%
 SECOND = "pocket-moe" if model_name(model) != "pocket-moe" else "pocket-gpt"
-second = load_model(SECOND)
+second, MIDDLE = load_model(SECOND), 3  # the block that has SAEs in both
 second_batch = tokenize(second, list(labels.texts), truncate=True)
-second_saes, _ = open_saes(second, bundled_saes(second)[:3])
-second_name, second_sae = next(iter(second_saes.items()))
+names = [n for n in bundled_saes(second) if n.endswith((f"mlp-{MIDDLE}", f"resid-{MIDDLE}"))]
+second_name, second_sae = list(open_saes(second, names)[0].items())[-1]
 second_fa = encode_saes(second, {second_name: second_sae}, second_batch)[second_name]
 second_best = discriminate(second_fa.pool("max"), labels, n=200)
 print(f"{SECOND} {second_name}: {second_sae.cfg.d_sae} latents")
