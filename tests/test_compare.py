@@ -24,7 +24,6 @@ from lenslab.compare import (
     null_dictionaries,
     open_saes,
     similarity,
-    split_tree,
 )
 from lenslab.features.activations import encode_features
 from lenslab.features.readings import direct_logits
@@ -102,16 +101,6 @@ def test_the_strictest_null_is_taken_and_firings_dealt_out_anew_count_for_firing
     assert summary["shuffled firings"].notna().to_dict() == {k: k == "firing" for k in KINDS}
 
 
-def test_latents_are_counted_by_rate_and_by_agreement(planted):
-    a, b, truth = planted
-    found = compare(a, b, nulls(a))
-    table = found.by_rate()
-    assert table["latents"].sum() == LATENTS and table["rate"].tolist() == [0.1]
-    assert table["null"].iloc[0] < table["similarity"].iloc[0]
-    assert found.agreement("decoder", "firing") >= (truth >= 0).mean()
-    assert found.agreement("decoder", "encoder") == 1
-
-
 def test_a_silent_latent_is_not_compared_and_a_wider_sae_leaves_none_over(planted):
     a, b, _ = planted
     fires = a.fires.toarray()
@@ -139,7 +128,7 @@ def test_what_has_nothing_to_compare_is_refused_and_told_by_kind(planted):
     assert "firing" not in comparable_kinds(a, other_texts)
     with pytest.raises(SAEMismatch, match="other tokens"):
         similarity(a, other_texts, "firing")
-    with pytest.raises(SAEMismatch, match="not of one space"):
+    with pytest.raises(SAEMismatch, match="in another space"):
         similarity(a, elsewhere, "decoder")
     neither = dictionary("neither", b.decoder, b.fires.toarray(), model="n", tokens="u")
     with pytest.raises(SAEMismatch, match="neither a model nor texts"):
@@ -228,9 +217,9 @@ def test_one_name_stands_for_the_three_streams_of_a_published_model(model, monke
 
 def widths(encoded, *matrices):
     _, fa = encoded
-    names = ("narrow", "wide", "wider")
+    names = ("narrow", "wide")
     made = [scipy.sparse.csr_array(np.asarray(m, dtype=np.float32)) for m in matrices]
-    return [replace(fa, matrix=m, name=n) for n, m in zip(names, made, strict=False)]
+    return [replace(fa, matrix=m, name=n) for n, m in zip(names, made, strict=True)]
 
 
 def test_a_feature_that_splits_is_followed_into_its_children(encoded):
@@ -239,24 +228,12 @@ def test_a_feature_that_splits_is_followed_into_its_children(encoded):
     rows = np.arange(n)
     narrow = np.stack([rows < 60, rows >= 65], 1)
     wide = np.stack([rows < 35, (rows >= 35) & (rows < 60), rows >= 65, rows < 4], 1)
-    wider = np.stack([rows < 20, (rows >= 20) & (rows < 35), (rows >= 35) & (rows < 60)], 1)
-    fas = widths(encoded, narrow, wide, wider)
-    found = children(*fas[:2])
+    found = children(*widths(encoded, narrow, wide))
     assert found["parent"].tolist() == [0, 0, 1][: len(found)]
     assert found["child"].tolist()[:2] == [0, 1], "one that fires four times is no child"
     first = found.iloc[0]
     assert first["inside"] == 1 and first["covers"] == pytest.approx(35 / 60)
     assert first["expected"] == pytest.approx(60 / n)
-    tree = split_tree(fas, 0)
-    assert [(depth, name, f) for depth, name, f, _ in tree] == [
-        (0, "narrow", 0),
-        (1, "wide", 0),
-        (2, "wider", 0),
-        (2, "wider", 1),
-        (1, "wide", 1),
-        (2, "wider", 2),
-    ]
-    assert split_tree(fas[:1], 1) == [(0, "narrow", 1, 1.0)]
 
 
 def test_widths_on_other_texts_are_refused(model, encoded):

@@ -1,26 +1,41 @@
 """The three choices of an older rule on planted layers that hold the same: the trend that it
 reports is its own."""
 
+import jupytext
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from lenslab.features.factorial import FACTORS, ORDERS, factorial, planted_layers, pooled_ways
+from lenslab.features.factorial import FACTORS, ORDERS, factorial, pooled_ways
+from lenslab.files import REPOSITORY
+from lenslab.runtime import derive_generator
 
 FIRST, LATER = ORDERS
 
 
 @pytest.fixture(scope="module")
-def tables():
+def planted():
+    """What the cells of phase 3 define that plant the layers."""
+    source = REPOSITORY / "notebooks" / "interactive" / "phase_3_sae_comparison.py"
+    cells = [cell.source for cell in jupytext.read(source).cells if cell.cell_type == "code"]
+    first = next(i for i, cell in enumerate(cells) if '"planted layers"' in cell)
+    last = next(i for i, cell in enumerate(cells) if "def planted_layer" in cell)
+    names = {"np": np, "torch": torch, "derive_generator": derive_generator}
+    for cell in cells[first : last + 1]:
+        exec(cell, names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def tables(planted):
     """threshold -> specialists (way x layer), and the same of shuffled labels and of coverage."""
-    layers, real, attention, categories = planted_layers()
     found = {}
     for threshold in (5.0, "half"):
         parts = []
-        for name, layer in layers.items():
-            ways = pooled_ways(layer.encode, layer.x, real, attention)
-            parts.append(factorial(ways, categories, threshold, n=10).assign(layer=name))
+        for name, (x, encode) in planted["layers"].items():
+            ways = pooled_ways(encode, x, planted["real"], planted["attention"])
+            parts.append(factorial(ways, planted["kinds"], threshold, n=10).assign(layer=name))
         table = pd.concat(parts)
         wide = table.pivot(index=list(FACTORS), columns="layer")
         found[threshold] = {c: wide[c] for c in ("specialists", "shuffled", "coverage")}
@@ -48,10 +63,10 @@ def test_a_huge_bos_hides_all_specialists_and_covers_every_text(tables):
     assert found["coverage"].loc[False, False, LATER].max() < 0.6
 
 
-def test_without_a_huge_bos_bos_changes_little():
-    layers, real, attention, categories = planted_layers(bos=1e-3, scales=(1.0,))
-    layer = layers["layer 1"]
-    table = factorial(pooled_ways(layer.encode, layer.x, real, attention), categories, n=5)
+def test_without_a_huge_bos_bos_changes_little(planted):
+    x, encode = planted["planted_layer"](1.0, bos=1e-3)
+    ways = pooled_ways(encode, x, planted["real"], planted["attention"])
+    table = factorial(ways, planted["kinds"], n=5)
     means = {factor: table.groupby(factor)["specialists"].mean() for factor in FACTORS}
     assert abs(means["BOS"][True] - means["BOS"][False]) < 0.5
     assert means["order"][LATER] < means["order"][FIRST] - 0.5

@@ -10,7 +10,6 @@ from lenslab.capture import harvest
 from lenslab.features.activations import FeatureActivations
 from lenslab.features.readings import (
     CLASSES,
-    alike_by_pair,
     direct_logits,
     explained_by_token,
     feature_names,
@@ -259,15 +258,3 @@ def test_what_the_token_foretells_is_told_from_what_the_place_does(model):
     assert new["by_string"][0] == pytest.approx(1)
     with pytest.raises(ValueError, match="texts but 3 marks"):
         explained_by_token(fa, [0], np.ones(3))
-
-
-def test_pairs_of_texts_are_compared_by_what_they_share():
-    form, concept = np.repeat(list("ab"), 20), np.tile(np.arange(20), 2)
-    same = (concept[:, None] == concept).astype(float)
-    rng = np.random.default_rng(0)
-    noise = rng.normal(size=(40, 40)) / 10
-    found = alike_by_pair(same + noise + noise.T, form, concept).set_index("pair")
-    assert found["pairs"].to_dict() == {"same concept": 20, "same form": 380, "neither": 380}
-    assert found.loc["same concept", "low"] > 0.8 > 0.1 > found.loc["same form", "high"]
-    assert (found["low"] <= found["mean"]).all() and (found["mean"] <= found["high"]).all()
-    assert found.loc["neither", "low"] < 0.05

@@ -370,7 +370,8 @@ if len(seeds) > 1:
     pairs = [(a, b) for i, a in enumerate(seeds) for b in seeds[i + 1 :]]
     cosines = [dictionaries[a].decoder @ dictionaries[b].decoder.T for a, b in pairs]
     means = np.array([match(values.numpy())["similarity"].mean() for values in cosines])
-    agree = seed_pair.agreement("decoder", "encoder")
+    partners = seed_pair.latents.pivot(index="latent", columns="kind", values="partner")
+    agree = (partners["decoder"] == partners["encoder"]).mean()
     print(f"decoder, all {len(pairs)} pairs of seeds: {means.min():.3f} to {means.max():.3f}")
 
 # %% [markdown]
@@ -392,12 +393,21 @@ so(
 
 # %%
 if len(seeds) > 1:
-    bands = seed_pair.by_rate("decoder")
-    print(bands.round(2).to_string(index=False))
+    latents = seed_pair.latents.query("kind == 'decoder'")
+    edges = [0, 1e-3, 1e-2, 1e-1, 1]
+    groups = latents.groupby(pd.cut(latents["rate"], edges, labels=edges[1:]), observed=True)
+    bands = groups[["similarity", "null", "near"]].mean().assign(latents=groups.size())
+    print(bands.round(2).to_string())
+
+# %% [markdown]
+# Drawn, beside the strictest null:
+
+# %%
+if len(seeds) > 1:
     curves = {"second seed": bands["similarity"], "null: data points": bands["null"]}
     titles = {"x_title": "fires on up to this share of tokens", "y_title": "cosine of the match"}
     title = "What two seeds share, by how often a latent fires"
-    lines(curves, bands["rate"].astype(float), log_x=True, title=title, **titles).show()
+    lines(curves, bands.index.astype(float), log_x=True, title=title, **titles).show()
 
 # %% [markdown]
 # ## 6. Other widths, layers and streams
@@ -478,37 +488,90 @@ so(
 )
 
 # %% [markdown]
-# One family: the feature of the narrowest SAE with most children, each with the token that it fires
-# on most.
+# One family: a feature is followed into each wider SAE, named with the token that it fires on most.
 
 # %%
-from lenslab.compare import split_tree
 from lenslab.features.readings import feature_names
 
+
+def follow(feature: int, fas: list, depth: int = 0, share: float = 1.0) -> None:
+    """Print a feature of the first SAE and, further in, what it becomes in the next ones."""
+    told = f": has {share:.0%} of its parent's firings" if depth else ""
+    print(f"{'    ' * depth}{fas[0].name} {feature_names(fas[0], [feature])[0]}{told}")
+    if len(fas) > 1:
+        for row in children(*fas[:2]).query("parent == @feature").head(3).itertuples():
+            follow(row.child, fas[1:], depth + 1, row.covers)
+
+
+# %% [markdown]
+# Of the narrowest SAE the feature with most children, among those that fire on less than 2 %.
+
+# %%
 if len(widths) > 1:
     family = children(fas[widths[0]], fas[widths[1]])
     family = family[family["expected"] < 0.02].groupby("parent").size()
-    for depth, name, feature, covers in split_tree([fas[n] for n in widths], family.idxmax(), 3):
-        label = feature_names(fas[name], [feature])[0]
-        print(f"{'    ' * depth}{name} {label}: {covers:.0%} of its parent's firings")
+    follow(family.idxmax(), [fas[name] for name in widths])
 
 # %% [markdown]
 # ## 8. Where a famous trend comes from
 # A comparison of GPT-2's layers counted specialists in 5, 6, 7 and 7 of seven kinds. It averaged
 # each text's tokens before encoding, called 5.0 strong at every layer, and met BOS and padding on
-# the way. **Planted**: four layers that hold the *same*, only stronger from one to the next, with a
-# huge vector at BOS; three choices crossed.
+# the way. **Planted** here: seventy texts of seven kinds, of 10 to 20 tokens after BOS, padded.
 
 # %%
-from lenslab.features.factorial import FACTORS, factorial, planted_layers, pooled_ways
+generator = derive_generator(0, "planted layers")
+n_kinds, n_texts, longest, bias = 7, 70, 20, 12.0
+d_in = n_kinds + n_texts + 3  # and the common feature, what padding holds, and the sink at BOS
+kinds = np.repeat([f"kind {number}" for number in range(1, n_kinds + 1)], n_texts // n_kinds)
+lengths = torch.randint(10, longest + 1, (n_texts, 1), generator=generator)
+attention = torch.arange(longest + 1) < 1 + lengths
+real = attention.clone()
+real[:, 0] = False
 
-layers, real, attention, kinds = planted_layers()
-rows = []
-for name, layer in layers.items():
-    ways = pooled_ways(layer.encode, layer.x, real, attention)
+# %% [markdown]
+# Every kind has a feature that fires on every other token of its texts, some kinds strongly, some
+# weakly; so has every single text, whatever its kind; and one feature is everywhere.
+
+# %%
+strength, rows = torch.zeros(n_texts, d_in), torch.arange(n_texts)
+strength[:, -3] = 12.0
+strength[rows, rows * n_kinds // n_texts] = torch.linspace(16, 28, n_kinds).repeat_interleave(10)
+strength[rows, n_kinds + rows] = torch.linspace(8, 22, n_texts)[rows * 29 % n_texts]
+phase = torch.randint(2, (n_texts, 1, d_in), generator=generator)
+fires = (torch.arange(longest + 1)[:, None] + phase) % 2 == 0  # [text, pos, feature]
+contents = fires * (strength[:, None] + bias * (strength[:, None] > 0))
+contents[~attention] = 20 * torch.eye(d_in)[-2]
+
+# %% [markdown]
+# Four layers hold this *same*, only stronger from one to the next, with a huge vector at BOS. The
+# SAE knows the features; like a trained one it has a bias that a feature must exceed to fire.
+
+# %%
+turned = torch.linalg.qr(torch.randn(d_in, d_in, generator=generator))[0]
+sink = 1 + torch.rand(d_in, generator=generator)  # every feature sees it
+
+
+def planted_layer(scale: float, bos: float = 3000.0) -> tuple:
+    """What the SAE reads at every place, and how it encodes."""
+    x = contents * scale
+    x[:, 0] = bos * sink / sink.norm()
+    return x @ turned, lambda given: torch.relu(given @ turned.T - bias * scale)
+
+
+layers = {f"layer {i}": planted_layer(scale) for i, scale in enumerate((1, 1.15, 1.35, 2), 1)}
+
+# %% [markdown]
+# Three choices crossed: what the older rule counts under each.
+
+# %%
+from lenslab.features.factorial import FACTORS, factorial, pooled_ways
+
+tables = []
+for name, (x, encode) in layers.items():
+    ways = pooled_ways(encode, x, real, attention)
     for threshold in (5.0, "half"):
-        rows.append(factorial(ways, kinds, threshold).assign(layer=name, threshold=threshold))
-trend = pd.concat(rows)
+        tables.append(factorial(ways, kinds, threshold).assign(layer=name, threshold=threshold))
+trend = pd.concat(tables)
 at_5 = trend[trend["threshold"] == 5.0]
 print(at_5.pivot(index=list(FACTORS), columns="layer", values="specialists").to_string())
 
@@ -646,7 +709,7 @@ so(
 # the mean. **Control**: as many features taken at random.
 
 # %%
-from lenslab.features.readings import alike_by_pair, explained_by_token
+from lenslab.features.readings import explained_by_token
 
 own = best[best["sae"] == main].set_index("category")["feature"]
 fires = np.asarray((pooled[main] > 0).sum(axis=0)).ravel()
@@ -750,8 +813,9 @@ so(
 
 # %%
 new = (matched["split"] == "held_out").to_numpy()
-strong = np.zeros(matched_pooled.shape, dtype=np.float32)
-top = np.argsort(-matched_pooled.toarray(), axis=1, kind="stable")[:, :20]
+dense = matched_pooled.toarray()
+top = np.argsort(-dense, axis=1, kind="stable")[:, :20]
+strong = np.zeros(dense.shape, dtype=np.float32)
 np.put_along_axis(strong, top, 1, axis=1)
 both = strong[new] @ strong[new].T
 vectors = harvest(model, matched_batch, hook[main])[hook[main]]
@@ -763,24 +827,30 @@ unit = means[new] / np.linalg.norm(means[new], axis=1, keepdims=True)
 # Compared by what two texts share:
 
 # %%
-alike = {}
+form, concept = (matched.loc[new, column].to_numpy() for column in ("form", "concept"))
+one_form, one_concept = form[:, None] == form, concept[:, None] == concept
+sorts = {"same concept": one_concept & ~one_form, "same form": one_form & ~one_concept}
+sorts["neither"] = ~one_form & ~one_concept
+alike = {"Jaccard": {}, "cosine": {}}
 for name, similarity in (("Jaccard", both / (40 - both)), ("cosine", unit @ unit.T)):
-    alike[name] = alike_by_pair(similarity, matched["form"][new], matched["concept"][new])
-    print(f"{name}:\n{alike[name].round(3).to_string(index=False)}")
+    for pair, which in sorts.items():
+        sums, draw = np.where(which, similarity, 0).sum(1), derive_generator(0, pair)
+        sums = np.stack([sums, which.sum(1)], 1)  # by text: similarities, pairs
+        share = lambda s: s[:, 0].sum() / s[:, 1].sum()  # noqa: E731
+        alike[name][pair] = bootstrap_by_document(sums, concept, draw, share)
 
 # %% [markdown]
 # In words:
 
 # %%
 for name, table in alike.items():
-    row = table.set_index("pair")
-    concept, form = row.loc["same concept"], row.loc["same form"]
-    more = "content" if concept["low"] > form["high"] else "form"
-    more = more if concept["low"] > form["high"] or form["low"] > concept["high"] else "neither"
+    said, form, neither = table.values()
+    more = "content leads" if said.low > form.high else "neither leads beyond its interval"
     so(
-        f"{name}: texts that say the same in two forms {concept['mean']:.2f}, texts of one form "
-        f"that say different things {form['mean']:.2f}, neither {row.loc['neither', 'mean']:.2f}; "
-        f"beyond both intervals leads {more}."
+        f"{name}: texts that say the same in two forms {said.estimate:.2f} ({said.low:.2f} to "
+        f"{said.high:.2f}), texts of one form that say different things {form.estimate:.2f} "
+        f"({form.low:.2f} to {form.high:.2f}), texts that share neither {neither.estimate:.2f}: "
+        f"{'form leads' if form.low > said.high else more}."
     )
 
 # %% [markdown]
@@ -1125,5 +1195,5 @@ print(f"written: {page.with_suffix('.html').name}")
 # 1. `seed_pair.latents.pivot(index="latent", columns="kind", values="partner")`, then compare the
 #    columns; look at the rows with a small `rate` first.
 # 2. `(seed_pair.latents.query("kind == 'decoder'")[["similarity", "null"]] >= 0.9).mean()`.
-# 3. `planted_layers(scales=(0.5, 1.0, 1.75, 2.2, 2.9))` in section 8; then `threshold="half"`.
+# 3. `layers["half"] = planted_layer(0.5)` in section 8, and on from there; look at both thresholds.
 # </details>

@@ -9,7 +9,7 @@
 4. `compare` does the same with nulls in the place of the second SAE (`null_dictionaries`): SAEs of
    the same data resemble each other by the data's covariance alone. Reported is
    (value - null) / (1 - null), with the null that reaches most.
-5. `children` and `split_tree` follow a feature into a wider SAE by what fires where it fires.
+5. `children` are the features of a wider SAE that fire where a feature fires.
 
 Two features are called shared at a similarity of .7, as in Paulo and Belrose (2025), beside the
 share of a null's pairs that get there.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,9 +30,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.features.activations import ROWS, FeatureActivations, Index
+from lenslab.features.activations import ROWS, FeatureActivations
 from lenslab.features.readings import direct_logits
-from lenslab.files import Result
 from lenslab.hooks import UnknownHook
 from lenslab.models import model_key, model_name
 from lenslab.runtime import derive_generator
@@ -53,7 +53,6 @@ KINDS = ("decoder", "encoder", "firing", "vocabulary")
 SHARED = 0.7  # similarity from which two features are called one
 NEAR = 0.05  # a latent that is as similar up to this might as well be the partner
 LEAST = 10  # firings of a feature that is followed
-BANDS = (0, 1e-3, 1e-2, 1e-1, 1)  # of firing rates
 
 # One name for what is compared of a published model: release by release, at LAYERS of its depth
 PUBLISHED = {
@@ -188,19 +187,11 @@ def similarity(a: Dictionary, b: Dictionary, kind: str) -> Float[np.ndarray, "la
     """
     if kind not in KINDS:
         raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind!r}.")
-    if kind == "firing":
-        if a.tokens != b.tokens or a.fires.shape[0] != b.fires.shape[0]:
-            raise SAEMismatch(
-                f"{a.name} and {b.name} were encoded on other tokens: firings differ."
-            )
-        return _phi(a, b)
-    ours, theirs = getattr(a, kind), getattr(b, kind)
-    if a.model != b.model or ours is None or theirs is None or ours.shape[1] != theirs.shape[1]:
-        raise SAEMismatch(f"The {kind} of {a.name} and of {b.name} are not of one space.")
-    return (ours @ theirs.T).numpy().astype(np.float64)
-
-
-def _phi(a: Dictionary, b: Dictionary) -> np.ndarray:
+    if kind not in comparable_kinds(a, b):
+        what = "on other tokens" if kind == "firing" else "in another space"
+        raise SAEMismatch(f"The {kind} of {a.name} and of {b.name} is {what}: nothing to compare.")
+    if kind != "firing":
+        return (getattr(a, kind) @ getattr(b, kind).T).numpy().astype(np.float64)
     joint = (a.fires.T @ b.fires).toarray() / a.fires.shape[0]
     p, q = a.rate[:, None], b.rate[None]
     scale = np.sqrt(p * (1 - p) * q * (1 - q))  # 0 where one is silent, or always fires
@@ -228,34 +219,13 @@ def match(values: Float[np.ndarray, "latent_a latent_b"]) -> pd.DataFrame:
     return table.rename_axis("latent").reset_index()
 
 
-@dataclass(frozen=True, eq=False)
-class Comparison(Result):
+class Comparison(NamedTuple):
     """Two SAEs, latent by latent. Of each kind of similarity `summary` has the mean over matched
     latents (`value`), that of each null, `null`, the largest of them, `corrected`, (value - null) /
     (1 - null), and `shared` and `shared_null`, the shares with a similarity of .7 or more."""
 
-    first: str
-    second: str
     latents: pd.DataFrame  # kind, latent, partner, similarity, near, rate, null
     summary: pd.DataFrame  # a row per kind
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per kind."""
-        return self.summary
-
-    def by_rate(self, kind: str = "decoder") -> pd.DataFrame:
-        """The same by how often the first's latents fire: `rate` (up to), `latents`, `similarity`,
-        `null`, `near`."""
-        own = self.latents[self.latents["kind"] == kind]
-        bands = pd.cut(own["rate"], BANDS, labels=BANDS[1:]).rename("rate")
-        groups = own.groupby(bands, observed=True)
-        table = groups[["similarity", "null", "near"]].mean()
-        return table.assign(latents=groups.size()).reset_index()
-
-    def agreement(self, *kinds: str) -> float:
-        """Share of latents that have the same partner by each of the kinds."""
-        wide = self.latents.pivot(index="latent", columns="kind", values="partner")[list(kinds)]
-        return float((wide.nunique(axis=1) == 1).mean())
 
 
 def compare(
@@ -277,16 +247,14 @@ def compare(
         strictest = max(means, key=means.get)
         value, null = float(found["similarity"].mean()), means[strictest]
         row = {"kind": kind, "value": value, **means, "null": null}
-        row |= {"corrected": (value - null) / (1 - null)}
-        row |= {"shared": float((found["similarity"] >= SHARED).mean())}
-        row |= {"shared_null": float((values[strictest] >= SHARED).mean())}
-        rows.append(row | {"near": float(found["near"].mean())})
+        row |= {"corrected": (value - null) / (1 - null), "near": found["near"].mean()}
+        row["shared"] = (found["similarity"] >= SHARED).mean()
+        rows.append(row | {"shared_null": (values[strictest] >= SHARED).mean()})
         found = found.assign(latent=alive, rate=a.rate[alive], null=values[strictest], kind=kind)
         tables.append(found)
     if not rows:
         raise SAEMismatch(f"{a.name} and {b.name} share neither a model nor texts.")
-    latents = pd.concat(tables, ignore_index=True)
-    return Comparison(first=a.name, second=b.name, latents=latents, summary=pd.DataFrame(rows))
+    return Comparison(pd.concat(tables, ignore_index=True), pd.DataFrame(rows))
 
 
 # Widths
@@ -311,20 +279,3 @@ def children(narrow: FeatureActivations, wide: FeatureActivations) -> pd.DataFra
     enough = (counts[joint.row] >= LEAST) & (own[joint.col] >= LEAST)
     kept = table[enough & (table["inside"] > 0.5)]
     return kept.sort_values(["parent", "covers"], ascending=[True, False], ignore_index=True)
-
-
-def split_tree(
-    fas: Iterable[FeatureActivations], feature: Index, most: int = 4
-) -> list[tuple[int, str, int, float]]:
-    """One feature of the first, narrowest SAE and what it becomes in each wider one: (depth, SAE,
-    feature, share of its parent's firings), depth first, the `most` largest children of each."""
-    narrow, *wider = fas
-    nodes = [(0, narrow.name, int(feature), 1.0)]
-    if not wider:
-        return nodes
-    found = children(narrow, wider[0])
-    for row in found[found["parent"] == feature].head(most).itertuples():
-        below = split_tree(wider, row.child, most)
-        below[0] = (0, wider[0].name, int(row.child), float(row.covers))
-        nodes += [(depth + 1, *rest) for depth, *rest in below]
-    return nodes

@@ -23,7 +23,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lenslab.capture import harvest
 from lenslab.features.activations import FeatureActivations, Indices
 from lenslab.metrics import next_token_nats
 from lenslab.runtime import progress_bar
@@ -115,32 +114,21 @@ def ablate_features(
     """How much the loss of each text rises, in nats per token, where a feature is set to zero at
     its real tokens (zero ablation), the SAE's error kept.
 
-    As by `splice`, but the SAE reads only the tokens at which the feature fires, and the model only
-    the texts that have some: elsewhere the rise is 0. Raises as `splice`; ValueError for a text of
-    a single token.
+    The model reads only the texts in which a feature fires: elsewhere the rise is 0. Raises as
+    `splice`; ValueError for a text of a single token.
     """
-    transform, hook = input_transform(sae, model, fa.batch), sae_hook(sae)
-    refuse_transcoder(sae)
-    value = harvest(model, fa.batch, hook, compute="float32", progress=False)[hook]
     effect = np.zeros((len(features), len(fa.batch)))
     clean = text_losses(model, fa.batch, batch_size)
     for row, feature in enumerate(progress_bar(features, desc="ablate")):
-        fires = fa.of(feature) > 0  # [text, pos]
-        texts = fires.any(1).nonzero()[:, 0].tolist()
+        texts = (fa.of(feature) > 0).any(1).nonzero()[:, 0].tolist()
+
+        def zero(latents: Tensor, feature: int = int(feature)) -> Tensor:
+            return latents.index_fill(-1, torch.tensor(feature, device=latents.device), 0)
+
         for start in range(0, len(texts), batch_size):
             some = texts[start : start + batch_size]
-            there = fires[some]
-            x = transform(value[some][there].to(model.cfg.device))  # [token, d_in]
-            latents = sae.encode(x)
-            rebuilt = sae.decode(latents)  # before the edit: some keep the norms of what they read
-            latents[:, int(feature)] = 0
-            x = transform.inverse(x + sae.decode(latents) - rebuilt, value[some][there].to(x))
-
-            def put(at_hook: Tensor, hook: object, there: Tensor = there, x: Tensor = x) -> Tensor:
-                return at_hook.index_put(tuple(there.nonzero().T.to(x.device)), x)
-
             few = fa.batch[some]
-            with model.hooks(fwd_hooks=[(hook, put)]):
+            with splice(model, sae, edit=zero, mask=few.real):
                 effect[row, some] = text_losses(model, few, batch_size) - clean[some]
     return effect
 

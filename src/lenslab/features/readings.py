@@ -8,8 +8,7 @@
    activation follows the form and how much the content (two-way analysis of variance, one text per
    cell), beside what shuffled labels give.
 3. `explained_by_token`: how much of an activation the token alone would foretell.
-4. `alike_by_pair`: are texts more alike that say the same thing, or that say it in the same form?
-5. `vocabulary_effects`: which next tokens a feature's decoder direction makes likelier, read
+4. `vocabulary_effects`: which next tokens a feature's decoder direction makes likelier, read
    through the final norm and the unembedding, later layers skipped.
 """
 
@@ -36,7 +35,6 @@ from lenslab.features.activations import (
 from lenslab.metrics import as_mask, auroc
 from lenslab.runtime import derive_generator
 from lenslab.sae.load import RESIDUAL, SparseAutoencoder, check_sae, sae_hook
-from lenslab.stats import bootstrap_by_document
 from lenslab.texts import LabelledTexts
 from lenslab.tokens import token_string
 
@@ -228,31 +226,6 @@ def explained_by_token(
         guess = own.set_axis(guess.index).fillna(guess)
         table[name] = (1 - ((values[new] - guess) ** 2).sum() / spread).to_numpy()
     return table
-
-
-def alike_by_pair(
-    similarity: Float[np.ndarray, "text text"], form: Labels, concept: Labels, *, seed: int = 0
-) -> pd.DataFrame:
-    """Mean similarity of two texts that say the same in two forms (`same concept`), that say
-    different things in one form (`same form`), and that share neither (the null).
-
-    One row per kind of pair: `pairs`, `mean`, and `low` and `high`, the 95 % interval where whole
-    concepts are drawn anew: pairs that share a text are not independent.
-    """
-    form, concept = np.asarray(form), np.asarray(concept)
-    one_form, one_concept = form[:, None] == form, concept[:, None] == concept
-    kinds = {"same concept": one_concept & ~one_form, "same form": one_form & ~one_concept}
-    kinds["neither"] = ~one_form & ~one_concept
-    rows = []
-    for name, pairs in kinds.items():
-        sums = np.stack([np.where(pairs, similarity, 0).sum(1), pairs.sum(1)], 1)  # by text
-        generator = derive_generator(seed, name)
-        interval = bootstrap_by_document(
-            sums, concept, generator, lambda s: s[:, 0].sum() / s[:, 1].sum()
-        )
-        row = {"pair": name, "pairs": int(pairs.sum()) // 2, "mean": interval.estimate}
-        rows.append(row | {"low": interval.low, "high": interval.high})
-    return pd.DataFrame(rows)
 
 
 @torch.inference_mode()
