@@ -204,7 +204,6 @@ def test_saes_that_cannot_be_compared_are_named_with_the_reason(model, tmp_path,
 def test_one_name_stands_for_the_three_streams_of_a_published_model(model, monkeypatch):
     assert comparable_saes(model) == []
     monkeypatch.setattr("lenslab.compare.model_name", lambda model: "gpt2")  # none is bundled
-    monkeypatch.setattr(model.cfg, "n_layers", 12)
     names = comparable_saes(model)
     streams = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")
     wanted = [f"blocks.{layer}.{stream}" for stream in streams for layer in (6, 8, 10, 11)]

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from lenslab.features.factorial import FACTORS, ORDERS, factorial, pooled_ways
+from lenslab.features import ranking
+from lenslab.features.ranking import ORDERS, pooled_ways
 from lenslab.files import REPOSITORY
 from lenslab.runtime import derive_generator
 
@@ -16,12 +17,13 @@ FIRST, LATER = ORDERS
 
 @pytest.fixture(scope="module")
 def planted():
-    """What the cells of phase 3 define that plant the layers."""
+    """What the cells of phase 3 define that plant the layers and count specialists in them."""
     source = REPOSITORY / "notebooks" / "interactive" / "phase_3_sae_comparison.py"
     cells = [cell.source for cell in jupytext.read(source).cells if cell.cell_type == "code"]
     first = next(i for i, cell in enumerate(cells) if '"planted layers"' in cell)
-    last = next(i for i, cell in enumerate(cells) if "def planted_layer" in cell)
-    names = {"np": np, "torch": torch, "derive_generator": derive_generator}
+    last = next(i for i, cell in enumerate(cells) if "def count_by_way" in cell)
+    names = {"np": np, "pd": pd, "torch": torch, "derive_generator": derive_generator}
+    names["count_specialists_null"] = ranking.count_specialists_null
     for cell in cells[first : last + 1]:
         exec(cell, names)
     return names
@@ -35,9 +37,10 @@ def tables(planted):
         parts = []
         for name, (x, encode) in planted["layers"].items():
             ways = pooled_ways(encode, x, planted["real"], planted["attention"])
-            parts.append(factorial(ways, planted["kinds"], threshold, n=10).assign(layer=name))
+            counted = planted["count_by_way"](ways, planted["kinds"], threshold, n=10)
+            parts.append(counted.assign(layer=name))
         table = pd.concat(parts)
-        wide = table.pivot(index=list(FACTORS), columns="layer")
+        wide = table.pivot(index=planted["FACTORS"], columns="layer")
         found[threshold] = {c: wide[c] for c in ("specialists", "shuffled", "coverage")}
     return found
 
@@ -66,8 +69,8 @@ def test_a_huge_bos_hides_all_specialists_and_covers_every_text(tables):
 def test_without_a_huge_bos_bos_changes_little(planted):
     x, encode = planted["planted_layer"](1.0, bos=1e-3)
     ways = pooled_ways(encode, x, planted["real"], planted["attention"])
-    table = factorial(ways, planted["kinds"], n=5)
-    means = {factor: table.groupby(factor)["specialists"].mean() for factor in FACTORS}
+    table = planted["count_by_way"](ways, planted["kinds"], n=5)
+    means = {factor: table.groupby(factor)["specialists"].mean() for factor in planted["FACTORS"]}
     assert abs(means["BOS"][True] - means["BOS"][False]) < 0.5
     assert means["order"][LATER] < means["order"][FIRST] - 0.5
 

@@ -561,19 +561,39 @@ def planted_layer(scale: float, bos: float = 3000.0) -> tuple:
 layers = {f"layer {i}": planted_layer(scale) for i, scale in enumerate((1, 1.15, 1.35, 2), 1)}
 
 # %% [markdown]
-# Three choices crossed: what the older rule counts under each.
+# A text's value under three choices, crossed: BOS in or out, padding in or out, and tokens encoded
+# before they are averaged or after. What does the older rule count under each?
 
 # %%
-from lenslab.features.factorial import FACTORS, factorial, pooled_ways
+from lenslab.features.ranking import pooled_ways, summarize_features
 
+FACTORS = ["BOS", "padding", "order"]
+
+
+def count_by_way(ways: dict, categories, threshold=5.0, n: int = 20) -> pd.DataFrame:
+    """One row per way: specialists, with shuffled labels, and the widest coverage of a feature."""
+    rows = []
+    for way, matrix in ways.items():
+        null = count_specialists_null(matrix, categories, threshold, n=n)
+        row = dict(zip(FACTORS, way, strict=True)) | {"specialists": null.observed}
+        frequency = summarize_features(np.maximum(matrix, 0)).frequency
+        rows.append(row | {"shuffled": null.mean_null, "coverage": float(frequency.max())})
+    return pd.DataFrame(rows)
+
+
+# %% [markdown]
+# On the planted layers:
+
+# %%
 tables = []
 for name, (x, encode) in layers.items():
     ways = pooled_ways(encode, x, real, attention)
     for threshold in (5.0, "half"):
-        tables.append(factorial(ways, kinds, threshold).assign(layer=name, threshold=threshold))
+        table = count_by_way(ways, kinds, threshold)
+        tables.append(table.assign(layer=name, threshold=threshold))
 trend = pd.concat(tables)
 at_5 = trend[trend["threshold"] == 5.0]
-print(at_5.pivot(index=list(FACTORS), columns="layer", values="specialists").to_string())
+print(at_5.pivot(index=FACTORS, columns="layer", values="specialists").to_string())
 
 # %% [markdown]
 # Without BOS and padding: the older way, with shuffled labels, and with one choice mended at a
@@ -639,7 +659,7 @@ print(f"padding is {1 - batch.attention.float().mean():.0%} of the places")
 rows = []
 for name, x in everywhere.items():
     ways = pooled_ways(saes[name].encode, x, batch.real, batch.attention)
-    rows.append(factorial(ways, labels.category, n=3).assign(sae=name))
+    rows.append(count_by_way(ways, labels.category, n=3).assign(sae=name))
 crossed = pd.concat(rows)
 
 # %% [markdown]

@@ -54,11 +54,11 @@ SHARED = 0.7  # similarity from which two features are called one
 NEAR = 0.05  # a latent that is as similar up to this might as well be the partner
 LEAST = 10  # firings of a feature that is followed
 
-# One name for what is compared of a published model: release by release, at LAYERS of its depth
+# One name for what is compared of a published model: release by release, at LAYERS of its twelve
 PUBLISHED = {
     "gpt2": ("gpt2-small-res-jb", "gpt2-small-attn-out-v5-32k", "gpt2-small-mlp-out-v5-32k")
 }
-LAYERS = (1 / 2, 2 / 3, 5 / 6, 1)  # of twelve: 6, 8, 10 and 11
+LAYERS = (6, 8, 10, 11)
 Name = str | tuple[str, str]  # bundled or a folder; or (release, id)
 
 
@@ -66,11 +66,9 @@ def comparable_saes(model: TransformerBridge) -> list[Name]:
     """The SAEs that a comparison of this model is about: the bundled ones; else those of the
     releases in `PUBLISHED`, by (release, id), whether they are on this machine or not."""
     names: list[Name] = list(bundled_saes(model))
-    n = model.cfg.n_layers
-    layers = {min(int(n * part), n - 1) for part in LAYERS}
     for release in () if names else PUBLISHED.get(model_name(model), ()):
         first = {place_of(release, i).layer: (release, i) for i in reversed(paths_of(release))}
-        names += [first[layer] for layer in sorted(layers) if layer in first]
+        names += [first[layer] for layer in LAYERS if layer in first]
     return names
 
 
