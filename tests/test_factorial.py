@@ -67,7 +67,9 @@ def test_a_huge_bos_hides_all_specialists_and_covers_every_text(tables):
 
 
 def test_without_a_huge_bos_bos_changes_little(planted):
-    x, encode = planted["planted_layer"](1.0, bos=1e-3)
+    x, encode = planted["layers"]["layer 1"]
+    x = x.clone()
+    x[:, 0] = 0
     ways = pooled_ways(encode, x, planted["real"], planted["attention"])
     table = planted["count_by_way"](ways, planted["kinds"], n=5)
     means = {factor: table.groupby(factor)["specialists"].mean() for factor in planted["FACTORS"]}

@@ -143,8 +143,9 @@ for metric in ("l0", "fvu", "ce_difference"):
 
 # %%
 so(
-    f"{len(seeds)} seeds at one site tell differences in FVU of {by_place['fvu'][0]:.3f} apart; "
-    f"those between the places come to {by_place['fvu'][1]:.2f}."
+    f"a difference in FVU of more than {by_place['fvu'][0]:.3f} is more than reseeding gives "
+    f"({len(seeds)} seeds at one site); places, which hold other things to rebuild, differ by up "
+    f"to {by_place['fvu'][1]:.2f}."
     if len(seeds) > 1
     else "there is one seed, so how much two SAEs differ by chance cannot be told."
 )
@@ -201,10 +202,14 @@ print(by_sae.round(2).to_string())
 # %%
 reseeds = best[best["sae"].isin(seeds)].groupby("sae")["auroc"].mean()
 least = smallest_difference(reseeds.to_numpy())
-gap = by_sae["feature"].max() - by_sae["feature"].min()
-told = "cannot be judged with one seed"
-if len(seeds) > 1:
-    told = f"is {'more' if gap > least else 'no more'} than reseeding gives ({least:.3f})"
+stream = hook[main].split("hook_")[-1]
+of_stream = by_sae.loc[[n for n in places if hook[n].endswith(stream)], "feature"]
+gaps = {"all places": np.ptp(by_sae["feature"]), f"the layers at {stream}": np.ptp(of_stream)}
+told = []
+for where, gap in gaps.items():
+    against = f"{'more' if gap > least else 'no more'} than reseeding gives ({least:.3f})"
+    against = against if len(seeds) > 1 else "which one seed cannot judge"
+    told.append(f"between {where} it differs by up to {gap:.3f}, {against}")
 
 # %% [markdown]
 # In words:
@@ -213,11 +218,11 @@ if len(seeds) > 1:
 so(
     f"by the older rule {by_sae['at 5.0'].min():.0f} to {by_sae['at 5.0'].max():.0f} of "
     f"{len(labels.categories)} kinds have a specialist, and under shuffled labels "
-    f"{by_sae['at 5.0 shuffled'].min():.1f} to {by_sae['at 5.0 shuffled'].max():.1f}; held out, "
-    f"the best feature's AUROC goes from {by_sae['feature'].min():.2f} "
+    f"{by_sae['at 5.0 shuffled'].min():.1f} to {by_sae['at 5.0 shuffled'].max():.1f}. Held out, "
+    f"the best features' mean AUROC is {by_sae['feature'].min():.2f} "
     f"({by_sae['feature'].idxmin()}) to {by_sae['feature'].max():.2f} "
-    f"({by_sae['feature'].idxmax()}), a gap of {gap:.3f} that "
-    f"{told}; the ceiling is {by_sae['ceiling'].min():.2f} to "
+    f"({by_sae['feature'].idxmax()}), and over seeds of {main} {reseeds.min():.2f} to "
+    f"{reseeds.max():.2f}: {'; '.join(told)}. The ceiling is {by_sae['ceiling'].min():.2f} to "
     f"{by_sae['ceiling'].max():.2f}."
 )
 
@@ -286,7 +291,8 @@ for name in places:
     norm = float((inputs[name] - inputs[name].mean(0)).norm(dim=1).mean())
     frequency = np.asarray((pooled[name] > 0).mean(axis=0)).ravel()
     gini = 2 * (np.arange(1, 6) * largest).sum() / (5 * largest.sum()) - 6 / 5
-    row = {"sae": name, "peak": largest[-1], "norm": norm, "peak/norm": largest[-1] / norm}
+    row = {"sae": name, "peak": float(largest[-1]), "norm": norm}
+    row["peak/norm"] = row["peak"] / norm
     row |= {"gini": gini, "peak/top 5": largest[-1] / largest.sum()}
     rows.append(
         row | {"coverage": frequency.max(), "on half of the texts": (frequency > 0.5).sum()}
@@ -488,29 +494,24 @@ so(
 )
 
 # %% [markdown]
-# One family: a feature is followed into each wider SAE, named with the token that it fires on most.
+# One family: of the narrowest SAE the feature with most children, among those that fire on less
+# than 2 %, followed into each wider SAE; named with the token that each fires on most.
 
 # %%
 from lenslab.features.readings import feature_names
 
-
-def follow(feature: int, fas: list, depth: int = 0, share: float = 1.0) -> None:
-    """Print a feature of the first SAE and, further in, what it becomes in the next ones."""
-    told = f": has {share:.0%} of its parent's firings" if depth else ""
-    print(f"{'    ' * depth}{fas[0].name} {feature_names(fas[0], [feature])[0]}{told}")
-    if len(fas) > 1:
-        for row in children(*fas[:2]).query("parent == @feature").head(3).itertuples():
-            follow(row.child, fas[1:], depth + 1, row.covers)
-
-
-# %% [markdown]
-# Of the narrowest SAE the feature with most children, among those that fire on less than 2 %.
-
-# %%
+todo = []
 if len(widths) > 1:
     family = children(fas[widths[0]], fas[widths[1]])
-    family = family[family["expected"] < 0.02].groupby("parent").size()
-    follow(family.idxmax(), [fas[name] for name in widths])
+    todo = [(0, family[family["expected"] < 0.02].groupby("parent").size().idxmax(), "")]
+while todo:
+    depth, feature, told = todo.pop()
+    fa = fas[widths[depth]]
+    print(f"{'    ' * depth}{fa.name} {feature_names(fa, [feature])[0]}{told}")
+    for name in widths[depth + 1 : depth + 2]:
+        kids = children(fa, fas[name]).query("parent == @feature").head(3)[::-1]
+        covers = [f": has {share:.0%} of its parent's firings" for share in kids["covers"]]
+        todo += zip([depth + 1] * len(kids), kids["child"], covers, strict=True)
 
 # %% [markdown]
 # ## 8. Where a famous trend comes from
@@ -549,16 +550,12 @@ contents[~attention] = 20 * torch.eye(d_in)[-2]
 # %%
 turned = torch.linalg.qr(torch.randn(d_in, d_in, generator=generator))[0]
 sink = 1 + torch.rand(d_in, generator=generator)  # every feature sees it
-
-
-def planted_layer(scale: float, bos: float = 3000.0) -> tuple:
-    """What the SAE reads at every place, and how it encodes."""
+layers = {}
+for number, scale in enumerate((1, 1.15, 1.35, 2), 1):
     x = contents * scale
-    x[:, 0] = bos * sink / sink.norm()
-    return x @ turned, lambda given: torch.relu(given @ turned.T - bias * scale)
-
-
-layers = {f"layer {i}": planted_layer(scale) for i, scale in enumerate((1, 1.15, 1.35, 2), 1)}
+    x[:, 0] = 3000 * sink / sink.norm()
+    encode = lambda given, scale=scale: torch.relu(given @ turned.T - bias * scale)  # noqa: E731
+    layers[f"layer {number}"] = x @ turned, encode
 
 # %% [markdown]
 # A text's value under three choices, crossed: BOS in or out, padding in or out, and tokens encoded
@@ -678,10 +675,11 @@ print(pd.DataFrame(changes).T.round(2).to_string())
 
 # %%
 strongest = max(FACTORS, key=lambda factor: abs(changes[factor]["specialists"]))
+small = "less than" if abs(changes[strongest]["specialists"]) < 1 else "at least"
 so(
     f"in {model_name(model)}, where BOS is at most {max(size.values()):.1f} times as long as the "
     f"rest, the choice that changes the count most is {strongest} "
-    f"({changes[strongest]['specialists']:+.1f} of 7; under shuffled labels "
+    f"({changes[strongest]['specialists']:+.1f} of 7, {small} one kind; under shuffled labels "
     f"{changes[strongest]['shuffled']:+.1f})."
 )
 
@@ -716,10 +714,13 @@ print(table.round(2).to_string())
 
 # %%
 rest = table["mean"].drop("this SAE")
+lead = table.loc["this SAE", "mean"] - rest.max()
+against = f"{'more' if lead > least else 'no more'} than reseeding gives ({least:.3f})"
 so(
     f"mean held-out AUROC of the best candidate is {table.loc['this SAE', 'mean']:.2f} for this "
     f"SAE; the best control is {rest.idxmax()} ({rest.max():.2f}), and the least "
-    f"{rest.idxmin()} ({rest.min():.2f})."
+    f"{rest.idxmin()} ({rest.min():.2f}). The lead over the best is {lead:.3f}, "
+    f"{against if len(seeds) > 1 else 'which one seed cannot judge'}."
 )
 
 # %% [markdown]
@@ -809,7 +810,7 @@ notation = matched["notation"].where(matched["form"] == "symbolic", matched["for
 crossed_kinds = [kind for kind in ("math", "python") if kind in own.index]
 across = values[crossed_kinds].groupby(notation.to_numpy()).mean()
 fraction = (values[crossed_kinds] > 0).groupby(notation.to_numpy()).mean()
-print(across.join(fraction, rsuffix=": fires on").round(2).to_string())
+print(across.join(fraction.add_suffix(": fires on")).round(2).to_string())
 
 # %% [markdown]
 # In words:
@@ -856,8 +857,9 @@ for name, similarity in (("Jaccard", both / (40 - both)), ("cosine", unit @ unit
     for pair, which in sorts.items():
         sums, draw = np.where(which, similarity, 0).sum(1), derive_generator(0, pair)
         sums = np.stack([sums, which.sum(1)], 1)  # by text: similarities, pairs
-        share = lambda s: s[:, 0].sum() / s[:, 1].sum()  # noqa: E731
-        alike[name][pair] = bootstrap_by_document(sums, concept, draw, share)
+        alike[name][pair] = bootstrap_by_document(
+            sums, concept, draw, lambda s: s[:, 0].sum() / s[:, 1].sum()
+        )
 
 # %% [markdown]
 # In words:
@@ -922,7 +924,8 @@ print(tested[["own", "selectivity"]].describe().loc[["min", "50%", "max"]].round
 rises = 1000 * ablate_features(model, saes[main], held_fa, own.to_numpy())
 others_rise = np.array([row[~inside[:, c]].mean() for c, row in enumerate(rises)])
 table = tested.groupby(["kind", "chosen"])[["own", "selectivity"]].mean().unstack()
-print(table.assign(others=others_rise).round(2).to_string())
+table["others", ""] = others_rise
+print(table.round(2).to_string())
 
 # %% [markdown]
 # Are selective features the ones that matter? The rank correlation over all tested features, with
@@ -947,13 +950,16 @@ gain = bootstrap_by_document(lead, np.arange(len(lead)), draw)
 # In words:
 
 # %%
+shown = {True: "shown", False: "not shown"}
+needed, related = shown[gain.low > 0], shown[relation.low > 0 or relation.high < 0]
 so(
     f"the chosen features raise the loss of their kind by {tested.loc[chosen, 'own'].mean():.1f} "
     f"millinats, of the other kinds by {others_rise.mean():.1f}; matched features "
     f"{tested.loc[~chosen, 'own'].mean():.1f}: a lead of {gain.estimate:.1f} "
-    f"({gain.low:.1f} to {gain.high:.1f} over kinds). "
-    f"Selectivity and effect: rank correlation {relation.estimate:.2f} "
-    f"({relation.low:.2f} to {relation.high:.2f}, {len(pairs)} features)."
+    f"({gain.low:.1f} to {gain.high:.1f} over kinds): that they are needed more is {needed}. "
+    f"Selectivity and effect have a rank correlation of {relation.estimate:.2f} "
+    f"({relation.low:.2f} to {relation.high:.2f}, {len(pairs)} features): that they go together "
+    f"is {related}."
 )
 
 # %% [markdown]
@@ -1034,7 +1040,7 @@ for task, group in cloze.groupby("task"):
     draw = derive_generator(0, task)
     interval = bootstrap_by_document(group["margin"].to_numpy(), np.arange(len(group)), draw)
     row = {"task": task, "margin": interval.estimate, "low": interval.low, "high": interval.high}
-    rows.append(row | {"activation": group["activation"].mean()})
+    rows.append(row | {"activation": float(group["activation"].mean())})
 by_task = pd.DataFrame(rows)
 print(by_task.round(2).to_string(index=False))
 
@@ -1078,8 +1084,8 @@ other_models = [n for n in every.index if not n.startswith(f"{model_name(model)}
 shown = every.loc[[*other_models, *every.index[every.index == whole]]]
 print(shown[["l0", "fvu", "ce_difference", "dead", "dense"]].round(2).to_string())
 so(
-    f"over the {len(every)} SAEs that ship FVU goes from {every['fvu'].min():.2f} to "
-    f"{every['fvu'].max():.2f}, with {every['l0'].min():.0f} to {every['l0'].max():.0f} latents "
+    f"over the {len(every)} SAEs that ship, floors among them, FVU goes from "
+    f"{every['fvu'].min():.3f} to {every['fvu'].max():.2f}, with {every['l0'].min():.0f} to {every['l0'].max():.0f} latents "
     "active at a token."
 )
 
@@ -1121,7 +1127,9 @@ if comparable_kinds(dictionaries[main], second_dictionary):
     row = pair.summary.set_index("kind").loc["firing"]
     so(
         f"matched by firing, latents of {model_name(model)} and {SECOND} correlate at "
-        f"{row['value']:.2f}, a null at {row['null']:.2f}: corrected {row['corrected']:.2f}."
+        f"{row['value']:.2f}, the strictest null at {row['null']:.2f}: corrected "
+        f"{row['corrected']:.2f}, {'more' if row['corrected'] > 0 else 'no more'} than the texts "
+        "alone make alike."
     )
 else:
     so(f"{SECOND} has another tokenizer than {model_name(model)}: their firings do not compare.")
@@ -1215,5 +1223,5 @@ print(f"written: {page.with_suffix('.html').name}")
 # 1. `seed_pair.latents.pivot(index="latent", columns="kind", values="partner")`, then compare the
 #    columns; look at the rows with a small `rate` first.
 # 2. `(seed_pair.latents.query("kind == 'decoder'")[["similarity", "null"]] >= 0.9).mean()`.
-# 3. `layers["half"] = planted_layer(0.5)` in section 8, and on from there; look at both thresholds.
+# 3. Put .5 before the scales in section 8, and run it from there on; look at both thresholds.
 # </details>
