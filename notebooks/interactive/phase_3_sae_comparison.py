@@ -1085,8 +1085,8 @@ shown = every.loc[[*other_models, *every.index[every.index == whole]]]
 print(shown[["l0", "fvu", "ce_difference", "dead", "dense"]].round(2).to_string())
 so(
     f"over the {len(every)} SAEs that ship, floors among them, FVU goes from "
-    f"{every['fvu'].min():.3f} to {every['fvu'].max():.2f}, with {every['l0'].min():.0f} to {every['l0'].max():.0f} latents "
-    "active at a token."
+    f"{every['fvu'].min():.3f} to {every['fvu'].max():.2f}, with "
+    f"{every['l0'].min():.0f} to {every['l0'].max():.0f} latents active at a token."
 )
 
 # %% [markdown]
