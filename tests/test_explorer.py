@@ -3,6 +3,7 @@ a kernel."""
 
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from lenslab.features.activations import FeatureActivations, encode_features
 from lenslab.files import REPOSITORY
 from lenslab.models import model_name
-from lenslab.show.explore import FeatureExplorer, explore_feature
+from lenslab.show.explore import FeatureExplorer, explore_feature, linked_table, side_by_side
 from lenslab.tokens import tokenize
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -301,3 +302,16 @@ def test_the_page_left_without_a_kernel_opens_offline_and_runs_nothing(
     assert not console and "<title>Features</title>" in dom
     assert "<script" not in dom and "<img" not in dom
     assert f"Feature {explorer.number.value} in this text" in dom and "<mark" in dom
+
+
+def test_two_features_stand_side_by_side_and_links_are_escaped(model, sae):
+    batch = tokenize(model, ["A cat <script>", "2 + 2"])
+    fa = encode_features(model, sae, batch, name="<b>one</b>", progress=False)
+    fa = replace(fa, neuronpedia='https://example.org/"x/0')
+    view = str(side_by_side([(fa, 1), (replace(fa, neuronpedia=None), 2)]))
+    assert "Feature 1" in view and "Feature 2" in view
+    assert "<script>" not in view and "<b>one" not in view
+    table = pd.DataFrame({"sae": ["one", "<two>"], "feature": [1, 2], "<x>": [0.12345, "<i>"]})
+    page = str(linked_table(table, {"one": fa}))
+    assert page.count("<a href") == 1 and "&quot;x/1" in page and "0.123" in page
+    assert "<two>" not in page and "<i>" not in page and "<x>" not in page

@@ -136,15 +136,17 @@ def test_few_principal_axes_hold_more_than_as_many_coordinates_or_random_directi
 
 
 def test_a_kind_of_floor_that_there_is_not_is_refused(model, batch):
-    with pytest.raises(ValueError, match="random, PCA, coordinates, not 'pca'"):
+    with pytest.raises(ValueError, match="random, PCA, coordinates, data, not 'pca'"):
         controls.evaluate_null(model, tiny_sae(model), batch, 6.0, kind="pca")
 
 
-@pytest.mark.parametrize("kind", controls.KINDS)
+@pytest.mark.parametrize("kind", controls.NULLS)
 def test_every_untrained_sae_is_evaluated_by_one_line(model, batch, kind):
     found = controls.evaluate_null(model, tiny_sae(model), batch, 6.3, kind=kind)
-    assert found.l0 == pytest.approx(6, abs=0.01) and found.sae.startswith(controls.KINDS[kind])
-    assert found.d_sae == (48 if kind == "random" else 64) and found.variance_explained > 0
+    assert found.l0 == pytest.approx(6, abs=0.01) and found.sae.startswith(controls.NULLS[kind])
+    points = min(48, found.n_tokens)  # of data no more directions than points
+    assert found.d_sae == {"random": 48, "data": points}.get(kind, 64)
+    assert found.variance_explained > 0
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from lenslab.features.activations import FeatureActivations
 from lenslab.features.readings import (
     CLASSES,
     direct_logits,
+    explained_by_token,
     feature_names,
     final_norm,
     firing_summary,
@@ -232,3 +233,28 @@ def test_direct_logits_are_the_models_own_before_a_cap(tmp_path, kind):
     direct = direct_logits(model, x) / (x.square().mean(-1, keepdim=True) + model.cfg.eps).sqrt()
     expected = logits - logits.mean(-1, keepdim=True)
     assert float((direct - expected).norm() / expected.norm()) < 1e-3
+
+
+def test_what_the_token_foretells_is_told_from_what_the_place_does(model):
+    texts = ["7 cats, 8 dogs", "8 dogs, 7 cats", "7 dogs", "8, cats"] * 6
+    batch = tokenize(model, texts)
+    strings = [batch.strings(row) for row in range(len(batch))]
+    shape = batch.real.shape
+    seven, digit, noise = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    for row, position in batch.real.nonzero().tolist():
+        seven[row, position] = strings[row][position].strip() == "7"
+        digit[row, position] = token_class(strings[row][position]) == "digits"
+    noise[:] = np.random.default_rng(0).random(shape)
+    fa = planted(batch, [seven, digit, noise, 0 * noise])
+    found = explained_by_token(fa, [0, 1, 2, 3], np.arange(len(batch)) >= 12)
+    assert found["by_string"].iloc[:2].tolist() == pytest.approx([1, 1])
+    assert found["by_class"][1] == pytest.approx(1) and 0.1 < found["by_class"][0] < 0.9
+    assert found.iloc[2, 1:].max() < 0.3 and found.iloc[3, 1:].isna().all()
+    # a string that the other texts do not hold is foretold by its class: 7 as 8
+    other = tokenize(model, ["8 dogs"] * 6 + ["7 dogs"] * 6)
+    first = [[s.strip() in ("7", "8") for s in other.strings(row)] for row in range(12)]
+    half = planted(other, [np.array(first)])
+    new = explained_by_token(half, [0], np.arange(12) >= 6)
+    assert new["by_string"][0] == pytest.approx(1)
+    with pytest.raises(ValueError, match="texts but 3 marks"):
+        explained_by_token(fa, [0], np.ones(3))

@@ -5,7 +5,8 @@ import pytest
 import torch
 from test_sae_pretrained import HOOK, shaken_folder, tiny_sae  # noqa: F401  (a fixture)
 
-from lenslab.circuits.interventions import splice
+from lenslab.circuits.interventions import ablate_features, splice, text_losses
+from lenslab.features.activations import encode_features
 from lenslab.hooks import UnknownHook
 from lenslab.models import load_model
 from lenslab.sae.load import SAEMismatch
@@ -243,3 +244,41 @@ def test_gradients_flow_through_the_features_and_not_through_the_error(bold):
             bold(TOKENS)[0, -1, 5].backward()
         gradient = kept["before"].grad
         assert (gradient is not None and bool(gradient.abs().max() > 0)) == arrives
+
+
+def test_a_feature_set_to_zero_changes_the_loss_of_the_texts_it_fires_on(bold):
+    sae = tiny_sae(bold)
+    batch = tokenize(bold, TEXTS)
+    fa = encode_features(bold, sae, batch, progress=False)
+    fires = fa.pool("max").toarray() > 0
+    often = int(fires.sum(0).argmax())
+    by_hand = text_losses(bold, batch)
+
+    def edit(latents):
+        latents[..., often] = 0
+        return latents
+
+    with splice(bold, sae, edit=edit, mask=batch.real):
+        by_hand = text_losses(bold, batch) - by_hand
+    found = ablate_features(bold, sae, fa, [often, often], batch_size=2)
+    assert found.shape == (2, len(TEXTS)) and (found[0] == found[1]).all()
+    assert found[0] == pytest.approx(by_hand, abs=1e-6) and abs(by_hand).max() > 1e-4
+
+
+def test_what_never_fires_has_no_effect_and_a_text_of_one_token_no_loss(bold):
+    sae = tiny_sae(bold)
+    with torch.no_grad():
+        sae.W_enc[:, 3], sae.b_enc[3] = 0, -1
+    batch = tokenize(bold, TEXTS)
+    fa = encode_features(bold, sae, batch, progress=False)
+    assert (ablate_features(bold, sae, fa, [3]) == 0).all()
+    single = tokenize(bold, ["A"], bos=False)
+    with pytest.raises(ValueError, match=r"single token|no real token follows"):
+        text_losses(bold, single)
+
+
+def test_losses_of_texts_are_those_of_each_alone(bold):
+    batch = tokenize(bold, TEXTS)
+    together = text_losses(bold, batch, batch_size=3)
+    alone = [text_losses(bold, tokenize(bold, [text]))[0] for text in TEXTS]
+    assert together == pytest.approx(alone, abs=1e-4)

@@ -510,3 +510,12 @@ def test_documents_go_by_their_place_and_none_may_be_missing(unchecked):
         broken = np.where(documents == 3, missing, documents)
         with pytest.raises(ValueError, match="None or NaN"):
             stats.bootstrap_by_document(values, broken, generator(), n=50)
+
+
+def test_seeds_that_differ_by_less_than_the_smallest_difference_are_as_often_as_promised():
+    rng = np.random.default_rng(0)
+    seeds, pairs = rng.normal(size=(2000, 4)), rng.normal(size=(2000, 2))
+    limits = np.array([stats.smallest_difference(values) for values in seeds])
+    assert np.mean(np.abs(pairs[:, 0] - pairs[:, 1]) > limits) == pytest.approx(0.05, abs=0.015)
+    assert np.isnan(stats.smallest_difference(np.array([1.0])))
+    assert stats.smallest_difference(np.array([2.0, 2.0])) == 0

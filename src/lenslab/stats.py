@@ -225,6 +225,19 @@ def bootstrap_by_document(
     return Interval(float(statistic(values)), float(drawn.low), float(drawn.high), LEVEL, len(rows))
 
 
+def smallest_difference(reseeds: Num[np.ndarray, " seed"], level: float = LEVEL) -> float:
+    """How far two single trainings must lie apart before reseeding alone is no explanation: the
+    half-width of the prediction interval of the difference of two draws, from values over seeds.
+
+    NaN for fewer than two: one seed tells nothing of its spread.
+    """
+    values = np.asarray(reseeds, dtype=np.float64)
+    if len(values) < 2:
+        return float("nan")
+    t = scipy.stats.t.ppf((1 + level) / 2, len(values) - 1)
+    return float(t * np.sqrt(2) * values.std(ddof=1))
+
+
 def clopper_pearson(k: int, n: int, level: float = LEVEL) -> Interval:
     """Exact interval of a proportion, k successes in n *independent* trials (documents, not
     tokens). ValueError unless 0 <= k <= n and n >= 1."""

@@ -8,6 +8,8 @@ Splicing puts a reconstruction in the place of the value at the SAE's hook:
    difference;
 4. put the result back, mean and shape restored, at the positions of the mask.
 With an error term and no edit nothing changes: the baseline of every intervention.
+
+`ablate_features` sets one feature after another to zero and says what that does to the loss.
 """
 
 from __future__ import annotations
@@ -15,12 +17,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from lenslab.features.activations import FeatureActivations, Indices
+from lenslab.metrics import next_token_nats
+from lenslab.runtime import progress_bar
 from lenslab.sae.load import SparseAutoencoder, input_transform, refuse_transcoder, sae_hook
+from lenslab.tokens import TokenBatch
 
 Edit = Callable[[Tensor], Tensor]  # features [text, pos, d_sae] -> the same shape
 
@@ -94,3 +101,51 @@ def _spliced(
     if not torch.isfinite(new).all():
         raise ValueError("The splice gives NaN or Inf: check the edit and the model's activations.")
     return new
+
+
+@torch.inference_mode()
+def ablate_features(
+    model: TransformerBridge,
+    sae: SparseAutoencoder,
+    fa: FeatureActivations,
+    features: Indices,
+    batch_size: int = 16,
+) -> Float[np.ndarray, "feature text"]:
+    """How much the loss of each text rises, in nats per token, where a feature is set to zero at
+    its real tokens (zero ablation), the SAE's error kept.
+
+    The model reads only the texts in which a feature fires: elsewhere the rise is 0. Raises as
+    `splice`; ValueError for a text of a single token.
+    """
+    effect = np.zeros((len(features), len(fa.batch)))
+    clean = text_losses(model, fa.batch, batch_size)
+    for row, feature in enumerate(progress_bar(features, desc="ablate")):
+        texts = (fa.of(feature) > 0).any(1).nonzero()[:, 0].tolist()
+
+        def zero(latents: Tensor, feature: int = int(feature)) -> Tensor:
+            return latents.index_fill(-1, torch.tensor(feature, device=latents.device), 0)
+
+        for start in range(0, len(texts), batch_size):
+            some = texts[start : start + batch_size]
+            few = fa.batch[some]
+            with splice(model, sae, edit=zero, mask=few.real):
+                effect[row, some] = text_losses(model, few, batch_size) - clean[some]
+    return effect
+
+
+@torch.inference_mode()
+def text_losses(
+    model: TransformerBridge, batch: TokenBatch, batch_size: int = 16
+) -> Float[np.ndarray, " text"]:
+    """Mean loss of each text in nats per real token that follows another, as the model stands."""
+    losses = []
+    for start in range(0, len(batch), batch_size):
+        few, device = batch[start : start + batch_size], model.cfg.device
+        logits = model(few.tokens.to(device), attention_mask=few.attention.long().to(device))
+        nats = next_token_nats(logits.cpu(), few.tokens, few.real).double()
+        text = few.real[:, 1:].nonzero()[:, 0]
+        count = torch.bincount(text, minlength=len(few))
+        if not bool(count.all()):
+            raise ValueError("A text has a single token: nothing in it is predicted.")
+        losses.append(torch.zeros(len(few)).double().index_add(0, text, nats) / count)
+    return torch.cat(losses).numpy()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -189,31 +189,54 @@ def encode_features(
     `folder` that is damaged, of something else, or that cannot be written is warned about: the
     result is the same.
     """
-    transform, hook = input_transform(sae, model, batch), sae.cfg.metadata.hook_name
-    key = content_key(model_key(model), sae_key(sae), hook, batch.key)
-    file = None if folder is None else Path(folder).expanduser() / f"{key}.npz"
-    matrix = _kept_matrix(file, key)
-    if matrix is None:
-        options = {"batch_size": batch_size, "compute": "float32", "progress": False}
-        parts = []
-        starts = range(0, len(batch), TEXTS)
-        for start in progress_bar(starts, unit="batch", desc="encode", progress=progress):
-            few = batch[start : start + TEXTS]
-            values = harvest(model, few, hook, **options)[hook][few.real]  # [token, *width]
-            for x in values.split(ROWS):
-                parts.append(scipy.sparse.csr_array(encode(sae, transform(x)).numpy()))
-        matrix = scipy.sparse.csr_array(scipy.sparse.vstack(parts, format="csr"))
-        if file is not None:
-            _keep_matrix(file, key, matrix)
-    return FeatureActivations(
-        matrix=matrix,
-        batch=batch,
-        name=name or f"{type(sae).__name__} {hook}",
-        model=model_name(model),
-        hook=hook,
-        key=key,
-        neuronpedia=neuronpedia_link(sae, 0),
-    )
+    name = name or f"{type(sae).__name__} {sae.cfg.metadata.hook_name}"
+    options = {"batch_size": batch_size, "folder": folder, "progress": progress}
+    return encode_saes(model, {name: sae}, batch, **options)[name]
+
+
+def encode_saes(
+    model: TransformerBridge,
+    saes: Mapping[str, SparseAutoencoder],
+    batch: TokenBatch,
+    *,
+    batch_size: int = 16,
+    folder: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> dict[str, FeatureActivations]:
+    """`encode_features` of several SAEs, by name, for one run of the model."""
+    transforms = {name: input_transform(sae, model, batch) for name, sae in saes.items()}
+    hooks = {name: sae.cfg.metadata.hook_name for name, sae in saes.items()}
+    model_is, keys = model_key(model), {}
+    for name, sae in saes.items():
+        keys[name] = content_key(model_is, sae_key(sae), hooks[name], batch.key)
+    files = {name: folder and Path(folder).expanduser() / f"{keys[name]}.npz" for name in saes}
+    kept = {name: _kept_matrix(files[name], keys[name]) for name in saes}
+    parts = {name: [] for name, matrix in kept.items() if matrix is None}
+    options = {"batch_size": batch_size, "compute": "float32", "progress": False}
+    starts = range(0, len(batch) if parts else 0, TEXTS)
+    for start in progress_bar(starts, unit="batch", desc="encode", progress=progress):
+        few = batch[start : start + TEXTS]
+        values = harvest(model, few, [hooks[name] for name in parts], **options)
+        for name, encoded in parts.items():
+            for x in values[hooks[name]][few.real].split(ROWS):  # [token, *width]
+                features = encode(saes[name], transforms[name](x)).numpy()
+                encoded.append(scipy.sparse.csr_array(features))
+    for name, encoded in parts.items():
+        kept[name] = scipy.sparse.csr_array(scipy.sparse.vstack(encoded, format="csr"))
+        if files[name] is not None:
+            _keep_matrix(files[name], keys[name], kept[name])
+    return {
+        name: FeatureActivations(
+            matrix=kept[name],
+            batch=batch,
+            name=name,
+            model=model_name(model),
+            hook=hooks[name],
+            key=keys[name],
+            neuronpedia=neuronpedia_link(sae, 0),
+        )
+        for name, sae in saes.items()
+    }
 
 
 def _seal(key: str, matrix: scipy.sparse.csr_array) -> str:

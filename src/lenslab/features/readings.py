@@ -7,7 +7,8 @@
 2. `form_and_concept`: on texts that say the same thing in several forms, how much of a feature's
    activation follows the form and how much the content (two-way analysis of variance, one text per
    cell), beside what shuffled labels give.
-3. `vocabulary_effects`: which next tokens a feature's decoder direction makes likelier, read
+3. `explained_by_token`: how much of an activation the token alone would foretell.
+4. `vocabulary_effects`: which next tokens a feature's decoder direction makes likelier, read
    through the final norm and the unembedding, later layers skipped.
 """
 
@@ -18,7 +19,7 @@ import unicodedata
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -52,6 +53,7 @@ CLASSES = (
 
 BRACKETS = frozenset("()[]{}<>\"'`“”‘’«»")
 CONTROLS = 20  # random directions
+SEEN = 5  # times that a token must have been seen for its mean to say something
 ROUNDING = 1e-6  # of float32 activations, relative: what varies by less does not vary
 
 
@@ -197,6 +199,33 @@ def _epsilon_squared(
     ss_total = ((table - grand) ** 2).sum(axis=(0, 1))
     noise = (ss_total - ss_form - ss_concept) / ((f - 1) * (c - 1))
     return np.stack([ss_form - (f - 1) * noise, ss_concept - (c - 1) * noise]) / ss_total
+
+
+def explained_by_token(
+    fa: FeatureActivations, features: Indices, held_out: Shaped[np.ndarray, " text"]
+) -> pd.DataFrame:
+    """Share of the variance of each feature's activation at the tokens of held-out texts that is
+    foretold by its mean, in the other texts, at tokens of the same class (`by_class`) and of the
+    same string (`by_string`; of a string that is new or stands there fewer than five times, by its
+    class).
+
+    0 is no better than the mean of all tokens; NaN where a feature does not vary. ValueError for
+    negative activations and another number of texts.
+    """
+    if len(fa.batch) != len(held_out):
+        raise ValueError(f"{len(fa.batch)} texts but {len(held_out)} marks: one each is needed.")
+    tokens, new = _token_table(fa), as_mask(np.asarray(held_out))[fa.text]
+    table = pd.DataFrame({"feature": np.asarray(features)})
+    values = pd.DataFrame(columns_of(fa.matrix, features), dtype=np.float64)  # [token, feature]
+    guess = pd.DataFrame(0.0, values.index[new], values.columns) + values[~new].mean()
+    spread = ((values[new] - guess) ** 2).sum().replace(0, np.nan)
+    for name, by in (("by_class", "class"), ("by_string", "token")):
+        groups = values[~new].groupby(tokens.loc[~new, by], observed=True)
+        means = groups.mean()[groups.size() >= SEEN]
+        own = means.reindex(tokens.loc[new, by].astype(str))
+        guess = own.set_axis(guess.index).fillna(guess)
+        table[name] = (1 - ((values[new] - guess) ** 2).sum() / spread).to_numpy()
+    return table
 
 
 @torch.inference_mode()

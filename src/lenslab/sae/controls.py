@@ -40,6 +40,7 @@ TEXTS = 32  # texts whose candidates are held per token at a time
 
 # directions of an SAE that learned nothing
 KINDS = {"random": "random directions", "PCA": "PCA axes", "coordinates": "raw coordinates"}
+NULLS = KINDS | {"data": "data points"}  # floors, and what is a null for matching alone
 FIT = 50_000  # tokens that principal axes are fitted on, at most
 
 
@@ -179,19 +180,21 @@ def untrained_sae(
     kind: str = "random",
 ) -> UntrainedSAE:
     """A floor of an SAE at the same hook, with k latents (at most all) active at a time: as many
-    `random` directions, or both directions of each principal axis of `x` (`PCA`) or of each of the
-    hook's own coordinates (`coordinates`).
+    `random` directions or points of `x`, seen from their mean (`data`); or both directions of each
+    principal axis of `x` (`PCA`) or of each of the hook's own coordinates (`coordinates`).
 
     What it scores needs no learned dictionary. To be a fair null it is given what costs nothing:
     the mean of `x` as its bias, and the one factor on its activations that fits `x` best.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind!r}.")
+    if kind not in NULLS:
+        raise ValueError(f"kind is one of {', '.join(NULLS)}, not {kind!r}.")
     mean, cfg = x.mean(0), copy(sae.cfg)
-    if kind == "random":
-        generator = derive_generator(seed, "random SAE")
-        directions = torch.randn(cfg.d_sae, cfg.d_in, generator=generator)
-        directions = (directions / directions.norm(dim=1, keepdim=True)).to(x)
+    if kind in ("random", "data"):
+        generator = derive_generator(seed, f"{kind} SAE")
+        directions = torch.randn(cfg.d_sae, cfg.d_in, generator=generator).to(x)
+        if kind == "data":
+            directions = (x - mean)[torch.randperm(len(x), generator=generator)[: cfg.d_sae]]
+        directions = directions / directions.norm(dim=1, keepdim=True)
     else:
         axes = torch.eye(cfg.d_in) if kind == "coordinates" else _principal_axes(x)[0]
         directions = torch.cat([axes, -axes]).to(x)
@@ -217,4 +220,4 @@ def evaluate_null(
     values = torch.cat([values for _, values in _real_values(model, first, hook)])
     x = transform(values.to(model.cfg.device))
     null = untrained_sae(sae, x, max(1, round(l0)), seed, kind)
-    return evaluate_sae(model, null, batch, name=f"{KINDS[kind]}, same L0")
+    return evaluate_sae(model, null, batch, name=f"{NULLS[kind]}, same L0")

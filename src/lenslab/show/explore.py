@@ -16,11 +16,12 @@ its strongest texts and some of the weaker ones (the strongest alone would flatt
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 
 import ipywidgets
 import numpy as np
+import pandas as pd
 import torch
 from IPython.display import display
 from transformer_lens.model_bridge import TransformerBridge
@@ -81,6 +82,34 @@ def explore_feature(
             view = highlight_batch(fa.batch, values, rows=rows, labels=labels[rows], **options)
             parts.append(view.body)
     return View("".join(parts), f"Feature {feature}")
+
+
+def side_by_side(
+    features: Sequence[tuple[FeatureActivations, Index]],
+    *,
+    categories: Labels | None = None,
+    n: int = 4,
+) -> View:
+    """`explore_feature` of several features, one beside the other, such as two that `match` pairs;
+    on narrow pages one below the other. Each keeps a scale of its own."""
+    style = "display:flex;flex-wrap:wrap;gap:2em", "flex:1 1 24em;min-width:0"
+    views = [explore_feature(fa, f, categories=categories, n=n, spread=0) for fa, f in features]
+    inside = "".join(f'<div style="{style[1]}">{view.body}</div>' for view in views)
+    title = " and ".join(f"{fa.name} {feature}" for fa, feature in features)
+    return View(f'<div style="{style[0]}">{inside}</div>', title)
+
+
+def linked_table(table: pd.DataFrame, fas: Mapping[str, FeatureActivations]) -> View:
+    """A table with columns `sae` and `feature`, the features linked to their pages where their SAE
+    has pages; everything else is escaped."""
+    table = table.reset_index(drop=True)
+    shown = table.astype(object).map(lambda v: f"{v:.3g}" if isinstance(v, float) else str(v))
+    shown = shown.map(html.escape)
+    for row, sae, feature in zip(table.index, table["sae"], table["feature"], strict=True):
+        if sae in fas and (link := fas[sae].link(feature)):
+            shown.loc[row, "feature"] = f'<a href="{html.escape(link)}">{feature}</a>'
+    shown.columns = [html.escape(str(name)) for name in shown.columns]
+    return View(f'<div class="lt">{shown.to_html(index=False, border=0, escape=False)}</div>')
 
 
 def _facts(fa: FeatureActivations, feature: Index, pooled: np.ndarray, active: int) -> str:
