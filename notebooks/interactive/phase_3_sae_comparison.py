@@ -136,7 +136,8 @@ for metric in ("l0", "fvu", "ce_difference"):
     least = smallest_difference(cards.loc[seeds, metric].to_numpy())
     spread = cards.loc[places, metric]
     by_place[metric] = least, spread.max() - spread.min()
-    print(f"{metric:14s} tells apart {least:.3f}; the places differ by {by_place[metric][1]:.3f}")
+    known = f"tells apart {least:.3f}" if len(seeds) > 1 else "one seed"
+    print(f"{metric:14s} {known}; the places differ by {by_place[metric][1]:.3f}")
 
 # %% [markdown]
 # In words:
@@ -197,17 +198,19 @@ by_sae = pd.DataFrame(rows).set_index("sae")
 print(by_sae.round(2).to_string())
 
 # %% [markdown]
-# Is a difference between places more than one between seeds?
+# Is a difference between places more than one between seeds? The largest of several differences is
+# large by chance more often than one: the level is divided by how many there are.
 
 # %%
 reseeds = best[best["sae"].isin(seeds)].groupby("sae")["auroc"].mean()
 least = smallest_difference(reseeds.to_numpy())
 stream = hook[main].split("hook_")[-1]
 of_stream = by_sae.loc[[n for n in places if hook[n].endswith(stream)], "feature"]
-gaps = {"all places": np.ptp(by_sae["feature"]), f"the layers at {stream}": np.ptp(of_stream)}
 told = []
-for where, gap in gaps.items():
-    against = f"{'more' if gap > least else 'no more'} than reseeding gives ({least:.3f})"
+for where, means in (("all places", by_sae["feature"]), (f"the layers at {stream}", of_stream)):
+    pairs, gap = max(1, len(means) * (len(means) - 1) // 2), np.ptp(means)
+    limit = smallest_difference(reseeds.to_numpy(), 1 - 0.05 / pairs)
+    against = f"{'more' if gap > limit else 'no more'} than reseeding can give ({limit:.2f})"
     against = against if len(seeds) > 1 else "which one seed cannot judge"
     told.append(f"between {where} it differs by up to {gap:.3f}, {against}")
 
@@ -458,8 +461,9 @@ so(
 # %%
 if len(fixed):
     wide = likeness.pivot(index="other", columns="kind", values=["value", "null"]).loc[others]
-    drawn = {kind: wide["value", kind] for kind in ("decoder", "firing")}
-    drawn |= {f"null: {kind}": wide["null", kind] for kind in ("decoder", "firing")}
+    kinds = likeness["kind"].unique()  # no decoder where widths differ
+    drawn = {kind: wide["value", kind] for kind in kinds}
+    drawn |= {f"null: {kind}": wide["null", kind] for kind in kinds}
     titles = {"x_title": f"compared with {main}", "y_title": "mean similarity of matched latents"}
     bars(drawn, others, title="What SAEs share, and what the data makes alike", **titles).show()
 
@@ -1166,14 +1170,16 @@ so(
 from lenslab.show.explore import linked_table, side_by_side
 
 if others:
-    pair = compare(dictionaries[main], dictionaries[others[0]], nulls, ("decoder",))
+    kind = comparable_kinds(dictionaries[main], dictionaries[others[0]])[0]
+    pair = compare(dictionaries[main], dictionaries[others[0]], nulls, (kind,))
     latents = pair.latents.set_index("latent")
     latents = latents[latents.index.isin(own)].sort_values("similarity")
     ours, theirs = int(latents.index[-1]), int(latents["partner"].iloc[-1])
     so(
         f"of the features chosen for a kind, {ours} of {main} has the nearest partner in "
-        f"{others[0]}, {theirs}, with a cosine of {latents['similarity'].iloc[-1]:.2f}; the "
-        f"farthest has {latents['similarity'].iloc[0]:.2f}."
+        f"{others[0]}, {theirs}, with a {kind} similarity of "
+        f"{latents['similarity'].iloc[-1]:.2f}; the farthest has "
+        f"{latents['similarity'].iloc[0]:.2f}."
     )
 else:
     ours = theirs = int(own.iloc[0])
