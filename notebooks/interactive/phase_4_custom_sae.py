@@ -173,7 +173,8 @@ from lenslab.sae.load import sae_hook
 sae = trained["my SAE"].sae
 ships, ships_name, origin = find_sae(model)
 everybody = {"my SAE": sae, ships_name: ships, "frozen decoder": trained["frozen decoder"].sae}
-everybody |= {name: untrained_sae(sae, vectors, K, kind=kind) for kind, name in KINDS.items()}
+sample = vectors[:16_384]  # floors take their mean, axes and length from it
+everybody |= {name: untrained_sae(sae, sample, K, kind=kind) for kind, name in KINDS.items()}
 scores = [evaluate_sae(model, each, held_out, name) for name, each in everybody.items()]
 print(f"beside mine: {ships_name} ({origin}), {sae_hook(ships)}")
 
