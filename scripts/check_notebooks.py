@@ -19,7 +19,8 @@ What counts:
    that shows its tick labels, has a title that is not blank. (Figures without axes have none.)
 5. A figure has a point: a number in `z` of a heatmap, in `y` of any other trace (Inf, NaN and null
    are none).
-6. A cell that draws a figure ends in `.show()`: a plain `python NAME.py` shows it no other way.
+6. A cell that draws a figure ends in `.show()`: a plain `python NAME.py` shows it no other way. (Or
+   it has `live_curves` draw it.)
 7. Of verdicts, *sensitivity* compares the n-th printed by a cell with the n-th printed by the same
    cell on the twin; one that is missing there has changed, but in a cell that fails none has.
    Verdicts that are written say how to read a number and are not counted.
@@ -177,7 +178,13 @@ def figure_faults(figure: dict) -> Iterator[str]:
     """What is wrong with a figure (`data`, `layout`) of plotly's."""
     layout = figure.get("layout", {})
     traces = figure.get("data", [])
-    axes = {axis + trace.get(f"{axis}axis", axis)[1:] for trace in traces for axis in "xy"}
+    flat = [trace for trace in traces if not trace.get("type", "").endswith("3d")]
+    axes = {axis + trace.get(f"{axis}axis", axis)[1:] for trace in flat for axis in "xy"}
+    for scene in {trace.get("scene", "scene") for trace in traces if trace not in flat}:
+        for axis in "xyz":
+            title = layout.get(scene, {}).get(f"{axis}axis", {}).get("title") or {}
+            if not (title if isinstance(title, str) else title.get("text") or "").strip():
+                yield f"a {axis} axis without a name"
     for axis in sorted(axes if any({"y", "z"} & set(trace) for trace in traces) else ()):
         options = layout.get(f"{axis[0]}axis{axis[1:]}", {})
         title = options.get("title") or {}
@@ -229,7 +236,8 @@ def _faults_of(cell: NotebookNode, before: NotebookNode | None) -> Iterator[str]
         yield "loads something from the network"
     figures = [o.data[PLOTLY_MIME] for o in cell.outputs if PLOTLY_MIME in o.get("data", {})]
     yield from (f"draws a figure with {fault}" for f in figures for fault in figure_faults(f))
-    if figures and not cell.source.rstrip().endswith(".show()"):
+    shown = cell.source.rstrip().endswith(".show()") or "live_curves(" in cell.source
+    if figures and not shown:
         yield "draws a figure that a plain script would not: end it in `.show()`"
 
 

@@ -41,9 +41,13 @@ from lenslab.models import load_model, model_name
 from lenslab.show.images import set_up_figures
 from lenslab.show.words import so
 
+# %% [markdown]
+# A model, and a hook of it: another one will do, such as an MLP's output.
+
+# %%
 set_up_figures()
 model = load_model()
-HOOK = stream_hook(model, model.cfg.n_layers // 2)  # or another, such as an MLP's output
+HOOK = stream_hook(model, model.cfg.n_layers // 2)
 print(f"{model_name(model)}, {HOOK}")
 
 # %% [markdown]
@@ -110,8 +114,15 @@ mine = TopK(theirs.W_dec.detach(), K)
 mine.load_state_dict({name: getattr(theirs, name) for name, _ in mine.named_parameters()})
 with torch.inference_mode():
     gap = (mine.encode(scaled[:1024]) - theirs.activate(theirs.pre(scaled[:1024]))).abs().max()
-print(f"{len(vectors):,} vectors; {D_SAE:,} latents, {K} active")
-print(f"largest difference of an activation below .0001: {bool(gap < 1e-4)}")
+
+# %% [markdown]
+# How large is the largest difference of an activation?
+
+# %%
+so(
+    f"of {D_SAE:,} latents {K} are active, for the first of {len(vectors):,} vectors "
+    f"{'the same up to .0001' if gap < 1e-4 else 'not the same'} in both."
+)
 
 # %% [markdown]
 # ## 3. Train it
@@ -123,6 +134,11 @@ optimizer = torch.optim.Adam(mine.parameters(), lr=4e-3)
 variance = (scaled - scaled.mean(0)).square().sum(-1).mean()
 generator = torch.Generator().manual_seed(0)
 fvu = []
+
+# %% [markdown]
+# Forty steps, a thousand vectors each:
+
+# %%
 for _ in range(40):
     x = scaled[torch.randint(len(scaled), (1024,), generator=generator)]
     loss = (x - mine.decode(mine.encode(x))).square().sum(-1).mean()
@@ -150,6 +166,11 @@ new = {
 }
 config = TrainingConfig(vectors=400_000, batch=2048, dead_after=100_000)
 trained = train(new, source, config, held_out=unseen, watch=live_curves(config), progress=False)
+
+# %% [markdown]
+# Measured on held-out text, which no step saw:
+
+# %%
 fvus = {name: each.held_out["fvu"] for name, each in trained.items()}
 so(
     f"on held-out text my SAE leaves less than {math.ceil(20 * fvus['my SAE']) / 20:.2f} of the "
@@ -272,6 +293,11 @@ runs = sweep.groupby(["architecture", "level"]).agg(
     seeds=("fvu", "count"),
 )
 curves = {name: rows.droplevel(0).sort_values("l0") for name, rows in runs.groupby(level=0)}
+
+# %% [markdown]
+# Read off at three L0:
+
+# %%
 at = np.array([8, 16, 32])
 read = {}
 for name, rows in curves.items():
@@ -396,6 +422,11 @@ decisions = {
     "not centred": {"centre": False},
     "nor of their own length": {"centre": False, "scale": "unit"},
 }
+
+# %% [markdown]
+# All are trained in one pass.
+
+# %%
 tries = {name: build_sae("topk", **(small | changed)) for name, changed in decisions.items()}
 quick = TrainingConfig(vectors=120_000, batch=2048)
 tried = train(tries, source, quick, progress=False)
@@ -544,6 +575,11 @@ labels = labels.with_lengths(batch.real.sum(1).numpy())
 names = ["my SAE", "random directions"]
 fas = {name: encode_features(model, everybody[name], batch, name=name) for name in names}
 pooled = {name: fa.pool("max") for name, fa in fas.items()}  # [text, feature]
+
+# %% [markdown]
+# Sorted, the strongest first:
+
+# %%
 strength = {name: np.sort(each.max(axis=0).toarray())[::-1] for name, each in pooled.items()}
 axes = {"x_title": "rank", "y_title": "largest activation", "log_y": True}
 top, median = ({n: v[int(share * len(v))] for n, v in strength.items()} for share in (0.01, 0.5))
@@ -588,6 +624,11 @@ second = {}  # how near the second kind comes to the first, median over features
 for name, means in kind_means.items():
     ordered = np.sort(means[:, means.max(0) > 0], axis=0)
     second[name] = np.median(ordered[-2] / ordered[-1])
+
+# %% [markdown]
+# Columns are features.
+
+# %%
 gap = second["random directions"] - second["my SAE"]
 so(
     "the median feature of my SAE is "
@@ -684,6 +725,11 @@ again = {"from the saved": from_saelens(opened)}
 again["from a random start"] = build_sae("topk", opened.cfg.d_in, opened.cfg.d_sae, k=K)
 short = TrainingConfig(vectors=60_000, batch=2048)
 went_on = train(again, source, short, held_out=unseen, progress=False)
+
+# %% [markdown]
+# Did it help?
+
+# %%
 fvus = {name: each.held_out["fvu"] for name, each in went_on.items()}
 before = trained["my SAE"].held_out["fvu"]
 print(f"saved and opened again, it encodes the same: {same}")
@@ -707,7 +753,7 @@ for kind, feature in found["my SAE"]["feature"].head(3).items():
     about = feature_page(model, sae, fas["my SAE"], feature, categories=list(labels.category))
     sections[f"Feature {feature}, chosen for {kind}"] = about
 report = save_report("phase_4_my_sae", f"An SAE of {model_name(model)}, {HOOK}", sections)
-print(f"{report.stem}, {len(sections)} sections, in outputs/")
+so(f"the report {report.stem} has {len(sections)} sections and lies in outputs/.")
 
 # %% [markdown]
 # ## 11. Another site, another text
