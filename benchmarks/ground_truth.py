@@ -653,11 +653,11 @@ def smallest_difference(values: np.ndarray) -> float:
     """What the difference of one measure between two reseeds stays under in 95 % of cases: a
     smaller one says nothing. `values` are of reseeds that differ in nothing else; ValueError for
     fewer than 3 and for NaN."""
-    n = len(values)
-    if n < 3 or not np.isfinite(values).all():
+    from lenslab import stats
+
+    if len(values) < 3 or not np.isfinite(values).all():
         raise ValueError(f"The spread needs three reseeds or more, none NaN, not {list(values)}.")
-    t = scipy.stats.t.ppf(0.975, n - 1)  # not 1.96: few reseeds know their own sd badly
-    return float(t * np.sqrt(2) * np.std(values, ddof=1))
+    return stats.smallest_difference(values)
 
 
 def smallest(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from lenslab.compare import (
     open_saes,
     similarity,
 )
-from lenslab.features.activations import encode_features
+from lenslab.features.activations import encode_features, encode_saes
 from lenslab.features.readings import direct_logits
 from lenslab.sae.load import SAEMismatch
 from lenslab.sae.registry import repository_of
@@ -162,6 +162,19 @@ def test_an_sae_is_described_by_unit_rows_and_the_logits_that_they_write(model, 
     ours = similarity(found, found, "firing")
     assert np.allclose(ours[np.ix_(moving, moving)], phi, atol=1e-6)
     assert (ours[~moving] == 0).all()
+
+
+def test_several_saes_encoded_in_one_run_are_as_one_by_one(model, encoded):
+    first, fa = encoded
+    second = tiny_sae(model)
+    with torch.no_grad():
+        second.W_enc.neg_()
+    together = encode_saes(model, {"first": first, "second": second}, fa.batch, progress=False)
+    for name, sae in (("first", first), ("second", second)):
+        alone = encode_features(model, sae, fa.batch, name=name, progress=False)
+        assert together[name].key == alone.key and together[name].name == name
+        assert (together[name].matrix != alone.matrix).nnz == 0
+    assert (together["first"].matrix != together["second"].matrix).nnz > 0
 
 
 def test_nulls_are_as_large_as_the_sae_and_keep_what_they_promise(model, encoded):

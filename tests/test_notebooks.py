@@ -174,6 +174,8 @@ FLAT = {"type": "scatter", "y": [1, 2]}
 GAPS = {"type": "scatter", "y": {"dtype": "f4", "bdata": "AADAfwAAgH8="}}  # NaN and Inf
 BYTES = {"type": "scatter", "y": {"dtype": "f4", "bdata": "AADAfwAAgD8="}}  # NaN and 1
 SECOND = {"type": "heatmap", "z": [[1]], "xaxis": "x2", "yaxis": "y2"}
+SOLID = {"type": "scatter3d", "x": [1], "y": [1], "z": [1], "scene": "scene2"}
+ROOM = {f"{axis}axis": {"title": {"text": "rank"}} for axis in "xyz"}
 HIDDEN = {"xaxis2": {"title": {"text": "layer"}}, "yaxis2": {"showticklabels": False}}
 
 
@@ -188,6 +190,8 @@ HIDDEN = {"xaxis2": {"title": {"text": "layer"}}, "yaxis2": {"showticklabels": F
         ([FLAT, SECOND], NAMED, ["a x2 axis without a name", "a y2 axis without a name"]),
         ([GAPS], NAMED, ["nothing in it"]),
         ([{"type": "heatmap", "x": [1], "y": [2], "z": [[None]]}], NAMED, ["nothing in it"]),
+        ([SOLID], {"scene2": ROOM}, []),
+        ([SOLID], {"scene": ROOM}, [f"a {axis} axis without a name" for axis in "xyz"]),
         ([], {}, ["nothing in it"]),
     ],
 )

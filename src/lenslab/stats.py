@@ -234,7 +234,7 @@ def smallest_difference(reseeds: Num[np.ndarray, " seed"], level: float = LEVEL)
     values = np.asarray(reseeds, dtype=np.float64)
     if len(values) < 2:
         return float("nan")
-    t = scipy.stats.t.ppf((1 + level) / 2, len(values) - 1)
+    t = scipy.stats.t.ppf((1 + level) / 2, len(values) - 1)  # few seeds know their own sd badly
     return float(t * np.sqrt(2) * values.std(ddof=1))
 
 
