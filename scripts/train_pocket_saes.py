@@ -14,6 +14,8 @@
 
     python scripts/train_pocket_saes.py --corpus FOLDER
     python scripts/train_pocket_saes.py --corpus FOLDER --twin --sites resid-3
+    python scripts/train_pocket_saes.py --corpus FOLDER --model smollm2 --twin --sites resid-15 \
+        --architecture batchtopk --d-sae 1024 --k 32 --vectors 1.25e6 --window 128
     python scripts/train_pocket_saes.py --corpus FOLDER --sites resid-3 --frozen decoder encoder
     python scripts/train_pocket_saes.py --corpus FOLDER --write-tokens tokens.npz
     python scripts/train_pocket_saes.py --tokens tokens.npz --sites resid-3 --seeds 1 2 3
@@ -63,9 +65,11 @@ NEAR = 32  # windows that a threshold is chosen on
 # Text
 
 
-def windows(model, documents: dict[str, list[str]], tokens: int, seed: int) -> TokenBatch:
-    """About `tokens` tokens of packed windows, documents drawn by category as for the model, then
-    shuffled."""
+def windows(
+    model, documents: dict[str, list[str]], tokens: int, seed: int, length: int | None = None
+) -> TokenBatch:
+    """About `tokens` tokens of packed windows of `length`, documents drawn by category as for the
+    model, then shuffled."""
     chosen, random = [], np.random.default_rng([seed, tokens])
     shares = {
         category: corpus.MIX.get(category, 0.1) for category, texts in documents.items() if texts
@@ -78,7 +82,7 @@ def windows(model, documents: dict[str, list[str]], tokens: int, seed: int) -> T
                 break
             chosen.append(documents[category][i])
             characters -= len(chosen[-1])
-    batch = pack(model, [chosen[i] for i in random.permutation(len(chosen))])
+    batch = pack(model, [chosen[i] for i in random.permutation(len(chosen))], length=length)
     order = random.permutation(len(batch))[: math.ceil(tokens / batch.tokens.shape[1])]
     return batch[order.tolist()]
 
@@ -127,7 +131,8 @@ def texts(given: argparse.Namespace, model) -> tuple[TokenBatch, TokenBatch]:
     parts = corpus.load_documents(given.corpus)
     counts = zip(parts, amounts.values(), strict=True)
     # some more: separators are no vectors
-    return tuple(windows(model, texts, int(1.02 * n), given.seeds[0]) for texts, n in counts)
+    options = given.seeds[0], given.window
+    return tuple(windows(model, texts, int(1.02 * n), *options) for texts, n in counts)
 
 
 # Training and measures
@@ -218,6 +223,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--frozen", nargs="+", choices=FROZEN, default=[None], help="floors instead of SAEs")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--vectors", type=float, default=1e7, help="activations to train on, all distinct")
+    # In a deep model without training most of the variance lies between long windows, of which an
+    # SAE sees few: it learns them by heart
+    add("--window", type=int, help="tokens of a window; default the context, at most 1,024")
     add("--batch", type=int, default=4096)
     add("--lr", type=float, help="default: by width")
     add("--validation", type=float, default=4e4, help="held-out tokens to measure on")
@@ -226,6 +234,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--work", type=Path, default=Path("runs/pocket-saes"), help="checkpoints")
     add("--smoke", action="store_true", help="128 latents on 40 thousand vectors, for development")
     given = parser.parse_args(arguments)
+    if given.tokens and given.window:
+        parser.error("--window cuts texts; the windows of --tokens are cut already")
     if given.smoke:
         given.d_sae, given.k, given.l0, given.batch = [128], 8, [4], 512
         given.vectors, given.validation = 4e4, 4e3

@@ -11,11 +11,11 @@ from lenslab.files import data_path
 from lenslab.hooks import stream_hook
 from lenslab.models import load_model, random_twin
 from lenslab.sae import find
-from lenslab.sae.find import SHOWN, card_table, find_sae
+from lenslab.sae.find import card_table, find_sae
 from lenslab.sae.load import bundled_saes, check_sae, finish, load_sae, sae_hook, sae_key
 from lenslab.sae.registry import NotAnSAE
 
-TWIN = "pocket-gpt-random-twin-resid-3"
+TWINS = {"pocket-gpt-random-twin-resid-3", "smollm2-135m-q4-random-twin-resid-15"}
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,7 @@ def test_every_bundled_sae_has_a_card_that_beats_its_null():
     table = card_table()
     assert set(table["sae"]) == set(bundled_saes())
     # of an untrained model nothing is lost by ablation, so no share of it can be recovered
-    assert table[list(SHOWN)].notna().all().all() or set(
-        table[table.isna().any(axis=1)]["sae"]
-    ) == {TWIN}
+    assert set(table[table.isna().any(axis=1)]["sae"]) <= TWINS
     floor = table["sae"].str.contains("frozen")  # it learned one side only
     assert (table["variance_explained"] > table["null"] + 0.1 * ~floor).all() and floor.any()
     assert table.groupby("sae")["ships"].sum().eq(1).all(), "one sparsity of each ships"

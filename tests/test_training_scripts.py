@@ -585,6 +585,14 @@ def tokens_file(model, tmp_path, monkeypatch):
     return SimpleNamespace(script=train_pocket_saes, file=tmp_path / "tokens.npz", **batches)
 
 
+def test_windows_are_as_long_as_they_are_asked_to_be(tokens_file, model):
+    texts = {"math": ["two and two are four, and four and four are eight. " * 9] * 20}
+    for length in (16, 24):
+        assert tokens_file.script.windows(model, texts, 200, 0, length).tokens.shape[1] == length
+    with pytest.raises(SystemExit):
+        tokens_file.script.parse(["--tokens", str(tokens_file.file), "--window", "16"])
+
+
 def test_windows_kept_in_a_file_come_back_and_another_tokenizer_is_refused(
     tokens_file, model, monkeypatch
 ):

@@ -16,8 +16,8 @@
 # null; rankings, examples and heatmaps are descriptions.
 #
 # **Runs on** the bundled `pocket-gpt` and its SAEs, offline; the README says how long it takes and
-# how much memory. For another model set `LENSLAB_MODEL` to a name on the hub (`gpt2`) or a local
-# Hugging Face folder before you start Jupyter.
+# how much memory. For another model set `LENSLAB_MODEL` to `smollm2`, a name on the hub (`gpt2`) or
+# a local Hugging Face folder before you start Jupyter.
 #
 # **How to read it**: one question per section, then code, a printed check, the control, a picture.
 # Lines that begin with *So:* say what was found, computed from the numbers above them on whatever
@@ -69,11 +69,25 @@ by_length = {c: roc_auc_score(labels.category == c, lengths) for c in labels.cat
 for category, auroc in by_length.items():
     mean = lengths[labels.category == category].mean()
     print(f"{category:15s} {mean:5.1f} tokens on average, AUROC {auroc:.2f}")
+
+# %% [markdown]
+# Where it does, does it still among texts of similar length? Section 5 shuffles labels only among
+# such.
+
+# %%
+from lenslab.features.specialists import discriminate
+
 told = [c for c, auroc in by_length.items() if abs(auroc - 0.5) > 0.1]
+alone = discriminate({"length": np.column_stack([lengths, -lengths])}, labels)
+alone = alone.set_index("category").loc[told]
+trust = "of a kind beyond .4 to .6 the p of section 5 could not be trusted"
+if told:
+    trust = f"among texts of similar length none of them: smallest q {alone['q'].min():.2f}"
+if still := ", ".join(alone.index[alone["discriminating"]]):
+    trust = f"the p of section 5 cannot be trusted for {still}"
 so(
     f"length tells {', '.join(told) or 'no kind'} apart (AUROC {min(by_length.values()):.2f} to "
-    f"{max(by_length.values()):.2f}; of a kind beyond .4 to .6 the p of section 5 could not be "
-    "trusted)."
+    f"{max(by_length.values()):.2f}; {trust})."
 )
 
 # %% [markdown]
@@ -87,14 +101,20 @@ so(
 cards = card_table(model)
 ship = cards[cards["ships"].astype(bool)].drop(columns="ships")
 print(ship.round(2).to_string(index=False) if len(ship) else "no bundled SAE for this model")
-so(
-    f"{len(ship)} SAEs ship for this model. The least of them explains "
-    f"{ship['variance_explained'].min():.0%} of its stream's variance, the best "
-    f"{ship['variance_explained'].max():.0%}; random directions as sparse explain "
-    f"{ship['null'].min():.0%} to {ship['null'].max():.0%}."
-    if len(ship)
-    else "no SAE ships for this model, so none can be compared with random directions."
-)
+explained, null = ship["variance_explained"], ship["null"]
+if len(ship) > 1:
+    so(
+        f"{len(ship)} SAEs ship for this model. The least of them explains {explained.min():.0%} "
+        f"of its stream's variance, the best {explained.max():.0%}; random directions as sparse "
+        f"explain {null.min():.0%} to {null.max():.0%}."
+    )
+elif len(ship):
+    so(
+        f"one SAE ships for this model. It explains {explained.min():.0%} of its stream's "
+        f"variance; random directions as sparse explain {null.min():.0%}."
+    )
+else:
+    so("no SAE ships for this model, so none can be compared with random directions.")
 
 # %% [markdown]
 # One name selects the SAE that this notebook reads; without one it is a bundled SAE of the middle
@@ -131,16 +151,18 @@ for how, matrix in pooled.items():
 
 # %% [markdown]
 # **Control**: what does averaging *before* encoding do? It takes the values at every place, also at
-# BOS and padding, which `harvest` would leave out; ten texts at a time, because a score for every
-# word of the vocabulary at every place would fill the memory.
+# BOS and padding, which `harvest` would leave out; ten texts at a time and no layer after the
+# SAE's, because a score for every word of the vocabulary at every place would fill the memory.
 
 # %%
 values = []  # of each part [text, pos, d_model]
+options = {"names_filter": [middle], "stop_at_layer": int(middle.split(".")[1]) + 1}
 for first in range(0, len(batch), 10):
     part = batch[first : first + 10]
-    masked = {"attention_mask": part.attention.long(), "names_filter": [middle]}
+    options["attention_mask"] = part.attention.long()
     with torch.inference_mode():
-        values.append(model.run_with_cache(part.tokens, **masked)[1][middle])
+        _, cache = model.run_with_cache(part.tokens, **options)
+    values.append(cache[middle])
 values = torch.cat(values)
 
 # %% [markdown]
@@ -166,10 +188,12 @@ for name, mask in masks.items():
 
 # %%
 fire, missed = overlap["real"]
+one_token = 1 - active / seen_in_text
 so(
-    f"encoding the average of a text misses {missed:.0%} of the features that fire in it, no less "
-    f"than one token alone does ({1 - active / seen_in_text:.0%}); of what it finds {fire:.0%} "
-    "fires somewhere in the text. Features are encoded per token here, and pooled after."
+    f"encoding the average of a text misses {missed:.0%} of the features that fire in it, "
+    f"{'no less' if missed >= one_token else 'less'} than one token alone does "
+    f"({one_token:.0%}); of what it finds {fire:.0%} fires somewhere in the text. Features are "
+    "encoded per token here, and pooled after."
 )
 
 # %% [markdown]
@@ -260,8 +284,6 @@ so(
 # most .05.
 
 # %%
-from lenslab.features.specialists import discriminate, find_specialists
-
 found = discriminate({SAE: pooled["max"]}, labels)
 shown = ["category", "feature", "auroc_discovery", "auroc", "worst_register", "q", "discriminating"]
 print(found[shown].round(3).to_string(index=False))
@@ -280,6 +302,7 @@ so(
 # by hand, such as *has an emoji*, can do better.
 
 # %%
+from lenslab.features.specialists import find_specialists
 from lenslab.sae.controls import control_matrices
 
 twin = random_twin(model)
