@@ -2,6 +2,7 @@
 equal after saving."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from sae_lens import (
 )
 from sae_lens.saes.sae import TrainStepInput
 
-from lenslab.files import data_path
+from lenslab.files import REPOSITORY, data_path
 from lenslab.runtime import derive_generator
 from lenslab.sae.load import load_sae
 from lenslab.sae.registry import NotAnSAE
@@ -36,6 +37,10 @@ from lenslab.sae.train.architectures import (
     starting_penalty,
 )
 from lenslab.sae.train.convert import to_saelens
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+from notebook_execution import code_cells, read_source
 
 WIDTH, LATENTS, K, BATCH, SPARSITY, NESTED = 16, 48, 4, 40, 0.7, (8, 2, 1)
 NAMES = tuple(ARCHITECTURES)
@@ -547,3 +552,28 @@ def test_a_transcoder_computes_what_its_definition_says():
     assert float(found.auxiliary) == pytest.approx(float(auxiliary), rel=1e-4)
     for name, parameter in sae.named_parameters():
         torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=1e-3, atol=1e-4)
+
+
+def test_the_sae_that_phase_4_builds_is_the_packages():
+    """The class in the notebook, loss and gradients, where rows are of length 1 as they start."""
+    source = read_source(REPOSITORY / "notebooks" / "interactive" / "phase_4_custom_sae.py")
+    (cell,) = [cell.source for cell in code_cells(source) if "class TopK" in cell.source]
+    exec(cell, names := {"torch": torch})
+    theirs = build_sae("topk", WIDTH, LATENTS, k=K, auxiliary=0.0)
+    x = drawn(BATCH, WIDTH, label="phase 4")
+    with torch.no_grad():
+        theirs.b_enc.copy_(0.1 * drawn(LATENTS))
+        theirs.b_dec.copy_(0.1 * drawn(WIDTH))
+        theirs.W_enc.add_(0.1 * drawn(WIDTH, LATENTS))
+    mine = names["TopK"](theirs.W_dec.detach(), K)
+    mine.load_state_dict({name: getattr(theirs, name) for name, _ in mine.named_parameters()})
+    assert torch.allclose(mine.encode(x), theirs.activate(theirs.pre(x)), atol=1e-6)
+    loss = (x - mine.decode(mine.encode(x))).square().sum(-1).mean()
+    loss.backward()
+    losses = theirs.loss(x, x)
+    losses.total.backward()
+    assert losses.total.item() == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in mine.named_parameters():
+        gradient = getattr(theirs, name).grad
+        assert gradient.abs().max() > 1e-3
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
