@@ -128,6 +128,15 @@ def test_the_policy_notices(sample, complaint):
     assert complaint in faults_after(sample, BREAKS[complaint])
 
 
+def test_live_curves_show_themselves(sample):
+    def draw(notebook, cells):
+        cells[0].source = "train(saes, source, config, watch=live_curves(config))"
+        BREAKS["end it in `.show()`"](notebook, cells)
+
+    assert "with nothing in it" in (found := faults_after(sample, draw))
+    assert "end it in `.show()`" not in found
+
+
 def markdown(text: str):
     return nbformat.v4.new_markdown_cell(text)
 
