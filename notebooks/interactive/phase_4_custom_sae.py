@@ -62,7 +62,9 @@ from lenslab.texts import sampled_text
 from lenslab.tokens import pack
 
 written = sampled_text(736, model_name(model))
-text, held_out = pack(model, list(dict.fromkeys(written[:640]))), pack(model, written[720:])
+share = len(written) // 46
+texts = list(dict.fromkeys(written[: 40 * share]))
+text, held_out = pack(model, texts), pack(model, written[-share:])
 source, unseen = (ModelSource(model, part, HOOK) for part in (text, held_out))
 there = unseen.documents()
 shared = len(there & source.documents())
