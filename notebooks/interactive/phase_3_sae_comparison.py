@@ -1,0 +1,1233 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Phase 3: do two SAEs tell the same story?
+#
+# **What you will learn**: how SAEs of several layers, streams, widths and seeds compare on the same
+# texts; how far apart two numbers must lie before they mean anything; which features two SAEs
+# share, beyond what the data alone makes alike; where a well-known trend over layers comes from;
+# whether a feature for a kind of text follows its syntax or its topic; and whether a selective
+# feature matters to the model.
+#
+# **Runs on** the bundled `pocket-gpt` and its SAEs, offline; the README says how long it takes and
+# how much memory. For another model set `LENSLAB_MODEL`. Sections that need what a model has not
+# (more seeds, layers, a second model) say so and go on.
+#
+# **How to read it**: one question per section, then code, a printed check, the control, a picture.
+# Lines that begin with *So:* say what was found, whatever model you run.
+
+# %% [markdown]
+# ## 1. The instrument
+# The model, and 420 texts of seven kinds, half of them held out, as in phase 2.
+
+# %%
+import numpy as np
+import pandas as pd
+import torch
+
+from lenslab.models import load_model, model_name, random_twin
+from lenslab.show.images import set_up_figures
+from lenslab.show.words import so
+from lenslab.texts import label_texts, load_probes
+from lenslab.tokens import tokenize
+
+# %% [markdown]
+# It is loaded; the texts become tokens.
+
+# %%
+set_up_figures()
+model = load_model()
+labels = label_texts(load_probes("categories"))
+batch = tokenize(model, list(labels.texts), truncate=True)
+labels = labels.with_lengths(batch.real.sum(1).numpy())
+print(f"{len(batch)} texts of {len(labels.categories)} kinds, {batch.n_real} real tokens")
+
+# %% [markdown]
+# Several SAEs by name. One that is missing, damaged or of another model is named with the reason
+# and the command that fetches it, and the comparison goes on with the rest.
+
+# %%
+from lenslab.compare import comparable_saes, open_saes
+from lenslab.sae.find import find_sae
+
+SAES = None  # or a list of bundled names, folders, or (release, id) of the hub
+names = SAES or comparable_saes(model)
+if names:
+    saes, missing = open_saes(model, names)
+else:  # the middle layer's, trained now where there is none
+    found = find_sae(model)
+    saes, missing = {found.name: found.sae}, {}
+print(f"{len(saes)} SAEs; left out: {missing or 'none'}")
+
+# %% [markdown]
+# Read most closely is the one of the residual stream after the middle block.
+
+# %%
+from lenslab.sae.load import input_transform, sae_hook
+
+hook = {name: sae_hook(sae) for name, sae in saes.items()}
+middle = f"blocks.{model.cfg.n_layers // 2}."
+near = [name for name in saes if hook[name].startswith(middle)]
+main = next((name for name in near if "resid" in hook[name]), [*near, *saes][0])
+whole = f"{model_name(model)}-{main}"  # its name among those that ship
+print(f"{model_name(model)}: {len(saes)} SAEs, {', '.join(saes)}; read most closely: {main}")
+
+# %% [markdown]
+# Which of them stand in for which question: SAEs of the same site and width differ by their seed;
+# of the same site, by their width; and one for each site.
+
+# %%
+width = {name: sae.cfg.d_sae for name, sae in saes.items()}
+same = [name for name in saes if hook[name] == hook[main]]
+seeds = [main] + [n for n in same if width[n] == width[main] and n != main]
+widths = sorted([main] + [n for n in same if width[n] != width[main]], key=width.get)
+first = {
+    hook[name]: name for name in reversed(saes) if name not in seeds[1:] + widths or name == main
+}
+places = sorted(first.values(), key=lambda name: (hook[name].split("hook_")[-1], hook[name]))
+print(f"seeds: {seeds}\nwidths: {widths}\nplaces: {places}")
+
+# %% [markdown]
+# The model runs once; every SAE encodes every real token.
+
+# %%
+from lenslab.capture import harvest
+from lenslab.features.activations import encode_saes
+
+fas = encode_saes(model, saes, batch)
+pooled = {name: fa.pool("max") for name, fa in fas.items()}
+values = harvest(model, batch, sorted(set(hook.values())))
+inputs = {n: input_transform(sae, model)(values[hook[n]][batch.real]) for n, sae in saes.items()}
+active = {name: round(fa.matrix.nnz / len(fa.text), 1) for name, fa in fas.items()}
+print(f"at {len(values)} hooks; active latents per token:", active)
+
+# %% [markdown]
+# ## 2. Side by side, and the smallest difference that counts
+# From the cards where there are any, else from these texts. `fvu`: fraction of variance
+# unexplained; `l0`: active latents per token; `null`: variance that random directions explain.
+
+# %%
+from lenslab.sae.evaluate import evaluate_sae
+from lenslab.sae.find import card_table
+
+cards = card_table(model)
+cards["sae"] = cards["sae"].str.removeprefix(f"{model_name(model)}-")
+cards = cards[cards["ships"].astype(bool) & cards["sae"].isin(list(saes))]
+if cards.empty:
+    cards = pd.concat([evaluate_sae(model, sae, batch, n).to_frame() for n, sae in saes.items()])
+cards = cards.set_index("sae").assign(fvu=1 - cards.set_index("sae")["variance_explained"])
+print(cards[["l0", "fvu", "ce_difference", "dead", "dense"]].round(2).to_string())
+
+# %% [markdown]
+# **Control**: SAEs that differ by nothing but their seed. Two trainings must lie further apart than
+# the 95 % prediction interval of the difference of two such, or reseeding is explanation enough.
+
+# %%
+from lenslab.stats import smallest_difference
+
+by_place = {}
+for metric in ("l0", "fvu", "ce_difference"):
+    least = smallest_difference(cards.loc[seeds, metric].to_numpy())
+    spread = cards.loc[places, metric]
+    by_place[metric] = least, spread.max() - spread.min()
+    known = f"tells apart {least:.3f}" if len(seeds) > 1 else "one seed"
+    print(f"{metric:14s} {known}; the places differ by {by_place[metric][1]:.3f}")
+
+# %% [markdown]
+# In words:
+
+# %%
+so(
+    f"a difference in FVU of more than {by_place['fvu'][0]:.3f} is more than reseeding gives "
+    f"({len(seeds)} seeds at one site); places, which hold other things to rebuild, differ by up "
+    f"to {by_place['fvu'][1]:.2f}."
+    if len(seeds) > 1
+    else "there is one seed, so how much two SAEs differ by chance cannot be told."
+)
+
+# %% [markdown]
+# Reconstruction at each place.
+
+# %%
+from lenslab.show.plots import bars
+
+drawn = {"FVU": cards.loc[places, "fvu"]}
+if "null" in cards:
+    drawn["FVU of random directions"] = 1 - cards.loc[places, "null"]
+titles = {"x_title": "SAE", "y_title": "FVU (lower is better)"}
+bars(drawn, places, title="What each SAE leaves unexplained", **titles).show()
+
+# %% [markdown]
+# ## 3. A feature for each kind: does depth, or the stream, make a difference?
+# Per SAE and kind of text the feature with the best AUROC on the discovery half, scored on the
+# held-out half, corrected over all SAEs and kinds together. `ceiling`: logistic regression on the
+# same activations. Beside it the older rule, texts strong inside minus texts strong outside at a
+# threshold of 5.0, and as `half` with half of a feature's own largest value.
+
+# %%
+from lenslab.features.ceiling import supervised_directions
+from lenslab.features.ranking import count_specialists_null
+from lenslab.features.specialists import discriminate
+from lenslab.metrics import auroc
+
+best = discriminate({name: pooled[name] for name in dict.fromkeys(places + seeds)}, labels)
+aurocs = best.pivot(index="sae", columns="category", values="auroc")
+
+# %% [markdown]
+# Per place: the mean over kinds, the ceiling, and the older rule at both thresholds.
+
+# %%
+rows, held, text = [], labels.held_out, fas[main].text
+for name in places:
+    vectors = np.stack([inputs[name][text == i].mean(0).numpy() for i in range(len(batch))])
+    fitted = supervised_directions(vectors, labels)["logistic regression"][held]
+    top = [auroc(fitted[:, c], labels.inside[held, c]) for c in range(fitted.shape[1])]
+    sums = best[best["sae"] == name].agg({"auroc": "mean", "discriminating": "sum"})
+    rows.append({"sae": name, "feature": sums["auroc"], "ceiling": np.mean(top)})
+    rows[-1]["discriminating"] = int(sums["discriminating"])
+    for key, cut in (("at 5.0", 5.0), ("half", "half")):
+        null = count_specialists_null(pooled[name], labels.category, cut, n=10)
+        rows[-1] |= {f"{key}": null.observed, f"{key} shuffled": null.mean_null}
+by_sae = pd.DataFrame(rows).set_index("sae")
+print(by_sae.round(2).to_string())
+
+# %% [markdown]
+# Is a difference between places more than one between seeds? The largest of several differences is
+# large by chance more often than one: the level is divided by how many there are.
+
+# %%
+reseeds = best[best["sae"].isin(seeds)].groupby("sae")["auroc"].mean()
+least = smallest_difference(reseeds.to_numpy())
+stream = hook[main].split("hook_")[-1]
+of_stream = by_sae.loc[[n for n in places if hook[n].endswith(stream)], "feature"]
+told = []
+for where, means in (("all places", by_sae["feature"]), (f"the layers at {stream}", of_stream)):
+    pairs, gap = max(1, len(means) * (len(means) - 1) // 2), np.ptp(means)
+    limit = smallest_difference(reseeds.to_numpy(), 1 - 0.05 / pairs)
+    against = f"{'more' if gap > limit else 'no more'} than reseeding can give ({limit:.2f})"
+    against = against if len(seeds) > 1 else "which one seed cannot judge"
+    told.append(f"between {where} it differs by up to {gap:.3f}, {against}")
+
+# %% [markdown]
+# In words:
+
+# %%
+so(
+    f"by the older rule {by_sae['at 5.0'].min():.0f} to {by_sae['at 5.0'].max():.0f} of "
+    f"{len(labels.categories)} kinds have a specialist, and under shuffled labels "
+    f"{by_sae['at 5.0 shuffled'].min():.1f} to {by_sae['at 5.0 shuffled'].max():.1f}. Held out, "
+    f"the best features' mean AUROC is {by_sae['feature'].min():.2f} "
+    f"({by_sae['feature'].idxmin()}) to {by_sae['feature'].max():.2f} "
+    f"({by_sae['feature'].idxmax()}), and over seeds of {main} {reseeds.min():.2f} to "
+    f"{reseeds.max():.2f}: {'; '.join(told)}. The ceiling is {by_sae['ceiling'].min():.2f} to "
+    f"{by_sae['ceiling'].max():.2f}."
+)
+
+# %% [markdown]
+# Over the layers, a line for each stream; the bar is from the least to the most of several seeds,
+# the dotted line is chance.
+
+# %%
+from lenslab.show.plots import heatmap, lines
+
+where = {name: hook[name].split(".")[1:] for name in places if hook[name].startswith("blocks.")}
+curves, at, spread = {}, {}, {}
+for stream in dict.fromkeys(place[-1] for place in where.values()):
+    sites = [name for name in where if where[name][-1] == stream]
+    curves[stream] = by_sae.loc[sites, "feature"].to_numpy()
+    at[stream] = [int(where[name][0]) for name in sites]
+    ends = [reseeds if name == main else curves[stream][[i]] for i, name in enumerate(sites)]
+    spread[stream] = [e.min() for e in ends], [e.max() for e in ends]
+titles = {"x_title": "layer", "y_title": "mean held-out AUROC over kinds", "reference": 0.5}
+lines(curves, at, spread=spread, title="Best features by layer and stream", **titles).show()
+
+# %% [markdown]
+# By kind: a kind is told apart *always*, *sometimes* or *never* over the SAEs; and for every SAE
+# the kind that it tells best, with how many other kinds come within .01 of that.
+
+# %%
+told = best[best["sae"].isin(places)].pivot(
+    index="category", columns="sae", values="discriminating"
+)
+for word, which in (("always", told.all(axis=1)), ("never", ~told.any(axis=1))):
+    print(f"{word}: {', '.join(told.index[which]) or 'none'}")
+
+# %% [markdown]
+# Sometimes, and the kind that each SAE tells best:
+
+# %%
+some = told.any(axis=1) & ~told.all(axis=1)
+print("sometimes:", ", ".join(f"{k} ({told.loc[k].sum()}/{len(places)})" for k in told.index[some]))
+here = aurocs.loc[places]
+for name in places:
+    near = int((here.loc[name] >= here.loc[name].max() - 0.01).sum()) - 1
+    print(f"{name:10s} best {here.loc[name].idxmax()} {here.loc[name].max():.2f}, {near} as good")
+so(
+    f"{told.all(axis=1).sum()} of {len(told)} kinds are told apart by every SAE, "
+    f"{(~told.any(axis=1)).sum()} by none."
+)
+
+# %% [markdown]
+# Every kind at every place.
+
+# %%
+axes = {"x_title": "kind of text", "y_title": "SAE"}
+title = "Held-out AUROC of the best feature"
+heatmap(here, here.columns, here.index, title=title, **axes).show()
+
+# %% [markdown]
+# ## 4. Coverage, peaks, and how unequal they are
+# Features of different layers have different scales: a peak is also given in mean norms of the
+# vectors that the SAE reads. `coverage`: share of texts on which the most frequent feature fires.
+# *Gini* of the five largest peaks: 0 where all are equal.
+
+# %%
+rows = []
+for name in places:
+    largest = np.sort(pooled[name].max(axis=0).toarray().ravel())[-5:]
+    norm = float((inputs[name] - inputs[name].mean(0)).norm(dim=1).mean())
+    frequency = np.asarray((pooled[name] > 0).mean(axis=0)).ravel()
+    gini = 2 * (np.arange(1, 6) * largest).sum() / (5 * largest.sum()) - 6 / 5
+    row = {"sae": name, "peak": float(largest[-1]), "norm": norm}
+    row["peak/norm"] = row["peak"] / norm
+    row |= {"gini": gini, "peak/top 5": largest[-1] / largest.sum()}
+    rows.append(
+        row | {"coverage": frequency.max(), "on half of the texts": (frequency > 0.5).sum()}
+    )
+
+# %% [markdown]
+# As a table:
+
+# %%
+sizes = pd.DataFrame(rows).set_index("sae")
+print(sizes.round(2).to_string())
+so(
+    f"peaks differ {sizes['peak'].max() / sizes['peak'].min():.1f}-fold between the SAEs, in units "
+    f"of the norm {sizes['peak/norm'].max() / sizes['peak/norm'].min():.1f}-fold; the most "
+    f"frequent feature covers {sizes['coverage'].min():.0%} to {sizes['coverage'].max():.0%}."
+)
+
+# %% [markdown]
+# The five largest values by kind: peaks, never stacked, in units of the norm.
+
+# %%
+peaks = {}
+for kind, inside in zip(labels.categories, labels.inside.T, strict=True):
+    tops = [np.sort(pooled[n][inside].max(axis=0).toarray().ravel())[-5:].mean() for n in places]
+    peaks[kind] = np.array(tops) / sizes["norm"]
+titles = {"x_title": "SAE", "y_title": "mean of the five peaks, in norms"}
+bars(peaks, places, title="Largest activations by kind, scale removed", **titles).show()
+
+# %% [markdown]
+# ## 5. Are two seeds the same dictionary?
+# Latents are matched one to one (Hungarian algorithm) by where they write (`decoder`), what they
+# listen for (`encoder`), when they fire (correlation over tokens), and what they do to the next
+# token (`vocabulary`). **First a check** on a pair with a known answer: half of the latents of this
+# SAE, turned a little and put in another order, among as many data points.
+
+# %%
+from lenslab.compare import SHARED, comparable_kinds, compare, describe, match, null_dictionaries
+from lenslab.runtime import derive_generator
+
+dictionaries = {name: describe(model, saes[name], fas[name]) for name in saes}
+own, generator = dictionaries[main].decoder, derive_generator(0, "planted pair")
+n, d = own.shape
+order = torch.randperm(n, generator=generator)
+planted = own + 0.6 * torch.randn(n, d, generator=generator) / d**0.5
+centred = inputs[main] - inputs[main].mean(0)
+planted[n // 2 :] = centred[torch.randperm(len(centred), generator=generator)[: n - n // 2]]
+
+# %% [markdown]
+# Matched, and compared with what was planted.
+
+# %%
+planted = torch.nn.functional.normalize(planted, dim=1)[order]
+pairs = match((own @ planted.T).numpy())
+claimed, right = pairs["similarity"] >= SHARED, order[pairs["partner"]].numpy() == np.arange(n)
+precision, recall = right[claimed].mean(), (right & claimed)[: n // 2].mean()
+so(f"of planted pairs the matching finds {recall:.1%}; of what it calls shared {precision:.1%} is.")
+
+# %% [markdown]
+# **Nulls** in the place of the second SAE: isotropic random directions; data points, centred;
+# an SAE of the random-weight twin; firings dealt out anew with each latent's rate. `corrected`:
+# (value - null) / (1 - null), with the null that reaches most.
+
+# %%
+twin = random_twin(model)
+twin_sae = find_sae(twin).sae
+twin_fa = encode_saes(twin, {"twin": twin_sae}, batch)["twin"]
+twin_dictionary = describe(twin, twin_sae, twin_fa)
+nulls = null_dictionaries(model, saes[main], fas[main], inputs[main], twin_dictionary)
+if len(seeds) > 1:
+    seed_pair = compare(dictionaries[main], dictionaries[seeds[1]], nulls)
+    print(seed_pair.summary.round(2).drop(columns="near").to_string(index=False))
+    near = seed_pair.summary.set_index("kind")["near"]
+    print("latents within .05 of the partner:", near.round(1).to_dict())
+
+# %% [markdown]
+# In words; and how much the pairs of seeds differ among themselves.
+
+# %%
+if len(seeds) > 1:
+    table = seed_pair.summary.set_index("kind")
+    pairs = [(a, b) for i, a in enumerate(seeds) for b in seeds[i + 1 :]]
+    cosines = [dictionaries[a].decoder @ dictionaries[b].decoder.T for a, b in pairs]
+    means = np.array([match(values.numpy())["similarity"].mean() for values in cosines])
+    partners = seed_pair.latents.pivot(index="latent", columns="kind", values="partner")
+    agree = (partners["decoder"] == partners["encoder"]).mean()
+    print(f"decoder, all {len(pairs)} pairs of seeds: {means.min():.3f} to {means.max():.3f}")
+
+# %% [markdown]
+# Said together:
+
+# %%
+so(
+    f"matched decoder rows of two seeds have a cosine of {table.loc['decoder', 'value']:.2f}, data "
+    f"points {table.loc['decoder', 'null']:.2f}: corrected {table.loc['decoder', 'corrected']:.2f} "
+    f"(firing {table.loc['firing', 'corrected']:.2f}). {table.loc['decoder', 'shared']:.0%} of the "
+    f"latents are shared (null {table.loc['decoder', 'shared_null']:.0%}), and {agree:.0%} have "
+    "the same partner by decoder and by encoder."
+    if len(seeds) > 1
+    else "this model has one seed of this SAE, so there is nothing to match it with."
+)
+
+# %% [markdown]
+# Is what fires often learned by every seed? By how often a latent fires:
+
+# %%
+if len(seeds) > 1:
+    latents = seed_pair.latents.query("kind == 'decoder'")
+    edges = [0, 1e-3, 1e-2, 1e-1, 1]
+    groups = latents.groupby(pd.cut(latents["rate"], edges, labels=edges[1:]), observed=True)
+    bands = groups[["similarity", "null", "near"]].mean().assign(latents=groups.size())
+    print(bands.round(2).to_string())
+
+# %% [markdown]
+# Drawn, beside the strictest null:
+
+# %%
+if len(seeds) > 1:
+    curves = {"second seed": bands["similarity"], "null: data points": bands["null"]}
+    titles = {"x_title": "fires on up to this share of tokens", "y_title": "cosine of the match"}
+    title = "What two seeds share, by how often a latent fires"
+    lines(curves, bands.index.astype(float), log_x=True, title=title, **titles).show()
+
+# %% [markdown]
+# ## 6. Other widths, layers and streams
+# The same for SAEs that differ by more than a seed, by decoder and by firing, each against data
+# points of its own site and as many as it has latents, and against its own firings dealt out anew.
+
+# %%
+numbers = {name: hook[name].split(".")[1] for name in saes}
+others = seeds[1:2] + [n for n in widths if n != main]
+others += [n for n in places if n != main and hook[n].split(".")[-1] == hook[main].split(".")[-1]]
+others += [n for n in places if n != main and numbers[n] == numbers[main]]
+
+# %% [markdown]
+# Each against its nulls:
+
+# %%
+rows = []
+for name in others:
+    own_nulls = null_dictionaries(model, saes[name], fas[name], inputs[name])
+    own_nulls.pop("random directions")  # reached less in section 5
+    pair = compare(dictionaries[main], dictionaries[name], own_nulls, ("decoder", "firing"))
+    rows.append(pair.summary.assign(other=name))
+shown = ["other", "kind", "value", "null", "corrected", "shared", "shared_null"]
+likeness = pd.concat(rows) if rows else pd.DataFrame(columns=shown)
+print(likeness[shown].round(2).to_string(index=False) if rows else "no other SAE to compare with")
+
+# %% [markdown]
+# In words:
+
+# %%
+fixed = likeness[likeness["kind"] == "firing"].set_index("other")["corrected"].astype(float)
+so(
+    f"corrected for the data, firing agrees most with {fixed.idxmax()} ({fixed.max():.2f}) and "
+    f"least with {fixed.idxmin()} ({fixed.min():.2f})."
+    if len(fixed)
+    else "there is one SAE at hand: a comparison needs a second."
+)
+
+# %% [markdown]
+# Drawn, with the null:
+
+# %%
+if len(fixed):
+    wide = likeness.pivot(index="other", columns="kind", values=["value", "null"]).loc[others]
+    kinds = likeness["kind"].unique()  # no decoder where widths differ
+    drawn = {kind: wide["value", kind] for kind in kinds}
+    drawn |= {f"null: {kind}": wide["null", kind] for kind in kinds}
+    titles = {"x_title": f"compared with {main}", "y_title": "mean similarity of matched latents"}
+    bars(drawn, others, title="What SAEs share, and what the data makes alike", **titles).show()
+
+# %% [markdown]
+# ## 7. Where does a feature go in a wider SAE?
+# A *child* fires, on more than half of its own tokens, where its parent fires. **Control**: an SAE
+# of the same width and another seed also has some.
+
+# %%
+from itertools import pairwise
+
+from lenslab.compare import children
+
+steps = list(pairwise(widths))
+steps += [(main, seeds[1])] if len(seeds) > 1 else []
+splits = {}
+for narrow, wide in steps:
+    family = children(fas[narrow], fas[wide]).groupby("parent").size()
+    alive = int((np.diff(fas[narrow].matrix.tocsc().indptr) >= 10).sum())
+    splits[narrow, wide] = (family >= 2).sum() / alive
+    print(f"{narrow} -> {wide}: {splits[narrow, wide]:.0%} of {alive} features have two or more")
+
+# %% [markdown]
+# In words:
+
+# %%
+so(
+    f"{', '.join(f'{share:.0%} from {a} to {b}' for (a, b), share in splits.items())} have two "
+    "children or more: what exceeds the pair of equal width is splitting."
+    if splits
+    else "there is one width, so no splitting can be seen."
+)
+
+# %% [markdown]
+# One family: of the narrowest SAE the feature with most children, among those that fire on less
+# than 2 %, followed into each wider SAE; named with the token that each fires on most.
+
+# %%
+from lenslab.features.readings import feature_names
+
+todo = []
+if len(widths) > 1:
+    family = children(fas[widths[0]], fas[widths[1]])
+    todo = [(0, family[family["expected"] < 0.02].groupby("parent").size().idxmax(), "")]
+while todo:
+    depth, feature, told = todo.pop()
+    fa = fas[widths[depth]]
+    print(f"{'    ' * depth}{fa.name} {feature_names(fa, [feature])[0]}{told}")
+    for name in widths[depth + 1 : depth + 2]:
+        kids = children(fa, fas[name]).query("parent == @feature").head(3)[::-1]
+        covers = [f": has {share:.0%} of its parent's firings" for share in kids["covers"]]
+        todo += zip([depth + 1] * len(kids), kids["child"], covers, strict=True)
+
+# %% [markdown]
+# ## 8. Where a famous trend comes from
+# A comparison of GPT-2's layers counted specialists in 5, 6, 7 and 7 of seven kinds. It averaged
+# each text's tokens before encoding, called 5.0 strong at every layer, and met BOS and padding on
+# the way. **Planted** here: seventy texts of seven kinds, of 10 to 20 tokens after BOS, padded.
+
+# %%
+generator = derive_generator(0, "planted layers")
+n_kinds, n_texts, longest, bias = 7, 70, 20, 12.0
+d_in = n_kinds + n_texts + 3  # and the common feature, what padding holds, and the sink at BOS
+kinds = np.repeat([f"kind {number}" for number in range(1, n_kinds + 1)], n_texts // n_kinds)
+lengths = torch.randint(10, longest + 1, (n_texts, 1), generator=generator)
+attention = torch.arange(longest + 1) < 1 + lengths
+real = attention.clone()
+real[:, 0] = False
+
+# %% [markdown]
+# Every kind has a feature that fires on every other token of its texts, some kinds strongly, some
+# weakly; so has every single text, whatever its kind; and one feature is everywhere.
+
+# %%
+strength, rows = torch.zeros(n_texts, d_in), torch.arange(n_texts)
+strength[:, -3] = 12.0
+strength[rows, rows * n_kinds // n_texts] = torch.linspace(16, 28, n_kinds).repeat_interleave(10)
+strength[rows, n_kinds + rows] = torch.linspace(8, 22, n_texts)[rows * 29 % n_texts]
+phase = torch.randint(2, (n_texts, 1, d_in), generator=generator)
+fires = (torch.arange(longest + 1)[:, None] + phase) % 2 == 0  # [text, pos, feature]
+contents = fires * (strength[:, None] + bias * (strength[:, None] > 0))
+contents[~attention] = 20 * torch.eye(d_in)[-2]
+
+# %% [markdown]
+# Four layers hold this *same*, only stronger from one to the next, with a huge vector at BOS. The
+# SAE knows the features; like a trained one it has a bias that a feature must exceed to fire.
+
+# %%
+turned = torch.linalg.qr(torch.randn(d_in, d_in, generator=generator))[0]
+sink = 1 + torch.rand(d_in, generator=generator)  # every feature sees it
+layers = {}
+for number, scale in enumerate((1, 1.15, 1.35, 2), 1):
+    x = contents * scale
+    x[:, 0] = 3000 * sink / sink.norm()
+    encode = lambda given, scale=scale: torch.relu(given @ turned.T - bias * scale)  # noqa: E731
+    layers[f"layer {number}"] = x @ turned, encode
+
+# %% [markdown]
+# A text's value under three choices, crossed: BOS in or out, padding in or out, and tokens encoded
+# before they are averaged or after. What does the older rule count under each?
+
+# %%
+from lenslab.features.ranking import pooled_ways, summarize_features
+
+FACTORS = ["BOS", "padding", "order"]
+
+
+def count_by_way(ways: dict, categories, threshold=5.0, n: int = 20) -> pd.DataFrame:
+    """One row per way: specialists, with shuffled labels, and the widest coverage of a feature."""
+    rows = []
+    for way, matrix in ways.items():
+        null = count_specialists_null(matrix, categories, threshold, n=n)
+        row = dict(zip(FACTORS, way, strict=True)) | {"specialists": null.observed}
+        frequency = summarize_features(np.maximum(matrix, 0)).frequency
+        rows.append(row | {"shuffled": null.mean_null, "coverage": float(frequency.max())})
+    return pd.DataFrame(rows)
+
+
+# %% [markdown]
+# On the planted layers:
+
+# %%
+tables = []
+for name, (x, encode) in layers.items():
+    ways = pooled_ways(encode, x, real, attention)
+    for threshold in (5.0, "half"):
+        table = count_by_way(ways, kinds, threshold)
+        tables.append(table.assign(layer=name, threshold=threshold))
+trend = pd.concat(tables)
+at_5 = trend[trend["threshold"] == 5.0]
+print(at_5.pivot(index=FACTORS, columns="layer", values="specialists").to_string())
+
+# %% [markdown]
+# Without BOS and padding: the older way, with shuffled labels, and with one choice mended at a
+# time.
+
+# %%
+clean = trend[~trend["BOS"].astype(bool) & ~trend["padding"].astype(bool)]
+later = clean["order"] == "pool, then encode"
+ways = {"pooled first, at 5.0": later & (clean["threshold"] == 5.0)}
+ways |= {"encoded first, at 5.0": ~later & (clean["threshold"] == 5.0)}
+ways |= {"pooled first, half": later & (clean["threshold"] == "half")}
+curves = {name: clean.loc[which, "specialists"].to_numpy() for name, which in ways.items()}
+
+# %% [markdown]
+# With shuffled labels the older way shows the same trend.
+
+# %%
+old, mended = curves["pooled first, at 5.0"], curves["encoded first, at 5.0"]
+shuffled = clean.loc[ways["pooled first, at 5.0"], "shuffled"].to_numpy()
+curves["pooled first, at 5.0, shuffled labels"] = shuffled
+so(
+    f"on layers that hold the same, the older way counts {old[0]:.0f} to {old[-1]:.0f} of 7 "
+    f"(shuffled labels {shuffled[0]:.1f} to {shuffled[-1]:.1f}); encoded first it counts "
+    f"{mended.min():.0f} to {mended.max():.0f}: the trend is the rule's own."
+)
+
+# %% [markdown]
+# Drawn:
+
+# %%
+titles = {"x_title": "planted layer", "y_title": "kinds with a specialist, of 7"}
+lines(curves, list(layers), title="A trend over layers that hold the same", **titles).show()
+
+# %% [markdown]
+# The same three choices on this model: has each anything to act on? The model runs once more, for
+# the values at BOS and padding.
+
+# %%
+streams = [n for n in places if hook[n].split("hook_")[-1] == hook[main].split("hook_")[-1]]
+parts = {name: [] for name in streams}
+for start in range(0, len(batch), 60):
+    few = batch[start : start + 60]
+    options = {"attention_mask": few.attention.long(), "names_filter": [hook[n] for n in streams]}
+    with torch.inference_mode():
+        cache = model.run_with_cache(few.tokens, **options)[1]
+    for name in streams:
+        parts[name].append(input_transform(saes[name], model)(cache[hook[name]]))
+everywhere = {name: torch.cat(values) for name, values in parts.items()}  # [text, pos, d_in]
+
+# %% [markdown]
+# How long is the vector at BOS against the others, and how much padding is there?
+
+# %%
+norms = {name: x.norm(dim=2) for name, x in everywhere.items()}
+size = {name: float(norm[:, 0].mean() / norm[batch.real].mean()) for name, norm in norms.items()}
+print({name: f"BOS is {ratio:.1f} times as long" for name, ratio in size.items()})
+print(f"padding is {1 - batch.attention.float().mean():.0%} of the places")
+
+# %% [markdown]
+# What each choice changes, mean over the others and over the layers:
+
+# %%
+rows = []
+for name, x in everywhere.items():
+    ways = pooled_ways(saes[name].encode, x, batch.real, batch.attention)
+    rows.append(count_by_way(ways, labels.category, n=3).assign(sae=name))
+crossed = pd.concat(rows)
+
+# %% [markdown]
+# Put in, or pooled first, against the other:
+
+# %%
+changes = {}
+for factor in FACTORS:
+    columns = ["specialists", "shuffled", "coverage"]
+    means = crossed.groupby(factor)[columns].mean()
+    changes[factor] = means.iloc[-1] - means.iloc[0]
+print(pd.DataFrame(changes).T.round(2).to_string())
+
+# %% [markdown]
+# In words:
+
+# %%
+strongest = max(FACTORS, key=lambda factor: abs(changes[factor]["specialists"]))
+small = "less than" if abs(changes[strongest]["specialists"]) < 1 else "at least"
+so(
+    f"in {model_name(model)}, where BOS is at most {max(size.values()):.1f} times as long as the "
+    f"rest, the choice that changes the count most is {strongest} "
+    f"({changes[strongest]['specialists']:+.1f} of 7, {small} one kind; under shuffled labels "
+    f"{changes[strongest]['shuffled']:+.1f})."
+)
+
+# %% [markdown]
+# ## 9. Controls: does it take this SAE?
+# The search of section 3 among other candidates on the same texts. An SAE whose decoder was frozen
+# while the rest was trained, where one ships; one on the random-weight twin; PCA axes; the model's
+# own neurons; counts of character sequences; the length of the text.
+
+# %%
+from lenslab.sae.controls import control_matrices
+from lenslab.sae.load import bundled_saes, load_sae
+
+controls = {"this SAE": pooled[main]} | control_matrices(model, saes[main], batch)
+controls["random-twin SAE"] = twin_fa.pool("max")
+frozen = f"{whole}-frozen-decoder"
+if frozen in bundled_saes():
+    floor = encode_saes(model, {frozen: load_sae(frozen)}, batch)[frozen]
+    controls["frozen decoder"] = floor.pool("max")
+
+# %% [markdown]
+# With the length of the text as the least of them; the same search in each.
+
+# %%
+controls["text length"] = batch.real.sum(1).numpy()[:, None].astype(np.float32)
+table = discriminate(controls, labels, n=200).pivot(index="sae", columns="category", values="auroc")
+table = table.loc[list(controls)].assign(mean=lambda rows: rows.mean(axis=1))
+print(table.round(2).to_string())
+
+# %% [markdown]
+# In words:
+
+# %%
+rest = table["mean"].drop("this SAE")
+lead = table.loc["this SAE", "mean"] - rest.max()
+against = f"{'more' if lead > least else 'no more'} than reseeding gives ({least:.3f})"
+so(
+    f"mean held-out AUROC of the best candidate is {table.loc['this SAE', 'mean']:.2f} for this "
+    f"SAE; the best control is {rest.idxmax()} ({rest.max():.2f}), and the least "
+    f"{rest.idxmin()} ({rest.min():.2f}). The lead over the best is {lead:.3f}, "
+    f"{against if len(seeds) > 1 else 'which one seed cannot judge'}."
+)
+
+# %% [markdown]
+# ## 10. Syntax or topic?
+# How much of a feature's activation does the token alone foretell: its class (digits, brackets,
+# word starts ...), or its string? From the discovery half to the held-out half; 0 is no better than
+# the mean. **Control**: as many features taken at random.
+
+# %%
+from lenslab.features.readings import explained_by_token
+
+own = best[best["sae"] == main].set_index("category")["feature"]
+fires = np.asarray((pooled[main] > 0).sum(axis=0)).ravel()
+often = np.flatnonzero(fires >= np.sort(fires[own])[0])
+
+# %% [markdown]
+# Chosen ones, and random ones that fire on as many texts.
+
+# %%
+rng = np.random.default_rng(0)
+drawn = rng.choice(often, len(own), replace=False)
+tables = {}
+for name, features in (("chosen", own.to_numpy()), ("random", drawn)):
+    tables[name] = explained_by_token(fas[main], features, labels.held_out)
+print(tables["chosen"].assign(kind=own.index).round(2).to_string(index=False))
+
+# %% [markdown]
+# In words:
+
+# %%
+so(
+    f"of the activation of the features chosen for a kind the token's string foretells "
+    f"{tables['chosen']['by_string'].median():.0%} of the variance, its class "
+    f"{tables['chosen']['by_class'].median():.0%} (medians); of random features "
+    f"{tables['random']['by_string'].median():.0%} and {tables['random']['by_class'].median():.0%}."
+)
+
+# %% [markdown]
+# The matched set says sixty things in four forms each. Means of the chosen features by form, with
+# intervals over concepts; the features were chosen on other texts.
+
+# %%
+from lenslab.stats import bootstrap_by_document
+
+matched = load_probes("matched")
+matched_batch = tokenize(model, matched["text"].tolist(), truncate=True)
+matched_fa = encode_saes(model, {main: saes[main]}, matched_batch)[main]
+matched_pooled = matched_fa.pool("max")
+print(f"{len(matched)} texts, {matched_pooled.nnz / len(matched):.0f} features fire in one")
+
+# %% [markdown]
+# By form:
+
+# %%
+values = pd.DataFrame(matched_pooled[:, own.to_numpy()].toarray(), columns=own.index)
+forms = list(matched["form"].unique())
+means = {form: [] for form in forms}
+for form in forms:
+    rows = (matched["form"] == form).to_numpy()
+    for kind in values:
+        of_form = values.loc[rows, kind].to_numpy()
+        draw = derive_generator(0, f"{form} {kind}")
+        means[form].append(bootstrap_by_document(of_form, matched["concept"][rows], draw, n=300))
+by_form = pd.DataFrame({f: [i.estimate for i in means[f]] for f in forms}, index=own.index)
+print(by_form.round(2).to_string())
+
+# %% [markdown]
+# Drawn; a dot is a mean over sixty concepts, the line its 95 % interval.
+
+# %%
+from lenslab.show.plots import intervals
+
+strength = np.maximum(by_form.max(axis=1).to_numpy(), 1e-9)
+series = {}
+for form in forms:
+    ends = np.array([(i.estimate, i.low, i.high) for i in means[form]]).T / strength
+    series[form] = tuple(ends)
+axes = {"x_title": "mean activation, share of the largest form", "y_title": "feature chosen for"}
+intervals(series, list(own.index), title="The same things said in four forms", **axes).show()
+
+# %% [markdown]
+# Does the feature for mathematics fire on code that computes, and the one for Python on formulas?
+# The symbolic texts of the matched set are code, formulas, markup and tables.
+
+# %%
+notation = matched["notation"].where(matched["form"] == "symbolic", matched["form"])
+crossed_kinds = [kind for kind in ("math", "python") if kind in own.index]
+across = values[crossed_kinds].groupby(notation.to_numpy()).mean()
+fraction = (values[crossed_kinds] > 0).groupby(notation.to_numpy()).mean()
+print(across.join(fraction.add_suffix(": fires on")).round(2).to_string())
+
+# %% [markdown]
+# In words:
+
+# %%
+so(
+    "; ".join(
+        f"the feature chosen for {kind} fires on {fraction.loc['code', kind]:.0%} of code, "
+        f"{fraction.loc['formula', kind]:.0%} of formulas and {fraction.loc['plain', kind]:.0%} of "
+        "plain English"
+        for kind in crossed_kinds
+    )
+    + "."
+)
+
+# %% [markdown]
+# Do texts that say the same share their top features, or do texts of the same form? *Jaccard*
+# overlap of the twenty strongest features of two texts, and the cosine of the texts' mean vectors,
+# centred by the mean of the discovery half; both on held-out concepts. **Null**: pairs that share
+# neither. Intervals are over concepts.
+
+# %%
+new = (matched["split"] == "held_out").to_numpy()
+dense = matched_pooled.toarray()
+top = np.argsort(-dense, axis=1, kind="stable")[:, :20]
+strong = np.zeros(dense.shape, dtype=np.float32)
+np.put_along_axis(strong, top, 1, axis=1)
+both = strong[new] @ strong[new].T
+vectors = harvest(model, matched_batch, hook[main])[hook[main]]
+means = np.stack([v[r].mean(0).numpy() for v, r in zip(vectors, matched_batch.real, strict=True)])
+means = means - means[~new].mean(0)
+unit = means[new] / np.linalg.norm(means[new], axis=1, keepdims=True)
+
+# %% [markdown]
+# Compared by what two texts share:
+
+# %%
+form, concept = (matched.loc[new, column].to_numpy() for column in ("form", "concept"))
+one_form, one_concept = form[:, None] == form, concept[:, None] == concept
+sorts = {"same concept": one_concept & ~one_form, "same form": one_form & ~one_concept}
+sorts["neither"] = ~one_form & ~one_concept
+alike = {"Jaccard": {}, "cosine": {}}
+for name, similarity in (("Jaccard", both / (40 - both)), ("cosine", unit @ unit.T)):
+    for pair, which in sorts.items():
+        sums, draw = np.where(which, similarity, 0).sum(1), derive_generator(0, pair)
+        sums = np.stack([sums, which.sum(1)], 1)  # by text: similarities, pairs
+        alike[name][pair] = bootstrap_by_document(
+            sums, concept, draw, lambda s: s[:, 0].sum() / s[:, 1].sum()
+        )
+
+# %% [markdown]
+# In words:
+
+# %%
+for name, table in alike.items():
+    said, form, neither = table.values()
+    more = "content leads" if said.low > form.high else "neither leads beyond its interval"
+    so(
+        f"{name}: texts that say the same in two forms {said.estimate:.2f} ({said.low:.2f} to "
+        f"{said.high:.2f}), texts of one form that say different things {form.estimate:.2f} "
+        f"({form.low:.2f} to {form.high:.2f}), texts that share neither {neither.estimate:.2f}: "
+        f"{'form leads' if form.low > said.high else more}."
+    )
+
+# %% [markdown]
+# ## 11. Does a selective feature matter to the model?
+# Each kind's feature is set to zero at every real token of the held-out texts, the SAE's error
+# kept, and the loss is compared. **Controls**: for each, two features that fire on as many texts of
+# the kind and about as strongly; and its effect on the other kinds.
+
+# %%
+from lenslab.circuits.interventions import ablate_features
+
+held_rows = np.flatnonzero(labels.held_out)
+held_fa, inside = fas[main][held_rows.tolist()], labels.inside[held_rows]
+dense_held = held_fa.pool("max").toarray()
+rates = (dense_held > 0).T.astype(float) @ inside / inside.sum(0)  # [feature, kind]
+strengths = dense_held.T.astype(float) @ inside / inside.sum(0)
+
+# %% [markdown]
+# The two nearest by share of the kind's texts and by mean activation there:
+
+# %%
+tested = []
+for c, (kind, feature) in enumerate(own.items()):
+    far = np.abs(rates[:, c] - rates[feature, c])
+    far = far + np.abs(np.log((strengths[:, c] + 0.1) / (strengths[feature, c] + 0.1)))
+    far[own.to_numpy()] = np.inf
+    tested += [(kind, f, f == feature) for f in [feature, *np.argsort(far, kind="stable")[:2]]]
+tested = pd.DataFrame(tested, columns=["kind", "feature", "chosen"])
+print(tested.groupby("kind", sort=False)["feature"].agg(list).to_string())
+
+# %% [markdown]
+# Set to zero, one after the other, on the texts of the kind:
+
+# %%
+own_rise, scores = [], []
+for c, kind in enumerate(labels.categories):
+    features = tested.loc[tested["kind"] == kind, "feature"].to_numpy()
+    few = held_fa[np.flatnonzero(inside[:, c]).tolist()]
+    own_rise += (1000 * ablate_features(model, saes[main], few, features).mean(1)).tolist()
+    scores += auroc(dense_held[:, features], inside[:, c]).tolist()
+tested["own"], tested["selectivity"] = own_rise, scores
+print(tested[["own", "selectivity"]].describe().loc[["min", "50%", "max"]].round(1).to_string())
+
+# %% [markdown]
+# Rise of the loss in millinats per token on the kind; of the matched features (`False`) the mean of
+# two. `others`: what the chosen feature does to the loss of the other kinds.
+
+# %%
+rises = 1000 * ablate_features(model, saes[main], held_fa, own.to_numpy())
+others_rise = np.array([row[~inside[:, c]].mean() for c, row in enumerate(rises)])
+table = tested.groupby(["kind", "chosen"])[["own", "selectivity"]].mean().unstack()
+table["others", ""] = others_rise
+print(table.round(2).to_string())
+
+# %% [markdown]
+# Are selective features the ones that matter? The rank correlation over all tested features, with
+# its interval over features.
+
+# %%
+from scipy.stats import spearmanr
+
+pairs = tested[["selectivity", "own"]].to_numpy()
+relation = bootstrap_by_document(
+    pairs,
+    np.arange(len(pairs)),
+    derive_generator(0, "selectivity"),
+    lambda rows: spearmanr(rows[:, 0], rows[:, 1]).statistic,
+)
+chosen = tested["chosen"]
+lead = (table["own"][True] - table["own"][False]).to_numpy()
+draw = derive_generator(0, "chosen against matched")
+gain = bootstrap_by_document(lead, np.arange(len(lead)), draw)
+
+# %% [markdown]
+# In words:
+
+# %%
+shown = {True: "shown", False: "not shown"}
+needed, related = shown[gain.low > 0], shown[relation.low > 0 or relation.high < 0]
+so(
+    f"the chosen features raise the loss of their kind by {tested.loc[chosen, 'own'].mean():.1f} "
+    f"millinats, of the other kinds by {others_rise.mean():.1f}; matched features "
+    f"{tested.loc[~chosen, 'own'].mean():.1f}: a lead of {gain.estimate:.1f} "
+    f"({gain.low:.1f} to {gain.high:.1f} over kinds): that they are needed more is {needed}. "
+    f"Selectivity and effect have a rank correlation of {relation.estimate:.2f} "
+    f"({relation.low:.2f} to {relation.high:.2f}, {len(pairs)} features): that they go together "
+    f"is {related}."
+)
+
+# %% [markdown]
+# Drawn: every point is a feature.
+
+# %%
+from lenslab.show.plots import scatter
+
+marks = {"marked": chosen.to_numpy(), "marked_name": "chosen for the kind"}
+marks["names"] = tested["kind"]
+axes = {"x_title": "selectivity (held-out AUROC)", "y_title": "rise of the kind's loss, millinats"}
+title = "Selective, and needed? (grey: matched features)"
+scatter(tested["selectivity"], tested["own"], title=title, **marks, **axes).show()
+
+# %% [markdown]
+# ## 12. Cloze: is what a feature marks also what the model can do?
+# Sums in three forms, and for comparison brackets and agreement. Scored is the log-probability of
+# the right token over the mean of the other answers of its task, in nats; at 0 the right one is as
+# likely as the others.
+
+# %%
+words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+sums = [(a, b) for a in range(1, 8) for b in range(1, 9 - a) if a != b]
+tasks = [("sum, symbols", f"1 + 1 = 2\n3 + 2 = 5\n{a} + {b} =", f" {a + b}") for a, b in sums]
+for a, b in sums:
+    said = f"One plus one is two. Three plus two is five. {words[a].title()} plus {words[b]} is"
+    told = f"Ann has {words[a]} apples and gets {words[b]} more. The number of her apples is"
+    tasks += [("sum, words", said, f" {words[a + b]}"), ("sum, story", told, f" {words[a + b]}")]
+print(f"{len(tasks)} sums, such as {tasks[-1][1]!r}")
+
+# %% [markdown]
+# For comparison:
+
+# %%
+given = load_probes("prompt_pairs")
+for task in ("brackets", "agreement"):
+    few = given[given["task"] == task].head(40)
+    tasks += list(zip([task] * len(few), few["prompt_clean"], few["answer_clean"], strict=True))
+cloze = pd.DataFrame(tasks, columns=["task", "prompt", "answer"])
+ids = model.tokenizer(cloze["answer"].tolist(), add_special_tokens=False)["input_ids"]
+cloze["id"] = [tokens[-1] for tokens in ids]
+print(cloze.groupby("task")["answer"].agg(["size", "nunique"]).to_string())
+
+# %% [markdown]
+# The score, and how strongly the feature for mathematics fires in the prompt.
+
+# %%
+asked = tokenize(model, cloze["prompt"].tolist())
+scores = []
+for start in range(0, len(asked), 32):
+    few = asked[start : start + 32]
+    with torch.inference_mode():
+        logits = model(few.tokens, attention_mask=few.attention.long()).log_softmax(-1)
+    last = [int(row.nonzero()[-1]) for row in few.real]
+    scores.append(logits[range(len(few)), last])
+scores = torch.cat(scores)
+
+# %% [markdown]
+# Against the other answers of the task; and the feature's largest value in the prompt.
+
+# %%
+options = cloze.groupby("task")["id"].unique()
+cloze["margin"] = [
+    float(scores[i, row.id] - scores[i, [o for o in options[row.task] if o != row.id]].mean())
+    for i, row in enumerate(cloze.itertuples())
+]
+asked_fa = encode_saes(model, {main: saes[main]}, asked)[main]
+math_feature = int(own.get("math", own.iloc[0]))
+cloze["activation"] = asked_fa.pool("max")[:, [math_feature]].toarray()[:, 0]
+print(cloze[["margin", "activation"]].describe().loc[["min", "50%", "max"]].round(1).to_string())
+
+# %% [markdown]
+# By task, with intervals over prompts.
+
+# %%
+rows = []
+for task, group in cloze.groupby("task"):
+    draw = derive_generator(0, task)
+    interval = bootstrap_by_document(group["margin"].to_numpy(), np.arange(len(group)), draw)
+    row = {"task": task, "margin": interval.estimate, "low": interval.low, "high": interval.high}
+    rows.append(row | {"activation": float(group["activation"].mean())})
+by_task = pd.DataFrame(rows)
+print(by_task.round(2).to_string(index=False))
+
+# %% [markdown]
+# Does the feature fire where the model does better?
+
+# %%
+is_sum = by_task["task"].str.startswith("sum")
+sums = cloze[cloze["task"].str.startswith("sum")][["activation", "margin"]].to_numpy()
+moves = np.ptp(sums[:, 0]) > 0
+relation = bootstrap_by_document(
+    sums,
+    np.arange(len(sums)),
+    derive_generator(0, "activation and margin"),
+    lambda rows: spearmanr(rows[:, 0], rows[:, 1]).statistic if moves else np.nan,
+)
+
+# %% [markdown]
+# In words:
+
+# %%
+able = by_task.loc[by_task["low"] > 0, "task"]
+so(
+    f"{model_name(model)} prefers the right answer in: {', '.join(able) or 'none of these'}. The "
+    f"feature for mathematics fires at {by_task.loc[is_sum, 'activation'].mean():.1f} on sums and "
+    f"at {by_task.loc[~is_sum, 'activation'].mean():.1f} on the others; over the sums its "
+    f"activation and the score have a rank correlation of {relation.estimate:.2f} "
+    f"({relation.low:.2f} to {relation.high:.2f})."
+)
+
+# %% [markdown]
+# ## 13. Models side by side
+# Every SAE that ships, one row each. Numbers of two models compare only roughly: vectors, widths
+# and training texts differ.
+
+# %%
+every = card_table()
+every = every[every["ships"].astype(bool)].drop(columns="ships").set_index("sae")
+every["fvu"] = 1 - every["variance_explained"]
+other_models = [n for n in every.index if not n.startswith(f"{model_name(model)}-")]
+shown = every.loc[[*other_models, *every.index[every.index == whole]]]
+print(shown[["l0", "fvu", "ce_difference", "dead", "dense"]].round(2).to_string())
+so(
+    f"over the {len(every)} SAEs that ship, floors among them, FVU goes from "
+    f"{every['fvu'].min():.3f} to {every['fvu'].max():.2f}, with "
+    f"{every['l0'].min():.0f} to {every['l0'].max():.0f} latents active at a token."
+)
+
+# %% [markdown]
+# Drawn: FVU beside that of random directions.
+
+# %%
+drawn = {"FVU": (shown["fvu"], None, None)}
+drawn["FVU of random directions"] = (1 - shown["null"], None, None)
+axes = {"x_title": "FVU (left is better)", "y_title": "SAE"}
+intervals(drawn, shown.index, title="SAEs of several models", **axes).show()
+
+# %% [markdown]
+# **The same questions asked of a second model**: a mixture of experts, which reads the same tokens.
+# Directions of two models have nothing in common; firing can be compared.
+
+# %%
+SECOND = "pocket-moe" if model_name(model) != "pocket-moe" else "pocket-gpt"
+second, MIDDLE = load_model(SECOND), 3  # the block that has SAEs in both
+second_batch = tokenize(second, list(labels.texts), truncate=True)
+names = [n for n in bundled_saes(second) if n.endswith((f"mlp-{MIDDLE}", f"resid-{MIDDLE}"))]
+second_name, second_sae = list(open_saes(second, names)[0].items())[-1]
+second_fa = encode_saes(second, {second_name: second_sae}, second_batch)[second_name]
+second_best = discriminate(second_fa.pool("max"), labels, n=200)
+print(f"{SECOND} {second_name}: {second_sae.cfg.d_sae} latents")
+both = second_best.set_index("category")[["auroc"]].rename(columns={"auroc": SECOND})
+both[model_name(model)] = aurocs.loc[main]
+print(both.round(2).to_string())
+
+# %% [markdown]
+# Where the two read the same tokens, features are matched by when they fire.
+
+# %%
+second_dictionary, there = describe(second, second_sae, second_fa), sae_hook(second_sae)
+if comparable_kinds(dictionaries[main], second_dictionary):
+    x = input_transform(second_sae, second)(harvest(second, second_batch, there)[there][batch.real])
+    second_nulls = null_dictionaries(second, second_sae, second_fa, x)
+    pair = compare(dictionaries[main], second_dictionary, second_nulls)
+    row = pair.summary.set_index("kind").loc["firing"]
+    so(
+        f"matched by firing, latents of {model_name(model)} and {SECOND} correlate at "
+        f"{row['value']:.2f}, the strictest null at {row['null']:.2f}: corrected "
+        f"{row['corrected']:.2f}, {'more' if row['corrected'] > 0 else 'no more'} than the texts "
+        "alone make alike."
+    )
+else:
+    so(f"{SECOND} has another tokenizer than {model_name(model)}: their firings do not compare.")
+
+# %% [markdown]
+# The ablation of section 11 on the second model, its chosen features only.
+
+# %%
+second_held = second_fa[held_rows.tolist()]
+chosen_there = second_best["feature"].to_numpy()
+rises = 1000 * ablate_features(second, second_sae, second_held, chosen_there)
+own_rise = np.array([row[inside[:, c]].mean() for c, row in enumerate(rises)])
+other_rise = np.array([row[~inside[:, c]].mean() for c, row in enumerate(rises)])
+for kind, a, b in zip(labels.categories, own_rise, other_rise, strict=True):
+    print(f"{kind:15s} own {a:6.2f}, others {b:6.2f} millinats")
+
+# %% [markdown]
+# In words:
+
+# %%
+so(
+    f"in {SECOND} the chosen features raise the loss of their kind by {own_rise.mean():.1f} "
+    f"millinats and of the others by {other_rise.mean():.1f}, more in "
+    f"{(own_rise > other_rise).sum()} of {len(own_rise)} kinds; in {model_name(model)} "
+    f"{tested.loc[chosen, 'own'].mean():.1f} and {others_rise.mean():.1f}."
+)
+
+# %% [markdown]
+# ## 14. Look at two features that are called one
+# The best-matching pair of two SAEs among the features chosen for a kind, side by side, each on its
+# own scale.
+
+# %%
+from lenslab.show.explore import linked_table, side_by_side
+
+if others:
+    kind = comparable_kinds(dictionaries[main], dictionaries[others[0]])[0]
+    pair = compare(dictionaries[main], dictionaries[others[0]], nulls, (kind,))
+    latents = pair.latents.set_index("latent")
+    latents = latents[latents.index.isin(own)].sort_values("similarity")
+    ours, theirs = int(latents.index[-1]), int(latents["partner"].iloc[-1])
+    so(
+        f"of the features chosen for a kind, {ours} of {main} has the nearest partner in "
+        f"{others[0]}, {theirs}, with a {kind} similarity of "
+        f"{latents['similarity'].iloc[-1]:.2f}; the farthest has "
+        f"{latents['similarity'].iloc[0]:.2f}."
+    )
+else:
+    ours = theirs = int(own.iloc[0])
+    so("there is one SAE at hand, so a feature is shown beside itself.")
+
+# %% [markdown]
+# Side by side:
+
+# %%
+partner = others[0] if others else main
+view = side_by_side([(fas[main], ours), (fas[partner], theirs)], categories=list(labels.category))
+view
+
+# %% [markdown]
+# The whole comparison as one page: the best feature of every kind in every SAE, linked where it has
+# a page of its own, and the pair above.
+
+# %%
+from lenslab.show.report import save_report
+
+columns = ["sae", "category", "feature", "auroc", "discriminating"]
+table = linked_table(best.loc[best["sae"].isin(places), columns], fas)
+sections = {"Side by side": [by_sae.round(3), sizes.round(3)], "Best features": [table]}
+sections["Two features that are called one"] = [view]
+page = save_report("sae_comparison", f"SAEs of {model_name(model)}, compared", sections)
+print(f"written: {page.with_suffix('.html').name}")
+
+# %% [markdown]
+# ## What was found, and what was not
+# **Found**: what the lines that begin with *So:* say. Section 2 says which differences are more
+# than reseeding gives; section 5, how many latents two trainings share beyond what the data makes
+# alike; section 8, that a trend over layers can come out of a rule alone; section 10, whether
+# features follow form or content; section 11, whether selective features are needed.
+#
+# **Not shown**: that what holds for a small model holds for a large one, or for SAEs of another
+# kind; one sparsity ships of each SAE, so that how matching depends on it stays open. A feature
+# without a partner may have been split or spread over several. Zero ablation takes a feature to a
+# value that it often has, but not in such a context.
+#
+# **Exercises**
+# 1. Match two seeds by firing instead of by decoder. Which latents have another partner?
+# 2. Call features shared from .9 instead of .7. What is left, and what of the null?
+# 3. Plant a fifth layer with half the strength of the first. What does the older rule say of it?
+#
+# <details><summary>Solutions</summary>
+#
+# 1. `seed_pair.latents.pivot(index="latent", columns="kind", values="partner")`, then compare the
+#    columns; look at the rows with a small `rate` first.
+# 2. `(seed_pair.latents.query("kind == 'decoder'")[["similarity", "null"]] >= 0.9).mean()`.
+# 3. Put .5 before the scales in section 8, and run it from there on; look at both thresholds.
+# </details>
