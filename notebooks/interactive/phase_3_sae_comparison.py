@@ -50,48 +50,46 @@ print(f"{len(batch)} texts of {len(labels.categories)} kinds, {batch.n_real} rea
 
 # %% [markdown]
 # Several SAEs by name. One that is missing, damaged or of another model is named with the reason
-# and the command that fetches it, and the comparison goes on with the rest.
+# and, where it can be fetched, the command for that; the comparison goes on with the rest.
 
 # %%
 from lenslab.compare import comparable_saes, open_saes
 from lenslab.sae.find import find_sae
 
 SAES = None  # or a list of bundled names, folders, or (release, id) of the hub
-names = SAES or comparable_saes(model)
-if names:
-    saes, missing = open_saes(model, names)
-else:  # the middle layer's, trained now where there is none
-    found = find_sae(model)
+try:
+    saes, missing = open_saes(model, SAES or comparable_saes(model))
+except ValueError as reason:
+    if SAES:
+        raise
+    found = find_sae(model)  # of the middle layer, trained now where there is none
     saes, missing = {found.name: found.sae}, {}
-print(f"{len(saes)} SAEs; left out: {missing or 'none'}")
+    print(f"{reason} Instead: {found.origin}.")
 
 # %% [markdown]
-# Read most closely is the one of the residual stream after the middle block.
+# What was left out:
 
 # %%
+left_out = [f"{name}: {reason}" for name, reason in missing.items()]
+print(f"{len(saes)} SAEs; left out:", "\n".join(left_out) or "none")
+
+# %% [markdown]
+# Each reads one stream of one layer. Read most closely is the one of the residual stream after the
+# middle block.
+
+# %%
+import re
+
 from lenslab.sae.load import input_transform, sae_hook
 
 hook = {name: sae_hook(sae) for name, sae in saes.items()}
-middle = f"blocks.{model.cfg.n_layers // 2}."
-near = [name for name in saes if hook[name].startswith(middle)]
-main = next((name for name in near if "resid" in hook[name]), [*near, *saes][0])
+site = {n: re.match(r"(?:blocks\.(\d+)\.)?(.*)", where) for n, where in hook.items()}
+layer = {name: int(found[1] or 0) for name, found in site.items()}
+stream = {name: found[2].removeprefix("hook_") for name, found in site.items()}
+near = [name for name in saes if layer[name] == model.cfg.n_layers // 2]
+main = next((name for name in near if "resid" in stream[name]), [*near, *saes][0])
 whole = f"{model_name(model)}-{main}"  # its name among those that ship
-print(f"{model_name(model)}: {len(saes)} SAEs, {', '.join(saes)}; read most closely: {main}")
-
-# %% [markdown]
-# Which of them stand in for which question: SAEs of the same site and width differ by their seed;
-# of the same site, by their width; and one for each site.
-
-# %%
-width = {name: sae.cfg.d_sae for name, sae in saes.items()}
-same = [name for name in saes if hook[name] == hook[main]]
-seeds = [main] + [n for n in same if width[n] == width[main] and n != main]
-widths = sorted([main] + [n for n in same if width[n] != width[main]], key=width.get)
-first = {
-    hook[name]: name for name in reversed(saes) if name not in seeds[1:] + widths or name == main
-}
-places = sorted(first.values(), key=lambda name: (hook[name].split("hook_")[-1], hook[name]))
-print(f"seeds: {seeds}\nwidths: {widths}\nplaces: {places}")
+print(f"{model_name(model)}: {', '.join(saes)}; read most closely: {main}")
 
 # %% [markdown]
 # The model runs once; every SAE encodes every real token.
@@ -108,20 +106,54 @@ active = {name: round(fa.matrix.nnz / len(fa.text), 1) for name, fa in fas.items
 print(f"at {len(values)} hooks; active latents per token:", active)
 
 # %% [markdown]
+# Which of them stand in for which question. Of one site, architecture and width, and as sparse:
+# they differ by their seed. Of one site and architecture: by their width. And one for each site.
+
+# %%
+width, made = {n: s.cfg.d_sae for n, s in saes.items()}, {}
+made |= {n: s.cfg.architecture() for n, s in saes.items()}
+same = [n for n in saes if (hook[n], made[n]) == (hook[main], made[main])]
+gap = {name: abs(active[name] - active[main]) / max(active[main], 0.1) for name in same}
+seeds = [main] + [n for n in same if width[n] == width[main] and gap[n] < 0.2 and n != main]
+by_width = {width[n]: n for n in reversed(same)} | {width[main]: main}
+widths = [by_width[number] for number in sorted(by_width)]
+first = {hook[name]: name for name in reversed(saes)} | {hook[main]: main}
+places = sorted(first.values(), key=lambda name: (stream[name], layer[name]))
+print(f"seeds: {seeds}\nwidths: {widths}\nplaces: {places}")
+
+# %% [markdown]
 # ## 2. Side by side, and the smallest difference that counts
 # From the cards where there are any, else from these texts. `fvu`: fraction of variance
 # unexplained; `l0`: active latents per token; `null`: variance that random directions explain.
 
 # %%
-from lenslab.sae.evaluate import evaluate_sae
+from lenslab.models import model_key
 from lenslab.sae.find import card_table
 
 cards = card_table(model)
 cards["sae"] = cards["sae"].str.removeprefix(f"{model_name(model)}-")
-cards = cards[cards["ships"].astype(bool) & cards["sae"].isin(list(saes))]
+cards = cards[cards["ships"].astype(bool)].set_index("sae")
+theirs = {sae.cfg.metadata.model_key for sae in saes.values()}
+if theirs == {model_key(model)} and set(saes) <= set(cards.index):
+    cards, measured = cards.loc[list(saes)], "on held-out documents, from their cards"
+else:
+    cards, measured = pd.DataFrame(), "on every sixth of these texts"
+
+# %% [markdown]
+# Cards are of the weights that an SAE was trained on; with others it is measured now.
+
+# %%
+from lenslab.sae.controls import evaluate_null
+from lenslab.sae.evaluate import evaluate_sae
+
 if cards.empty:
-    cards = pd.concat([evaluate_sae(model, sae, batch, n).to_frame() for n, sae in saes.items()])
-cards = cards.set_index("sae").assign(fvu=1 - cards.set_index("sae")["variance_explained"])
+    few = batch[::6]
+    rows = [evaluate_sae(model, sae, few, name).to_frame() for name, sae in saes.items()]
+    cards = pd.concat(rows).set_index("sae")
+    null = {n: evaluate_null(model, saes[n], few, cards.loc[n, "l0"]) for n in saes}
+    cards["null"] = pd.Series({name: each.variance_explained for name, each in null.items()})
+cards["fvu"] = 1 - cards["variance_explained"]
+print(measured)
 print(cards[["l0", "fvu", "ce_difference", "dead", "dense"]].round(2).to_string())
 
 # %% [markdown]
@@ -134,10 +166,9 @@ from lenslab.stats import smallest_difference
 by_place = {}
 for metric in ("l0", "fvu", "ce_difference"):
     least = smallest_difference(cards.loc[seeds, metric].to_numpy())
-    spread = cards.loc[places, metric]
-    by_place[metric] = least, spread.max() - spread.min()
+    by_place[metric] = least, np.ptp(cards.loc[places, metric])
     known = f"tells apart {least:.3f}" if len(seeds) > 1 else "one seed"
-    print(f"{metric:14s} {known}; the places differ by {by_place[metric][1]:.3f}")
+    print(f"{metric:14s} {known}; {len(places)} places differ by {by_place[metric][1]:.3f}")
 
 # %% [markdown]
 # In words:
@@ -158,8 +189,7 @@ so(
 from lenslab.show.plots import bars
 
 drawn = {"FVU": cards.loc[places, "fvu"]}
-if "null" in cards:
-    drawn["FVU of random directions"] = 1 - cards.loc[places, "null"]
+drawn["FVU of random directions"] = 1 - cards.loc[places, "null"]
 titles = {"x_title": "SAE", "y_title": "FVU (lower is better)"}
 bars(drawn, places, title="What each SAE leaves unexplained", **titles).show()
 
@@ -204,11 +234,12 @@ print(by_sae.round(2).to_string())
 # %%
 reseeds = best[best["sae"].isin(seeds)].groupby("sae")["auroc"].mean()
 least = smallest_difference(reseeds.to_numpy())
-stream = hook[main].split("hook_")[-1]
-of_stream = by_sae.loc[[n for n in places if hook[n].endswith(stream)], "feature"]
+along = [n for n in places if stream[n] == stream[main]]
+groups = {"all places": by_sae["feature"]}
+groups |= {f"the layers at {stream[main]}": by_sae.loc[along, "feature"]}
 told = []
-for where, means in (("all places", by_sae["feature"]), (f"the layers at {stream}", of_stream)):
-    pairs, gap = max(1, len(means) * (len(means) - 1) // 2), np.ptp(means)
+for where, means in ((w, m) for w, m in groups.items() if len(m) > 1):
+    pairs, gap = len(means) * (len(means) - 1) // 2, np.ptp(means)
     limit = smallest_difference(reseeds.to_numpy(), 1 - 0.05 / pairs)
     against = f"{'more' if gap > limit else 'no more'} than reseeding can give ({limit:.2f})"
     against = against if len(seeds) > 1 else "which one seed cannot judge"
@@ -225,8 +256,8 @@ so(
     f"the best features' mean AUROC is {by_sae['feature'].min():.2f} "
     f"({by_sae['feature'].idxmin()}) to {by_sae['feature'].max():.2f} "
     f"({by_sae['feature'].idxmax()}), and over seeds of {main} {reseeds.min():.2f} to "
-    f"{reseeds.max():.2f}: {'; '.join(told)}. The ceiling is {by_sae['ceiling'].min():.2f} to "
-    f"{by_sae['ceiling'].max():.2f}."
+    f"{reseeds.max():.2f}: {'; '.join(told) or 'there is one place'}. The ceiling is "
+    f"{by_sae['ceiling'].min():.2f} to {by_sae['ceiling'].max():.2f}."
 )
 
 # %% [markdown]
@@ -236,14 +267,13 @@ so(
 # %%
 from lenslab.show.plots import heatmap, lines
 
-where = {name: hook[name].split(".")[1:] for name in places if hook[name].startswith("blocks.")}
 curves, at, spread = {}, {}, {}
-for stream in dict.fromkeys(place[-1] for place in where.values()):
-    sites = [name for name in where if where[name][-1] == stream]
-    curves[stream] = by_sae.loc[sites, "feature"].to_numpy()
-    at[stream] = [int(where[name][0]) for name in sites]
-    ends = [reseeds if name == main else curves[stream][[i]] for i, name in enumerate(sites)]
-    spread[stream] = [e.min() for e in ends], [e.max() for e in ends]
+for line in dict.fromkeys(stream[name] for name in places):
+    sites = [name for name in places if stream[name] == line]
+    curves[line] = by_sae.loc[sites, "feature"].to_numpy()
+    at[line] = [layer[name] for name in sites]
+    ends = [reseeds if name == main else curves[line][[i]] for i, name in enumerate(sites)]
+    spread[line] = [e.min() for e in ends], [e.max() for e in ends]
 titles = {"x_title": "layer", "y_title": "mean held-out AUROC over kinds", "reference": 0.5}
 lines(curves, at, spread=spread, title="Best features by layer and stream", **titles).show()
 
@@ -284,34 +314,48 @@ heatmap(here, here.columns, here.index, title=title, **axes).show()
 # %% [markdown]
 # ## 4. Coverage, peaks, and how unequal they are
 # Features of different layers have different scales: a peak is also given in mean norms of the
-# vectors that the SAE reads. `coverage`: share of texts on which the most frequent feature fires.
-# *Gini* of the five largest peaks: 0 where all are equal.
+# vectors that the SAE reads. `coverage`: share of texts on which the most frequent feature fires;
+# `by chance`: if it fired as often, but anywhere. *Gini* of the five largest peaks: 0 where all are
+# equal.
 
 # %%
-rows = []
-for name in places:
+rows, lengths = [], batch.real.sum(1).numpy()
+for name in dict.fromkeys(places + seeds):
     largest = np.sort(pooled[name].max(axis=0).toarray().ravel())[-5:]
     norm = float((inputs[name] - inputs[name].mean(0)).norm(dim=1).mean())
     frequency = np.asarray((pooled[name] > 0).mean(axis=0)).ravel()
-    gini = 2 * (np.arange(1, 6) * largest).sum() / (5 * largest.sum()) - 6 / 5
-    row = {"sae": name, "peak": float(largest[-1]), "norm": norm}
-    row["peak/norm"] = row["peak"] / norm
-    row |= {"gini": gini, "peak/top 5": largest[-1] / largest.sum()}
-    rows.append(
-        row | {"coverage": frequency.max(), "on half of the texts": (frequency > 0.5).sum()}
-    )
+    rate = (fas[name].matrix[:, [frequency.argmax()]] > 0).mean()
+    top = largest.sum() or np.nan  # of a silent SAE
+    row = {"sae": name, "peak": float(largest[-1]), "norm": norm, "peak/norm": largest[-1] / norm}
+    row |= {"gini": 2 * (np.arange(1, 6) * largest).sum() / (5 * top) - 6 / 5}
+    row |= {"peak/top 5": largest[-1] / top, "coverage": frequency.max()}
+    row["by chance"] = (1 - (1 - rate) ** lengths).mean()
+    rows.append(row | {"on half of the texts": (frequency > 0.5).sum()})
 
 # %% [markdown]
-# As a table:
+# As a table; and the smallest difference that is more than reseeding gives.
 
 # %%
-sizes = pd.DataFrame(rows).set_index("sae")
+sizes = pd.DataFrame(rows).set_index("sae").astype(float)
+told_apart = sizes.loc[seeds].apply(smallest_difference)
+sizes = sizes.loc[places]
 print(sizes.round(2).to_string())
+print("tells apart:", told_apart.round(2).to_dict() if len(seeds) > 1 else "one seed cannot say")
+fires = sizes[sizes["peak"] > 0]
 so(
-    f"peaks differ {sizes['peak'].max() / sizes['peak'].min():.1f}-fold between the SAEs, in units "
-    f"of the norm {sizes['peak/norm'].max() / sizes['peak/norm'].min():.1f}-fold; the most "
-    f"frequent feature covers {sizes['coverage'].min():.0%} to {sizes['coverage'].max():.0%}."
+    f"peaks differ {fires['peak'].max() / fires['peak'].min():.1f}-fold between the SAEs, in units "
+    f"of the norm {fires['peak/norm'].max() / fires['peak/norm'].min():.1f}-fold; the most "
+    f"frequent feature covers {sizes['coverage'].min():.0%} to {sizes['coverage'].max():.0%} of "
+    f"the texts, by chance {sizes['by chance'].min():.0%} to {sizes['by chance'].max():.0%}."
 )
+
+# %% [markdown]
+# Coverage, drawn:
+
+# %%
+drawn = {"most frequent feature": sizes["coverage"], "by chance": sizes["by chance"]}
+titles = {"x_title": "SAE", "y_title": "share of texts"}
+bars(drawn, places, title="Texts on which the most frequent feature fires", **titles).show()
 
 # %% [markdown]
 # The five largest values by kind: peaks, never stacked, in units of the norm.
@@ -363,7 +407,9 @@ twin = random_twin(model)
 twin_sae = find_sae(twin).sae
 twin_fa = encode_saes(twin, {"twin": twin_sae}, batch)["twin"]
 twin_dictionary = describe(twin, twin_sae, twin_fa)
-nulls = null_dictionaries(model, saes[main], fas[main], inputs[main], twin_dictionary)
+as_wide = twin_sae.cfg.d_in == saes[main].cfg.d_in
+known = twin_dictionary if as_wide else None
+nulls = null_dictionaries(model, saes[main], fas[main], inputs[main], known)
 if len(seeds) > 1:
     seed_pair = compare(dictionaries[main], dictionaries[seeds[1]], nulls)
     print(seed_pair.summary.round(2).drop(columns="near").to_string(index=False))
@@ -421,13 +467,13 @@ if len(seeds) > 1:
 # %% [markdown]
 # ## 6. Other widths, layers and streams
 # The same for SAEs that differ by more than a seed, by decoder and by firing, each against data
-# points of its own site and as many as it has latents, and against its own firings dealt out anew.
+# points of its own site and as many as it has latents.
 
 # %%
-numbers = {name: hook[name].split(".")[1] for name in saes}
-others = seeds[1:2] + [n for n in widths if n != main]
-others += [n for n in places if n != main and hook[n].split(".")[-1] == hook[main].split(".")[-1]]
-others += [n for n in places if n != main and numbers[n] == numbers[main]]
+others = seeds[1:2] + [n for n in saes if hook[n] == hook[main] and n not in seeds]
+others += [n for n in places if n != main and stream[n] == stream[main]]
+others += [n for n in places if n not in [main, *others] and layer[n] == layer[main]]
+print("compared with:", ", ".join(others) or "no other SAE")
 
 # %% [markdown]
 # Each against its nulls:
@@ -435,22 +481,27 @@ others += [n for n in places if n != main and numbers[n] == numbers[main]]
 # %%
 rows = []
 for name in others:
-    own_nulls = null_dictionaries(model, saes[name], fas[name], inputs[name])
-    own_nulls.pop("random directions")  # reached less in section 5
+    own_nulls = null_dictionaries(model, saes[name], fas[name], inputs[name], kinds=["data"])
+    own_nulls.pop("shuffled firings")  # data points keep more: they read the same vectors
     pair = compare(dictionaries[main], dictionaries[name], own_nulls, ("decoder", "firing"))
     rows.append(pair.summary.assign(other=name))
 shown = ["other", "kind", "value", "null", "corrected", "shared", "shared_null"]
 likeness = pd.concat(rows) if rows else pd.DataFrame(columns=shown)
-print(likeness[shown].round(2).to_string(index=False) if rows else "no other SAE to compare with")
+print(likeness[shown].round(2).to_string(index=False) if rows else "nothing to compare")
 
 # %% [markdown]
 # In words:
 
 # %%
-fixed = likeness[likeness["kind"] == "firing"].set_index("other")["corrected"].astype(float)
+fixed = likeness[likeness["kind"] == "firing"].set_index("other")
+last = {layer[n]: fixed.loc[n] for n in fixed.index if stream[n] == stream[main]}
+last = {number: row for number, row in last.items() if number != layer[main]}
+persist = [f"{r['shared']:.0%} in {n} (null {r['shared_null']:.0%})" for n, r in last.items()]
+fixed = fixed["corrected"].astype(float)
 so(
     f"corrected for the data, firing agrees most with {fixed.idxmax()} ({fixed.max():.2f}) and "
-    f"least with {fixed.idxmin()} ({fixed.min():.2f})."
+    f"least with {fixed.idxmin()} ({fixed.min():.2f}). Of the latents of layer {layer[main]} "
+    f"fire alike in other layers: {', '.join(persist) or 'there is no other of this stream'}."
     if len(fixed)
     else "there is one SAE at hand: a comparison needs a second."
 )
@@ -468,7 +519,74 @@ if len(fixed):
     bars(drawn, others, title="What SAEs share, and what the data makes alike", **titles).show()
 
 # %% [markdown]
-# ## 7. Where does a feature go in a wider SAE?
+# ## 7. What of an SAE does another training find again?
+# By sparsity and by architecture: small SAEs (1,024 latents, 400,000 vectors), each from two seeds
+# on the same vectors. It took minutes and is a saved result of `pocket-gpt`
+# (`scripts/sae_stability.py`).
+
+# %%
+from lenslab.files import saved_result
+
+asked = {"model_key": model_key(model), "site": f"blocks.{model.cfg.n_layers // 2}.hook_resid_post"}
+asked["levels"] = [4, 8, 16, 32, 64]
+asked["architectures"] = ["batchtopk", "topk", "matryoshka", "jumprelu", "gated", "relu"]
+stability = saved_result("phase_3_stability", asked)
+if stability is None:
+    print("not measured for this model; the section is about pocket-gpt")
+else:
+    reseeded = stability[stability["architecture"] == stability["other"]]
+    by_level = reseeded.query("architecture == 'batchtopk' and kind == 'decoder'").set_index("l0")
+    print(by_level[["fvu", "value", "null", "corrected", "shared", "shared_null"]].round(2))
+
+# %% [markdown]
+# Between architectures: the first seed of one with the second of another, on the diagonal its own.
+
+# %%
+if stability is not None:
+    level = stability[(stability["level"] == 16) & (stability["kind"] == "decoder")]
+    across = level.pivot(index="architecture", columns="other", values="corrected")
+    l0 = level.groupby("architecture")["l0"].first()
+    print(across.join(l0).round(2).to_string())
+    own_seed = np.diag(across)
+    other_seed = across.to_numpy()[~np.eye(len(across), dtype=bool)]
+
+# %% [markdown]
+# In words:
+
+# %%
+if stability is None:
+    so("how much of an SAE another training finds again, by sparsity, is not measured here.")
+else:
+    few, many = by_level.iloc[[0, -1]].itertuples()
+    so(
+        f"of the latents {few.shared:.0%} are shared by two seeds at L0 {few.Index:.0f} (null "
+        f"{few.shared_null:.0%}), {many.shared:.0%} at L0 {many.Index:.0f} (null "
+        f"{many.shared_null:.0%}). Near L0 16 the corrected decoder cosine of two seeds of one "
+        f"architecture is {own_seed.min():.2f} to {own_seed.max():.2f}, of two architectures "
+        f"{other_seed.min():.2f} to {other_seed.max():.2f}."
+    )
+
+# %% [markdown]
+# Drawn:
+
+# %%
+if stability is not None:
+    drawn = {"two seeds": by_level["shared"], "null: data points": by_level["shared_null"]}
+    titles = {"x_title": "L0: latents active at a token", "y_title": "share of latents shared"}
+    title = "What two seeds share, by sparsity"
+    lines(drawn, by_level.index, log_x=True, title=title, **titles).show()
+
+# %% [markdown]
+# And the architectures:
+
+# %%
+if stability is not None:
+    titles = {"x_title": "second seed of", "y_title": "first seed of"}
+    title = "Corrected cosine of matched latents"
+    heatmap(across, across.columns, across.index, title=title, **titles).show()
+
+# %% [markdown]
+# ## 8. Where does a feature go in a wider SAE?
 # A *child* fires, on more than half of its own tokens, where its parent fires. **Control**: an SAE
 # of the same width and another seed also has some.
 
@@ -483,17 +601,22 @@ splits = {}
 for narrow, wide in steps:
     family = children(fas[narrow], fas[wide]).groupby("parent").size()
     alive = int((np.diff(fas[narrow].matrix.tocsc().indptr) >= 10).sum())
-    splits[narrow, wide] = (family >= 2).sum() / alive
+    splits[narrow, wide] = (family >= 2).sum() / max(alive, 1)
     print(f"{narrow} -> {wide}: {splits[narrow, wide]:.0%} of {alive} features have two or more")
 
 # %% [markdown]
 # In words:
 
 # %%
+told = ", ".join(f"{share:.0%} from {a} to {b}" for (a, b), share in splits.items())
+chance = (
+    "what exceeds the pair of equal width is splitting"
+    if len(seeds) > 1
+    else ("without a second seed it is open how much of that is splitting")
+)
 so(
-    f"{', '.join(f'{share:.0%} from {a} to {b}' for (a, b), share in splits.items())} have two "
-    "children or more: what exceeds the pair of equal width is splitting."
-    if splits
+    f"of the features {told} have two children or more: {chance}."
+    if len(widths) > 1
     else "there is one width, so no splitting can be seen."
 )
 
@@ -507,7 +630,9 @@ from lenslab.features.readings import feature_names
 todo = []
 if len(widths) > 1:
     family = children(fas[widths[0]], fas[widths[1]])
-    todo = [(0, family[family["expected"] < 0.02].groupby("parent").size().idxmax(), "")]
+    rare = family[family["expected"] < 0.02].groupby("parent").size()
+    todo = [(0, parent, "") for parent in rare.index[rare == rare.max()][:1]]
+    print(f"{len(rare)} of {widths[0]} that fire on less than 2 % have children")
 while todo:
     depth, feature, told = todo.pop()
     fa = fas[widths[depth]]
@@ -518,7 +643,7 @@ while todo:
         todo += zip([depth + 1] * len(kids), kids["child"], covers, strict=True)
 
 # %% [markdown]
-# ## 8. Where a famous trend comes from
+# ## 9. Where a famous trend comes from
 # A comparison of GPT-2's layers counted specialists in 5, 6, 7 and 7 of seven kinds. It averaged
 # each text's tokens before encoding, called 5.0 strong at every layer, and met BOS and padding on
 # the way. **Planted** here: seventy texts of seven kinds, of 10 to 20 tokens after BOS, padded.
@@ -528,8 +653,8 @@ generator = derive_generator(0, "planted layers")
 n_kinds, n_texts, longest, bias = 7, 70, 20, 12.0
 d_in = n_kinds + n_texts + 3  # and the common feature, what padding holds, and the sink at BOS
 kinds = np.repeat([f"kind {number}" for number in range(1, n_kinds + 1)], n_texts // n_kinds)
-lengths = torch.randint(10, longest + 1, (n_texts, 1), generator=generator)
-attention = torch.arange(longest + 1) < 1 + lengths
+n_tokens = torch.randint(10, longest + 1, (n_texts, 1), generator=generator)
+attention = torch.arange(longest + 1) < 1 + n_tokens
 real = attention.clone()
 real[:, 0] = False
 
@@ -563,36 +688,44 @@ for number, scale in enumerate((1, 1.15, 1.35, 2), 1):
 
 # %% [markdown]
 # A text's value under three choices, crossed: BOS in or out, padding in or out, and tokens encoded
-# before they are averaged or after. What does the older rule count under each?
+# before they are averaged or after.
 
 # %%
-from lenslab.features.ranking import pooled_ways, summarize_features
+from itertools import product
 
-FACTORS = ["BOS", "padding", "order"]
+ORDERS = ("encode, then pool", "pool, then encode")
 
 
-def count_by_way(ways: dict, categories, threshold=5.0, n: int = 20) -> pd.DataFrame:
-    """One row per way: specialists, with shuffled labels, and the widest coverage of a feature."""
-    rows = []
-    for way, matrix in ways.items():
-        null = count_specialists_null(matrix, categories, threshold, n=n)
-        row = dict(zip(FACTORS, way, strict=True)) | {"specialists": null.observed}
-        frequency = summarize_features(np.maximum(matrix, 0)).frequency
-        rows.append(row | {"shuffled": null.mean_null, "coverage": float(frequency.max())})
-    return pd.DataFrame(rows)
+def pooled_ways(encode, x, real, attention) -> dict:
+    """Mean over a text's tokens `[text, feature]` under (BOS in, padding in, order); `x` [text,
+    pos, d_in] everywhere, `attention` [text, pos] False at padding, `real` at padding and BOS."""
+    sums, ways = {}, {}
+    for bos, padding in product((False, True), repeat=2):
+        mask = real | (attention & bos) | (~attention & padding)
+        average = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # [text, d_in]
+        ways[bos, padding, ORDERS[1]] = encode(average).float().numpy()
+        sums[bos, padding, ORDERS[0]] = mask, []
+    for text in range(len(x)):  # all places of all texts at once would not fit
+        features = encode(x[text])  # [pos, feature]
+        for mask, rows in sums.values():
+            rows.append(features[mask[text]].mean(0).float().numpy())
+    return {way: np.stack(rows) for way, (_, rows) in sums.items()} | ways
 
 
 # %% [markdown]
-# On the planted layers:
+# What does the older rule count under each, and with shuffled labels?
 
 # %%
-tables = []
+FACTORS = ["BOS", "padding", "order"]
+rows = []
 for name, (x, encode) in layers.items():
-    ways = pooled_ways(encode, x, real, attention)
-    for threshold in (5.0, "half"):
-        table = count_by_way(ways, kinds, threshold)
-        tables.append(table.assign(layer=name, threshold=threshold))
-trend = pd.concat(tables)
+    for way, matrix in pooled_ways(encode, x, real, attention).items():
+        for threshold in (5.0, "half"):
+            null = count_specialists_null(matrix, kinds, threshold, n=20)
+            row = dict(zip(FACTORS, way, strict=True)) | {"layer": name, "threshold": threshold}
+            row["coverage"] = (matrix > 0).mean(0).max()
+            rows.append(row | {"specialists": null.observed, "shuffled": null.mean_null})
+trend = pd.DataFrame(rows)
 at_5 = trend[trend["threshold"] == 5.0]
 print(at_5.pivot(index=FACTORS, columns="layer", values="specialists").to_string())
 
@@ -629,18 +762,18 @@ titles = {"x_title": "planted layer", "y_title": "kinds with a specialist, of 7"
 lines(curves, list(layers), title="A trend over layers that hold the same", **titles).show()
 
 # %% [markdown]
-# The same three choices on this model: has each anything to act on? The model runs once more, for
-# the values at BOS and padding.
+# The same three choices on this model: has each anything to act on? The model runs once more on
+# every other text, for the values at BOS and padding.
 
 # %%
-streams = [n for n in places if hook[n].split("hook_")[-1] == hook[main].split("hook_")[-1]]
-parts = {name: [] for name in streams}
-for start in range(0, len(batch), 60):
-    few = batch[start : start + 60]
-    options = {"attention_mask": few.attention.long(), "names_filter": [hook[n] for n in streams]}
+some = batch[::2]
+parts = {name: [] for name in along}
+for start in range(0, len(some), 30):
+    few = some[start : start + 30]
+    options = {"attention_mask": few.attention.long(), "names_filter": [hook[n] for n in along]}
     with torch.inference_mode():
         cache = model.run_with_cache(few.tokens, **options)[1]
-    for name in streams:
+    for name in along:
         parts[name].append(input_transform(saes[name], model)(cache[hook[name]]))
 everywhere = {name: torch.cat(values) for name, values in parts.items()}  # [text, pos, d_in]
 
@@ -648,10 +781,11 @@ everywhere = {name: torch.cat(values) for name, values in parts.items()}  # [tex
 # How long is the vector at BOS against the others, and how much padding is there?
 
 # %%
-norms = {name: x.norm(dim=2) for name, x in everywhere.items()}
-size = {name: float(norm[:, 0].mean() / norm[batch.real].mean()) for name, norm in norms.items()}
-print({name: f"BOS is {ratio:.1f} times as long" for name, ratio in size.items()})
-print(f"padding is {1 - batch.attention.float().mean():.0%} of the places")
+start, norms = some.attention & ~some.real, {n: x.norm(dim=2) for n, x in everywhere.items()}
+size = {n: float(norm[start].mean() / norm[some.real].mean()) for n, norm in norms.items()}
+largest = max(size.values()) if start.any() else 0
+print("; ".join(f"{n}: BOS is {ratio:.1f} times as long" for n, ratio in size.items()))
+print(f"padding is {1 - some.attention.float().mean():.0%} of the places")
 
 # %% [markdown]
 # What each choice changes, mean over the others and over the layers:
@@ -659,9 +793,13 @@ print(f"padding is {1 - batch.attention.float().mean():.0%} of the places")
 # %%
 rows = []
 for name, x in everywhere.items():
-    ways = pooled_ways(saes[name].encode, x, batch.real, batch.attention)
-    rows.append(count_by_way(ways, labels.category, n=3).assign(sae=name))
-crossed = pd.concat(rows)
+    with torch.inference_mode():
+        ways = pooled_ways(saes[name].encode, x, some.real, some.attention)
+    for way, matrix in ways.items():
+        null = count_specialists_null(matrix, labels.category[::2], 5.0, n=3)
+        row = dict(zip(FACTORS, way, strict=True)) | {"coverage": (matrix > 0).mean(0).max()}
+        rows.append(row | {"specialists": null.observed, "shuffled": null.mean_null})
+crossed = pd.DataFrame(rows)
 
 # %% [markdown]
 # Put in, or pooled first, against the other:
@@ -679,56 +817,104 @@ print(pd.DataFrame(changes).T.round(2).to_string())
 
 # %%
 strongest = max(FACTORS, key=lambda factor: abs(changes[factor]["specialists"]))
-small = "less than" if abs(changes[strongest]["specialists"]) < 1 else "at least"
+most = changes[strongest]
+small = "less than" if abs(most["specialists"]) < 1 else "at least"
+there = f"BOS is at most {largest:.1f} times as long as the rest" if largest else "there is no BOS"
 so(
-    f"in {model_name(model)}, where BOS is at most {max(size.values()):.1f} times as long as the "
-    f"rest, the choice that changes the count most is {strongest} "
-    f"({changes[strongest]['specialists']:+.1f} of 7, {small} one kind; under shuffled labels "
-    f"{changes[strongest]['shuffled']:+.1f})."
+    f"in {model_name(model)}, where {there}, "
+    + (
+        f"the choice that changes the count most is {strongest} ({most['specialists']:+.1f} of "
+        f"{len(labels.categories)}, {small} one kind; under shuffled labels "
+        f"{most['shuffled']:+.1f})."
+        if most["specialists"]
+        else "none of the choices changes the count on average."
+    )
 )
 
 # %% [markdown]
-# ## 9. Controls: does it take this SAE?
-# The search of section 3 among other candidates on the same texts. An SAE whose decoder was frozen
-# while the rest was trained, where one ships; one on the random-weight twin; PCA axes; the model's
-# own neurons; counts of character sequences; the length of the text.
+# ## 10. Controls: does it take this SAE?
+# The search of section 3 among other candidates on the same texts. An SAE on the random-weight
+# twin; PCA axes; the model's own neurons; counts of character sequences. A *specialist* is a
+# feature that tells a kind apart, with a precision of at least one half, and beats each of these
+# (95 % interval of the difference of held-out AUROCs).
 
 # %%
+from lenslab.features.specialists import find_specialists
 from lenslab.sae.controls import control_matrices
 from lenslab.sae.load import bundled_saes, load_sae
 
-controls = {"this SAE": pooled[main]} | control_matrices(model, saes[main], batch)
+controls = control_matrices(model, saes[main], batch)
 controls["random-twin SAE"] = twin_fa.pool("max")
-frozen = f"{whole}-frozen-decoder"
-if frozen in bundled_saes():
-    floor = encode_saes(model, {frozen: load_sae(frozen)}, batch)[frozen]
-    controls["frozen decoder"] = floor.pool("max")
+own = best[best["sae"] == main]
+found = find_specialists(pooled[main], labels, controls, name=main, discrimination=own, n=200)
+reached = found.comparisons.pivot(index="control", columns="category", values="control_auroc")
+print("specialists:", ", ".join(found.table.query("specialist")["category"]) or "none")
 
 # %% [markdown]
-# With the length of the text as the least of them; the same search in each.
+# Further candidates: an SAE whose decoder was frozen while the rest was trained, where one ships;
+# the length of the text. And the *ceiling*, two directions fitted to the labels.
 
 # %%
-controls["text length"] = batch.real.sum(1).numpy()[:, None].astype(np.float32)
-table = discriminate(controls, labels, n=200).pivot(index="sae", columns="category", values="auroc")
-table = table.loc[list(controls)].assign(mean=lambda rows: rows.mean(axis=1))
+more = {"text length": lengths[:, None].astype(np.float32)}
+frozen = f"{whole}-frozen-decoder"
+if frozen in bundled_saes() and theirs == {model_key(model)}:
+    floor = encode_saes(model, {frozen: load_sae(frozen)}, batch)[frozen]
+    more["frozen decoder"] = floor.pool("max")
+further = discriminate(more, labels, n=1).pivot(index="sae", columns="category", values="auroc")
+vectors = np.stack([inputs[main][text == i].mean(0).numpy() for i in range(len(batch))])
+fitted = supervised_directions(vectors, labels).items()
+ways = {f"ceiling: {way}": auroc_of for way, auroc_of in fitted}
+rows = {
+    w: [auroc(v[held, c], labels.inside[held, c]) for c in range(v.shape[1])]
+    for w, v in ways.items()
+}
+ceilings = pd.DataFrame(rows, index=list(labels.categories)).T
+
+# %% [markdown]
+# All together, by kind:
+
+# %%
+table = pd.concat([aurocs.loc[[main]].rename({main: "this SAE"}), reached, further, ceilings])
+table = table[list(labels.categories)].assign(mean=lambda rows: rows.mean(axis=1))
 print(table.round(2).to_string())
 
 # %% [markdown]
 # In words:
 
 # %%
-rest = table["mean"].drop("this SAE")
+rest = table["mean"].drop(["this SAE", *ceilings.index])
 lead = table.loc["this SAE", "mean"] - rest.max()
 against = f"{'more' if lead > least else 'no more'} than reseeding gives ({least:.3f})"
+older = by_sae.loc[main]
 so(
     f"mean held-out AUROC of the best candidate is {table.loc['this SAE', 'mean']:.2f} for this "
     f"SAE; the best control is {rest.idxmax()} ({rest.max():.2f}), and the least "
     f"{rest.idxmin()} ({rest.min():.2f}). The lead over the best is {lead:.3f}, "
-    f"{against if len(seeds) > 1 else 'which one seed cannot judge'}."
+    f"{against if len(seeds) > 1 else 'which one seed cannot judge'}. "
+    f"{found.table['specialist'].sum()} of {len(labels.categories)} kinds have a specialist; by "
+    f"the older rule {older['at 5.0']:.0f}, with shuffled labels {older['at 5.0 shuffled']:.1f}. "
+    f"Directions fitted to the labels reach {ceilings.mean(axis=1).max():.2f}."
 )
 
 # %% [markdown]
-# ## 10. Syntax or topic?
+# Is it the length of the text? The part of a feature's value that a line in the logarithm of the
+# length foretells (fitted on the discovery half) is taken away.
+
+# %%
+own, rows, log_length = own.set_index("category")["feature"], {}, np.log(lengths)
+for c, (kind, feature) in enumerate(own.items()):
+    value = pooled[main][:, [feature]].toarray()[:, 0]
+    line = np.polyfit(log_length[~held], value[~held], 1)
+    rest = value - np.polyval(line, log_length)
+    both = [auroc(each[held], labels.inside[held, c]) for each in (value, rest)]
+    rows[kind] = dict(zip(("AUROC", "without length"), both, strict=True))
+rows = pd.DataFrame(rows).T
+print(rows.round(2).to_string())
+moved = (rows["AUROC"] - rows["without length"]).abs().max()
+so(f"without what the length foretells, AUROCs change by at most {moved:.2f}.")
+
+# %% [markdown]
+# ## 11. Syntax or topic?
 # How much of a feature's activation does the token alone foretell: its class (digits, brackets,
 # word starts ...), or its string? From the discovery half to the held-out half; 0 is no better than
 # the mean. **Control**: as many features taken at random.
@@ -736,7 +922,6 @@ so(
 # %%
 from lenslab.features.readings import explained_by_token
 
-own = best[best["sae"] == main].set_index("category")["feature"]
 fires = np.asarray((pooled[main] > 0).sum(axis=0)).ravel()
 often = np.flatnonzero(fires >= np.sort(fires[own])[0])
 
@@ -814,7 +999,7 @@ notation = matched["notation"].where(matched["form"] == "symbolic", matched["for
 crossed_kinds = [kind for kind in ("math", "python") if kind in own.index]
 across = values[crossed_kinds].groupby(notation.to_numpy()).mean()
 fraction = (values[crossed_kinds] > 0).groupby(notation.to_numpy()).mean()
-print(across.join(fraction.add_suffix(": fires on")).round(2).to_string())
+print(across.join(fraction.add_suffix(": fires on")).astype(float).round(2).to_string())
 
 # %% [markdown]
 # In words:
@@ -880,56 +1065,59 @@ for name, table in alike.items():
     )
 
 # %% [markdown]
-# ## 11. Does a selective feature matter to the model?
+# ## 12. Does a selective feature matter to the model?
 # Each kind's feature is set to zero at every real token of the held-out texts, the SAE's error
-# kept, and the loss is compared. **Controls**: for each, two features that fire on as many texts of
-# the kind and about as strongly; and its effect on the other kinds.
+# kept, and the loss is compared. **Controls**: its effect on the other kinds; the features of the
+# other kinds; and two features that fire on as many texts of the kind and about as strongly.
 
 # %%
 from lenslab.circuits.interventions import ablate_features
 
-held_rows = np.flatnonzero(labels.held_out)
+CROSS, held_rows = "other kinds' features", np.flatnonzero(labels.held_out)
 held_fa, inside = fas[main][held_rows.tolist()], labels.inside[held_rows]
-dense_held = held_fa.pool("max").toarray()
-rates = (dense_held > 0).T.astype(float) @ inside / inside.sum(0)  # [feature, kind]
-strengths = dense_held.T.astype(float) @ inside / inside.sum(0)
+rises = 1000 * ablate_features(model, saes[main], held_fa, own.to_numpy())  # [feature, text]
+by_kind = rises @ inside / inside.sum(0)  # [feature, kind]
+effects = pd.DataFrame({"own feature": np.diag(by_kind)}, own.index)
+effects["on other kinds"] = (rises.sum(1) - (rises * inside.T).sum(1)) / (~inside).sum(0)
+effects[CROSS] = (by_kind.sum(0) - np.diag(by_kind)) / (len(own) - 1)
 
 # %% [markdown]
 # The two nearest by share of the kind's texts and by mean activation there:
 
 # %%
-tested = []
+dense_held = held_fa.pool("max").toarray()
+rates = (dense_held > 0).T.astype(float) @ inside / inside.sum(0)  # [feature, kind]
+strengths = dense_held.T.astype(float) @ inside / inside.sum(0)
+alike = {}
 for c, (kind, feature) in enumerate(own.items()):
     far = np.abs(rates[:, c] - rates[feature, c])
     far = far + np.abs(np.log((strengths[:, c] + 0.1) / (strengths[feature, c] + 0.1)))
     far[own.to_numpy()] = np.inf
-    tested += [(kind, f, f == feature) for f in [feature, *np.argsort(far, kind="stable")[:2]]]
-tested = pd.DataFrame(tested, columns=["kind", "feature", "chosen"])
-print(tested.groupby("kind", sort=False)["feature"].agg(list).to_string())
+    alike[kind] = np.argsort(far, kind="stable")[:2].tolist()
+print(pd.Series(alike).to_string())
 
 # %% [markdown]
 # Set to zero, one after the other, on the texts of the kind:
 
 # %%
-own_rise, scores = [], []
-for c, kind in enumerate(labels.categories):
-    features = tested.loc[tested["kind"] == kind, "feature"].to_numpy()
+tested = []
+for c, (kind, feature) in enumerate(own.items()):
     few = held_fa[np.flatnonzero(inside[:, c]).tolist()]
-    own_rise += (1000 * ablate_features(model, saes[main], few, features).mean(1)).tolist()
-    scores += auroc(dense_held[:, features], inside[:, c]).tolist()
-tested["own"], tested["selectivity"] = own_rise, scores
-print(tested[["own", "selectivity"]].describe().loc[["min", "50%", "max"]].round(1).to_string())
+    rise = 1000 * ablate_features(model, saes[main], few, alike[kind]).mean(1)
+    scores = auroc(dense_held[:, [feature, *alike[kind]]], inside[:, c])
+    rise = [by_kind[c, c], *rise]
+    names = [feature, *alike[kind]]
+    tested += zip([kind] * 3, names, [True, False, False], rise, scores, strict=True)
+tested = pd.DataFrame(tested, columns=["kind", "feature", "chosen", "own", "selectivity"])
+means = tested.groupby(["kind", "chosen"], sort=False)[["own", "selectivity"]].mean().unstack()
+effects["matched features"] = means["own"][False]
 
 # %% [markdown]
-# Rise of the loss in millinats per token on the kind; of the matched features (`False`) the mean of
-# two. `others`: what the chosen feature does to the loss of the other kinds.
+# Rise of the loss in millinats per token.
 
 # %%
-rises = 1000 * ablate_features(model, saes[main], held_fa, own.to_numpy())
-others_rise = np.array([row[~inside[:, c]].mean() for c, row in enumerate(rises)])
-table = tested.groupby(["kind", "chosen"])[["own", "selectivity"]].mean().unstack()
-table["others", ""] = others_rise
-print(table.round(2).to_string())
+selectivity = means["selectivity"].rename(columns={True: "AUROC", False: "AUROC, matched"})
+print(effects.join(selectivity).round(2).to_string())
 
 # %% [markdown]
 # Are selective features the ones that matter? The rank correlation over all tested features, with
@@ -946,7 +1134,7 @@ relation = bootstrap_by_document(
     lambda rows: spearmanr(rows[:, 0], rows[:, 1]).statistic,
 )
 chosen = tested["chosen"]
-lead = (table["own"][True] - table["own"][False]).to_numpy()
+lead = (effects["own feature"] - effects["matched features"]).to_numpy()
 draw = derive_generator(0, "chosen against matched")
 gain = bootstrap_by_document(lead, np.arange(len(lead)), draw)
 
@@ -957,9 +1145,10 @@ gain = bootstrap_by_document(lead, np.arange(len(lead)), draw)
 shown = {True: "shown", False: "not shown"}
 needed, related = shown[gain.low > 0], shown[relation.low > 0 or relation.high < 0]
 so(
-    f"the chosen features raise the loss of their kind by {tested.loc[chosen, 'own'].mean():.1f} "
-    f"millinats, of the other kinds by {others_rise.mean():.1f}; matched features "
-    f"{tested.loc[~chosen, 'own'].mean():.1f}: a lead of {gain.estimate:.1f} "
+    f"the chosen features raise the loss of their kind by {effects['own feature'].mean():.1f} "
+    f"millinats, of the other kinds by {effects['on other kinds'].mean():.1f}; other kinds' "
+    f"features raise it by {effects[CROSS].mean():.1f}, matched features by "
+    f"{effects['matched features'].mean():.1f}: a lead of {gain.estimate:.1f} "
     f"({gain.low:.1f} to {gain.high:.1f} over kinds): that they are needed more is {needed}. "
     f"Selectivity and effect have a rank correlation of {relation.estimate:.2f} "
     f"({relation.low:.2f} to {relation.high:.2f}, {len(pairs)} features): that they go together "
@@ -979,7 +1168,85 @@ title = "Selective, and needed? (grey: matched features)"
 scatter(tested["selectivity"], tested["own"], title=title, **marks, **axes).show()
 
 # %% [markdown]
-# ## 12. Cloze: is what a feature marks also what the model can do?
+# ## 13. The same questions asked of a second model
+# By default a mixture of experts, which reads the same tokens. Directions of two models have
+# nothing in common; firing can be compared.
+
+# %%
+SECOND = None  # or "smollm2", or any other model that has SAEs
+second = load_model(SECOND or ("pocket-gpt" if model_name(model) == "pocket-moe" else "pocket-moe"))
+theirs = open_saes(second, comparable_saes(second))[0]
+middle = f"blocks.{second.cfg.n_layers // 2}."
+near = [name for name, sae in theirs.items() if sae_hook(sae).startswith(middle)]
+near = [name for name in near if "resid" in sae_hook(theirs[name])] or near or list(theirs)
+second_name, second_sae, there = near[0], theirs[near[0]], model_name(second)
+print(f"{there}: {second_name}, {second_sae.cfg.d_sae} latents")
+
+# %% [markdown]
+# Its best features:
+
+# %%
+second_batch = tokenize(second, list(labels.texts), truncate=True)
+second_fa = encode_saes(second, {second_name: second_sae}, second_batch)[second_name]
+second_best = discriminate(second_fa.pool("max"), labels, n=200)
+both = second_best.set_index("category")[["auroc"]].rename(columns={"auroc": there})
+both[model_name(model)] = aurocs.loc[main]
+print(both.round(2).to_string())
+
+# %% [markdown]
+# Where the two read the same tokens, features are matched by when they fire.
+
+# %%
+second_dictionary, at = describe(second, second_sae, second_fa), sae_hook(second_sae)
+if comparable_kinds(dictionaries[main], second_dictionary):
+    x = harvest(second, second_batch, at)[at][second_batch.real]
+    x = input_transform(second_sae, second)(x)
+    second_nulls = null_dictionaries(second, second_sae, second_fa, x, kinds=["data"])
+    row = compare(dictionaries[main], second_dictionary, second_nulls).summary.iloc[0]
+    so(
+        f"matched by firing, latents of {model_name(model)} and {there} correlate at "
+        f"{row['value']:.2f}, the strictest null at {row['null']:.2f}: corrected "
+        f"{row['corrected']:.2f}, {'more' if row['corrected'] > 0 else 'no more'} than the texts "
+        "alone make alike."
+    )
+else:
+    so(f"{there} has another tokenizer than {model_name(model)}: their firings do not compare.")
+
+# %% [markdown]
+# The ablation of section 12 on the second model: its chosen features, on their kind and on others,
+# and the features of the other kinds.
+
+# %%
+second_held = second_fa[held_rows.tolist()]
+rises = 1000 * ablate_features(second, second_sae, second_held, second_best["feature"].to_numpy())
+by_kind = rises @ inside / inside.sum(0)  # [feature, kind]
+second_effects = pd.DataFrame({"own feature": np.diag(by_kind)}, list(labels.categories))
+second_effects["on other kinds"] = (rises.sum(1) - (rises * inside.T).sum(1)) / (~inside).sum(0)
+second_effects[CROSS] = (by_kind.sum(0) - np.diag(by_kind)) / (len(by_kind) - 1)
+print(second_effects.round(2).to_string())
+
+# %% [markdown]
+# In how many kinds does its own feature raise the loss more than those of other kinds? By chance in
+# half of those where the two differ (sign test).
+
+# %%
+from scipy.stats import binomtest
+
+said = []
+for name, table in ((model_name(model), effects), (there, second_effects)):
+    own_rise, cross = table["own feature"], table[CROSS]
+    differ = int((own_rise != cross).sum())
+    wins = int((own_rise > cross).sum())
+    p = binomtest(wins, differ).pvalue if differ else 1.0
+    said.append(
+        f"in {name} a kind's own feature raises its loss by {own_rise.mean():.1f} millinats, "
+        f"features of other kinds by {cross.mean():.1f}; more in {wins} of {differ} kinds "
+        f"(by chance {differ / 2:.1f}, p = {p:.2f})"
+    )
+so("; ".join(said) + ".")
+
+# %% [markdown]
+# ## 14. Cloze: is what a feature marks also what a model can do?
 # Sums in three forms, and for comparison brackets and agreement. Scored is the log-probability of
 # the right token over the mean of the other answers of its task, in nats; at 0 the right one is as
 # likely as the others.
@@ -1003,80 +1270,100 @@ for task in ("brackets", "agreement"):
     few = given[given["task"] == task].head(40)
     tasks += list(zip([task] * len(few), few["prompt_clean"], few["answer_clean"], strict=True))
 cloze = pd.DataFrame(tasks, columns=["task", "prompt", "answer"])
-ids = model.tokenizer(cloze["answer"].tolist(), add_special_tokens=False)["input_ids"]
-cloze["id"] = [tokens[-1] for tokens in ids]
 print(cloze.groupby("task")["answer"].agg(["size", "nunique"]).to_string())
 
 # %% [markdown]
-# The score, and how strongly the feature for mathematics fires in the prompt.
+# Both models read prompt and answer. Answers of several tokens are judged by the last, where those
+# before it are the same for all answers of the task; other tasks, and prompts that are longer than
+# a model's context, are left out.
 
 # %%
-asked = tokenize(model, cloze["prompt"].tolist())
-scores = []
-for start in range(0, len(asked), 32):
-    few = asked[start : start + 32]
-    with torch.inference_mode():
-        logits = model(few.tokens, attention_mask=few.attention.long()).log_softmax(-1)
-    last = [int(row.nonzero()[-1]) for row in few.real]
-    scores.append(logits[range(len(few)), last])
-scores = torch.cat(scores)
+scores, asked, ids = {}, {}, {}
+for each in (model, second):
+    name, texts = model_name(each), (cloze["prompt"] + cloze["answer"]).tolist()
+    asked[name] = full = tokenize(each, texts, truncate=True)
+    ids[name] = each.tokenizer(cloze["answer"].tolist(), add_special_tokens=False)["input_ids"]
+    rows = []
+    for start in range(0, len(full), 32):
+        few = full[start : start + 32]
+        with torch.inference_mode():
+            logits = each(few.tokens, attention_mask=few.attention.long()).log_softmax(-1)
+        rows += [logits[i, int(row.nonzero()[-1]) - 1] for i, row in enumerate(few.real)]
+    scores[name] = torch.stack(rows)  # [prompt, token], of the answer's last
 
 # %% [markdown]
-# Against the other answers of the task; and the feature's largest value in the prompt.
+# Against the other answers of the task; and the largest value of the feature for mathematics in the
+# prompt of this model.
 
 # %%
-options = cloze.groupby("task")["id"].unique()
-cloze["margin"] = [
-    float(scores[i, row.id] - scores[i, [o for o in options[row.task] if o != row.id]].mean())
-    for i, row in enumerate(cloze.itertuples())
-]
-asked_fa = encode_saes(model, {main: saes[main]}, asked)[main]
-math_feature = int(own.get("math", own.iloc[0]))
-cloze["activation"] = asked_fa.pool("max")[:, [math_feature]].toarray()[:, 0]
-print(cloze[["margin", "activation"]].describe().loc[["min", "50%", "max"]].round(1).to_string())
+rows = []
+for name, full in asked.items():
+    last = [int(full.tokens[i, row.nonzero()[-1]]) for i, row in enumerate(full.real)]
+    table = cloze.assign(model=name, id=last, row=range(len(cloze)))
+    table["whole"] = [id == tokens[-1] for id, tokens in zip(last, ids[name], strict=True)]
+    table["head"] = [str(tokens[:-1]) for tokens in ids[name]]
+    for _, group in table.groupby("task"):
+        options = group["id"].unique()
+        if group["whole"].all() and group["head"].nunique() == 1 < len(options):
+            values = scores[name][group["row"].to_numpy()][:, options]  # [prompt, option]
+            right = torch.from_numpy(group["id"].to_numpy()[:, None] == options)
+            mean = values.masked_fill(right, 0).sum(1) / (len(options) - 1)
+            rows.append(group.assign(margin=(values[right] - mean).numpy()))
+cloze = pd.concat(rows) if rows else cloze.assign(model="", margin=np.nan, row=0).head(0)
 
 # %% [markdown]
 # By task, with intervals over prompts.
 
 # %%
+asked_fa = encode_saes(model, {main: saes[main]}, asked[model_name(model)])[main]
+math_feature = int(own.get("math", own.iloc[0]))
+strength = asked_fa.of(math_feature)
+for i, row in enumerate(asked_fa.batch.real):
+    strength[i, row.nonzero()[-1]] = 0  # at the answer
+cloze["activation"] = strength.amax(1).numpy()[cloze["row"]]
 rows = []
-for task, group in cloze.groupby("task"):
-    draw = derive_generator(0, task)
-    interval = bootstrap_by_document(group["margin"].to_numpy(), np.arange(len(group)), draw)
-    row = {"task": task, "margin": interval.estimate, "low": interval.low, "high": interval.high}
-    rows.append(row | {"activation": float(group["activation"].mean())})
-by_task = pd.DataFrame(rows)
+for (name, task), group in cloze.groupby(["model", "task"]):
+    draw, numbers = derive_generator(0, task), np.arange(len(group))
+    mean = bootstrap_by_document(group["margin"].to_numpy(), numbers, draw)
+    row = {"model": name, "task": task, "margin": mean.estimate, "low": mean.low}
+    rows.append(row | {"high": mean.high, "activation": group["activation"].mean()})
+by_task = pd.DataFrame(rows, columns=["model", "task", "margin", "low", "high", "activation"])
 print(by_task.round(2).to_string(index=False))
 
 # %% [markdown]
 # Does the feature fire where the model does better?
 
 # %%
-is_sum = by_task["task"].str.startswith("sum")
-sums = cloze[cloze["task"].str.startswith("sum")][["activation", "margin"]].to_numpy()
-moves = np.ptp(sums[:, 0]) > 0
-relation = bootstrap_by_document(
-    sums,
-    np.arange(len(sums)),
-    derive_generator(0, "activation and margin"),
-    lambda rows: spearmanr(rows[:, 0], rows[:, 1]).statistic if moves else np.nan,
-)
+of_this = by_task[by_task["model"] == model_name(model)].set_index("task")
+is_sum = of_this.index.str.startswith("sum")
+sums = cloze[(cloze["model"] == model_name(model)) & cloze["task"].str.startswith("sum")]
+pairs = sums[["activation", "margin"]].to_numpy(dtype=float)
+related = "it fires on all sums alike, or on none"
+if len(pairs) and np.ptp(pairs[:, 0]) > 0:
+    draw = derive_generator(0, "activation and margin")
+    rank = lambda rows: spearmanr(rows[:, 0], rows[:, 1]).statistic  # noqa: E731
+    r = bootstrap_by_document(pairs, np.arange(len(pairs)), draw, rank)
+    related = (
+        f"rank correlation of activation and score {r.estimate:.2f} ({r.low:.2f} to {r.high:.2f})"
+    )
 
 # %% [markdown]
 # In words:
 
 # %%
-able = by_task.loc[by_task["low"] > 0, "task"]
-so(
-    f"{model_name(model)} prefers the right answer in: {', '.join(able) or 'none of these'}. The "
-    f"feature for mathematics fires at {by_task.loc[is_sum, 'activation'].mean():.1f} on sums and "
-    f"at {by_task.loc[~is_sum, 'activation'].mean():.1f} on the others; over the sums its "
-    f"activation and the score have a rank correlation of {relation.estimate:.2f} "
-    f"({relation.low:.2f} to {relation.high:.2f})."
-)
+able = by_task[by_task["low"] > 0].groupby("model")["task"].agg(", ".join)
+for name in asked:
+    judged = (by_task["model"] == name).sum()
+    so(f"{name} prefers the right answer in {able.get(name, 'none')}, of {judged} tasks judged.")
+if is_sum.any() and not is_sum.all():
+    so(
+        f"the feature for mathematics fires at {of_this.loc[is_sum, 'activation'].mean():.1f} on "
+        f"sums and at {of_this.loc[~is_sum, 'activation'].mean():.1f} on the others; over the "
+        f"sums: {related}."
+    )
 
 # %% [markdown]
-# ## 13. Models side by side
+# ## 15. Models side by side
 # Every SAE that ships, one row each. Numbers of two models compare only roughly: vectors, widths
 # and training texts differ.
 
@@ -1084,8 +1371,8 @@ so(
 every = card_table()
 every = every[every["ships"].astype(bool)].drop(columns="ships").set_index("sae")
 every["fvu"] = 1 - every["variance_explained"]
-other_models = [n for n in every.index if not n.startswith(f"{model_name(model)}-")]
-shown = every.loc[[*other_models, *every.index[every.index == whole]]]
+elsewhere = [name for name in every.index if not name.startswith(f"{model_name(model)}-")]
+shown = every.loc[[*elsewhere, *every.index[every.index == whole]]]
 print(shown[["l0", "fvu", "ce_difference", "dead", "dense"]].round(2).to_string())
 so(
     f"over the {len(every)} SAEs that ship, floors among them, FVU goes from "
@@ -1094,75 +1381,17 @@ so(
 )
 
 # %% [markdown]
-# Drawn: FVU beside that of random directions.
+# Drawn: FVU beside that of random directions, with L0 and the number of latents that never fire.
 
 # %%
 drawn = {"FVU": (shown["fvu"], None, None)}
 drawn["FVU of random directions"] = (1 - shown["null"], None, None)
-axes = {"x_title": "FVU (left is better)", "y_title": "SAE"}
-intervals(drawn, shown.index, title="SAEs of several models", **axes).show()
+axes = {"x_title": "FVU (left is better)", "y_title": "SAE: L0, dead latents"}
+named = [f"{n}: {row.l0:.0f}, {row.dead:.0f}" for n, row in shown.iterrows()]
+intervals(drawn, named, title="SAEs of several models", **axes).show()
 
 # %% [markdown]
-# **The same questions asked of a second model**: a mixture of experts, which reads the same tokens.
-# Directions of two models have nothing in common; firing can be compared.
-
-# %%
-SECOND = "pocket-moe" if model_name(model) != "pocket-moe" else "pocket-gpt"
-second, MIDDLE = load_model(SECOND), 3  # the block that has SAEs in both
-second_batch = tokenize(second, list(labels.texts), truncate=True)
-names = [n for n in bundled_saes(second) if n.endswith((f"mlp-{MIDDLE}", f"resid-{MIDDLE}"))]
-second_name, second_sae = list(open_saes(second, names)[0].items())[-1]
-second_fa = encode_saes(second, {second_name: second_sae}, second_batch)[second_name]
-second_best = discriminate(second_fa.pool("max"), labels, n=200)
-print(f"{SECOND} {second_name}: {second_sae.cfg.d_sae} latents")
-both = second_best.set_index("category")[["auroc"]].rename(columns={"auroc": SECOND})
-both[model_name(model)] = aurocs.loc[main]
-print(both.round(2).to_string())
-
-# %% [markdown]
-# Where the two read the same tokens, features are matched by when they fire.
-
-# %%
-second_dictionary, there = describe(second, second_sae, second_fa), sae_hook(second_sae)
-if comparable_kinds(dictionaries[main], second_dictionary):
-    x = input_transform(second_sae, second)(harvest(second, second_batch, there)[there][batch.real])
-    second_nulls = null_dictionaries(second, second_sae, second_fa, x)
-    pair = compare(dictionaries[main], second_dictionary, second_nulls)
-    row = pair.summary.set_index("kind").loc["firing"]
-    so(
-        f"matched by firing, latents of {model_name(model)} and {SECOND} correlate at "
-        f"{row['value']:.2f}, the strictest null at {row['null']:.2f}: corrected "
-        f"{row['corrected']:.2f}, {'more' if row['corrected'] > 0 else 'no more'} than the texts "
-        "alone make alike."
-    )
-else:
-    so(f"{SECOND} has another tokenizer than {model_name(model)}: their firings do not compare.")
-
-# %% [markdown]
-# The ablation of section 11 on the second model, its chosen features only.
-
-# %%
-second_held = second_fa[held_rows.tolist()]
-chosen_there = second_best["feature"].to_numpy()
-rises = 1000 * ablate_features(second, second_sae, second_held, chosen_there)
-own_rise = np.array([row[inside[:, c]].mean() for c, row in enumerate(rises)])
-other_rise = np.array([row[~inside[:, c]].mean() for c, row in enumerate(rises)])
-for kind, a, b in zip(labels.categories, own_rise, other_rise, strict=True):
-    print(f"{kind:15s} own {a:6.2f}, others {b:6.2f} millinats")
-
-# %% [markdown]
-# In words:
-
-# %%
-so(
-    f"in {SECOND} the chosen features raise the loss of their kind by {own_rise.mean():.1f} "
-    f"millinats and of the others by {other_rise.mean():.1f}, more in "
-    f"{(own_rise > other_rise).sum()} of {len(own_rise)} kinds; in {model_name(model)} "
-    f"{tested.loc[chosen, 'own'].mean():.1f} and {others_rise.mean():.1f}."
-)
-
-# %% [markdown]
-# ## 14. Look at two features that are called one
+# ## 16. Look at two features that are called one
 # The best-matching pair of two SAEs among the features chosen for a kind, side by side, each on its
 # own scale.
 
@@ -1194,8 +1423,27 @@ view = side_by_side([(fas[main], ours), (fas[partner], theirs)], categories=list
 view
 
 # %% [markdown]
+# All texts on which one feature fires, its tokens marked, those of its kind first; ten here, all on
+# the page below.
+
+# %%
+from lenslab.show.tokens import highlight_batch
+
+kind, shown_feature = next((k, f) for k, f in own.items() if f == ours or not others)
+strength = pooled[main][:, [shown_feature]].toarray()[:, 0]
+fired = np.flatnonzero(strength)
+order = fired[np.lexsort([-strength[fired], labels.category[fired] != kind])]
+options = {"rows": order, "labels": labels.category[order]}
+title = f"{main} {shown_feature}, chosen for {kind}: {len(order)} texts, its kind's first"
+activation = fas[main].of(shown_feature)
+everything = highlight_batch(
+    fas[main].batch, activation, title=title, max_texts=max(len(order), 1), **options
+)
+highlight_batch(fas[main].batch, activation, title=title, max_texts=10, **options)
+
+# %% [markdown]
 # The whole comparison as one page: the best feature of every kind in every SAE, linked where it has
-# a page of its own, and the pair above.
+# a page of its own, the pair above, and all texts of the feature.
 
 # %%
 from lenslab.show.report import save_report
@@ -1204,6 +1452,7 @@ columns = ["sae", "category", "feature", "auroc", "discriminating"]
 table = linked_table(best.loc[best["sae"].isin(places), columns], fas)
 sections = {"Side by side": [by_sae.round(3), sizes.round(3)], "Best features": [table]}
 sections["Two features that are called one"] = [view]
+sections["All texts of one feature"] = [everything]
 page = save_report("sae_comparison", f"SAEs of {model_name(model)}, compared", sections)
 print(f"written: {page.with_suffix('.html').name}")
 
@@ -1211,8 +1460,8 @@ print(f"written: {page.with_suffix('.html').name}")
 # ## What was found, and what was not
 # **Found**: what the lines that begin with *So:* say. Section 2 says which differences are more
 # than reseeding gives; section 5, how many latents two trainings share beyond what the data makes
-# alike; section 8, that a trend over layers can come out of a rule alone; section 10, whether
-# features follow form or content; section 11, whether selective features are needed.
+# alike; section 9, that a trend over layers can come out of a rule alone; section 11, whether
+# features follow form or content; section 12, whether selective features are needed.
 #
 # **Not shown**: that what holds for a small model holds for a large one, or for SAEs of another
 # kind; one sparsity ships of each SAE, so that how matching depends on it stays open. A feature
@@ -1229,5 +1478,5 @@ print(f"written: {page.with_suffix('.html').name}")
 # 1. `seed_pair.latents.pivot(index="latent", columns="kind", values="partner")`, then compare the
 #    columns; look at the rows with a small `rate` first.
 # 2. `(seed_pair.latents.query("kind == 'decoder'")[["similarity", "null"]] >= 0.9).mean()`.
-# 3. Put .5 before the scales in section 8, and run it from there on; look at both thresholds.
+# 3. Put .5 before the scales in section 9, and run it from there on; look at both thresholds.
 # </details>

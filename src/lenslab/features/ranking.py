@@ -12,24 +12,18 @@ Counting is an older way, kept to stand beside the tested ones:
    the best score, texts strong inside minus texts strong outside. The score starts at -1: where
    none of the features does better, there is none (feature -1);
 4. nothing is held out and nothing is corrected, so categories that mean nothing have specialists as
-   well: `count_specialists_null` says how many;
-5. what a text's value is was also a choice: `pooled_ways` makes the eight matrices that come of BOS
-   in or out, padding in or out, and tokens encoded before they are averaged or after.
+   well: `count_specialists_null` says how many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import scipy.sparse
-import torch
-from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor
+from jaxtyping import Float, Int, Shaped
 
 from lenslab.features.activations import Indices, Labels, Matrix, check_matrix, columns_of, dense
 from lenslab.files import Result
@@ -37,7 +31,6 @@ from lenslab.runtime import derive_generator
 from lenslab.stats import shuffled_orders
 
 Threshold = float | int | Literal["half"]
-ORDERS = ("encode, then pool", "pool, then encode")
 TOP = 5  # features of a category whose strong texts are counted
 
 
@@ -246,27 +239,3 @@ def _count_scores(
     inside = member.astype(np.float32) @ strong  # [category, feature]
     score = 2 * inside - strong.sum(axis=0)  # inside less outside, which is all less inside
     return chosen, np.take_along_axis(score, chosen, axis=1)
-
-
-@torch.inference_mode()
-def pooled_ways(
-    encode: Callable[[Tensor], Tensor],  # [.., d_in] -> [.., feature]
-    x: Float[Tensor, "text pos d_in"],
-    real: Bool[Tensor, "text pos"],
-    attention: Bool[Tensor, "text pos"],
-) -> dict[tuple[bool, bool, str], Float[np.ndarray, "text feature"]]:
-    """Mean over a text's tokens under (BOS in, padding in, order); `x` are the SAE's inputs at
-    every place, `attention` is False at padding, `real` at padding and BOS."""
-    counted = {}
-    for bos, padding in product((False, True), repeat=2):
-        counted[bos, padding] = real | (attention & bos) | (~attention & padding)
-    ways = {}
-    for (bos, padding), mask in counted.items():
-        average = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # [text, d_in]
-        ways[bos, padding, ORDERS[1]] = encode(average).float().cpu().numpy()
-    sums = {key: [] for key in counted}
-    for text in range(len(x)):  # all places of all texts at once would not fit
-        features = encode(x[text])  # [pos, feature]
-        for key, mask in counted.items():
-            sums[key].append(features[mask[text]].mean(0).float().cpu().numpy())
-    return {(*key, ORDERS[0]): np.stack(rows) for key, rows in sums.items()} | ways
