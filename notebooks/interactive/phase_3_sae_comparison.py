@@ -219,12 +219,11 @@ for name in places:
     fitted = supervised_directions(vectors, labels)["logistic regression"][held]
     top = [auroc(fitted[:, c], labels.inside[held, c]) for c in range(fitted.shape[1])]
     sums = best[best["sae"] == name].agg({"auroc": "mean", "discriminating": "sum"})
-    rows.append({"sae": name, "feature": sums["auroc"], "ceiling": np.mean(top)})
-    rows[-1]["discriminating"] = int(sums["discriminating"])
+    rows.append({"sae": name, "feature": sums["auroc"], "ceiling": np.mean(top)} | dict(sums[1:]))
     for key, cut in (("at 5.0", 5.0), ("half", "half")):
         null = count_specialists_null(pooled[name], labels.category, cut, n=10)
         rows[-1] |= {f"{key}": null.observed, f"{key} shuffled": null.mean_null}
-by_sae = pd.DataFrame(rows).set_index("sae")
+by_sae = pd.DataFrame(rows).set_index("sae")  # of kinds: means, and numbers of them
 print(by_sae.round(2).to_string())
 
 # %% [markdown]
@@ -249,15 +248,16 @@ for where, means in ((w, m) for w, m in groups.items() if len(m) > 1):
 # In words:
 
 # %%
+reseeded = f"and over seeds of {main} {reseeds.min():.2f} to {reseeds.max():.2f}"
+reseeded = reseeded if len(seeds) > 1 else f"and {main} has one seed"
 so(
     f"by the older rule {by_sae['at 5.0'].min():.0f} to {by_sae['at 5.0'].max():.0f} of "
     f"{len(labels.categories)} kinds have a specialist, and under shuffled labels "
     f"{by_sae['at 5.0 shuffled'].min():.1f} to {by_sae['at 5.0 shuffled'].max():.1f}. Held out, "
     f"the best features' mean AUROC is {by_sae['feature'].min():.2f} "
     f"({by_sae['feature'].idxmin()}) to {by_sae['feature'].max():.2f} "
-    f"({by_sae['feature'].idxmax()}), and over seeds of {main} {reseeds.min():.2f} to "
-    f"{reseeds.max():.2f}: {'; '.join(told) or 'there is one place'}. The ceiling is "
-    f"{by_sae['ceiling'].min():.2f} to {by_sae['ceiling'].max():.2f}."
+    f"({by_sae['feature'].idxmax()}), {reseeded}: {'; '.join(told) or 'there is one place'}. "
+    f"The ceiling is {by_sae['ceiling'].min():.2f} to {by_sae['ceiling'].max():.2f}."
 )
 
 # %% [markdown]
@@ -499,9 +499,9 @@ last = {number: row for number, row in last.items() if number != layer[main]}
 persist = [f"{r['shared']:.0%} in {n} (null {r['shared_null']:.0%})" for n, r in last.items()]
 fixed = fixed["corrected"].astype(float)
 so(
-    f"corrected for the data, firing agrees most with {fixed.idxmax()} ({fixed.max():.2f}) and "
-    f"least with {fixed.idxmin()} ({fixed.min():.2f}). Of the latents of layer {layer[main]} "
-    f"fire alike in other layers: {', '.join(persist) or 'there is no other of this stream'}."
+    f"corrected for the data, firing agrees at {fixed.min():.2f} ({fixed.idxmin()}) to "
+    f"{fixed.max():.2f} ({fixed.idxmax()}). Of the latents of layer {layer[main]} fire alike in "
+    f"other layers: {', '.join(persist) or 'there is no other of this stream'}."
     if len(fixed)
     else "there is one SAE at hand: a comparison needs a second."
 )
@@ -534,8 +534,8 @@ stability = saved_result("phase_3_stability", asked)
 if stability is None:
     print("not measured for this model; the section is about pocket-gpt")
 else:
-    reseeded = stability[stability["architecture"] == stability["other"]]
-    by_level = reseeded.query("architecture == 'batchtopk' and kind == 'decoder'").set_index("l0")
+    two_seeds = stability[stability["architecture"] == stability["other"]]
+    by_level = two_seeds.query("architecture == 'batchtopk' and kind == 'decoder'").set_index("l0")
     print(by_level[["fvu", "value", "null", "corrected", "shared", "shared_null"]].round(2))
 
 # %% [markdown]
@@ -862,21 +862,22 @@ if frozen in bundled_saes() and theirs == {model_key(model)}:
     more["frozen decoder"] = floor.pool("max")
 further = discriminate(more, labels, n=1).pivot(index="sae", columns="category", values="auroc")
 vectors = np.stack([inputs[main][text == i].mean(0).numpy() for i in range(len(batch))])
-fitted = supervised_directions(vectors, labels).items()
-ways = {f"ceiling: {way}": auroc_of for way, auroc_of in fitted}
-rows = {
-    w: [auroc(v[held, c], labels.inside[held, c]) for c in range(v.shape[1])]
-    for w, v in ways.items()
+ceilings = {
+    f"ceiling: {way}": [auroc(v[held, c], labels.inside[held, c]) for c in range(v.shape[1])]
+    for way, v in supervised_directions(vectors, labels).items()
 }
-ceilings = pd.DataFrame(rows, index=list(labels.categories)).T
+ceilings = pd.DataFrame(ceilings, list(labels.categories)).T
+print(ceilings.round(2).to_string())
 
 # %% [markdown]
 # All together, by kind:
 
 # %%
 table = pd.concat([aurocs.loc[[main]].rename({main: "this SAE"}), reached, further, ceilings])
-table = table[list(labels.categories)].assign(mean=lambda rows: rows.mean(axis=1))
+table = table[list(labels.categories)].astype(float)
+table["mean"] = table.mean(axis=1)
 print(table.round(2).to_string())
+older = by_sae.loc[main]
 
 # %% [markdown]
 # In words:
@@ -885,7 +886,6 @@ print(table.round(2).to_string())
 rest = table["mean"].drop(["this SAE", *ceilings.index])
 lead = table.loc["this SAE", "mean"] - rest.max()
 against = f"{'more' if lead > least else 'no more'} than reseeding gives ({least:.3f})"
-older = by_sae.loc[main]
 so(
     f"mean held-out AUROC of the best candidate is {table.loc['this SAE', 'mean']:.2f} for this "
     f"SAE; the best control is {rest.idxmax()} ({rest.max():.2f}), and the least "
@@ -908,7 +908,7 @@ for c, (kind, feature) in enumerate(own.items()):
     rest = value - np.polyval(line, log_length)
     both = [auroc(each[held], labels.inside[held, c]) for each in (value, rest)]
     rows[kind] = dict(zip(("AUROC", "without length"), both, strict=True))
-rows = pd.DataFrame(rows).T
+rows = pd.DataFrame(rows).T.astype(float)
 print(rows.round(2).to_string())
 moved = (rows["AUROC"] - rows["without length"]).abs().max()
 so(f"without what the length foretells, AUROCs change by at most {moved:.2f}.")
@@ -1111,6 +1111,7 @@ for c, (kind, feature) in enumerate(own.items()):
 tested = pd.DataFrame(tested, columns=["kind", "feature", "chosen", "own", "selectivity"])
 means = tested.groupby(["kind", "chosen"], sort=False)[["own", "selectivity"]].mean().unstack()
 effects["matched features"] = means["own"][False]
+print(tested[["own", "selectivity"]].describe().loc[["min", "50%", "max"]].round(1).to_string())
 
 # %% [markdown]
 # Rise of the loss in millinats per token.
@@ -1126,13 +1127,9 @@ print(effects.join(selectivity).round(2).to_string())
 # %%
 from scipy.stats import spearmanr
 
-pairs = tested[["selectivity", "own"]].to_numpy()
-relation = bootstrap_by_document(
-    pairs,
-    np.arange(len(pairs)),
-    derive_generator(0, "selectivity"),
-    lambda rows: spearmanr(rows[:, 0], rows[:, 1]).statistic,
-)
+pairs, draw = tested[["selectivity", "own"]].to_numpy(), derive_generator(0, "selectivity")
+rank = lambda rows: spearmanr(rows[:, 0], rows[:, 1]).statistic  # noqa: E731
+relation = bootstrap_by_document(pairs, np.arange(len(pairs)), draw, rank)
 chosen = tested["chosen"]
 lead = (effects["own feature"] - effects["matched features"]).to_numpy()
 draw = derive_generator(0, "chosen against matched")
@@ -1248,7 +1245,7 @@ so("; ".join(said) + ".")
 # %% [markdown]
 # ## 14. Cloze: is what a feature marks also what a model can do?
 # Sums in three forms, and for comparison brackets and agreement. Scored is the log-probability of
-# the right token over the mean of the other answers of its task, in nats; at 0 the right one is as
+# the right answer over the mean of the other answers of its task, in nats; at 0 the right one is as
 # likely as the others.
 
 # %%
@@ -1267,62 +1264,57 @@ print(f"{len(tasks)} sums, such as {tasks[-1][1]!r}")
 # %%
 given = load_probes("prompt_pairs")
 for task in ("brackets", "agreement"):
-    few = given[given["task"] == task].head(40)
+    few = given[given["task"] == task].head(24)
     tasks += list(zip([task] * len(few), few["prompt_clean"], few["answer_clean"], strict=True))
 cloze = pd.DataFrame(tasks, columns=["task", "prompt", "answer"])
 print(cloze.groupby("task")["answer"].agg(["size", "nunique"]).to_string())
 
 # %% [markdown]
-# Both models read prompt and answer. Answers of several tokens are judged by the last, where those
-# before it are the same for all answers of the task; other tasks, and prompts that are longer than
-# a model's context, are left out.
+# Both models read each prompt with every answer of its task; the log-probability is summed over the
+# answer's tokens. A task that is longer than a model's context is left out.
 
 # %%
-scores, asked, ids = {}, {}, {}
+answers = cloze.groupby("task")["answer"].unique()
+trials = cloze.assign(row=range(len(cloze)), option=cloze["task"].map(answers)).explode("option")
+scored = []
 for each in (model, second):
-    name, texts = model_name(each), (cloze["prompt"] + cloze["answer"]).tolist()
-    asked[name] = full = tokenize(each, texts, truncate=True)
-    ids[name] = each.tokenizer(cloze["answer"].tolist(), add_special_tokens=False)["input_ids"]
-    rows = []
+    prompts = tokenize(each, trials["prompt"].tolist(), truncate=True).real.sum(1)
+    full = tokenize(each, (trials["prompt"] + trials["option"]).tolist(), truncate=True)
+    score, fits = [], (full.real.sum(1) + 1 < each.cfg.n_ctx).numpy()
     for start in range(0, len(full), 32):
-        few = full[start : start + 32]
+        few, more = full[start : start + 32], prompts[start : start + 32]
         with torch.inference_mode():
-            logits = each(few.tokens, attention_mask=few.attention.long()).log_softmax(-1)
-        rows += [logits[i, int(row.nonzero()[-1]) - 1] for i, row in enumerate(few.real)]
-    scores[name] = torch.stack(rows)  # [prompt, token], of the answer's last
+            logits = each(few.tokens, attention_mask=few.attention.long())[:, :-1].log_softmax(-1)
+        seen = logits.gather(2, few.tokens[:, 1:, None])[..., 0]  # [text, pos - 1]
+        ends = [row.nonzero()[n:, 0] - 1 for row, n in zip(few.real, more, strict=True)]
+        score += [float(row[end].sum()) for row, end in zip(seen, ends, strict=True)]
+    scored.append(trials.assign(model=model_name(each), score=score, fits=fits))
+trials = pd.concat(scored)
+print(f"{len(trials)} pairs of prompt and answer, {trials['fits'].mean():.0%} of them fit")
 
 # %% [markdown]
-# Against the other answers of the task; and the largest value of the feature for mathematics in the
-# prompt of this model.
+# Right against the mean of the others; and the largest value of the feature for mathematics in the
+# prompt, of this model.
 
 # %%
-rows = []
-for name, full in asked.items():
-    last = [int(full.tokens[i, row.nonzero()[-1]]) for i, row in enumerate(full.real)]
-    table = cloze.assign(model=name, id=last, row=range(len(cloze)))
-    table["whole"] = [id == tokens[-1] for id, tokens in zip(last, ids[name], strict=True)]
-    table["head"] = [str(tokens[:-1]) for tokens in ids[name]]
-    for _, group in table.groupby("task"):
-        options = group["id"].unique()
-        if group["whole"].all() and group["head"].nunique() == 1 < len(options):
-            values = scores[name][group["row"].to_numpy()][:, options]  # [prompt, option]
-            right = torch.from_numpy(group["id"].to_numpy()[:, None] == options)
-            mean = values.masked_fill(right, 0).sum(1) / (len(options) - 1)
-            rows.append(group.assign(margin=(values[right] - mean).numpy()))
-cloze = pd.concat(rows) if rows else cloze.assign(model="", margin=np.nan, row=0).head(0)
+trials = trials[trials.groupby(["model", "task"])["fits"].transform("all")]
+right = trials["option"] == trials["answer"]
+by_prompt = ["model", "task", "row"]
+others_mean = trials[~right].groupby(by_prompt)["score"].mean()
+cloze_scores = (trials[right].set_index(by_prompt)["score"] - others_mean).rename("margin")
+cloze_scores = cloze_scores.reset_index()
+prompts = tokenize(model, cloze["prompt"].tolist(), truncate=True)
+asked_fa = encode_saes(model, {main: saes[main]}, prompts)[main]
+math_feature = int(own.get("math", own.iloc[0]))
+strength = asked_fa.pool("max")[:, [math_feature]].toarray()[:, 0]
+cloze_scores["activation"] = strength[cloze_scores["row"]]
 
 # %% [markdown]
 # By task, with intervals over prompts.
 
 # %%
-asked_fa = encode_saes(model, {main: saes[main]}, asked[model_name(model)])[main]
-math_feature = int(own.get("math", own.iloc[0]))
-strength = asked_fa.of(math_feature)
-for i, row in enumerate(asked_fa.batch.real):
-    strength[i, row.nonzero()[-1]] = 0  # at the answer
-cloze["activation"] = strength.amax(1).numpy()[cloze["row"]]
 rows = []
-for (name, task), group in cloze.groupby(["model", "task"]):
+for (name, task), group in cloze_scores.groupby(["model", "task"]):
     draw, numbers = derive_generator(0, task), np.arange(len(group))
     mean = bootstrap_by_document(group["margin"].to_numpy(), numbers, draw)
     row = {"model": name, "task": task, "margin": mean.estimate, "low": mean.low}
@@ -1336,23 +1328,22 @@ print(by_task.round(2).to_string(index=False))
 # %%
 of_this = by_task[by_task["model"] == model_name(model)].set_index("task")
 is_sum = of_this.index.str.startswith("sum")
-sums = cloze[(cloze["model"] == model_name(model)) & cloze["task"].str.startswith("sum")]
+sums = cloze_scores[cloze_scores["model"] == model_name(model)]
+sums = sums[sums["task"].str.startswith("sum")]
 pairs = sums[["activation", "margin"]].to_numpy(dtype=float)
 related = "it fires on all sums alike, or on none"
 if len(pairs) and np.ptp(pairs[:, 0]) > 0:
     draw = derive_generator(0, "activation and margin")
-    rank = lambda rows: spearmanr(rows[:, 0], rows[:, 1]).statistic  # noqa: E731
     r = bootstrap_by_document(pairs, np.arange(len(pairs)), draw, rank)
-    related = (
-        f"rank correlation of activation and score {r.estimate:.2f} ({r.low:.2f} to {r.high:.2f})"
-    )
+    bounds = f"{r.estimate:.2f} ({r.low:.2f} to {r.high:.2f})"
+    related = f"activation and score have a rank correlation of {bounds}"
 
 # %% [markdown]
 # In words:
 
 # %%
 able = by_task[by_task["low"] > 0].groupby("model")["task"].agg(", ".join)
-for name in asked:
+for name in (model_name(model), there):
     judged = (by_task["model"] == name).sum()
     so(f"{name} prefers the right answer in {able.get(name, 'none')}, of {judged} tasks judged.")
 if is_sum.any() and not is_sum.all():
@@ -1398,21 +1389,27 @@ intervals(drawn, named, title="SAEs of several models", **axes).show()
 # %%
 from lenslab.show.explore import linked_table, side_by_side
 
+latents = pd.DataFrame()
 if others:
     kind = comparable_kinds(dictionaries[main], dictionaries[others[0]])[0]
     pair = compare(dictionaries[main], dictionaries[others[0]], nulls, (kind,))
-    latents = pair.latents.set_index("latent")
-    latents = latents[latents.index.isin(own)].sort_values("similarity")
-    ours, theirs = int(latents.index[-1]), int(latents["partner"].iloc[-1])
+    latents = pair.latents[pair.latents["latent"].isin(own)].sort_values("similarity")
+
+# %% [markdown]
+# The nearest and the farthest:
+
+# %%
+if len(latents):
+    far, near = latents.iloc[0], latents.iloc[-1]
+    ours, theirs = int(near["latent"]), int(near["partner"])
     so(
         f"of the features chosen for a kind, {ours} of {main} has the nearest partner in "
-        f"{others[0]}, {theirs}, with a {kind} similarity of "
-        f"{latents['similarity'].iloc[-1]:.2f}; the farthest has "
-        f"{latents['similarity'].iloc[0]:.2f}."
+        f"{others[0]}, {theirs}, with a {kind} similarity of {near['similarity']:.2f}; the "
+        f"farthest has {far['similarity']:.2f}."
     )
 else:
-    ours = theirs = int(own.iloc[0])
-    so("there is one SAE at hand, so a feature is shown beside itself.")
+    others, ours, theirs = [], int(own.iloc[0]), int(own.iloc[0])
+    so("there is no second SAE with a partner, so a feature is shown beside itself.")
 
 # %% [markdown]
 # Side by side:
@@ -1433,13 +1430,19 @@ kind, shown_feature = next((k, f) for k, f in own.items() if f == ours or not ot
 strength = pooled[main][:, [shown_feature]].toarray()[:, 0]
 fired = np.flatnonzero(strength)
 order = fired[np.lexsort([-strength[fired], labels.category[fired] != kind])]
-options = {"rows": order, "labels": labels.category[order]}
-title = f"{main} {shown_feature}, chosen for {kind}: {len(order)} texts, its kind's first"
-activation = fas[main].of(shown_feature)
-everything = highlight_batch(
-    fas[main].batch, activation, title=title, max_texts=max(len(order), 1), **options
+print(
+    f"{shown_feature} fires on {len(order)} texts, {(labels.category[order] == kind).sum()} {kind}"
 )
-highlight_batch(fas[main].batch, activation, title=title, max_texts=10, **options)
+
+# %% [markdown]
+# Ten of them:
+
+# %%
+options = {"rows": order, "labels": labels.category[order]}
+options["title"] = f"{main} {shown_feature}, chosen for {kind}: its kind's texts first"
+marked, activation = fas[main].batch, fas[main].of(shown_feature)
+everything = highlight_batch(marked, activation, max_texts=max(len(order), 1), **options)
+highlight_batch(marked, activation, max_texts=10, **options)
 
 # %% [markdown]
 # The whole comparison as one page: the best feature of every kind in every SAE, linked where it has
