@@ -168,7 +168,8 @@ for metric in ("l0", "fvu", "ce_difference"):
     least = smallest_difference(cards.loc[seeds, metric].to_numpy())
     by_place[metric] = least, np.ptp(cards.loc[places, metric])
     known = f"tells apart {least:.3f}" if len(seeds) > 1 else "one seed"
-    print(f"{metric:14s} {known}; {len(places)} places differ by {by_place[metric][1]:.3f}")
+    differ = f"{len(places)} places differ by {by_place[metric][1]:.3f}"
+    print(f"{metric:14s} {known}; {differ if len(places) > 1 else 'one place'}")
 
 # %% [markdown]
 # In words:
@@ -223,7 +224,7 @@ for name in places:
     for key, cut in (("at 5.0", 5.0), ("half", "half")):
         null = count_specialists_null(pooled[name], labels.category, cut, n=10)
         rows[-1] |= {f"{key}": null.observed, f"{key} shuffled": null.mean_null}
-by_sae = pd.DataFrame(rows).set_index("sae")  # of kinds: means, and numbers of them
+by_sae = pd.DataFrame(rows).set_index("sae").astype({"discriminating": int})
 print(by_sae.round(2).to_string())
 
 # %% [markdown]
@@ -309,7 +310,7 @@ so(
 # %%
 axes = {"x_title": "kind of text", "y_title": "SAE"}
 title = "Held-out AUROC of the best feature"
-heatmap(here, here.columns, here.index, title=title, **axes).show()
+heatmap(here.to_numpy(), list(here.columns), list(here.index), title=title, **axes).show()
 
 # %% [markdown]
 # ## 4. Coverage, peaks, and how unequal they are
@@ -337,10 +338,10 @@ for name in dict.fromkeys(places + seeds):
 
 # %%
 sizes = pd.DataFrame(rows).set_index("sae").astype(float)
-told_apart = sizes.loc[seeds].apply(smallest_difference)
+told_apart = {c: round(smallest_difference(sizes.loc[seeds, c].to_numpy()), 2) for c in sizes}
 sizes = sizes.loc[places]
 print(sizes.round(2).to_string())
-print("tells apart:", told_apart.round(2).to_dict() if len(seeds) > 1 else "one seed cannot say")
+print("tells apart:", told_apart if len(seeds) > 1 else "one seed cannot say")
 fires = sizes[sizes["peak"] > 0]
 so(
     f"peaks differ {fires['peak'].max() / fires['peak'].min():.1f}-fold between the SAEs, in units "
@@ -462,7 +463,7 @@ if len(seeds) > 1:
     curves = {"second seed": bands["similarity"], "null: data points": bands["null"]}
     titles = {"x_title": "fires on up to this share of tokens", "y_title": "cosine of the match"}
     title = "What two seeds share, by how often a latent fires"
-    lines(curves, bands.index.astype(float), log_x=True, title=title, **titles).show()
+    lines(curves, bands.index.astype(float).tolist(), log_x=True, title=title, **titles).show()
 
 # %% [markdown]
 # ## 6. Other widths, layers and streams
@@ -574,7 +575,7 @@ if stability is not None:
     drawn = {"two seeds": by_level["shared"], "null: data points": by_level["shared_null"]}
     titles = {"x_title": "L0: latents active at a token", "y_title": "share of latents shared"}
     title = "What two seeds share, by sparsity"
-    lines(drawn, by_level.index, log_x=True, title=title, **titles).show()
+    lines(drawn, list(by_level.index), log_x=True, title=title, **titles).show()
 
 # %% [markdown]
 # And the architectures:
@@ -583,7 +584,8 @@ if stability is not None:
 if stability is not None:
     titles = {"x_title": "second seed of", "y_title": "first seed of"}
     title = "Corrected cosine of matched latents"
-    heatmap(across, across.columns, across.index, title=title, **titles).show()
+    names = list(across.index)
+    heatmap(across.to_numpy(), list(across.columns), names, title=title, **titles).show()
 
 # %% [markdown]
 # ## 8. Where does a feature go in a wider SAE?
@@ -866,7 +868,7 @@ ceilings = {
     f"ceiling: {way}": [auroc(v[held, c], labels.inside[held, c]) for c in range(v.shape[1])]
     for way, v in supervised_directions(vectors, labels).items()
 }
-ceilings = pd.DataFrame(ceilings, list(labels.categories)).T
+ceilings = pd.DataFrame(ceilings, list(labels.categories)).T.astype(float)
 print(ceilings.round(2).to_string())
 
 # %% [markdown]
@@ -965,14 +967,14 @@ print(f"{len(matched)} texts, {matched_pooled.nnz / len(matched):.0f} features f
 
 # %%
 values = pd.DataFrame(matched_pooled[:, own.to_numpy()].toarray(), columns=own.index)
-forms = list(matched["form"].unique())
+forms, concepts = list(matched["form"].unique()), matched["concept"].to_numpy()
 means = {form: [] for form in forms}
 for form in forms:
     rows = (matched["form"] == form).to_numpy()
     for kind in values:
         of_form = values.loc[rows, kind].to_numpy()
         draw = derive_generator(0, f"{form} {kind}")
-        means[form].append(bootstrap_by_document(of_form, matched["concept"][rows], draw, n=300))
+        means[form].append(bootstrap_by_document(of_form, concepts[rows], draw, n=300))
 by_form = pd.DataFrame({f: [i.estimate for i in means[f]] for f in forms}, index=own.index)
 print(by_form.round(2).to_string())
 
