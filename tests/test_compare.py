@@ -38,6 +38,7 @@ LATENTS, WIDTH, TOKENS = 60, 48, 3000
 def dictionary(name, rows, fires, **changed) -> Dictionary:
     unit = torch.nn.functional.normalize(torch.as_tensor(rows, dtype=torch.float32), dim=1)
     fields = dict(decoder=unit, encoder=unit, vocabulary=unit, model="m", tokens="t")
+    fields["latents"] = np.arange(len(unit))
     fires = scipy.sparse.csc_array(np.asarray(fires, dtype=np.float32))
     return Dictionary(name=name, fires=fires, **fields | changed)
 

@@ -1,32 +1,56 @@
 """The three choices of an older rule on planted layers that hold the same: the trend that it
 reports is its own."""
 
+from functools import cache
+
 import jupytext
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from lenslab.features import ranking
-from lenslab.features.ranking import ORDERS, pooled_ways
+from lenslab.features.ranking import count_specialists_null
 from lenslab.files import REPOSITORY
 from lenslab.runtime import derive_generator
 
-FIRST, LATER = ORDERS
+FIRST, LATER = "encode, then pool", "pool, then encode"
+
+
+@cache
+def cells() -> list[str]:
+    """The code cells of phase 3."""
+    source = REPOSITORY / "notebooks" / "interactive" / "phase_3_sae_comparison.py"
+    return [cell.source for cell in jupytext.read(source).cells if cell.cell_type == "code"]
+
+
+def run_cells(first: str, last: str | None = None, **names):
+    """What is defined after the cells from that which holds `first` to that which holds `last`, run
+    with `names`."""
+    numbers = [
+        [i for i, cell in enumerate(cells()) if text in cell] for text in (first, last or first)
+    ]
+    assert [len(found) for found in numbers] == [1, 1], "each text stands in one cell"
+    names |= {"np": np, "pd": pd, "torch": torch, "derive_generator": derive_generator}
+    for cell in cells()[numbers[0][0] : numbers[1][0] + 1]:
+        exec(cell, names)
+    return names
 
 
 @pytest.fixture(scope="module")
 def planted():
-    """What the cells of phase 3 define that plant the layers and count specialists in them."""
-    source = REPOSITORY / "notebooks" / "interactive" / "phase_3_sae_comparison.py"
-    cells = [cell.source for cell in jupytext.read(source).cells if cell.cell_type == "code"]
-    first = next(i for i, cell in enumerate(cells) if '"planted layers"' in cell)
-    last = next(i for i, cell in enumerate(cells) if "def count_by_way" in cell)
-    names = {"np": np, "pd": pd, "torch": torch, "derive_generator": derive_generator}
-    names["count_specialists_null"] = ranking.count_specialists_null
-    for cell in cells[first : last + 1]:
-        exec(cell, names)
-    return names
+    """What the cells define that plant the layers and make a text's value in eight ways."""
+    return run_cells('"planted layers"', "def pooled_ways")
+
+
+def count_by_way(planted, ways, threshold=5.0, n=10):
+    rows = []
+    for way, matrix in ways.items():
+        null = count_specialists_null(matrix, planted["kinds"], threshold, n=n)
+        row = dict(zip(("BOS", "padding", "order"), way, strict=True))
+        coverage = (matrix > 0).mean(0).max()
+        counts = {"specialists": null.observed, "shuffled": null.mean_null, "coverage": coverage}
+        rows.append(row | counts)
+    return pd.DataFrame(rows)
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +60,9 @@ def tables(planted):
     for threshold in (5.0, "half"):
         parts = []
         for name, (x, encode) in planted["layers"].items():
-            ways = pooled_ways(encode, x, planted["real"], planted["attention"])
-            counted = planted["count_by_way"](ways, planted["kinds"], threshold, n=10)
-            parts.append(counted.assign(layer=name))
-        table = pd.concat(parts)
-        wide = table.pivot(index=planted["FACTORS"], columns="layer")
+            ways = planted["pooled_ways"](encode, x, planted["real"], planted["attention"])
+            parts.append(count_by_way(planted, ways, threshold).assign(layer=name))
+        wide = pd.concat(parts).pivot(index=["BOS", "padding", "order"], columns="layer")
         found[threshold] = {c: wide[c] for c in ("specialists", "shuffled", "coverage")}
     return found
 
@@ -70,18 +92,18 @@ def test_without_a_huge_bos_bos_changes_little(planted):
     x, encode = planted["layers"]["layer 1"]
     x = x.clone()
     x[:, 0] = 0
-    ways = pooled_ways(encode, x, planted["real"], planted["attention"])
-    table = planted["count_by_way"](ways, planted["kinds"], n=5)
-    means = {factor: table.groupby(factor)["specialists"].mean() for factor in planted["FACTORS"]}
+    ways = planted["pooled_ways"](encode, x, planted["real"], planted["attention"])
+    table = count_by_way(planted, ways)
+    means = {f: table.groupby(f)["specialists"].mean() for f in ("BOS", "order")}
     assert abs(means["BOS"][True] - means["BOS"][False]) < 0.5
     assert means["order"][LATER] < means["order"][FIRST] - 0.5
 
 
-def test_ways_are_means_over_what_is_counted():
+def test_ways_are_means_over_what_is_counted(planted):
     x = torch.tensor([[[9.0], [1.0], [3.0], [100.0]]])
     real = torch.tensor([[False, True, True, False]])
     attention = torch.tensor([[True, True, True, False]])
-    ways = pooled_ways(lambda v: torch.relu(v - 2), x, real, attention)
+    ways = planted["pooled_ways"](lambda v: torch.relu(v - 2), x, real, attention)
     assert {way: float(matrix[0, 0]) for way, matrix in ways.items()} == pytest.approx(
         {
             (False, False, FIRST): 0.5,
