@@ -81,33 +81,34 @@ def main(arguments: list[str] | None = None) -> Path:
     source, held_out = ModelSource(model, text, hook), ModelSource(model, unseen, hook)
     cases = [(ONE, level) for level in LEVELS] + [(other, MIDDLE) for other in OTHERS]
     new = {
-        (*case, seed): new_sae(*case, source.widths[hook], given.d_sae, seed)
-        for case, seed in itertools.product(cases, (0, 1))
+        f"{architecture} {level}, seed {seed}": new_sae(
+            architecture, level, source.widths[hook], given.d_sae, seed
+        )
+        for (architecture, level), seed in itertools.product(cases, (0, 1))
     }
     config = TrainingConfig(int(given.vectors), given.batch, dead_after=int(given.vectors) // 4)
-    labelled = {" ".join(map(str, name)): sae for name, sae in new.items()}
-    trained = train(labelled, source, config, held_out=held_out)
+    trained = train(new, source, config, held_out=held_out)
     probes = load_probes("categories")["text"].tolist()[: given.texts]
     batch = tokenize(model, probes, truncate=True)
-    saes = {name: trained[" ".join(map(str, name))].sae for name in new}
+    saes = {name: result.sae for name, result in trained.items()}
     fas = encode_saes(model, saes, batch)
     values = harvest(model, batch, hook, compute="float32")[hook][batch.real]
     told = {name: describe(model, sae, fas[name]) for name, sae in saes.items()}
-    pairs = [((*case, 0), (*case, 1)) for case in cases]
     at_middle = [case for case in cases if case[1] == MIDDLE]
-    pairs += [((*a, 0), (*b, 1)) for a, b in itertools.permutations(at_middle, 2)]
+    pairs = [(case, case) for case in cases] + list(itertools.permutations(at_middle, 2))
     rows, nulls = [], {}
-    for a, b in pairs:
+    for one, other in pairs:
+        a, b = f"{one[0]} {one[1]}, seed 0", f"{other[0]} {other[1]}, seed 1"
         if b not in nulls:
             x = input_transform(saes[b], model)(values)
-            nulls[b] = null_dictionaries(model, saes[b], fas[b], x)
-        found = compare(told[a], told[b], {"data points": nulls[b]["data points"]}, KINDS).summary
-        about = {"architecture": a[0], "other": b[0], "level": a[1]}
-        for measure in ("l0", "fvu"):
-            about[measure] = trained[" ".join(map(str, a))].held_out[measure]
+            nulls[b] = null_dictionaries(model, saes[b], fas[b], x, kinds=["data"])
+            nulls[b].pop("shuffled firings")
+        found = compare(told[a], told[b], nulls[b], KINDS).summary
+        about = {"architecture": one[0], "other": other[0], "level": one[1]}
+        about |= {measure: trained[a].held_out[measure] for measure in ("l0", "fvu")}
         columns = ["kind", "value", "null", "corrected", "shared", "shared_null"]
         rows += [about | row for row in found[columns].to_dict("records")]
-        print(rows[-2]["architecture"], rows[-2], flush=True)
+        print(rows[-2], flush=True)
     table = pd.DataFrame(rows).map(lambda v: float(f"{v:.4g}") if isinstance(v, float) else v)
     inputs = inputs_of(model_key(model), hook)
     return save_result("phase_3_stability", Stability(hook, table), inputs, ships=not given.keep)

@@ -8,6 +8,7 @@ import json
 import re
 import runpy
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from test_sae_pretrained import fill_cache, hub, tiny_sae  # noqa: F401
 
 from lenslab.compare import LAYERS, PUBLISHED, children
 from lenslab.features.activations import encode_features
-from lenslab.files import REPOSITORY
+from lenslab.files import REPOSITORY, data_path
 from lenslab.sae.find import find_sae
 from lenslab.sae.registry import repository_of
 from lenslab.sae.save import save_sae
@@ -260,6 +261,51 @@ def test_length_is_taken_away_and_nothing_else(capsys):
     rows = run_cells('"without length"), both', **names)["rows"]
     assert rows.loc["by length", "AUROC"] > 0.95
     assert rows.loc["by length", "without length"] == pytest.approx(0.5, abs=0.01)
+
+
+# What another training finds again
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(REPOSITORY / "scripts"))
+    import sae_stability
+
+    return sae_stability
+
+
+def stability_cells(key, capsys):
+    names = dict(model=SimpleNamespace(cfg=SimpleNamespace(n_layers=6)), so=so)
+    names["model_key"] = lambda model: key
+    found = run_cells('"phase_3_stability"', "how much of an SAE another training", **names)
+    return found, capsys.readouterr().out
+
+
+def test_the_notebook_asks_for_what_the_script_measured_of_this_model_alone(script, capsys):
+    config = json.loads(data_path("saes", "pocket-gpt-resid-3", "cfg.json").read_text())
+    key = config["metadata"]["model_key"]
+    found, printed = stability_cells(key, capsys)
+    assert found["asked"] == json.loads(json.dumps(script.inputs_of(key, found["asked"]["site"])))
+    table = found["stability"]
+    assert len(table) == 2 * (len(script.LEVELS) + len(script.OTHERS) + 6 * 5)
+    assert sorted(found["by_level"]["level"]) == list(script.LEVELS)
+    assert "are shared by two seeds at L0" in printed
+    other, printed = stability_cells("another", capsys)
+    assert other["stability"] is None and "is not measured here" in printed
+
+
+def test_stability_is_measured_of_every_pair(script, gpt2_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LENSLAB_CACHE", str(tmp_path))
+    monkeypatch.setattr("lenslab.sae.train.trainer.SHARED", 0.5)  # short windows, much alike
+    few = "--documents 40 --vectors 4e3 --batch 256 --d-sae 64 --texts 40 --keep"
+    saved = json.loads(script.main(["--model", str(gpt2_folder), *few.split()]).read_text())
+    table = pd.DataFrame(saved["config"]["table"])
+    pairs = table.groupby(["architecture", "other", "level"]).size()
+    assert (pairs == 2).all() and len(pairs) == 40
+    seeds = table[(table["architecture"] == table["other"]) & (table["kind"] == "decoder")]
+    assert sorted(seeds.query("architecture == 'batchtopk'")["level"]) == list(script.LEVELS)
+    corrected = (table["value"] - table["null"]) / (1 - table["null"])
+    assert np.allclose(corrected, table["corrected"], atol=2e-3)
 
 
 # Whole runs
