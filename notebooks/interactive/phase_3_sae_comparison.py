@@ -137,7 +137,7 @@ theirs = {sae.cfg.metadata.model_key for sae in saes.values()}
 if theirs == {model_key(model)} and set(saes) <= set(cards.index):
     cards, measured = cards.loc[list(saes)], "on held-out documents, from their cards"
 else:
-    cards, measured = pd.DataFrame(), "on every sixth of these texts"
+    cards, measured = pd.DataFrame(), "on every twentieth of these texts"
 
 # %% [markdown]
 # Cards are of the weights that an SAE was trained on; with others it is measured now.
@@ -147,10 +147,10 @@ from lenslab.sae.controls import evaluate_null
 from lenslab.sae.evaluate import evaluate_sae
 
 if cards.empty:
-    few = batch[::6]
+    few = batch[::20]
     rows = [evaluate_sae(model, sae, few, name).to_frame() for name, sae in saes.items()]
     cards = pd.concat(rows).set_index("sae")
-    null = {n: evaluate_null(model, saes[n], few, cards.loc[n, "l0"]) for n in saes}
+    null = {n: evaluate_null(model, saes[n], few, cards.loc[n, "l0"]) for n in places}
     cards["null"] = pd.Series({name: each.variance_explained for name, each in null.items()})
 cards["fvu"] = 1 - cards["variance_explained"]
 print(measured)
@@ -1320,7 +1320,7 @@ for (name, task), group in cloze_scores.groupby(["model", "task"]):
     draw, numbers = derive_generator(0, task), np.arange(len(group))
     mean = bootstrap_by_document(group["margin"].to_numpy(), numbers, draw)
     row = {"model": name, "task": task, "margin": mean.estimate, "low": mean.low}
-    rows.append(row | {"high": mean.high, "activation": group["activation"].mean()})
+    rows.append(row | {"high": mean.high, "activation": float(group["activation"].mean())})
 by_task = pd.DataFrame(rows, columns=["model", "task", "margin", "low", "high", "activation"])
 print(by_task.round(2).to_string(index=False))
 
