@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import torch
-from conftest import TEXTS, make_tokenizer
+from conftest import TEXTS
 from safetensors.torch import save_file
 from test_factorial import cells, run_cells
 from test_sae_pretrained import fill_cache, hub, tiny_sae  # noqa: F401
@@ -426,9 +426,10 @@ def test_the_phase_runs_on_gemma_3_at_a_tiny_width(run_whole, tmp_path):
     from lenslab.models import load_model
 
     folder = tmp_path / "gemma-3-1b-it"
-    make_tokenizer(folder)
-    n = len(AutoTokenizer.from_pretrained(folder))
-    ids = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    tokenizer = AutoTokenizer.from_pretrained(data_path("models", "pocket-gpt"))
+    tokenizer.save_pretrained(folder)  # Gemma's own is not at hand
+    n, names = len(tokenizer), ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: getattr(tokenizer, name) for name in names}
     config = Gemma3TextConfig(
         vocab_size=n, hidden_size=32, intermediate_size=48, num_hidden_layers=26, head_dim=8,
         num_attention_heads=4, num_key_value_heads=1, sliding_window=64, **ids,
