@@ -442,6 +442,8 @@ def test_the_phase_runs_on_gemma_3_at_a_tiny_width(run_whole, tmp_path):
             model, hook=f"blocks.{layer}.hook_{stream}", architecture="jumprelu", seed=layer,
             context_size=1024, prepend_bos=True,
         )  # fmt: skip
+        made.b_enc.zero_()
+        made.threshold.fill_(0.3)  # few fire
         names.append(str(save_sae(made, tmp_path / f"layer_{layer}_{stream}")))
     printed = run_whole(folder, names)
     assert "3 SAEs; left out: none" in printed
