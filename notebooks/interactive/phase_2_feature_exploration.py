@@ -425,14 +425,8 @@ so(
 # The same by kind, where an interval leaves no doubt:
 
 # %%
-worse, better, beyond_spelling = (
-    ", ".join(rows.index[sure]) or "no kind"
-    for rows, sure in (
-        (fitted, fitted["low"] > 0),
-        (fitted, fitted["high"] < 0),
-        (spelled, spelled["high"] < 0),
-    )
-)
+surely = fitted["low"] > 0, fitted["high"] < 0, spelled["high"] < 0  # by kind
+worse, better, beyond_spelling = (", ".join(s.index[s]) or "no kind" for s in surely)
 so(
     f"where labels can be had it takes an SAE for {better}. The fitted direction is surely better "
     f"than the feature for {worse}; the feature is surely better than spelling for "
@@ -567,15 +561,14 @@ print(classes.rename(columns=kind_names).round(2).to_string())
 # %%
 readings = firing_summary(fa, chosen, labels)
 print(readings.round(2).to_string(index=False))
-narrow = readings[readings["share"] > 0.8]
 without = [
     f"{row.feature} ({row.category}): {row.share:.0%} on {row.fires_on}, "
     f"{row.token_share:.0%} on {row.token!r} alone: AUROC {row.auroc:.2f}, without those tokens "
     f"{row.auroc_without:.2f}"
-    for row in narrow.itertuples()
+    for row in readings[readings["share"] > 0.8].itertuples()
 ]
 so(
-    f"{len(narrow)} of {len(readings)} chosen features put more than 80 % of their activation on "
+    f"{len(without)} of {len(readings)} chosen features put more than 80 % of their activation on "
     f"one class of tokens{': ' if without else ''}{'; '.join(without)}."
 )
 
