@@ -222,7 +222,9 @@ def test_ablations_are_averaged_over_the_right_texts():
 def test_the_sign_test_is_said_beside_its_chance(capsys):
     own, cross = np.array([2.0, 3, 1, 0, 5, 6, 7]), np.array([1.0, 1, 1, 0, 1, 1, 1])
     table = pd.DataFrame({"own feature": own, "other": cross})
-    names = dict(effects=table, second_effects=table * 0, CROSS="other", there="second", so=so)
+    names = dict(
+        first_effects=table, second_effects=table * 0, CROSS="other", there="second", so=so
+    )
     names |= dict(model=None, model_name=lambda model: "first")
     run_cells("from scipy.stats import binomtest", **names)
     printed = capsys.readouterr().out
@@ -365,7 +367,7 @@ def test_the_phase_runs_on_a_mixture_and_says_what_is_missing(run_whole):
     assert "pocket-moe: mlp-3, router-3; read most closely: mlp-3" in printed
     for sentence in ("there is one seed", "there is one width", "not measured here"):
         assert sentence in printed
-    assert "pocket-gpt: resid-3, 2048 latents" in printed
+    assert "of pocket-moe mlp-3, of pocket-gpt mlp-3: the same site" in printed
     assert not re.search(r"\bnan\b|\binf\b", "\n".join(verdicts(printed)))
 
 
