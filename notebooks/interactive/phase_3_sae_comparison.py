@@ -538,8 +538,8 @@ fixed = fixed["corrected"].astype(float).round(2) + 0.0  # no "-0.00"
 
 # %%
 so(
-    f"corrected for the data, firing agrees at {fixed.min():.2f} ({fixed.idxmin()}) to "
-    f"{fixed.max():.2f} ({fixed.idxmax()}). Of layer {layer[main]}'s latents "
+    f"corrected for the data, firing agrees least with {fixed.idxmin()} ({fixed.min():.2f}) and "
+    f"most with {fixed.idxmax()} ({fixed.max():.2f}). Of layer {layer[main]}'s latents "
     f"{persist}."
     if len(fixed)
     else "there is one SAE at hand: a comparison needs a second."
@@ -1482,9 +1482,10 @@ if is_sum.any() and not is_sum.all():
 every = card_table()
 every = every[every["ships"].astype(bool)].drop(columns="ships").set_index("sae")
 every["fvu"] = 1 - every["variance_explained"]
+every["ce_difference"] = every["ce_difference"].round(2) + 0.0  # no "-0.00"
 elsewhere = [name for name in every.index if not name.startswith(f"{model_name(model)}-")]
 shown = every.loc[[*elsewhere, *every.index[every.index == whole]]]
-print((shown[["l0", "fvu", "ce_difference", "dead", "dense"]].round(2) + 0.0).to_string())
+print(shown[["l0", "fvu", "ce_difference", "dead", "dense"]].round(2).to_string())
 so(
     f"over the {len(every)} SAEs that ship, floors among them, FVU goes from "
     f"{every['fvu'].min():.3f} to {every['fvu'].max():.2f}, with "
