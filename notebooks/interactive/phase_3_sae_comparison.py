@@ -1284,7 +1284,8 @@ print(both.round(2).to_string())
 
 # %%
 second_dictionary, at = describe(second, second_sae, second_fa), sae_hook(second_sae)
-if comparable_kinds(dictionaries[beside], second_dictionary):
+fire = [bool(each.rate.any()) for each in (dictionaries[beside], second_dictionary)]
+if all(fire) and comparable_kinds(dictionaries[beside], second_dictionary):
     x = harvest(second, second_batch, at)[at][second_batch.real]
     x = input_transform(second_sae, second)(x)
     second_nulls = null_dictionaries(second, second_sae, second_fa, x, kinds=["data"])
@@ -1296,7 +1297,8 @@ if comparable_kinds(dictionaries[beside], second_dictionary):
         f"{'more' if row['corrected'] > 0.02 else 'no more'} than the texts alone make alike."
     )
 else:
-    so(f"{there} has another tokenizer than {model_name(model)}: their firings do not compare.")
+    why = "have two tokenizers" if all(fire) else "have a silent SAE among them"
+    so(f"{model_name(model)} and {there} {why}: their firings do not compare.")
 
 # %% [markdown]
 # The ablation of section 12 on both: the chosen features, on their kind and on others, and the
