@@ -11,6 +11,7 @@ import shutil
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -143,10 +144,11 @@ def test_a_feature_is_followed_into_each_wider_sae(encoded, capsys):
     wider = firings(encoded, "wider", range(4), range(4, 6), often, range(20, 40))
     widest = firings(encoded, "widest", range(3), range(3, 4), range(4, 6), often)
     fas = {fa.name: fa for fa in (narrow, wider, widest)}
-    source = next(cell for cell in cells() if "todo.pop()" in cell)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lenslab.compare.LEAST", 1)
-        exec(source, dict(widths=list(fas), fas=fas, children=children, pd=pd))
+        families = {(a, b): children(fas[a], fas[b]) for a, b in pairwise(fas)}
+    names = dict(widths=list(fas), fas=fas, families=families, pairwise=pairwise)
+    run_cells("todo, tree = [], []", "import feature_names", **names)
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split("'")[0].rstrip() for line in lines] == [
         "narrow 0",
@@ -222,7 +224,9 @@ def test_ablations_are_averaged_over_the_right_texts():
 def test_the_sign_test_is_said_beside_its_chance(capsys):
     own, cross = np.array([2.0, 3, 1, 0, 5, 6, 7]), np.array([1.0, 1, 1, 0, 1, 1, 1])
     table = pd.DataFrame({"own feature": own, "other": cross})
-    names = dict(effects=table, second_effects=table * 0, CROSS="other", there="second", so=so)
+    names = dict(
+        first_effects=table, second_effects=table * 0, CROSS="other", there="second", so=so
+    )
     names |= dict(model=None, model_name=lambda model: "first")
     run_cells("from scipy.stats import binomtest", **names)
     printed = capsys.readouterr().out
@@ -230,19 +234,40 @@ def test_the_sign_test_is_said_beside_its_chance(capsys):
     assert "in second" in printed and "more in 0 of 0 kinds (by chance 0.0, p = 1.00)" in printed
 
 
-def test_cloze_scores_are_the_right_answer_less_the_mean_of_the_others():
+def test_cloze_scores_are_the_right_answer_less_the_mean_of_the_others_and_its_usual_score():
     trials = pd.DataFrame({"model": "m", "task": "t", "row": [0, 0, 0, 1, 1, 1]})
     trials["answer"], trials["option"] = ["a"] * 3 + ["b"] * 3, ["a", "b", "c"] * 2
     trials["score"], trials["fits"] = [-1.0, -2, -4, -5, -1, -3], True
     long = trials.assign(task="long", fits=[False] + [True] * 5)
-    cloze = pd.DataFrame({"prompt": ["x", "y"]})
-    fa = SimpleNamespace(pool=lambda how: scipy.sparse.csr_array([[0.0, 2.0], [0.0, 3.0]]))
-    names = dict(trials=pd.concat([trials, long]), cloze=cloze, main="m", saes={"m": None})
-    names |= dict(tokenize=lambda *given, **options: None, own=pd.Series({"math": 1}), model=None)
-    names["encode_saes"] = lambda *given: {"m": fa}
+    frequent = trials.assign(task="frequent", score=[-1.0, -9, -9] * 2)  # whatever the prompt
+    names = dict(trials=pd.concat([trials, long, frequent]))
     found = run_cells("by_prompt = [", **names)["cloze_scores"]
-    assert found["task"].tolist() == ["t", "t"], "a task that does not fit is left out as a whole"
-    assert found["margin"].tolist() == [2.0, 3.0] and found["activation"].tolist() == [2.0, 3.0]
+    assert "long" not in set(found["task"]), "a task that does not fit is left out as a whole"
+    margins = found.groupby("task")["margin"].apply(list)
+    assert margins["t"] == [2.5, 1.25]  # of -1 + 3, -2 + 1.5, -4 + 3.5 and so on
+    assert margins["frequent"] == [0, 0], "right in half of the prompts by frequency alone"
+
+
+def test_activations_are_told_of_one_model_and_related_within_a_form():
+    rng, n = np.random.default_rng(0), 60
+    scores = pd.DataFrame({"model": ["m"] * n + ["other"] * n, "row": [*range(n)] * 2})
+    scores["task"] = np.where(scores["row"] < n // 2, "sum, words", "sum, story")
+    worse = scores["task"] == "sum, words"
+    scores["margin"] = rng.normal(size=2 * n) - 9 * worse
+    strength = rng.random(n) + 9 * worse[:n].to_numpy()  # apart by form, and by nothing else
+    fa = SimpleNamespace(
+        pool=lambda how: scipy.sparse.csr_array(np.stack([0 * strength, strength], 1))
+    )
+    cloze = pd.DataFrame({"prompt": ["x"] * n})
+    names = dict(cloze_scores=scores, cloze=cloze, main="m", saes={"m": None}, model=None)
+    names |= dict(tokenize=lambda *given, **options: None, own=pd.Series({"math": 1}))
+    names |= dict(encode_saes=lambda *given: {"m": fa}, model_name=lambda model: "m")
+    names |= dict(bootstrap_by_document=partial(bootstrap_by_document, n=200))
+    names["rank"] = lambda rows: pd.DataFrame(rows).corr("spearman").iloc[0, 1]
+    found = run_cells("math_feature = int", "activation and margin", **names)
+    by_task = found["by_task"].set_index("model")["activation"]
+    assert by_task["m"].notna().all() and by_task["other"].isna().all()
+    assert found["r"].low < 0 < found["r"].high, "forms differ; within them nothing goes together"
 
 
 def test_length_is_taken_away_and_nothing_else(capsys):
@@ -365,7 +390,7 @@ def test_the_phase_runs_on_a_mixture_and_says_what_is_missing(run_whole):
     assert "pocket-moe: mlp-3, router-3; read most closely: mlp-3" in printed
     for sentence in ("there is one seed", "there is one width", "not measured here"):
         assert sentence in printed
-    assert "pocket-gpt: resid-3, 2048 latents" in printed
+    assert "of pocket-moe mlp-3, of pocket-gpt mlp-3: the same site" in printed
     assert not re.search(r"\bnan\b|\binf\b", "\n".join(verdicts(printed)))
 
 

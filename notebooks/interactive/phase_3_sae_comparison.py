@@ -11,7 +11,8 @@
 #
 # **What you will learn**: how SAEs of several layers, streams, widths and seeds compare on the same
 # texts; how far apart two numbers must lie before they mean anything; which features two SAEs
-# share, beyond what the data alone makes alike; where a well-known trend over layers comes from;
+# share, beyond what the data alone makes alike; where a well-known trend over layers may
+# come from;
 # whether a feature for a kind of text follows its syntax or its topic; whether a selective feature
 # matters to the model; and what a second model says to the same questions.
 #
@@ -123,8 +124,10 @@ print(f"seeds: {seeds}\nwidths: {widths}\nplaces: {places}")
 
 # %% [markdown]
 # ## 2. Side by side, and the smallest difference that counts
-# From the cards where there are any, else from these texts. `fvu`: fraction of variance
-# unexplained; `l0`: active latents per token; `null`: variance that random directions explain.
+# From the cards where there are any, else from these texts. `l0`: active latents per token; `fvu`:
+# fraction of variance unexplained; `null`: the variance that random directions *explain*;
+# `ce_difference`: nats per token that the model's loss rises by with the reconstruction in place;
+# `dead`: latents that never fire; `dense`: those that fire at more than 10 % of tokens.
 
 # %%
 from lenslab.models import model_key
@@ -154,7 +157,7 @@ if cards.empty:
     cards["null"] = pd.Series({name: each.variance_explained for name, each in null.items()})
 cards["fvu"] = 1 - cards["variance_explained"]
 print(measured)
-print(cards[["l0", "fvu", "ce_difference", "dead", "dense"]].round(2).to_string())
+print(cards[["l0", "fvu", "null", "ce_difference", "dead", "dense"]].round(2).to_string())
 
 # %% [markdown]
 # **Control**: SAEs that differ by nothing but their seed. Two trainings must lie further apart than
@@ -234,6 +237,12 @@ print(by_sae.round(2).to_string())
 # %%
 reseeds = best[best["sae"].isin(seeds)].groupby("sae")["auroc"].mean()
 least = smallest_difference(reseeds.to_numpy())
+print(f"over seeds of {main}:", reseeds.round(3).tolist())
+
+# %% [markdown]
+# Against that:
+
+# %%
 along = [n for n in places if stream[n] == stream[main]]
 groups = {"all places": by_sae["feature"]}
 groups |= {f"the layers at {stream[main]}": by_sae.loc[along, "feature"]}
@@ -241,7 +250,8 @@ told = []
 for where, means in ((w, m) for w, m in groups.items() if len(m) > 1):
     pairs, gap = len(means) * (len(means) - 1) // 2, np.ptp(means)
     limit = smallest_difference(reseeds.to_numpy(), 1 - 0.05 / pairs)
-    against = f"{'more' if gap > limit else 'no more'} than reseeding can give ({limit:.2f})"
+    little = f"too little to tell with {len(seeds)} seeds ({limit:.2f})"
+    against = f"more than reseeding can give ({limit:.2f})" if gap > limit else little
     against = against if len(seeds) > 1 else "which one seed cannot judge"
     told.append(f"between {where} it differs by up to {gap:.3f}, {against}")
 
@@ -276,10 +286,11 @@ for line in dict.fromkeys(stream[name] for name in places):
     ends = [reseeds if name == main else curves[line][[i]] for i, name in enumerate(sites)]
     spread[line] = [e.min() for e in ends], [e.max() for e in ends]
 titles = {"x_title": "layer", "y_title": "mean held-out AUROC over kinds", "reference": 0.5}
-lines(curves, at, spread=spread, title="Best features by layer and stream", **titles).show()
+figure = lines(curves, at, spread=spread, title="Best features by layer and stream", **titles)
+figure.update_xaxes(dtick=1).show()
 
 # %% [markdown]
-# By kind: a kind is told apart *always*, *sometimes* or *never* over the SAEs; and for every SAE
+# By kind: a kind is told apart *always*, *sometimes* or *never* over the places; and for every SAE
 # the kind that it tells best, with how many other kinds come within .01 of that.
 
 # %%
@@ -288,6 +299,17 @@ told = best[best["sae"].isin(places)].pivot(
 )
 for word, which in (("always", told.all(axis=1)), ("never", ~told.any(axis=1))):
     print(f"{word}: {', '.join(told.index[which]) or 'none'}")
+
+# %% [markdown]
+# **Control**: as many kinds may be told apart without a trained model. An SAE on the random-weight
+# twin:
+
+# %%
+twin = random_twin(model)
+twin_sae = find_sae(twin).sae
+twin_fa = encode_saes(twin, {"twin": twin_sae}, batch)["twin"]
+by_twin = discriminate(twin_fa.pool("max"), labels, n=200)["discriminating"].sum()
+print(f"the random twin's SAE tells {by_twin} of {len(told)} kinds apart")
 
 # %% [markdown]
 # Sometimes, and the kind that each SAE tells best:
@@ -300,8 +322,8 @@ for name in places:
     near = int((here.loc[name] >= here.loc[name].max() - 0.01).sum()) - 1
     print(f"{name:10s} best {here.loc[name].idxmax()} {here.loc[name].max():.2f}, {near} as good")
 so(
-    f"{told.all(axis=1).sum()} of {len(told)} kinds are told apart by every SAE, "
-    f"{(~told.any(axis=1)).sum()} by none."
+    f"{told.all(axis=1).sum()} of {len(told)} kinds are told apart at every place, "
+    f"{(~told.any(axis=1)).sum()} at none; the random twin's SAE tells {by_twin} apart."
 )
 
 # %% [markdown]
@@ -315,9 +337,10 @@ heatmap(here.to_numpy(), list(here.columns), list(here.index), title=title, **ax
 # %% [markdown]
 # ## 4. Coverage, peaks, and how unequal they are
 # Features of different layers have different scales: a peak is also given in mean norms of the
-# vectors that the SAE reads. `coverage`: share of texts on which the most frequent feature fires;
-# `by chance`: if it fired as often, but anywhere. *Gini* of the five largest peaks: 0 where all are
-# equal.
+# vectors that the SAE reads, less their mean. `peak/top 5`: the largest peak as a share of the five
+# largest together, .2 where all are equal. `coverage`: share of texts on which the most frequent
+# feature fires; `by chance`: if it fired as often, but anywhere. *Gini* of the five largest peaks:
+# 0 where all are equal.
 
 # %%
 rows, lengths = [], batch.real.sum(1).numpy()
@@ -354,7 +377,7 @@ so(
 # Coverage, drawn:
 
 # %%
-drawn = {"most frequent feature": sizes["coverage"], "by chance": sizes["by chance"]}
+drawn = {"most frequent feature": sizes["coverage"], "null: by chance": sizes["by chance"]}
 titles = {"x_title": "SAE", "y_title": "share of texts"}
 bars(drawn, places, title="Texts on which the most frequent feature fires", **titles).show()
 
@@ -404,9 +427,6 @@ so(f"of planted pairs the matching finds {recall:.1%}; of what it calls shared {
 # (value - null) / (1 - null), with the null that reaches most.
 
 # %%
-twin = random_twin(model)
-twin_sae = find_sae(twin).sae
-twin_fa = encode_saes(twin, {"twin": twin_sae}, batch)["twin"]
 twin_dictionary = describe(twin, twin_sae, twin_fa)
 as_wide = twin_sae.cfg.d_in == saes[main].cfg.d_in
 known = twin_dictionary if as_wide else None
@@ -423,6 +443,7 @@ if len(seeds) > 1:
 # %%
 if len(seeds) > 1:
     table = seed_pair.summary.set_index("kind")
+    strictest = table[[name for name in nulls if name in table]].astype(float).idxmax(axis=1)
     pairs = [(a, b) for i, a in enumerate(seeds) for b in seeds[i + 1 :]]
     cosines = [dictionaries[a].decoder @ dictionaries[b].decoder.T for a, b in pairs]
     means = np.array([match(values.numpy())["similarity"].mean() for values in cosines])
@@ -435,8 +456,9 @@ if len(seeds) > 1:
 
 # %%
 so(
-    f"matched decoder rows of two seeds have a cosine of {table.loc['decoder', 'value']:.2f}, data "
-    f"points {table.loc['decoder', 'null']:.2f}: corrected {table.loc['decoder', 'corrected']:.2f} "
+    f"matched decoder rows of two seeds have a cosine of {table.loc['decoder', 'value']:.2f}, "
+    f"{strictest['decoder']} {table.loc['decoder', 'null']:.2f}, the strictest null: corrected "
+    f"{table.loc['decoder', 'corrected']:.2f} "
     f"(firing {table.loc['firing', 'corrected']:.2f}). {table.loc['decoder', 'shared']:.0%} of the "
     f"latents are shared (null {table.loc['decoder', 'shared_null']:.0%}), and {agree:.0%} have "
     "the same partner by decoder and by encoder."
@@ -460,7 +482,7 @@ if len(seeds) > 1:
 
 # %%
 if len(seeds) > 1:
-    curves = {"second seed": bands["similarity"], "null: data points": bands["null"]}
+    curves = {"second seed": bands["similarity"], f"null: {strictest['decoder']}": bands["null"]}
     titles = {"x_title": "fires on up to this share of tokens", "y_title": "cosine of the match"}
     title = "What two seeds share, by how often a latent fires"
     lines(curves, bands.index.astype(float).tolist(), log_x=True, title=title, **titles).show()
@@ -468,10 +490,12 @@ if len(seeds) > 1:
 # %% [markdown]
 # ## 6. Other widths, layers and streams
 # The same for SAEs that differ by more than a seed, by decoder and by firing, each against data
-# points of its own site and as many as it has latents.
+# points of its own site and as many as it has latents. Of other widths at one site only the
+# narrowest is matched: the time grows as a cube.
 
 # %%
-others = seeds[1:2] + [n for n in saes if hook[n] == hook[main] and n not in seeds]
+resized = [n for n in saes if hook[n] == hook[main] and n not in seeds]
+others = seeds[1:2] + sorted(resized, key=width.get)[:1]  # the widest take as long as all others
 others += [n for n in places if n != main and stream[n] == stream[main]]
 others += [n for n in places if n not in [main, *others] and layer[n] == layer[main]]
 print("compared with:", ", ".join(others) or "no other SAE")
@@ -480,15 +504,20 @@ print("compared with:", ", ".join(others) or "no other SAE")
 # Each against its nulls:
 
 # %%
-rows = []
-for name in others:
+rows = [seed_pair.summary.assign(other=name) for name in seeds[1:2]]  # of section 5
+for name in others[len(rows) :]:
     own_nulls = null_dictionaries(model, saes[name], fas[name], inputs[name], kinds=["data"])
     own_nulls.pop("shuffled firings")  # data points keep more: they read the same vectors
     pair = compare(dictionaries[main], dictionaries[name], own_nulls, ("decoder", "firing"))
     rows.append(pair.summary.assign(other=name))
 shown = ["other", "kind", "value", "null", "corrected", "shared", "shared_null"]
 likeness = pd.concat(rows) if rows else pd.DataFrame(columns=shown)
-print(likeness[shown].round(2).to_string(index=False) if rows else "nothing to compare")
+likeness = likeness[likeness["kind"].isin(["decoder", "firing"])]
+print(
+    likeness[shown].round(2).replace(0, 0.0).to_string(index=False)
+    if rows
+    else "nothing to compare"
+)
 
 # %% [markdown]
 # In words:
@@ -497,12 +526,21 @@ print(likeness[shown].round(2).to_string(index=False) if rows else "nothing to c
 fixed = likeness[likeness["kind"] == "firing"].set_index("other")
 last = {layer[n]: fixed.loc[n] for n in fixed.index if stream[n] == stream[main]}
 last = {number: row for number, row in last.items() if number != layer[main]}
-persist = [f"{r['shared']:.0%} in {n} (null {r['shared_null']:.0%})" for n, r in last.items()]
-fixed = fixed["corrected"].astype(float)
+persist = [
+    f"{r['shared']:.0%} fire like one of layer {n} (null {r['shared_null']:.0%})"
+    for n, r in last.items()
+]
+persist = ", ".join(persist) or "none can be compared: there is no other layer of this stream"
+fixed = fixed["corrected"].astype(float).round(2) + 0.0  # no "-0.00"
+
+# %% [markdown]
+# Said together:
+
+# %%
 so(
-    f"corrected for the data, firing agrees at {fixed.min():.2f} ({fixed.idxmin()}) to "
-    f"{fixed.max():.2f} ({fixed.idxmax()}). Of the latents of layer {layer[main]} fire alike in "
-    f"other layers: {', '.join(persist) or 'there is no other of this stream'}."
+    f"corrected for the data, firing agrees least with {fixed.idxmin()} ({fixed.min():.2f}) and "
+    f"most with {fixed.idxmax()} ({fixed.max():.2f}). Of layer {layer[main]}'s latents "
+    f"{persist}."
     if len(fixed)
     else "there is one SAE at hand: a comparison needs a second."
 )
@@ -522,8 +560,8 @@ if len(fixed):
 # %% [markdown]
 # ## 7. What of an SAE does another training find again?
 # By sparsity and by architecture: small SAEs (1,024 latents, 400,000 vectors), each from two seeds
-# on the same vectors. It took minutes and is a saved result of `pocket-gpt`
-# (`scripts/sae_stability.py`).
+# on the same vectors; rates fell along a cosine. It took minutes and is a saved result of
+# `pocket-gpt` (`scripts/sae_stability.py`).
 
 # %%
 from lenslab.files import saved_result
@@ -547,7 +585,7 @@ if stability is not None:
     level = stability[(stability["level"] == 16) & (stability["kind"] == "decoder")]
     across = level.pivot(index="architecture", columns="other", values="corrected")
     l0 = level.groupby("architecture")["l0"].first()
-    print(across.join(l0).round(2).to_string())
+    print((across.join(l0).round(2) + 0.0).to_string())
     own_seed = np.diag(across)
     other_seed = across.to_numpy()[~np.eye(len(across), dtype=bool)]
 
@@ -562,8 +600,9 @@ else:
     so(
         f"of the latents {few.shared:.0%} are shared by two seeds at L0 {few.Index:.0f} (null "
         f"{few.shared_null:.0%}), {many.shared:.0%} at L0 {many.Index:.0f} (null "
-        f"{many.shared_null:.0%}). Near L0 16 the corrected decoder cosine of two seeds of one "
-        f"architecture is {own_seed.min():.2f} to {own_seed.max():.2f}, of two architectures "
+        f"{many.shared_null:.0%}). At L0 {l0.min():.0f} to {l0.max():.0f} the corrected decoder "
+        f"cosine of two seeds of one architecture is {own_seed.min():.2f} to "
+        f"{own_seed.max():.2f}, of two architectures "
         f"{other_seed.min():.2f} to {other_seed.max():.2f}."
     )
 
@@ -597,11 +636,11 @@ from itertools import pairwise
 
 from lenslab.compare import children
 
-steps = list(pairwise(widths))
-steps += [(main, seeds[1])] if len(seeds) > 1 else []
-splits = {}
+steps = [*pairwise(widths), *[(main, other) for other in seeds[1:2]]]
+splits, families = {}, {}
 for narrow, wide in steps:
-    family = children(fas[narrow], fas[wide]).groupby("parent").size()
+    families[narrow, wide] = children(fas[narrow], fas[wide])
+    family = families[narrow, wide].groupby("parent").size()
     alive = int((np.diff(fas[narrow].matrix.tocsc().indptr) >= 10).sum())
     splits[narrow, wide] = (family >= 2).sum() / max(alive, 1)
     print(f"{narrow} -> {wide}: {splits[narrow, wide]:.0%} of {alive} features have two or more")
@@ -611,11 +650,18 @@ for narrow, wide in steps:
 
 # %%
 told = ", ".join(f"{share:.0%} from {a} to {b}" for (a, b), share in splits.items())
-chance = (
-    "what exceeds the pair of equal width is splitting"
-    if len(seeds) > 1
-    else ("without a second seed it is open how much of that is splitting")
-)
+wider = min((share for (_, wide), share in splits.items() if wide not in seeds[1:]), default=0)
+chance = "without a second seed it is open how much of that is splitting"
+if len(seeds) > 1 and wider > splits[main, seeds[1]]:
+    chance = "more than the pair of equal width: some is splitting, some only that there are more "
+    chance += "latents to choose from"
+elif len(seeds) > 1:
+    chance = "not every step more than the pair of equal width: no splitting is shown"
+
+# %% [markdown]
+# Said together:
+
+# %%
 so(
     f"of the features {told} have two children or more: {chance}."
     if len(widths) > 1
@@ -627,28 +673,45 @@ so(
 # than 2 %, followed into each wider SAE; named with the token that each fires on most.
 
 # %%
-from lenslab.features.readings import feature_names
-
-todo = []
+todo, tree = [], []
 if len(widths) > 1:
-    family = children(fas[widths[0]], fas[widths[1]])
+    family = families[widths[0], widths[1]]
     rare = family[family["expected"] < 0.02].groupby("parent").size()
     todo = [(0, parent, "") for parent in rare.index[rare == rare.max()][:1]]
     print(f"{len(rare)} of {widths[0]} that fire on less than 2 % have children")
+
+# %% [markdown]
+# Followed from one to the next, the three that have most of its firings:
+
+# %%
 while todo:
-    depth, feature, told = todo.pop()
-    fa = fas[widths[depth]]
-    print(f"{'    ' * depth}{fa.name} {feature_names(fa, [feature])[0]}{told}")
-    for name in widths[depth + 1 : depth + 2]:
-        kids = children(fa, fas[name]).query("parent == @feature").head(3)[::-1]
+    tree.append(todo.pop())
+    depth, feature, _ = tree[-1]
+    for step in pairwise(widths[depth : depth + 2]):
+        kids = families[step].query("parent == @feature").head(3)[::-1]
         covers = [f": has {share:.0%} of its parent's firings" for share in kids["covers"]]
         todo += zip([depth + 1] * len(kids), kids["child"], covers, strict=True)
 
 # %% [markdown]
-# ## 9. Where a famous trend comes from
+# As a tree:
+
+# %%
+from lenslab.features.readings import feature_names
+
+named = {}
+for depth, name in enumerate(widths):
+    level = [feature for at, feature, _ in tree if at == depth]
+    if level:
+        named |= zip([(depth, f) for f in level], feature_names(fas[name], level), strict=True)
+for depth, feature, told in tree:
+    print(f"{'    ' * depth}{widths[depth]} {named[depth, feature]}{told}")
+
+# %% [markdown]
+# ## 9. Where a famous trend may come from
 # A comparison of GPT-2's layers counted specialists in 5, 6, 7 and 7 of seven kinds. It averaged
 # each text's tokens before encoding, called 5.0 strong at every layer, and met BOS and padding on
-# the way. **Planted** here: seventy texts of seven kinds, of 10 to 20 tokens after BOS, padded.
+# the way. **Planted** here: seventy texts of seven kinds, of 10 to 20 tokens after BOS, padded. A
+# plant shows that the rule can make the trend, not that it did in GPT-2.
 
 # %%
 generator = derive_generator(0, "planted layers")
@@ -733,36 +796,43 @@ at_5 = trend[trend["threshold"] == 5.0]
 print(at_5.pivot(index=FACTORS, columns="layer", values="specialists").to_string())
 
 # %% [markdown]
-# Without BOS and padding: the older way, with shuffled labels, and with one choice mended at a
-# time.
+# Without BOS and padding, at both thresholds. **Control**: the same count under shuffled labels.
 
 # %%
 clean = trend[~trend["BOS"].astype(bool) & ~trend["padding"].astype(bool)]
-later = clean["order"] == "pool, then encode"
-ways = {"pooled first, at 5.0": later & (clean["threshold"] == 5.0)}
-ways |= {"encoded first, at 5.0": ~later & (clean["threshold"] == 5.0)}
-ways |= {"pooled first, half": later & (clean["threshold"] == "half")}
-curves = {name: clean.loc[which, "specialists"].to_numpy() for name, which in ways.items()}
+by_layer = clean.pivot(index=["order", "threshold"], columns="layer")
+for count in ("specialists", "shuffled"):
+    print(count, by_layer[count].round(2).to_string(header=False), sep="\n")
 
 # %% [markdown]
-# With shuffled labels the older way shows the same trend.
+# With the threshold of 5.0, in both orders:
 
 # %%
-old, mended = curves["pooled first, at 5.0"], curves["encoded first, at 5.0"]
-shuffled = clean.loc[ways["pooled first, at 5.0"], "shuffled"].to_numpy()
-curves["pooled first, at 5.0, shuffled labels"] = shuffled
+old, mended = (by_layer["specialists"].loc[(o, 5.0)].to_numpy() for o in ORDERS[::-1])
+shuffled, still = (by_layer["shuffled"].loc[(o, 5.0)].to_numpy() for o in ORDERS[::-1])
+made = "makes a trend" if old[-1] - old[0] > np.ptp(mended) else "makes no trend"
+near = "near" if still.min() > 0.8 * mended.min() else "above"
+span = f"{mended.min():.0f} to {mended.max():.0f}" if np.ptp(mended) else f"always {mended[0]:.0f}"
+
+# %% [markdown]
+# In words:
+
+# %%
 so(
-    f"on layers that hold the same, the older way counts {old[0]:.0f} to {old[-1]:.0f} of 7 "
-    f"(shuffled labels {shuffled[0]:.1f} to {shuffled[-1]:.1f}); encoded first it counts "
-    f"{mended.min():.0f} to {mended.max():.0f}: the trend is the rule's own."
+    f"on layers that hold the same, pooled first the rule counts {old[0]:.0f} to {old[-1]:.0f} of "
+    f"7 (shuffled labels {shuffled[0]:.2f} to {shuffled[-1]:.2f}), encoded first {span} (shuffled "
+    f"labels {still.min():.2f} to {still.max():.2f}): pooling first {made}; encoded first "
+    f"the count is still {near} that of shuffled labels."
 )
 
 # %% [markdown]
 # Drawn:
 
 # %%
+counts = {"pooled first": old, "encoded first": mended}
+counts |= {"null: pooled first, shuffled": shuffled, "null: encoded first, shuffled": still}
 titles = {"x_title": "planted layer", "y_title": "kinds with a specialist, of 7"}
-lines(curves, list(layers), title="A trend over layers that hold the same", **titles).show()
+bars(counts, list(layers), title="A trend over layers that hold the same", **titles).show()
 
 # %% [markdown]
 # The same three choices on this model: has each anything to act on? The model runs once more on
@@ -888,10 +958,12 @@ older = by_sae.loc[main]
 # %%
 rest = table["mean"].drop(["this SAE", *ceilings.index])
 lead = table.loc["this SAE", "mean"] - rest.max()
-against = f"{'more' if lead > least else 'no more'} than reseeding gives ({least:.3f})"
+little = f"too little to tell with {len(seeds)} seeds ({least:.3f})"
+against = f"more than reseeding gives ({least:.3f})" if lead > least else little
+over = f" (over its seeds {reseeds.min():.2f} to {reseeds.max():.2f})" if len(seeds) > 1 else ""
 so(
     f"mean held-out AUROC of the best candidate is {table.loc['this SAE', 'mean']:.2f} for this "
-    f"SAE; the best control is {rest.idxmax()} ({rest.max():.2f}), and the least "
+    f"SAE{over}; the best control is {rest.idxmax()} ({rest.max():.2f}), and the least "
     f"{rest.idxmin()} ({rest.min():.2f}). The lead over the best is {lead:.3f}, "
     f"{against if len(seeds) > 1 else 'which one seed cannot judge'}. "
     f"{found.table['specialist'].sum()} of {len(labels.categories)} kinds have a specialist; by "
@@ -926,16 +998,19 @@ so(f"without what the length foretells, AUROCs change by at most {moved:.2f}.")
 from lenslab.features.readings import explained_by_token
 
 fires = np.asarray((pooled[main] > 0).sum(axis=0)).ravel()
-often = np.flatnonzero(fires >= np.sort(fires[own])[0])
+rng, drawn = np.random.default_rng(0), []
+for feature in own:  # as often up to a tenth, else the nearest
+    apart = np.abs(fires - fires[feature]) / max(fires[feature], 1)
+    apart[[*own, *drawn]] = np.inf
+    drawn.append(int(rng.choice(np.flatnonzero(apart <= max(0.1, apart.min())))))
+print("fire on texts:", fires[own].tolist(), "and the random ones:", fires[drawn].tolist())
 
 # %% [markdown]
 # Chosen ones, and random ones that fire on as many texts.
 
 # %%
-rng = np.random.default_rng(0)
-drawn = rng.choice(often, len(own), replace=False)
 tables = {}
-for name, features in (("chosen", own.to_numpy()), ("random", drawn)):
+for name, features in (("chosen", own.to_numpy()), ("random", np.array(drawn))):
     tables[name] = explained_by_token(fas[main], features, labels.held_out)
 print(tables["chosen"].assign(kind=own.index).round(2).to_string(index=False))
 
@@ -947,7 +1022,8 @@ so(
     f"of the activation of the features chosen for a kind the token's string foretells "
     f"{tables['chosen']['by_string'].median():.0%} of the variance, its class "
     f"{tables['chosen']['by_class'].median():.0%} (medians); of random features "
-    f"{tables['random']['by_string'].median():.0%} and {tables['random']['by_class'].median():.0%}."
+    f"as frequent {tables['random']['by_string'].median():.0%} and "
+    f"{tables['random']['by_class'].median():.0%}."
 )
 
 # %% [markdown]
@@ -1005,14 +1081,16 @@ fraction = (values[crossed_kinds] > 0).groupby(notation.to_numpy()).mean()
 print(across.join(fraction.add_suffix(": fires on")).astype(float).round(2).to_string())
 
 # %% [markdown]
-# In words:
+# In words; beside it how often the feature fires where its kind is not.
 
 # %%
+fired = {k: (pooled[main][:, [own[k]]] > 0).toarray()[:, 0] for k in crossed_kinds}
+elsewhere = {k: f[labels.category != k].mean() for k, f in fired.items()}
 so(
     "; ".join(
         f"the feature chosen for {kind} fires on {fraction.loc['code', kind]:.0%} of code, "
         f"{fraction.loc['formula', kind]:.0%} of formulas and {fraction.loc['plain', kind]:.0%} of "
-        "plain English"
+        f"plain English (on {elsewhere[kind]:.0%} of texts of other kinds in section 1)"
         for kind in crossed_kinds
     )
     + "."
@@ -1085,18 +1163,19 @@ effects["on other kinds"] = (rises.sum(1) - (rises * inside.T).sum(1)) / (~insid
 effects[CROSS] = (by_kind.sum(0) - np.diag(by_kind)) / (len(own) - 1)
 
 # %% [markdown]
-# The two nearest by share of the kind's texts and by mean activation there:
+# The two nearest by share of the kind's texts and by mean activation there, none of them twice:
 
 # %%
 dense_held = held_fa.pool("max").toarray()
 rates = (dense_held > 0).T.astype(float) @ inside / inside.sum(0)  # [feature, kind]
 strengths = dense_held.T.astype(float) @ inside / inside.sum(0)
-alike = {}
+alike, taken = {}, own.tolist()
 for c, (kind, feature) in enumerate(own.items()):
     far = np.abs(rates[:, c] - rates[feature, c])
     far = far + np.abs(np.log((strengths[:, c] + 0.1) / (strengths[feature, c] + 0.1)))
-    far[own.to_numpy()] = np.inf
+    far[taken] = np.inf
     alike[kind] = np.argsort(far, kind="stable")[:2].tolist()
+    taken += alike[kind]
 print(pd.Series(alike).to_string())
 
 # %% [markdown]
@@ -1132,7 +1211,7 @@ from scipy.stats import spearmanr
 
 pairs, draw = tested[["selectivity", "own"]].to_numpy(), derive_generator(0, "selectivity")
 rank = lambda rows: spearmanr(rows[:, 0], rows[:, 1]).statistic  # noqa: E731
-relation = bootstrap_by_document(pairs, np.arange(len(pairs)), draw, rank)
+relation = bootstrap_by_document(pairs, tested["feature"].to_numpy(), draw, rank)
 chosen = tested["chosen"]
 lead = (effects["own feature"] - effects["matched features"]).to_numpy()
 draw = derive_generator(0, "chosen against matched")
@@ -1151,26 +1230,28 @@ so(
     f"{effects['matched features'].mean():.1f}: a lead of {gain.estimate:.1f} "
     f"({gain.low:.1f} to {gain.high:.1f} over kinds): that they are needed more is {needed}. "
     f"Selectivity and effect have a rank correlation of {relation.estimate:.2f} "
-    f"({relation.low:.2f} to {relation.high:.2f}, {len(pairs)} features): that they go together "
-    f"is {related}."
+    f"({relation.low:.2f} to {relation.high:.2f}, {tested['feature'].nunique()} features): that "
+    f"they go together is {related}."
 )
 
 # %% [markdown]
-# Drawn: every point is a feature.
+# Drawn: every point is a feature; named are those of the three chosen ones that raise most.
 
 # %%
 from lenslab.show.plots import scatter
 
 marks = {"marked": chosen.to_numpy(), "marked_name": "chosen for the kind"}
-marks["names"] = tested["kind"]
+named = tested["kind"].where(tested.index.isin(tested[chosen].nlargest(3, "own").index), "")
 axes = {"x_title": "selectivity (held-out AUROC)", "y_title": "rise of the kind's loss, millinats"}
-title = "Selective, and needed? (grey: matched features)"
-scatter(tested["selectivity"], tested["own"], title=title, **marks, **axes).show()
+title = "Selective, and needed?"
+figure = scatter(tested["selectivity"], tested["own"], names=named, title=title, **marks, **axes)
+figure.update_traces(name="matched features", selector={"name": "others"}).show()
 
 # %% [markdown]
 # ## 13. The same questions asked of a second model
 # By default a mixture of experts, which reads the same tokens. Directions of two models have
-# nothing in common; firing can be compared.
+# nothing in common; firing can be compared. Of the first model stands beside it the SAE of the same
+# site, where there is one.
 
 # %%
 SECOND = None  # or "smollm2", or any other model that has SAEs
@@ -1179,51 +1260,73 @@ theirs = open_saes(second, comparable_saes(second))[0]
 middle = f"blocks.{second.cfg.n_layers // 2}."
 near = [name for name, sae in theirs.items() if sae_hook(sae).startswith(middle)]
 near = [name for name in near if "resid" in sae_hook(theirs[name])] or near or list(theirs)
-second_name, second_sae, there = near[0], theirs[near[0]], model_name(second)
+second_name = next((n for n, sae in theirs.items() if sae_hook(sae) == hook[main]), near[0])
+second_sae, there = theirs[second_name], model_name(second)
 print(f"{there}: {second_name}, {second_sae.cfg.d_sae} latents")
 
 # %% [markdown]
-# Its best features:
+# Its best features, beside those of the first model:
 
 # %%
+beside = next((name for name in places if hook[name] == sae_hook(second_sae)), main)
+same_site = "the same site" if hook[beside] == sae_hook(second_sae) else "another site"
 second_batch = tokenize(second, list(labels.texts), truncate=True)
 second_fa = encode_saes(second, {second_name: second_sae}, second_batch)[second_name]
 second_best = discriminate(second_fa.pool("max"), labels, n=200)
 both = second_best.set_index("category")[["auroc"]].rename(columns={"auroc": there})
-both[model_name(model)] = aurocs.loc[main]
+both[model_name(model)] = aurocs.loc[beside]
+print(f"of {model_name(model)} {beside}, of {there} {second_name}: {same_site}")
 print(both.round(2).to_string())
 
 # %% [markdown]
-# Where the two read the same tokens, features are matched by when they fire.
+# Where the two read the same tokens, features are matched by when they fire; a corrected value of
+# .02 or less is called no more than the null.
 
 # %%
 second_dictionary, at = describe(second, second_sae, second_fa), sae_hook(second_sae)
-if comparable_kinds(dictionaries[main], second_dictionary):
+fire = [bool(each.rate.any()) for each in (dictionaries[beside], second_dictionary)]
+if all(fire) and comparable_kinds(dictionaries[beside], second_dictionary):
     x = harvest(second, second_batch, at)[at][second_batch.real]
     x = input_transform(second_sae, second)(x)
     second_nulls = null_dictionaries(second, second_sae, second_fa, x, kinds=["data"])
-    row = compare(dictionaries[main], second_dictionary, second_nulls).summary.iloc[0]
+    row = compare(dictionaries[beside], second_dictionary, second_nulls).summary.iloc[0]
     so(
-        f"matched by firing, latents of {model_name(model)} and {there} correlate at "
-        f"{row['value']:.2f}, the strictest null at {row['null']:.2f}: corrected "
-        f"{row['corrected']:.2f}, {'more' if row['corrected'] > 0 else 'no more'} than the texts "
-        "alone make alike."
+        f"matched by firing, latents of {beside} of {model_name(model)} and of {second_name} of "
+        f"{there} ({same_site}) correlate at {row['value']:.2f}, the strictest null at "
+        f"{row['null']:.2f}: corrected {row['corrected']:.2f}, "
+        f"{'more' if row['corrected'] > 0.02 else 'no more'} than the texts alone make alike."
     )
 else:
-    so(f"{there} has another tokenizer than {model_name(model)}: their firings do not compare.")
+    why = "have two tokenizers" if all(fire) else "have a silent SAE among them"
+    so(f"{model_name(model)} and {there} {why}: their firings do not compare.")
 
 # %% [markdown]
-# The ablation of section 12 on the second model: its chosen features, on their kind and on others,
-# and the features of the other kinds.
+# The ablation of section 12 on both: the chosen features, on their kind and on others, and the
+# features of the other kinds; on every other held-out text, which halves the time.
 
 # %%
-second_held = second_fa[held_rows.tolist()]
-rises = 1000 * ablate_features(second, second_sae, second_held, second_best["feature"].to_numpy())
-by_kind = rises @ inside / inside.sum(0)  # [feature, kind]
-second_effects = pd.DataFrame({"own feature": np.diag(by_kind)}, list(labels.categories))
-second_effects["on other kinds"] = (rises.sum(1) - (rises * inside.T).sum(1)) / (~inside).sum(0)
-second_effects[CROSS] = (by_kind.sum(0) - np.diag(by_kind)) / (len(by_kind) - 1)
-print(second_effects.round(2).to_string())
+half_rows = held_rows[::2]
+of_kind = labels.inside[half_rows]
+
+
+def effects_of(model, sae, fa, features) -> pd.DataFrame:
+    """Millinats that the loss of each kind rises by, its own feature set to zero or another's."""
+    rises = 1000 * ablate_features(model, sae, fa[half_rows.tolist()], features)  # [feature, text]
+    by_kind = rises @ of_kind / of_kind.sum(0)  # [feature, kind]
+    table = pd.DataFrame({"own feature": np.diag(by_kind)}, list(labels.categories))
+    table["on other kinds"] = (rises.sum(1) - (rises * of_kind.T).sum(1)) / (~of_kind).sum(0)
+    return table.assign(**{CROSS: (by_kind.sum(0) - np.diag(by_kind)) / (len(by_kind) - 1)})
+
+
+# %% [markdown]
+# The first model, and the second:
+
+# %%
+ours = best[best["sae"] == beside]["feature"].to_numpy()
+first_effects = effects_of(model, saes[beside], fas[beside], ours)
+second_effects = effects_of(second, second_sae, second_fa, second_best["feature"].to_numpy())
+table = pd.concat({model_name(model): first_effects, there: second_effects})
+print(table.round(2).to_string())
 
 # %% [markdown]
 # In how many kinds does its own feature raise the loss more than those of other kinds? By chance in
@@ -1233,7 +1336,7 @@ print(second_effects.round(2).to_string())
 from scipy.stats import binomtest
 
 said = []
-for name, table in ((model_name(model), effects), (there, second_effects)):
+for name, table in ((model_name(model), first_effects), (there, second_effects)):
     own_rise, cross = table["own feature"], table[CROSS]
     differ = int((own_rise != cross).sum())
     wins = int((own_rise > cross).sum())
@@ -1248,8 +1351,9 @@ so("; ".join(said) + ".")
 # %% [markdown]
 # ## 14. Cloze: is what a feature marks also what a model can do?
 # Sums in three forms, and for comparison brackets and agreement. Scored is the log-probability of
-# the right answer over the mean of the other answers of its task, in nats; at 0 the right one is as
-# likely as the others.
+# the right answer over the mean of the other answers of its task, in nats; at 0 a prompt makes its
+# right answer no likelier than the others. **Control**: an answer's mean over all prompts of its
+# task is taken away; what is merely frequent gains nothing.
 
 # %%
 words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -1296,21 +1400,29 @@ trials = pd.concat(scored)
 print(f"{len(trials)} pairs of prompt and answer, {trials['fits'].mean():.0%} of them fit")
 
 # %% [markdown]
-# Right against the mean of the others; and the largest value of the feature for mathematics in the
-# prompt, of this model.
+# Right against the mean of the others, each less what it has over all prompts.
 
 # %%
 trials = trials[trials.groupby(["model", "task"])["fits"].transform("all")]
+usual = trials.groupby(["model", "task", "option"])["score"].transform("mean")
+trials = trials.assign(score=trials["score"] - usual)
 right = trials["option"] == trials["answer"]
 by_prompt = ["model", "task", "row"]
 others_mean = trials[~right].groupby(by_prompt)["score"].mean()
 cloze_scores = (trials[right].set_index(by_prompt)["score"] - others_mean).rename("margin")
 cloze_scores = cloze_scores.reset_index()
+
+# %% [markdown]
+# And the largest value of the feature for mathematics in the prompt, of this model alone.
+
+# %%
 prompts = tokenize(model, cloze["prompt"].tolist(), truncate=True)
 asked_fa = encode_saes(model, {main: saes[main]}, prompts)[main]
 math_feature = int(own.get("math", own.iloc[0]))
 strength = asked_fa.pool("max")[:, [math_feature]].toarray()[:, 0]
-cloze_scores["activation"] = strength[cloze_scores["row"]]
+of_this = cloze_scores["model"] == model_name(model)
+cloze_scores["activation"] = np.where(of_this, strength[cloze_scores["row"]], np.nan)
+print(f"feature {math_feature} of {main} fires in {(strength > 0).sum()} of {len(cloze)} prompts")
 
 # %% [markdown]
 # By task, with intervals over prompts.
@@ -1323,18 +1435,20 @@ for (name, task), group in cloze_scores.groupby(["model", "task"]):
     row = {"model": name, "task": task, "margin": mean.estimate, "low": mean.low}
     rows.append(row | {"high": mean.high, "activation": float(group["activation"].mean())})
 by_task = pd.DataFrame(rows, columns=["model", "task", "margin", "low", "high", "activation"])
-print(by_task.round(2).to_string(index=False))
+print(by_task.round(2).to_string(index=False, na_rep=""))
 
 # %% [markdown]
-# Does the feature fire where the model does better?
+# Does the feature fire where the model does better, among prompts of one form? The median of each
+# form is taken away from both.
 
 # %%
 of_this = by_task[by_task["model"] == model_name(model)].set_index("task")
 is_sum = of_this.index.str.startswith("sum")
 sums = cloze_scores[cloze_scores["model"] == model_name(model)]
 sums = sums[sums["task"].str.startswith("sum")]
-pairs = sums[["activation", "margin"]].to_numpy(dtype=float)
-related = "it fires on all sums alike, or on none"
+medians = sums.groupby("task")[["activation", "margin"]].transform("median")
+pairs = (sums[["activation", "margin"]] - medians).to_numpy(dtype=float)
+related = "it fires on all sums of a form alike, or on none"
 if len(pairs) and np.ptp(pairs[:, 0]) > 0:
     draw = derive_generator(0, "activation and margin")
     r = bootstrap_by_document(pairs, np.arange(len(pairs)), draw, rank)
@@ -1345,26 +1459,32 @@ if len(pairs) and np.ptp(pairs[:, 0]) > 0:
 # In words:
 
 # %%
-able = by_task[by_task["low"] > 0].groupby("model")["task"].agg(", ".join)
+able = by_task[by_task["low"] > 0].groupby("model")["task"].agg("; ".join)
 for name in (model_name(model), there):
     judged = (by_task["model"] == name).sum()
-    so(f"{name} prefers the right answer in {able.get(name, 'none')}, of {judged} tasks judged.")
+    tasks_named = able.get(name, "none")
+    so(
+        f"{name} finds the right answer likelier, beyond how likely it always is, in {tasks_named} "
+        f"(of {judged} tasks judged)."
+    )
 if is_sum.any() and not is_sum.all():
     so(
-        f"the feature for mathematics fires at {of_this.loc[is_sum, 'activation'].mean():.1f} on "
-        f"sums and at {of_this.loc[~is_sum, 'activation'].mean():.1f} on the others; over the "
-        f"sums: {related}."
+        "the feature for mathematics fires at "
+        + ", ".join(f"{row.activation:.1f} on '{row.Index}'" for row in of_this.itertuples())
+        + f" (means); among sums of one form: {related}."
     )
 
 # %% [markdown]
 # ## 15. Models side by side
-# Every SAE that ships, one row each. Numbers of two models compare only roughly: vectors, widths
-# and training texts differ.
+# Of the SAEs that ship: those of other models, and of this one the SAE read most closely; the
+# sentence is about all. Columns are those of section 2. Numbers of two models compare only roughly:
+# vectors, widths and training texts differ.
 
 # %%
 every = card_table()
 every = every[every["ships"].astype(bool)].drop(columns="ships").set_index("sae")
 every["fvu"] = 1 - every["variance_explained"]
+every["ce_difference"] = every["ce_difference"].round(2) + 0.0  # no "-0.00"
 elsewhere = [name for name in every.index if not name.startswith(f"{model_name(model)}-")]
 shown = every.loc[[*elsewhere, *every.index[every.index == whole]]]
 print(shown[["l0", "fvu", "ce_difference", "dead", "dense"]].round(2).to_string())
@@ -1385,9 +1505,9 @@ named = [f"{n}: {row.l0:.0f}, {row.dead:.0f}" for n, row in shown.iterrows()]
 intervals(drawn, named, title="SAEs of several models", **axes).show()
 
 # %% [markdown]
-# ## 16. Look at two features that are called one
+# ## 16. Look at two features that match
 # The best-matching pair of two SAEs among the features chosen for a kind, side by side, each on its
-# own scale.
+# own scale. They are called one from the similarity of section 5 on.
 
 # %%
 from lenslab.show.explore import linked_table, side_by_side
@@ -1405,10 +1525,11 @@ if others:
 if len(latents):
     far, near = latents.iloc[0], latents.iloc[-1]
     ours, theirs = int(near["latent"]), int(near["partner"])
+    verdict = "are called one" if near["similarity"] >= SHARED else "are too unlike to be one"
     so(
         f"of the features chosen for a kind, {ours} of {main} has the nearest partner in "
-        f"{others[0]}, {theirs}, with a {kind} similarity of {near['similarity']:.2f}; the "
-        f"farthest has {far['similarity']:.2f}."
+        f"{others[0]}, {theirs}, with a {kind} similarity of {near['similarity']:.2f}: "
+        f"they {verdict} (from {SHARED}); the farthest has {far['similarity']:.2f}."
     )
 else:
     others, ours, theirs = [], int(own.iloc[0]), int(own.iloc[0])
@@ -1457,7 +1578,7 @@ from lenslab.show.report import save_report
 columns = ["sae", "category", "feature", "auroc", "discriminating"]
 table = linked_table(best.loc[best["sae"].isin(places), columns], fas)
 sections = {"Side by side": [by_sae.round(3), sizes.round(3)], "Best features": [table]}
-sections["Two features that are called one"] = [view]
+sections["Two features that match best"] = [view]
 sections["All texts of one feature"] = [everything]
 page = save_report("sae_comparison", f"SAEs of {model_name(model)}, compared", sections)
 print(f"written: {page.with_suffix('.html').name}")
