@@ -52,6 +52,11 @@ ORIGIN = ("text", "position", "token")
 FLOATS = ("weights", "logits", "inputs")
 
 
+Model = TransformerBridge
+Codes = Int[np.ndarray, " token"]  # numbers from 0
+Ranks = Int[np.ndarray, "token rank"]  # ids of experts, of one layer
+
+
 class NoRouting(ValueError):
     """A model without routers, with some that are unknown here, or without what was asked for."""
 
@@ -64,9 +69,9 @@ class Routing:
     weights: Float[np.ndarray, "token layer rank"]  # as they are used, the largest first
     layers: tuple[int, ...]  # numbers of the layers
     n_experts: int
-    text: Int[np.ndarray, " token"]
-    position: Int[np.ndarray, " token"]  # within the text, BOS included
-    token: Int[np.ndarray, " token"]  # its id
+    text: Codes
+    position: Codes  # within the text, BOS included
+    token: Codes  # its id
     dense: tuple[int, ...] = ()  # layers without a router
     logits: Float[np.ndarray, "token layer expert"] | None = None
     inputs: Float[np.ndarray, "token layer d_model"] | None = None  # what the routers read
@@ -77,30 +82,21 @@ class Routing:
         shape = (len(self.token), len(self.layers), self.ids.shape[2])
         if not shape == self.ids.shape == self.weights.shape or not len(self.token):
             raise ValueError("Ids and weights are [token, layer, rank], of one token or more.")
-        low, high = int(self.ids.min()), int(self.ids.max())
-        if low < -1 or high >= self.n_experts:
-            which = low if low < -1 else high
-            raise ValueError(f"Expert {which} is out of range: there are {self.n_experts}, from 0.")
+        if len(beyond := self.ids[(self.ids < -1) | (self.ids >= self.n_experts)]):
+            raise ValueError(f"Expert {beyond[0]} is out of range: 0 to {self.n_experts - 1}.")
 
     def __getitem__(self, rows: slice | Shaped[np.ndarray, " row"]) -> Routing:
         """The routing of some tokens, by slice, indices or a mask."""
         values = {name: getattr(self, name) for name in ("ids", *ORIGIN, *FLOATS)}
         return replace(self, **{name: v[rows] for name, v in values.items() if v is not None})
 
-    def of_token(self, token: int) -> Routing:
-        """The occurrences of the token with this id. ValueError where there is none."""
-        if token not in self.token:
-            raise ValueError(f"Token {token} never occurs in these texts.")
-        return self[self.token == token]
-
     def to_frame(self) -> pd.DataFrame:
         """One row per token, layer and rank: `text`, `position`, `token`, `layer`, `rank` (1 is the
         largest weight), `expert` (-1 where it was full) and `weight`."""
         token, layer, rank = (index.ravel() for index in np.indices(self.ids.shape))
-        columns = {name: getattr(self, name)[token] for name in ORIGIN}
-        columns |= {"layer": np.array(self.layers)[layer], "rank": rank + 1}
-        columns |= {"expert": self.ids.ravel(), "weight": self.weights.ravel()}
-        return pd.DataFrame(columns)
+        table = pd.DataFrame({name: getattr(self, name)[token] for name in ORIGIN})
+        table = table.assign(layer=np.array(self.layers)[layer], rank=rank + 1)
+        return table.assign(expert=self.ids.ravel(), weight=self.weights.ravel())
 
     def vocabulary(self) -> pd.DataFrame:
         """One row per layer and token that occurs: `layer`, `token`, `string`, `count`, and the
@@ -185,14 +181,11 @@ def _origin(batch: TokenBatch, mask: Tensor) -> dict[str, np.ndarray]:
     """Text, position and id of the tokens of a mask `[text, pos]`."""
     text, column = mask.nonzero(as_tuple=True)
     position = column - batch.attention.int().argmax(1)[text]  # padding on the left does not count
-    return dict(
-        zip(ORIGIN, (text.numpy(), position.numpy(), batch.tokens[mask].numpy()), strict=True)
-    )
+    values = (text.numpy(), position.numpy(), batch.tokens[mask].numpy())
+    return dict(zip(ORIGIN, values, strict=True))
 
 
-def slot_counts(
-    ids: Int[np.ndarray, "token rank"], codes: Int[np.ndarray, " token"], n: int, n_experts: int
-) -> Int[np.ndarray, "code expert"]:
+def slot_counts(ids: Ranks, codes: Codes, n: int, n_experts: int) -> Int[np.ndarray, "code e"]:
     """How many slots the tokens of each code, 0 to n - 1, have at each expert."""
     slots = codes[:, None] * (n_experts + 1) + ids + 1  # the first is that of no expert
     counts = np.bincount(slots.ravel(), minlength=n * (n_experts + 1))
@@ -208,7 +201,7 @@ class SparseLayer(NamedTuple):
     family: str
 
 
-def sparse_layers(model: TransformerBridge, stack: str = "") -> dict[int, SparseLayer]:
+def sparse_layers(model: Model, stack: str = "") -> dict[int, SparseLayer]:
     """The layers with experts, by number; `stack` is "encoder" or "decoder" of a model that has
     both.
 
@@ -238,19 +231,14 @@ def sparse_layers(model: TransformerBridge, stack: str = "") -> dict[int, Sparse
     return layers
 
 
-def router_weights(model: TransformerBridge, stack: str = "") -> Float[np.ndarray, "layer e d"]:
+def router_weights(model: Model, stack: str = "") -> Float[np.ndarray, "layer e d"]:
     """The routers' matrices `[layer, expert, d_model]` of `sparse_layers`, which may raise."""
     weights = [layer.projection.weight for layer in sparse_layers(model, stack).values()]
     return torch.stack(weights).detach().float().cpu().numpy()
 
 
 def capture_routing(
-    model: TransformerBridge,
-    batch: TokenBatch,
-    *,
-    stack: str = "",
-    logits: bool = True,
-    inputs: bool = False,
+    model: Model, batch: TokenBatch, *, stack: str = "", logits: bool = True, inputs: bool = False
 ) -> Routing:
     """The routing of every real token of a batch.
 
@@ -265,37 +253,35 @@ def capture_routing(
     layers = sparse_layers(model, stack)
     modules = {(n, "router"): layer.router for n, layer in layers.items()}
     modules |= {(n, "projection"): layer.projection for n, layer in layers.items()}
-    kept: dict[str, np.ndarray] = {}
-    for rows, places, caught in _passes(model, batch, modules, stack):
+    names, kept = ("ids", *FLOATS), {}
+    wanted = [*names[:2], *["logits"] * logits, *["inputs"] * inputs]
+    for rows, places, caught in passes(model, batch, modules, stack):
         for index, (number, layer) in enumerate(layers.items()):
             args, output = caught[number, "router"]
             read = read_router(layer, output, caught[number, "projection"][1])
-            values = {"weights": read[1], "ids": read[2].short()}
-            values |= {"logits": read[0]} if logits else {}
-            values |= {"inputs": args[0].flatten(0, -2).float()} if inputs else {}
-            for name, value in values.items():
-                value = value[places].cpu().numpy()
-                shape = (batch.n_real, len(layers), value.shape[1])
+            read = (read[2].short(), read[1], read[0], args[0].float())
+            values = dict(zip(names, read, strict=True))
+            for name in wanted:
+                value = values[name].flatten(0, -2)[places].cpu().numpy()
                 if name not in kept:
-                    kept[name] = np.empty(shape, value.dtype)
+                    kept[name] = np.empty((batch.n_real, len(layers), value.shape[1]), value.dtype)
                 kept[name][rows, index] = value
     own = (LAYER.search(n) for n, _ in model.original_model.named_modules() if n.startswith(stack))
     return Routing(
         **kept,
         **_origin(batch, batch.real),
         layers=tuple(layers),
-        n_experts=read[0].shape[1],
+        n_experts=read[2].shape[1],
         dense=tuple(sorted({int(place[1]) for place in own if place} - set(layers))),
         model=model_name(model),
         tokenizer=batch.tokenizer,
     )
 
 
-def read_router(
-    layer: SparseLayer, output: tuple, projected: Any
-) -> tuple[Float[Tensor, "token e"], Float[Tensor, "token rank"], Int[Tensor, "token rank"]]:
-    """(logits, weights, ids) of what a router gave, the largest weight first. Raises NoRouting
-    where a version of transformers gives something else under these names."""
+def read_router(layer: SparseLayer, output: tuple, projected: Any) -> tuple[Tensor, ...]:
+    """Logits [token, expert], weights and ids [token, rank] of what a router gave, the largest
+    weight first. Raises NoRouting where a version of transformers gives something else under these
+    names."""
     logits, weights, ids = output
     if layer.family == "SwitchTransformers":  # a mask, empty where the expert was full
         taken, weights, logits = (value.flatten(0, -2) for value in output)
@@ -319,9 +305,10 @@ def read_router(
     return logits, weights, ids
 
 
-def _passes(
-    model: TransformerBridge, batch: TokenBatch, modules: dict[Any, nn.Module], stack: str
-) -> Iterator[tuple[Tensor, Tensor, dict]]:
+Pass = tuple[Tensor, Tensor, dict[Any, tuple]]
+
+
+def passes(model: Model, batch: TokenBatch, modules: dict, stack: str) -> Iterator[Pass]:
     """Forward passes: which real tokens they have, where these stand among the pass's tokens, and
     of each module (arguments, output)."""
     check_batch(model, batch)
@@ -351,80 +338,7 @@ def _passes(
             bar.update(int(keep.sum()))
 
 
-def expert_contributions(
-    model: TransformerBridge, batch: TokenBatch, layer: int, stack: str = ""
-) -> Float[Tensor, "token rank d_model"]:
-    """What the expert of each rank adds at a layer, its weight included; rows and ranks as
-    `capture_routing` gives them. The sum is what the routed experts add together (shared experts,
-    which read every token, are not among them); zero where the expert was full.
-
-    Raises as `capture_routing`; NoRouting for a layer without a router, and for experts that do not
-    write into the residual stream.
-    """
-    kept = torch.empty(0)
-    for rows, experts, hidden, ids, weights in _expert_inputs(model, batch, layer, stack):
-        ranked = [(ids, weights)]  # Switch's one rank, with a mask in the place of ids
-        if ids.shape == weights.shape:
-            order = weights.argsort(dim=-1, descending=True, stable=True).split(1, 1)
-            ranked = [(ids.gather(1, rank), weights.gather(1, rank)) for rank in order]
-        with torch.inference_mode():
-            value = torch.stack([experts.forward(hidden, *pair) for pair in ranked], 1)
-        if value.shape[2] != model.cfg.d_model:
-            raise NoRouting(
-                f"{type(experts).__name__} writes into {value.shape[2]} latent numbers."
-            )
-        kept = kept if len(kept) else torch.empty(batch.n_real, *value.shape[1:])
-        kept[rows] = value.float().cpu()
-    return kept
-
-
-def expert_neurons(
-    model: TransformerBridge, batch: TokenBatch, layer: int, expert: int, stack: str = ""
-) -> Float[Tensor, "token neuron"]:
-    """One expert's neurons, what its last matrix reads, in the rows of `capture_routing`; zero at
-    tokens that were not sent to it.
-
-    Raises as `expert_contributions`; ValueError for an expert that is not there.
-    """
-    kept = torch.empty(0)
-    for rows, experts, hidden, ids, _ in _expert_inputs(model, batch, layer, stack):
-        if not 0 <= expert < experts.num_experts:
-            raise ValueError(f"Expert {expert} is out of range: {experts.num_experts}, from 0.")
-        sent = (ids == expert).any(1) if ids.ndim == 2 else ids[:, 0, expert] > 0
-        with torch.inference_mode():
-            value = _neurons(experts, expert, hidden) * sent[:, None]
-        kept = kept if len(kept) else torch.empty(batch.n_real, value.shape[1])
-        kept[rows] = value.float().cpu()
-    return kept
-
-
-def _expert_inputs(
-    model: TransformerBridge, batch: TokenBatch, layer: int, stack: str
-) -> Iterator[tuple]:
-    """Rows, the experts' module, and what it is given at real tokens: hidden [token, d], ids and
-    weights [token, rank]; of Switch a mask [token, 1, expert] for ids."""
-    layers = sparse_layers(model, stack)
-    if layer not in layers:
-        raise NoRouting(f"Layer {layer} has no router; {list(layers)} have one.")
-    experts = layers[layer].experts
-    for rows, places, caught in _passes(model, batch, {0: experts}, stack):
-        yield rows, experts, *(value[places] for value in caught[0][0])
-
-
-def _neurons(experts: nn.Module, expert: int, x: Tensor) -> Tensor:
-    """What an expert's last matrix reads, of inputs `[token, d]`."""
-    if isinstance(experts, nn.ModuleDict):  # Switch
-        dense = experts[f"expert_{expert}"]
-        return dense.act(dense.wi(x))
-    name = "gate_up_proj" if experts.has_gate else "up_proj"
-    weight = getattr(experts, name)[expert]
-    x = x @ (weight if experts.is_transposed else weight.T)
-    if experts.has_bias:
-        x = x + getattr(experts, f"{name}_bias")[expert]
-    return experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
-
-
-def predictions(model: TransformerBridge, batch: TokenBatch) -> pd.DataFrame:
+def predictions(model: Model, batch: TokenBatch) -> pd.DataFrame:
     """One row per real token, in the rows of `capture_routing`: `text`, `token`; `predicted`, the
     id that is most probable after it, and its `probability`; `loss`, in nats, of the token that
     comes after it, NaN where none does.
