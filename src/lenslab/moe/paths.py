@@ -84,7 +84,7 @@ def path_coverage(routing: Routing, seed: int = 0) -> Statistics:
         value.append([_coverage(counts.sum(1), length, e)])
         drawn.append([_coverage(counts @ draw, length, e) for draw in weights])
     for _ in range(SHUFFLES):
-        paths = _prefixes(rng.permuted(experts, axis=0), e)
+        paths = _prefixes(_shuffled(experts, rng), e)
         null.append([_coverage(np.bincount(c), length, e) for length, c in enumerate(paths, 1)])
     values = (
         np.array(value),
@@ -93,6 +93,10 @@ def path_coverage(routing: Routing, seed: int = 0) -> Statistics:
     )  # [layer, draw, statistic]
     rows = grid(layer=routing.layers[1:], statistic=COVERAGE)
     return measured(rows, *(np.concatenate(each[1:], axis=1) for each in values))
+
+
+def _shuffled(experts: Array, rng: np.random.Generator) -> Array:
+    return np.stack([rng.permutation(column) for column in experts.T], 1)
 
 
 def _coverage(counts: Codes, length: int, n_experts: int) -> Array:
@@ -132,7 +136,7 @@ def path_clusters(
         return cluster.fit_predict(experts).astype(int)
 
     found = clustered(experts)
-    null = [[(clustered(rng.permuted(experts, axis=0)) >= 0).mean()] for _ in range(5)]
+    null = [[(clustered(_shuffled(experts, rng)) >= 0).mean()] for _ in range(5)]
     share = _means((found >= 0)[:, None], some, grid(tokens=[len(found)]), np.array(null), seed)
     of_cluster = (experts[found == c] for c in range(found.max() + 1))
     paths = [[np.bincount(column + 1).argmax() - 1 for column in own.T] for own in of_cluster]

@@ -11,7 +11,7 @@ Every function returns `Statistics`: a table whose rows are what was measured, w
 
 The nulls: of `load` even loads; of `coactivation` experts drawn with the same loads, as many a
 token; of `contrast` labels shuffled among texts, whose loads are the same; of `token_statistics`
-other tokens of the same texts; of `continuity` the later layers of other tokens; of
+other tokens of the same texts; of `continuity` layers of different tokens; of
 `specialisation` random linear routers on the same inputs, with biases tuned to the same loads.
 
 A text counts as one document. Of packed windows give `replace(routing, text=documents)`.
@@ -37,6 +37,7 @@ from lenslab.stats import benjamini_hochberg, shuffled_orders
 
 BLOCKS = 100  # groups of texts at most
 DRAWS = 200  # of a null, and of texts
+SOME = 100_000  # tokens, of which chance is drawn at most
 TINY = 1e-30
 
 Array = np.ndarray
@@ -299,7 +300,7 @@ def token_statistics(
 
 def continuity(routing: Routing, span: int = 1, seed: int = 0) -> Statistics:
     """EC: the share of tokens that keep an expert's number for `span` layers after a `layer`. What
-    number an expert has is arbitrary; chance is met with the later layers of other tokens, 20
+    number an expert has is arbitrary. Chance: the layers of tokens drawn anew for each layer, 20
     times.
 
     ValueError for a span as long as there are layers.
@@ -309,19 +310,16 @@ def continuity(routing: Routing, span: int = 1, seed: int = 0) -> Statistics:
     blocks, rng = texts_of(routing) % BLOCKS, random(seed, "other tokens")
     member = [np.packbits(members(routing, i), axis=1) for i in range(len(routing.layers))]
 
-    def share(other: bool) -> Array:  # [block, layer]
-        order = rng.permutation(len(blocks)) if other else np.arange(0)
-        later = [m[np.roll(order, i)] if other else m for i, m in enumerate(member)]
-        runs = ([member[i], *later[i + 1 : i + span + 1]] for i in range(len(member) - span))
-        kept = [np.bitwise_and.reduce(run).any(1) for run in runs]
-        return sums_of(blocks, np.stack(kept, 1).astype(np.float32))
+    def kept(member: list[Array]) -> Array:  # [token, layer]
+        runs = (member[i : i + span + 1] for i in range(len(member) - span))
+        return np.stack([np.bitwise_and.reduce(run).any(1) for run in runs], 1).astype(np.float32)
 
-    size = np.bincount(blocks)[:, None].astype(np.float32)
-    null = np.stack([share(True).sum(0) for _ in range(20)]) / len(blocks)
-    own = share(False)
-    drawn = resampled(np.hstack([own, size]), seed)
+    n, some = len(blocks), min(len(blocks), SOME)
+    null = [kept([m[rng.integers(n, size=some)] for m in member]).mean(0) for _ in range(20)]
+    own = kept(member)
+    drawn = resampled(sums_of(blocks, np.hstack([own, np.ones((n, 1), np.float32)])), seed)
     rows = grid(layer=routing.layers[:-span])
-    return measured(rows, own.sum(0) / len(blocks), null, drawn[:, :-1] / drawn[:, -1:])
+    return measured(rows, own.mean(0), np.array(null), drawn[:, :-1] / drawn[:, -1:])
 
 
 def router_geometry(weights: Float[Array, "layer e d"], seed: int = 0) -> Statistics:
