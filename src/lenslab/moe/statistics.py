@@ -333,7 +333,7 @@ def router_geometry(weights: Float[Array, "layer e d"], seed: int = 0) -> Statis
 
 
 def _skew(weights: Array) -> Array:
-    rows = weights / np.linalg.norm(weights, axis=2, keepdims=True)
+    rows = weights / np.maximum(np.linalg.norm(weights, axis=2, keepdims=True), TINY)
     cosines = rows @ rows.swapaxes(1, 2) - np.eye(rows.shape[1])
     return np.linalg.norm(cosines, axis=(1, 2)) / rows.shape[1] * rows.shape[2] ** 0.5
 
