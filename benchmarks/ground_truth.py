@@ -184,7 +184,8 @@ def lenslab(
     metadata = {"hook_name": entries.HOOK, "model_name": entries.MODEL}
     features = len(data.model.feature_dict.feature_vectors)
     sae = build_sae(architecture, sizes.d_in, features, seed=seed, metadata=metadata, **options)
-    config = TrainingConfig(sizes.samples, sizes.batch, lr, dead_after=DEAD_AFTER, seed=seed)
+    options = dict(hold=0.0, dead_after=DEAD_AFTER, seed=seed)  # a cosine, as theirs below
+    config = TrainingConfig(sizes.samples, sizes.batch, lr, **options)
     source = entries.InOrder(data.vectors)
     return train({"sae": sae}, source, config, progress=False)["sae"].sae
 

@@ -61,6 +61,7 @@ class Job:
     batch: int = 4096
     steps: int = 100  # enough for AuxK to begin, and for every library to reconstruct
     lr: float | None = 1e-3  # None: lenslab's default
+    hold: float = 0.8  # share of the steps before the rate falls: ours, and SAELens's
     seed: int = 0
 
     @property
@@ -224,7 +225,8 @@ def _lenslab(job: Job, source: Any, d_in: int) -> Trained:
     metadata = {"hook_name": HOOK, "model_name": MODEL}
     options = {"sparsity": job.l1} if job.architecture in PENALISED else {"k": job.k}
     sae = build_sae(job.architecture, d_in, job.d_sae, seed=job.seed, metadata=metadata, **options)
-    config = TrainingConfig(job.samples, batch=job.batch, lr=job.lr, seed=job.seed)
+    options = dict(lr=job.lr, hold=job.hold, seed=job.seed)
+    config = TrainingConfig(job.samples, batch=job.batch, **options)
     return train({"sae": sae}, source, config, progress=False)["sae"].sae
 
 
@@ -249,11 +251,11 @@ def saelens(job: Job, vectors: Tensor, *, tuned: bool = True) -> Trained:
         total_training_samples=job.samples,
         train_batch_size_samples=job.batch,
         lr=job.lr,
-        # lenslab's schedule: 5 % warm-up, then a cosine to a tenth
-        lr_scheduler_name="cosineannealing",
+        # lenslab's schedule: 5 % warm-up, then it stays and falls, or falls along a cosine
+        lr_scheduler_name="constant" if job.hold else "cosineannealing",
         lr_end=job.lr / 10,
         lr_warm_up_steps=max(1, job.steps // 20),
-        lr_decay_steps=0,
+        lr_decay_steps=round((1 - job.hold) * job.steps) if job.hold else 0,
         device="cpu",
         autocast=tuned and fast_bf16(),
         logger=sae_lens.LoggingConfig(log_to_wandb=False),

@@ -58,11 +58,13 @@ TRAINERS: dict[str, Train] = {
     "dictionary-learning": entries.dictionary_learning,
     "eai-sparsify": lambda job, vectors: entries.eai_sparsify(job, vectors, job.lr),
 }
+TRAINERS["lenslab-holds"] = entries.lenslab  # how our default schedule was chosen; not timed
+HOLDS = [{"lr": None, "hold": hold, "steps": n} for n in (32, 256) for hold in (0.0, 0.5, 0.8, 0.9)]
 OURS = ("lenslab", "lenslab-default")
 APART = ("dictionary-learning", "eai-sparsify")  # in an environment of their own
 LIBRARIES = ("lenslab", "saelens", "dictionary-learning")
 ENTERED = {
-    "topk": tuple(TRAINERS),
+    "topk": tuple(TRAINERS)[:6],
     "batchtopk": tuple(TRAINERS)[:5],
     "jumprelu": LIBRARIES,
     "gated": LIBRARIES,
@@ -300,6 +302,8 @@ def main(words: list[str] | None = None) -> dict[str, Any] | None:
     file = str(entries.vectors_file(1 << 14 if a.quick else VECTORS))
     curves = Curves(job, targets, file)
     kinds = {}
+    if a.choose:
+        curves.measure("topk", "lenslab-holds", HOLDS)
     for kind in a.only:
         names = [name for name in ENTERED[kind] if name in a.contestants]
         chosen = {name: curves.chosen(kind, name) for name in names}

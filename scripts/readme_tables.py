@@ -40,6 +40,8 @@ TITLES = {
     "phase_1_loading": "Load a model, find its hook points, read its streams, encode with an SAE",
     "phase_2_feature_exploration": "Which features tell kinds of text apart, and does it take an "
     "SAE? Four controls and a ceiling",
+    "phase_3_sae_comparison": "Do SAEs of other seeds, widths, layers and models tell the same "
+    "story? Nulls beside every likeness",
     "phase_4_custom_sae": "Build and train an SAE. Did it work, beside floors, planted "
     "features and other decisions?",
 }

@@ -177,7 +177,8 @@ class Bench:
     def add(self, group: list[dict[str, Any]], asked_by: str) -> None:
         saes = {title(run): self.build(run) for run in group}
         length, lr = group[0]["vectors"], group[0]["lr"]
-        config = TrainingConfig(length, self.given.batch, lr, dead_after=DEAD_AFTER)
+        # the cosine that the runs that ship were made with
+        config = TrainingConfig(length, self.given.batch, lr, hold=0.0, dead_after=DEAD_AFTER)
         folder = self.given.work / content_key(group)
         started = time.perf_counter()
         trained = train(saes, self.source, config, folder=folder, held_out=self.checked)

@@ -178,7 +178,6 @@ def test_every_figure_of_features_draws_and_labels_stay_text(tmp_path):
         feature_plots.category_feature_heatmap(values, [*kinds[:3], "d"], names),
         feature_plots.coactivation_heatmap(np.eye(3), names),
         feature_plots.firing_density({"SAE": [0.0, 0.01], "random": [0.2]}),
-        plots.null_histogram([5, 6, 7], {"SAE": 7}, title="t", x_title="x"),
         plots.intervals(intervals, ["a"], reference=0.5, **titles),
         plots.scatter([1, 2, 3], [3, 2, 1], marked=[1, 0, 0], diagonal=True, **titles),
         plots.lines({"a": [1, 100]}, log_y=True, reference=2, **titles),

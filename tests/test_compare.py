@@ -38,6 +38,7 @@ LATENTS, WIDTH, TOKENS = 60, 48, 3000
 def dictionary(name, rows, fires, **changed) -> Dictionary:
     unit = torch.nn.functional.normalize(torch.as_tensor(rows, dtype=torch.float32), dim=1)
     fields = dict(decoder=unit, encoder=unit, vocabulary=unit, model="m", tokens="t")
+    fields["latents"] = np.arange(len(unit))
     fires = scipy.sparse.csc_array(np.asarray(fires, dtype=np.float32))
     return Dictionary(name=name, fires=fires, **fields | changed)
 
@@ -190,6 +191,26 @@ def test_nulls_are_as_large_as_the_sae_and_keep_what_they_promise(model, encoded
     assert (found["data points"].decoder @ centred.T).amax(1).min() > 0.999
     with pytest.raises(ValueError, match="40 inputs for"):
         null_dictionaries(model, sae, fa, x[:40])
+
+
+def test_of_a_wide_sae_the_latents_that_fire_most_are_compared_under_their_own_numbers(
+    model, encoded, monkeypatch
+):
+    sae, fa = encoded
+    whole = describe(model, sae, fa)
+    monkeypatch.setattr("lenslab.compare.MOST", 10)
+    part = describe(model, sae, fa)
+    assert part.latents.tolist() == sorted(np.argsort(-whole.rate, kind="stable")[:10])
+    assert torch.equal(part.decoder, whole.decoder[part.latents])
+    assert torch.equal(part.encoder, whole.encoder[part.latents])
+    assert np.array_equal(part.fires.toarray(), whole.fires.toarray()[:, part.latents])
+    x = harvest(model, fa.batch, HOOK, progress=False)[HOOK][fa.batch.real]
+    found = null_dictionaries(model, sae, fa, x, kinds=["data"])
+    assert list(found) == ["data points", "shuffled firings"]
+    assert len(found["data points"].latents) == 10
+    latents = compare(part, part, found).latents
+    assert (latents["partner"] == latents["latent"]).all()
+    assert set(latents["latent"]) == set(part.latents)
 
 
 def test_saes_that_cannot_be_compared_are_named_with_the_reason(model, tmp_path, monkeypatch):

@@ -23,7 +23,6 @@ from lenslab.show.plots import ACCENT, CONTROL, GREYS, MOST_POINTS, label
 TITLES = {"title": "what one sees", "x_title": "layer", "y_title": "norm"}
 DRAW = (plots.lines, plots.bars, plots.heatmap, plots.intervals, plots.scatter)
 lines, bars, heatmap, intervals, scatter = (partial(draw, **TITLES) for draw in DRAW)
-null_histogram = partial(plots.null_histogram, title="chance", x_title="AUROC")
 attention_map = partial(plots.attention_map, title="one head")
 
 
@@ -58,7 +57,6 @@ def test_figures_of_features_name_their_axes():
         category_feature_heatmap(VALUES, ["a", "b", "c"], [7, 9]),
         coactivation_heatmap(np.eye(2), [7, 9]),
         firing_density({"SAE": [0.1]}),
-        null_histogram([1, 2], {}),
     ):
         assert all(axes(figure))
 
@@ -186,26 +184,6 @@ def test_controls_of_an_interval_are_grey_and_told_apart_by_their_symbols():
         intervals({"SAE": ([1, 2], None, None)}, ["a"])
 
 
-def test_a_null_of_whole_numbers_has_a_bar_for_each():
-    figure = null_histogram([5, 5, 6, 8], {"SAE": 7.0})
-    (null,), (observed,), (note,) = figure.data, figure.layout.shapes, figure.layout.annotations
-    assert tuple(null.x) == (5, 6, 7, 8) and tuple(null.y) == (2, 1, 0, 1)
-    assert null.marker.color == CONTROL and observed.line.color == ACCENT
-    assert observed.x0 == observed.x1 == 7 and note.text == "SAE: 7"
-    assert figure.layout.yaxis.title.text == "of 4 draws"
-
-
-def test_a_null_of_other_numbers_keeps_every_draw_and_labels_stay_apart():
-    observed = {"SAE": 0.62, "n-grams": 0.6}
-    figure = null_histogram(np.linspace(0.4, 0.6, 101), observed)
-    control, sae = figure.layout.annotations
-    assert sum(figure.data[0].y) == 101
-    assert sae.font.color == ACCENT and control.font.color != ACCENT
-    assert sae.yshift != control.yshift
-    with pytest.raises(ValueError):
-        null_histogram([0.5, np.nan], {})
-
-
 def test_marked_points_are_named_and_the_rest_is_thinned_and_says_so():
     n = MOST_POINTS * 2 + 3
     figure = scatter(
@@ -317,7 +295,6 @@ def test_numbers_of_every_kind_can_be_drawn(kind):
     figure = intervals({"a": (row, row, row)}, "xyz", reference=row[0])
     assert tuple(figure.data[0].error_x.array) == (0, 0, 0)
     assert figure.layout.shapes[0].x0 == 1
-    assert null_histogram(row, {"a": row[0]}).layout.shapes[0].x0 == 1
 
 
 @pytest.mark.parametrize("draw", [lines, bars])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -318,7 +319,8 @@ def test_silence_is_counted_in_vectors(vectors):
 
 
 def test_the_rate_rises_and_falls_to_its_floor():
-    config = TrainingConfig(100 * 10, batch=10, warm_up=0.1, floor=0.2, sparsity_warm_up=0.5)
+    shares = dict(warm_up=0.1, hold=0.0, floor=0.2, sparsity_warm_up=0.5)
+    config = TrainingConfig(100 * 10, batch=10, **shares)
     rates = [config.rate(step) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1 and rates[55] == pytest.approx(0.2 + 0.8 * 0.5)
@@ -327,9 +329,20 @@ def test_the_rate_rises_and_falls_to_its_floor():
     assert config.warm(0) == 0.02 and config.warm(24) == 0.5 and config.warm(60) == 1.0
 
 
+def test_between_rise_and_fall_the_rate_stays():
+    config = TrainingConfig(100 * 10, batch=10)
+    rates = [config.rate(step) for step in range(100)]
+    assert rates[0] < 1 and set(rates[5:81]) == {1.0} and rates[90] == pytest.approx(0.55)
+    assert all(after < before for before, after in pairwise(rates[80:]))
+    assert replace(config, hold=1.0).rate(99) == 1.0
+    ended = replace(config, decay=0.5)  # it falls from step 40 on
+    assert ended.rate(40) == 1.0 and ended.rate(45) == pytest.approx(0.55)
+    assert ended.rate(50) == ended.rate(99) == pytest.approx(0.1)
+
+
 def test_the_floor_may_be_reached_before_the_end():
     """Warm-up, a cosine to half of the rate, then constant."""
-    config = TrainingConfig(1000 * 10, batch=10, warm_up=0.1, floor=0.5, decay=0.6)
+    config = TrainingConfig(1000 * 10, batch=10, warm_up=0.1, hold=0.0, floor=0.5, decay=0.6)
     rates = [config.rate(step) for step in range(config.steps)]
     assert max(rates) == 1 and rates[99] == 1 and rates[350] == pytest.approx(0.75, abs=0.01)
     assert set(rates[600:]) == {0.5} and rates[590] > 0.5

@@ -1,7 +1,8 @@
 """Which features of two SAEs are the same feature, and how much of that means nothing.
 
 1. `describe` keeps of an SAE what can be compared: where each latent writes (decoder), what it
-   listens for (encoder), what it does to the next token (vocabulary) and at which tokens it fires.
+   listens for (encoder), what it does to the next token (vocabulary) and at which tokens it fires;
+   of an SAE with more than 4,096 latents those that fire most.
 2. `similarity` compares every latent of one SAE with every latent of another: cosines of the
    first three, the correlation of firing for the last.
 3. `match` pairs them one to one, so that the sum of similarities is the largest (Hungarian
@@ -25,7 +26,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -35,7 +36,7 @@ from lenslab.features.readings import direct_logits
 from lenslab.hooks import UnknownHook
 from lenslab.models import model_key, model_name
 from lenslab.runtime import derive_generator
-from lenslab.sae.controls import untrained_sae
+from lenslab.sae.controls import NULLS, untrained_sae
 from lenslab.sae.load import (
     RESIDUAL,
     SAEMismatch,
@@ -47,12 +48,13 @@ from lenslab.sae.load import (
     refuse_transcoder,
     sae_hook,
 )
-from lenslab.sae.registry import NotAnSAE, SAENotHere, paths_of, place_of
+from lenslab.sae.registry import COMMAND, NotAnSAE, SAENotHere, paths_of, place_of
 
 KINDS = ("decoder", "encoder", "firing", "vocabulary")
 SHARED = 0.7  # similarity from which two features are called one
 NEAR = 0.05  # a latent that is as similar up to this might as well be the partner
 LEAST = 10  # firings of a feature that is followed
+MOST = 4096  # latents of an SAE that are compared, those that fire most: matching grows as a cube
 
 # One name for what is compared of a published model: release by release, at LAYERS of its twelve
 PUBLISHED = {
@@ -88,6 +90,8 @@ def open_saes(
             saes[short] = sae
         except (SAENotHere, NotAnSAE, SAEMismatch, UnknownHook, ValueError) as error:
             missing[short] = str(error).splitlines()[0]
+            if not isinstance(name, str) and COMMAND not in missing[short]:  # cut off, or changed
+                missing[short] += f" To fetch it anew: {COMMAND} download {' '.join(name)}"
     if not saes:
         raise ValueError(f"No SAE to compare: {missing or 'none is named'}.")
     return saes, missing
@@ -104,6 +108,7 @@ class Dictionary:
     vocabulary: Float[Tensor, "latent d_in"] | None  # its dot products are those of the logits
     fires: scipy.sparse.csc_array = field(repr=False)  # [token, latent] 0 or 1
     tokens: str  # key of the texts
+    latents: Int[np.ndarray, " latent"]  # their numbers in the SAE
 
     @property
     def rate(self) -> Float[np.ndarray, " latent"]:
@@ -115,13 +120,15 @@ class Dictionary:
 def describe(
     model: TransformerBridge, sae: SparseAutoencoder, fa: FeatureActivations
 ) -> Dictionary:
-    """An SAE as `compare` takes it; `fa` are its activations. Raises as `check_sae`; ValueError for
-    a transcoder."""
+    """An SAE as `compare` takes it; `fa` are its activations. Of more than 4,096 latents those that
+    fire at most tokens. Raises as `check_sae`; ValueError for a transcoder."""
     check_sae(sae, model)
     refuse_transcoder(sae)
+    fires = scipy.sparse.csc_array((fa.matrix > 0).astype(np.float32))
+    latents = np.sort(np.argsort(-fires.sum(axis=0), kind="stable")[:MOST])
     learned = hasattr(sae, "W_dec")
-    decoder = (sae.W_dec if learned else sae.directions).detach().float().cpu()
-    encoder = sae.W_enc.detach().float().cpu().T if learned else decoder
+    decoder = (sae.W_dec if learned else sae.directions).detach()[latents].float().cpu()
+    encoder = sae.W_enc.detach()[:, latents].float().cpu().T if learned else decoder
     vocabulary = None
     if RESIDUAL.search(sae_hook(sae)):
         effects = direct_logits(model, torch.eye(decoder.shape[1]).to(model.cfg.device)).cpu()
@@ -133,8 +140,9 @@ def describe(
         decoder=_unit(decoder),
         encoder=_unit(encoder),
         vocabulary=vocabulary,
-        fires=scipy.sparse.csc_array((fa.matrix > 0).astype(np.float32)),
+        fires=fires[:, latents],
         tokens=fa.batch.key,
+        latents=latents,
     )
 
 
@@ -149,21 +157,24 @@ def null_dictionaries(
     x: Float[Tensor, "token d_in"],
     twin: Dictionary | None = None,
     seed: int = 0,
+    kinds: Sequence[str] = ("random", "data"),
 ) -> dict[str, Dictionary]:
     """What stands in an SAE's place to see what similarity means nothing: isotropic random
-    directions and centred data points, as many as it has latents and as many active at a token; an
-    SAE of the random-weight `twin`, where there is one; and the SAE itself with its firings dealt
-    out anew among the tokens, each latent's rate kept.
+    directions and centred data points (one of these with `kinds`), as many as it has latents and as
+    many active at a token; an SAE of the random-weight `twin`, where there is one; and the SAE
+    itself with its firings dealt out anew among the tokens, each latent's rate kept.
 
     `x` are the SAE's inputs at the real tokens of `fa`; ValueError where they are others, or fewer
-    than it has latents.
+    than the latents that are compared.
     """
-    if not sae.cfg.d_sae <= len(x) == fa.matrix.shape[0]:
-        wanted = f"{fa.matrix.shape[0]} real tokens, at least the {sae.cfg.d_sae} latents"
+    least = min(sae.cfg.d_sae, MOST)
+    if not least <= len(x) == fa.matrix.shape[0]:
+        wanted = f"{fa.matrix.shape[0]} real tokens, at least the {least} latents"
         raise ValueError(f"{len(x)} inputs for {wanted}: give those of all tokens, or more texts.")
     own, active = describe(model, sae, fa), max(1, round(fa.matrix.nnz / fa.matrix.shape[0]))
     nulls = {}
-    for kind, name in (("random", "random directions"), ("data", "data points")):
+    for kind in kinds:
+        name = NULLS[kind]
         null = untrained_sae(sae, x, active, seed, kind)
         parts = [scipy.sparse.csr_array(encode(null, rows).numpy()) for rows in x.split(ROWS)]
         encoded = scipy.sparse.csr_array(scipy.sparse.vstack(parts))
@@ -248,7 +259,9 @@ def compare(
         row |= {"corrected": (value - null) / (1 - null), "near": found["near"].mean()}
         row["shared"] = (found["similarity"] >= SHARED).mean()
         rows.append(row | {"shared_null": (values[strictest] >= SHARED).mean()})
-        found = found.assign(latent=alive, rate=a.rate[alive], null=values[strictest], kind=kind)
+        found["partner"] = found["partner"].map(lambda i: b.latents[i] if i >= 0 else -1)
+        about = {"latent": a.latents[alive], "rate": a.rate[alive], "kind": kind}
+        found = found.assign(null=values[strictest], **about)
         tables.append(found)
     if not rows:
         raise SAEMismatch(f"{a.name} and {b.name} share neither a model nor texts.")

@@ -294,28 +294,6 @@ def intervals(
     return styled(figure, height=height, legend=len(series) > 1, **titles)
 
 
-def null_histogram(null: Values, observed: Mapping[str, Number], **titles: str) -> go.Figure:
-    """What chance gives, as grey bars, and what was observed, as lines. Whole numbers get a bar
-    each. Raises ValueError on NaN and Inf, and without draws."""
-    null = numbers(null).ravel()
-    if np.array_equal(null, np.round(null)) and np.ptp(null) <= 60:
-        bins = np.arange(null.min() - 0.5, null.max() + 1)
-    else:
-        bins = min(40, max(10, len(null) // 10))
-    counts, edges = np.histogram(null, bins=bins)
-    centres = (edges[:-1] + edges[1:]) / 2
-    figure = go.Figure(go.Bar(x=centres, y=counts, marker_color=CONTROL, name="chance"))
-    values = sorted((float(value), text) for text, value in observed.items())
-    for i, (value, text) in enumerate(values):
-        colour = colours(observed)[text]
-        note = {"text": f"{label(text, 40)}: {value:.3g}", "yshift": -14 * (i % 4)}  # kept apart
-        note["font_color"] = INK if is_control(text) else colour
-        figure.add_vline(x=value, line={"color": colour, "width": 2}, annotation=note)
-    figure.update_layout(bargap=0.08)
-    figure.update_xaxes(showgrid=False)
-    return styled(figure, y_title=f"of {len(null):,} draws", legend=True, **titles)
-
-
 def scatter(
     x: Values,
     y: Values,

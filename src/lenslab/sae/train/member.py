@@ -1,7 +1,7 @@
 """One SAE in training: its optimizer, what a step does, which latents are dead, what is logged.
 
-1. Loss and gradients of a batch, one step of Adam. The rate warms up, then follows a cosine to a
-   floor; a penalty warms up too.
+1. Loss and gradients of a batch, one step of Adam. The rate warms up, stays, then falls along a
+   cosine to a floor; a penalty warms up too.
 2. A latent is dead when it has not fired in the last `dead_after` vectors. The topk family revives
    dead latents by AuxK at every step; the others are given new directions, those of badly
    reconstructed vectors, once per window.
@@ -45,6 +45,9 @@ class TrainingConfig:
     # width and length (`data/results/phase_4_rates.json`: 256 dimensions, 98 and 366 steps)
     lr: float | None = None
     warm_up: float = 0.05  # share of the steps in which the rate rises
+    # share of `decay` after which it falls. At 0, a cosine from the start, a training of 32 or of
+    # 256 steps ends with more error (`benchmarks/results/time_to_quality.json`: lenslab-holds)
+    hold: float = 0.8
     floor: float = 0.1  # what the cosine ends at, as a share of the peak
     # share of the steps after which it ends; from there on the rate stays at the floor
     decay: float = 1.0
@@ -56,9 +59,9 @@ class TrainingConfig:
     checkpoint_minutes: float = 5.0  # where a folder is given
 
     def __post_init__(self) -> None:
-        shares = (self.warm_up, self.floor, self.decay, self.sparsity_warm_up)
-        if not all(0 <= share <= 1 for share in shares):
-            raise ValueError("warm_up, floor, decay and sparsity_warm_up are shares: 0 to 1.")
+        names = ("warm_up", "hold", "floor", "decay", "sparsity_warm_up")
+        if not all(0 <= getattr(self, name) <= 1 for name in names):
+            raise ValueError(f"{', '.join(names)} are shares: 0 to 1.")
         counts = (self.batch, self.dead_after, 1 if self.log_every is None else self.log_every)
         if not all(count >= 1 and count % 1 == 0 for count in counts):
             raise ValueError("batch, dead_after and log_every are whole numbers from 1 on.")
@@ -80,7 +83,9 @@ class TrainingConfig:
         warm = max(1, round(self.warm_up * self.steps))
         if step < warm:
             return (step + 1) / warm
-        progress = min(1.0, (step - warm) / max(1, round(self.decay * self.steps) - warm))
+        start = max(warm, round(self.hold * self.decay * self.steps))
+        progress = (step - start) / max(1, round(self.decay * self.steps) - start)
+        progress = min(1.0, max(0.0, progress))
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def warm(self, step: int) -> float:
