@@ -26,7 +26,7 @@ def by_hand(experts):
 
 
 def test_coverage_by_hand():
-    table = paths.path_coverage(by_hand([[0, 1]] * 5 + [[0, 2]] * 3 + [[1, 1], [2, 2]])).to_frame()
+    table = paths.path_coverage(by_hand([[0, 1]] * 5 + [[0, 2]] * 3 + [[1, 1], [2, 2]]))
     value = table.set_index(["layer", "statistic"])["value"].loc[5]
     assert value[paths.COVERAGE[:5]].tolist() == [4, 2, 4, 1, 1]
     p = np.array([0.5, 0.3, 0.1, 0.1])
@@ -53,7 +53,7 @@ def test_a_planted_path_is_found_with_its_share():
     assert experts.tolist() == [[1, 2, 3, 0]] and alone.n_experts == 1
     took = alone.ids[:, 0, 0] == 0
     assert took[on].all() and took.sum() == (routing.ids[..., 0] == [1, 2, 3, 0]).all(1).sum()
-    table = paths.path_coverage(routing).to_frame().set_index(["layer", "statistic"])
+    table = paths.path_coverage(routing).set_index(["layer", "statistic"])
     assert table.loc[3, "entropy"]["excess"] < -0.05 and table.loc[3, "entropy"]["high"] < 0
     assert table.loc[3, "top 10"]["excess"] > 0.1 and table.loc[3, "top 10"]["p"] == 1 / 21
     with pytest.raises(ValueError, match="No path has 9999 tokens"):
@@ -70,9 +70,9 @@ def test_a_path_that_a_kind_takes_is_found_by_the_statistics_of_experts():
     planted = route(logits, routing.text, 1, token=routing.token)
     alone, experts = paths.paths_as_experts(planted)
     assert experts[0].tolist() == [0, 1, 2]
-    assert (statistics.contrast(alone, kind).to_frame()["p"] == 1 / 201).all()
+    assert (statistics.contrast(alone, kind)["p"] == 1 / 201).all()
     nothing = rng.permutation(80)[routing.text] % 2
-    assert (statistics.contrast(alone, nothing).to_frame()["p"] > 0.05).all()
+    assert (statistics.contrast(alone, nothing)["p"] > 0.05).all()
 
 
 def test_clusters_of_paths_are_found_where_they_are():
@@ -80,15 +80,17 @@ def test_clusters_of_paths_are_found_where_they_are():
     ids = routing.ids.copy()
     others = np.flatnonzero(~on)[:120]
     ids[others, :, 0] = [0, 0, 1, 1]
-    found = paths.path_clusters(replace(routing, ids=ids), tokens=600, smallest=60)
+    clusters, common, share = paths.path_clusters(
+        replace(routing, ids=ids), tokens=600, smallest=60
+    )
     for tokens, path in ((np.flatnonzero(on), [1, 2, 3, 0]), (others, [0, 0, 1, 1])):
-        cluster = found.paths.tolist().index(path)
-        assert (found.routing.ids[tokens, 0, 0] == cluster).all()
-    row = found.share.to_frame().iloc[0]
-    assert row["tokens"] == 600 and row["value"] == (found.routing.ids >= 0).mean()
+        cluster = common.tolist().index(path)
+        assert (clusters.ids[tokens, 0, 0] == cluster).all()
+    row = share.iloc[0]
+    assert row["tokens"] == 600 and row["value"] == (clusters.ids >= 0).mean()
     assert row["low"] > 0
     nothing = paths.path_clusters(random_routing(layers=4, experts=8, k=1)[0], smallest=60)
-    assert nothing.paths.shape == (0, 4) and nothing.share.to_frame()["low"][0] <= 0
+    assert nothing[1].shape == (0, 4) and nothing[2]["low"][0] <= 0
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -104,7 +106,7 @@ def test_predictors_foretell_what_decides_and_nothing_else(share):
         logits[place, layer, decides] += share
         inputs[place, layer, decides] += 6 * share
     routing = route(logits, text, 1, token=token, inputs=inputs)
-    table = paths.predict_experts(routing, kind).to_frame().set_index(["layer", "predictor"])
+    table = paths.predict_experts(routing, kind).set_index(["layer", "predictor"])
     beyond = table["low"] > 0
     right = [(0, "token"), (0, "bigram"), (1, "bigram"), (2, "kind"), (3, "position")]
     if share:
@@ -113,7 +115,7 @@ def test_predictors_foretell_what_decides_and_nothing_else(share):
         assert table.loc[(1, "token"), "value"] < 0.4 and table.loc[(2, "token"), "value"] < 0.6
     else:
         assert beyond.sum() <= 1
-    probe = paths.predict_from_dimensions(routing, (0.3, 1.0)).to_frame()
+    probe = paths.predict_from_dimensions(routing, (0.3, 1.0))
     probe = probe.set_index(["dimensions", "share", "layer"])
     if share:  # the planted dimensions are the largest
         assert (probe.loc["largest", 1.0]["value"] > 0.95).all()
@@ -127,7 +129,7 @@ def test_no_text_is_in_both_halves_and_new_tokens_are_left_to_the_most_frequent_
     routing, *_ = random_routing(6, token=np.arange(600))
     fit = paths.fitted_half(routing, 0)
     assert not set(routing.text[fit]) & set(routing.text[~fit])
-    table = paths.predict_experts(routing).to_frame().set_index("predictor")
+    table = paths.predict_experts(routing).set_index("predictor")
     assert (table.loc[["token", "bigram"], "excess"] == 0).all()
     with pytest.raises(ValueError, match="inputs=True"):
         paths.predict_from_dimensions(route(np.zeros((4, 1, 3)), np.arange(4)))
@@ -138,5 +140,15 @@ def test_shuffled_layers_give_alarms_in_at_most_7_of_100(monkeypatch):
     alarms = 0
     for seed in range(200):
         routing, *_ = random_routing(seed, 10, 6, layers=3, experts=4, k=1)
-        alarms += bool((paths.path_coverage(routing).to_frame()["p"] <= 0.05).any())
+        alarms += bool((paths.path_coverage(routing)["p"] <= 0.05).any())
     assert alarms <= 14
+
+
+def test_coverage_of_many_tokens_is_that_of_some(monkeypatch):
+    """The number of paths grows with that of tokens: 300 of 600 have fewer, and cost half."""
+    routing, *_ = random_routing(7, layers=3, experts=6, k=1)
+    every = paths.path_coverage(routing).set_index(["layer", "statistic"])["value"]
+    monkeypatch.setattr(paths, "SOME", 300)
+    some = paths.path_coverage(routing).set_index(["layer", "statistic"])["value"]
+    assert some[2, "paths"] < every[2, "paths"] <= 216 and some[2, "paths"] > 100
+    assert some[2, "entropy"] == pytest.approx(every[2, "entropy"], abs=0.05)

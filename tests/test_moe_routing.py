@@ -1,19 +1,17 @@
 """Routing as every family decides it: ids, weights and experts give the layer's output by formulas
 written out here, whatever the batch and the padding; what is not known is refused by name."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
 from conftest import TEXTS, make_tokenizer
 from torch.nn import functional
 
-from lenslab.files import data_path
+from lenslab.files import NotAModel, data_path
 from lenslab.models import load_model
 from lenslab.moe import experts as experts_of
 from lenslab.moe import routing as moe
@@ -58,6 +56,10 @@ FAMILIES = {  # name -> (class, config, the config's class where it is another, 
     "qwen3.5": ("Qwen3_5Moe" + LLM, MIXED | FULL | dict(shared_expert_intermediate_size=16)),
     "lfm2": ("Lfm2Moe" + LLM, MIXED | FULL | dict(num_dense_layers=1)),
     "glm 4": ("Glm4Moe" + LLM, ROUTED | dict(head_dim=8)),
+    "glm 4, lite": (
+        "Glm4MoeLite" + LLM,
+        DEEPSEEK | dict(mlp_layer_types=["dense", "sparse", "sparse"]),
+    ),
     "moonlight": ("DeepseekV3" + LLM, DEEPSEEK),
     "nemotron": (
         "NemotronH" + LLM,
@@ -264,7 +266,7 @@ def test_an_expert_of_switch_that_is_full_takes_nobody(family):
     assert 0 < full.mean() < 0.5 and (found.weights[:, :, 0][full] == 0).all()
     parts = experts_of.expert_contributions(model, batch, found.layers[0], "encoder")
     assert (parts[full[:, 0]] == 0).all()
-    assert found.layers == (1, 3) and found.dense == (0, 2)
+    assert found.layers == (1, 3)
     for stack in ("", "both"):
         with pytest.raises(ValueError, match=r"one of \('encoder', 'decoder'\)"):
             moe.capture_routing(model, batch, stack=stack)
@@ -344,6 +346,13 @@ def test_probabilities_in_the_place_of_logits_and_other_weights_are_refused(olmo
         moe.capture_routing(olmoe, batch)
 
 
+def test_granite_4_without_rotary_positions_is_refused_by_name(tmp_path):
+    """TransformerLens cannot run it: `load_model` says so before anything is read of it."""
+    kind, config = FAMILIES["granite 4"]
+    with pytest.raises(NotAModel, match="no adapter for GraniteMoeHybridForCausalLM"):
+        save_and_load(tmp_path, kind, config | dict(position_embedding_type=None))
+
+
 def test_a_model_in_train_mode_or_with_a_hook_is_refused(olmoe):
     batch = tokenize(olmoe, TEXTS)
     olmoe.train()
@@ -383,14 +392,12 @@ def test_tables_hold_every_token_layer_and_rank(olmoe, found):
     assert table.iloc[4].tolist() == pytest.approx(
         [0, 1, int(batch.tokens[0, 1]), 1, 2, found.ids[0, 1, 1], found.weights[0, 1, 1]]
     )
-    words = found.vocabulary()
+    words = pd.crosstab([table["layer"], table["token"]], table["expert"], normalize="index")
     token = int(found.token[0])
-    row = words[(words["token"] == token) & (words["layer"] == 2)].iloc[0]
     own = found[found.token == token]
-    assert row["count"] == len(own.token) == (found.token == token).sum()
-    assert row[4] == pytest.approx((own.ids[:, 2] == 4).sum() / (3 * len(own.token)))
-    assert words[list(range(6))].sum(axis=1).to_numpy() == pytest.approx(1)
-    assert row["string"] == batch.tokenizer.decode([token])
+    slots = (own.ids[:, 2] == 4).sum()
+    assert words.loc[2, token][4] == pytest.approx(slots / (3 * len(own.token)))
+    assert len(words) == 3 * len(np.unique(found.token))
 
 
 @pytest.mark.parametrize("pad_side", ["right", "left"])
@@ -416,27 +423,25 @@ def test_predictions_are_those_of_each_text_alone(olmoe, found, pad_side):
 def test_a_file_holds_everything_and_states_what_its_dtype_costs(found, tmp_path, dtype):
     error = found.save(tmp_path / "routing.safetensors", dtype)
     back = moe.load_routing(tmp_path / "routing.safetensors")
-    for name in ("ids", "text", "position", "token", "layers", "dense", "n_experts", "model"):
+    for name in ("ids", "text", "position", "token", "layers", "n_experts", "model"):
         assert np.array_equal(getattr(back, name), getattr(found, name)), name
     for name in moe.FLOATS:
         assert np.abs(getattr(back, name) - getattr(found, name)).max() == pytest.approx(
             error[name]
         )
     assert (error["logits"] == 0) == (dtype == torch.float32)
-    if dtype != torch.bfloat16:
-        found.save(tmp_path / "routing.parquet", dtype)
-        table = pd.read_parquet(tmp_path / "routing.parquet")
-        assert table["weight"].to_numpy() == pytest.approx(
-            found.weights.ravel(), abs=error["weights"] + 1e-9
-        )
-        told = json.loads(pq.read_schema(tmp_path / "routing.parquet").metadata[b"PANDAS_ATTRS"])
-        assert json.loads(told["error"]) == {"weights": error["weights"]}
     large = replace(found, logits=found.logits * 1e6)
     if dtype == torch.float16:
         with pytest.raises(ValueError, match=r"logits are too large for torch.float16"):
             large.save(tmp_path / "large.safetensors", dtype)
-    with pytest.raises(ValueError, match=r"saved as .parquet or .safetensors"):
-        found.save(tmp_path / "routing.pkl")
+
+
+def test_a_parquet_file_holds_what_was_captured_exactly(found, tmp_path):
+    found.to_frame().to_parquet(tmp_path / "routing.parquet")
+    table = pd.read_parquet(tmp_path / "routing.parquet")
+    assert table["weight"].dtype == np.float32
+    assert np.array_equal(table["weight"], found.weights.ravel())
+    assert np.array_equal(table["expert"], found.ids.ravel())
 
 
 def test_the_routing_of_checkpoints_ends_in_that_of_the_model_and_is_of_its_texts_only():
@@ -454,5 +459,5 @@ def test_the_routing_of_checkpoints_ends_in_that_of_the_model_and_is_of_its_text
     assert np.abs(last.weights - now.weights).mean() < 0.001
     assert (steps[0].ids[..., 0] == now.ids[..., 0]).mean() < 0.5
     for other in (batch[:20], tokenize(model, [*texts[:-1], "Another text."])):
-        with pytest.raises(ValueError, match=r"trace of other texts \(.* of 28 texts\)"):
+        with pytest.raises(ValueError, match="is a trace of other texts"):
             moe.training_routing(path, other)

@@ -1,12 +1,10 @@
 """Which experts a mixture of experts sends each token to, read where it is decided.
 
 How `capture_routing` works:
-1. find the routers: modules of a family in `SCORES`, beside a module of experts. A dense model and
-   a router of another family are refused by name;
-2. run the texts, the longest first, padded on the right whatever the batch says: neither other
-   texts nor padding change what a token gets, even where an expert takes only so many tokens of a
-   text (Switch);
-3. catch what each router gives, by PyTorch's hooks on Hugging Face's own module: TransformerLens's
+1. find the routers: modules of a family in `SCORES` beside a module of experts;
+2. run the texts, padded on the right whatever the batch says: neither other texts nor padding
+   change what a token gets, even where an expert takes only so many tokens of a text (Switch);
+3. catch what each router gives by PyTorch's hooks on Hugging Face's own module: TransformerLens's
    hooks there hold other things in other families, and cannot be edited;
 4. sort the ranks, the largest weight first, and check on every pass that logits are logits and that
    the weights follow from them (`read_router`).
@@ -18,7 +16,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,14 +27,15 @@ from jaxtyping import Float, Int, Shaped
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
+from torch.nn import functional
+from transformer_lens.model_bridge import TransformerBridge as Model
 
 from lenslab.capture import check_batch, texts_per_pass
 from lenslab.files import atomic_write
 from lenslab.hooks import check_unhooked
 from lenslab.models import check_eval, model_name
 from lenslab.runtime import progress_bar
-from lenslab.tokens import TokenBatch, token_string
+from lenslab.tokens import TokenBatch
 
 SOFTMAX = "Olmoe Mixtral Qwen2Moe Qwen3Moe Qwen3_5Moe DeepseekV2 GptOss GraniteMoe GraniteMoeHybrid"
 SOFTMAX += " Ernie4_5_Moe Gemma4Text SwitchTransformers"
@@ -51,10 +50,7 @@ PASS = 16  # texts per forward pass at most
 ORIGIN = ("text", "position", "token")
 FLOATS = ("weights", "logits", "inputs")
 
-
-Model = TransformerBridge
 Codes = Int[np.ndarray, " token"]  # numbers from 0
-Ranks = Int[np.ndarray, "token rank"]  # ids of experts, of one layer
 
 
 class NoRouting(ValueError):
@@ -72,11 +68,9 @@ class Routing:
     text: Codes
     position: Codes  # within the text, BOS included
     token: Codes  # its id
-    dense: tuple[int, ...] = ()  # layers without a router
     logits: Float[np.ndarray, "token layer expert"] | None = None
     inputs: Float[np.ndarray, "token layer d_model"] | None = None  # what the routers read
     model: str = ""
-    tokenizer: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         shape = (len(self.token), len(self.layers), self.ids.shape[2])
@@ -92,88 +86,55 @@ class Routing:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per token, layer and rank: `text`, `position`, `token`, `layer`, `rank` (1 is the
-        largest weight), `expert` (-1 where it was full) and `weight`."""
+        largest weight), `expert` (-1 where it was full) and `weight`. Of its columns,
+        `pd.crosstab([layer, token], expert)` are the slots of every token of the vocabulary."""
         token, layer, rank = (index.ravel() for index in np.indices(self.ids.shape))
         table = pd.DataFrame({name: getattr(self, name)[token] for name in ORIGIN})
         table = table.assign(layer=np.array(self.layers)[layer], rank=rank + 1)
         return table.assign(expert=self.ids.ravel(), weight=self.weights.ravel())
 
-    def vocabulary(self) -> pd.DataFrame:
-        """One row per layer and token that occurs: `layer`, `token`, `string`, `count`, and the
-        shares of its slots at each expert, in columns 0 to n_experts - 1."""
-        ids, codes, counts = np.unique(self.token, return_inverse=True, return_counts=True)
-        names = [token_string(self.tokenizer, i) for i in ids.tolist()] if self.tokenizer else ""
-        tables = []
-        for index, layer in enumerate(self.layers):
-            slots = slot_counts(self.ids[:, index], codes, len(ids), self.n_experts)
-            facts = pd.DataFrame({"layer": layer, "token": ids, "string": names, "count": counts})
-            shares = pd.DataFrame(slots / np.maximum(slots.sum(1, keepdims=True), 1))
-            tables.append(pd.concat([facts, shares], axis=1))
-        return pd.concat(tables, ignore_index=True)
-
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, float]:
-        """Write `.parquet` (`to_frame`, for any program) or `.safetensors` (everything, for
-        `load_routing`), floats as `dtype`. Returns the largest error that this makes in each array,
-        in its units, which the file's metadata states too.
-
-        ValueError for another suffix, and values that the dtype cannot hold.
-        """
-        path, table = Path(path), Path(path).suffix == ".parquet"
-        if path.suffix not in (".parquet", ".safetensors"):
-            raise ValueError(f"A routing is saved as .parquet or .safetensors, not {path.name}.")
-        names = FLOATS[:1] if table else FLOATS
-        arrays = {n: torch.as_tensor(v) for n in names if (v := getattr(self, n)) is not None}
-        stored = {name: value.to(dtype) for name, value in arrays.items()}
-        if wrong := [name for name, value in stored.items() if not bool(value.isfinite().all())]:
-            raise ValueError(f"{wrong[0]} are too large for {dtype}: take bfloat16 or float32.")
-        error = {n: float((v.double() - arrays[n].double()).abs().max()) for n, v in stored.items()}
-        facts = {name: getattr(self, name) for name in ("layers", "dense", "n_experts", "model")}
+        """Write everything as safetensors, for `load_routing`, floats as `dtype`. Returns the
+        largest error that this makes in each array, in its units; the file's metadata states it
+        too. ValueError for values that the dtype cannot hold. As Parquet, for any program:
+        `to_frame().to_parquet(path)`, which keeps float32."""
+        held, error = {n: getattr(self, n) for n in ("ids", *ORIGIN, *FLOATS)}, {}
+        stored = {n: torch.as_tensor(v).contiguous() for n, v in held.items() if v is not None}
+        for name in stored.keys() & {*FLOATS}:
+            exact, stored[name] = stored[name], stored[name].to(dtype)
+            error[name] = float((stored[name].double() - exact.double()).abs().max())
+            if not np.isfinite(error[name]):
+                raise ValueError(f"{name} are too large for {dtype}: take bfloat16 or float32.")
+        facts = {name: getattr(self, name) for name in ("layers", "n_experts", "model")}
         told = {"facts": json.dumps(facts), "error": json.dumps(error), "dtype": str(dtype)}
         with atomic_write(path) as temporary:
-            if table:
-                frame = self.to_frame().assign(weight=stored["weights"].numpy().ravel())
-                frame.attrs = told
-                frame.to_parquet(temporary, compression="zstd", index=False)
-            else:
-                whole = {n: torch.as_tensor(getattr(self, n)) for n in ("ids", *ORIGIN)} | stored
-                save_file({n: v.contiguous() for n, v in whole.items()}, temporary, told)
+            save_file(stored, temporary, told)
         return error
 
 
 def load_routing(path: str | Path) -> Routing:
-    """What `Routing.save` wrote as `.safetensors`, floats as float32; without a tokenizer."""
+    """What `Routing.save` wrote as `.safetensors`, floats as float32."""
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["facts"])
         arrays = {name: file.get_tensor(name) for name in file.offset_keys()}
-    facts |= {name: tuple(facts[name]) for name in ("layers", "dense")}
     values = {n: (v.float() if v.is_floating_point() else v).numpy() for n, v in arrays.items()}
-    return Routing(**values, **facts)
+    return Routing(**values | facts | {"layers": tuple(facts["layers"])})
 
 
 def training_routing(path: str | Path, batch: TokenBatch) -> dict[int, Routing]:
-    """The routing of the batch's texts at every checkpoint that a table such as
-    `data/models/pocket-moe/routing.parquet` holds, by step.
-
-    ValueError where the table is of other texts, or of another tokenizer.
-    """
+    """The routing of the batch's texts at every checkpoint, by step, of a table such as
+    `data/models/pocket-moe/routing.parquet`. ValueError where that is of other texts or tokens."""
     table = pd.read_parquet(path).rename(columns={"token_id": "token"})
     table = table.sort_values(["step", "text", "position", "layer", "slot"], ignore_index=True)
-    here, real = pd.DataFrame(_origin(batch, batch.attention)), batch.real[batch.attention].numpy()
-    layers, found = np.unique(table["layer"]).tolist(), {}
-    shape = (len(here), len(layers), table["slot"].max() + 1)
+    layers, n_experts = np.unique(table["layer"]).tolist(), int(table["expert"].max()) + 1
+    here, found = _origin(batch, batch.attention), {}
+    shape = (-1, len(layers), table["slot"].max() + 1)
     for step, rows in table.groupby("step"):
-        tokens = rows[[*ORIGIN]].to_numpy()[:: shape[1] * shape[2]]
-        if not np.array_equal(tokens, here):
-            told = f"({len(tokens)} tokens of {rows['text'].nunique()} texts)"
-            raise ValueError(f"{Path(path).name} is a trace of other texts {told} than the batch.")
-        found[int(step)] = Routing(
-            ids=rows["expert"].to_numpy().reshape(shape)[real],
-            weights=rows["weight"].to_numpy().reshape(shape)[real],
-            layers=tuple(layers),
-            n_experts=int(table["expert"].max()) + 1,
-            tokenizer=batch.tokenizer,
-            **_origin(batch, batch.real),
-        )
+        values = {name: rows[name].to_numpy().reshape(shape) for name in rows}
+        if not all(np.array_equal(values[name][:, 0, 0], here[name]) for name in ORIGIN):
+            raise ValueError(f"{Path(path).name} is a trace of other texts than the batch.")
+        whole = Routing(values["expert"], values["weight"], tuple(layers), n_experts, **here)
+        found[int(step)] = whole[batch.real[batch.attention].numpy()]
     return found
 
 
@@ -181,15 +142,7 @@ def _origin(batch: TokenBatch, mask: Tensor) -> dict[str, np.ndarray]:
     """Text, position and id of the tokens of a mask `[text, pos]`."""
     text, column = mask.nonzero(as_tuple=True)
     position = column - batch.attention.int().argmax(1)[text]  # padding on the left does not count
-    values = (text.numpy(), position.numpy(), batch.tokens[mask].numpy())
-    return dict(zip(ORIGIN, values, strict=True))
-
-
-def slot_counts(ids: Ranks, codes: Codes, n: int, n_experts: int) -> Int[np.ndarray, "code e"]:
-    """How many slots the tokens of each code, 0 to n - 1, have at each expert."""
-    slots = codes[:, None] * (n_experts + 1) + ids + 1  # the first is that of no expert
-    counts = np.bincount(slots.ravel(), minlength=n * (n_experts + 1))
-    return counts.reshape(n, n_experts + 1)[:, 1:]
+    return {"text": text.numpy(), "position": position.numpy(), "token": batch.tokens[mask].numpy()}
 
 
 class SparseLayer(NamedTuple):
@@ -202,8 +155,7 @@ class SparseLayer(NamedTuple):
 
 
 def sparse_layers(model: Model, stack: str = "") -> dict[int, SparseLayer]:
-    """The layers with experts, by number; `stack` is "encoder" or "decoder" of a model that has
-    both.
+    """The layers with experts, by number; `stack` is "encoder" or "decoder" of a model with both.
 
     Raises NoRouting for a dense model and for a router of an unknown family, with what was found;
     ValueError for a stack that is not there.
@@ -251,37 +203,25 @@ def capture_routing(
     with hooks left on it, and as `check_batch`.
     """
     layers = sparse_layers(model, stack)
-    modules = {(n, "router"): layer.router for n, layer in layers.items()}
-    modules |= {(n, "projection"): layer.projection for n, layer in layers.items()}
-    names, kept = ("ids", *FLOATS), {}
-    wanted = [*names[:2], *["logits"] * logits, *["inputs"] * inputs]
+    modules = {(n, p): getattr(x, p) for n, x in layers.items() for p in ("router", "projection")}
+    kept, wanted = {}, ("ids", "weights", *["logits"] * logits, *["inputs"] * inputs)
     for rows, places, caught in passes(model, batch, modules, stack):
         for index, (number, layer) in enumerate(layers.items()):
             args, output = caught[number, "router"]
             read = read_router(layer, output, caught[number, "projection"][1])
-            read = (read[2].short(), read[1], read[0], args[0].float())
-            values = dict(zip(names, read, strict=True))
+            values = dict(zip(("ids", *FLOATS), (*read, args[0].float()), strict=True))
             for name in wanted:
                 value = values[name].flatten(0, -2)[places].cpu().numpy()
                 if name not in kept:
                     kept[name] = np.empty((batch.n_real, len(layers), value.shape[1]), value.dtype)
                 kept[name][rows, index] = value
-    own = (LAYER.search(n) for n, _ in model.original_model.named_modules() if n.startswith(stack))
-    return Routing(
-        **kept,
-        **_origin(batch, batch.real),
-        layers=tuple(layers),
-        n_experts=read[2].shape[1],
-        dense=tuple(sorted({int(place[1]) for place in own if place} - set(layers))),
-        model=model_name(model),
-        tokenizer=batch.tokenizer,
-    )
+    facts = {"layers": tuple(layers), "n_experts": read[2].shape[1], "model": model_name(model)}
+    return Routing(**kept, **facts, **_origin(batch, batch.real))
 
 
 def read_router(layer: SparseLayer, output: tuple, projected: Any) -> tuple[Tensor, ...]:
-    """Logits [token, expert], weights and ids [token, rank] of what a router gave, the largest
-    weight first. Raises NoRouting where a version of transformers gives something else under these
-    names."""
+    """Ids and weights [token, rank], the largest first, logits [token, expert]. Raises NoRouting
+    where a version of transformers gives something else under these names."""
     logits, weights, ids = output
     if layer.family == "SwitchTransformers":  # a mask, empty where the expert was full
         taken, weights, logits = (value.flatten(0, -2) for value in output)
@@ -302,13 +242,10 @@ def read_router(layer: SparseLayer, output: tuple, projected: Any) -> tuple[Tens
         ratio = ratio * layer.router.per_expert_scale[ids]
     if bool(((ratio / ratio[:, :1] - 1).abs() > TOLERANCE)[weights > 1e-6].any()):
         raise NoRouting(f"{kind}: its weights do not follow from its logits: not supported.")
-    return logits, weights, ids
+    return ids.short(), weights, logits
 
 
-Pass = tuple[Tensor, Tensor, dict[Any, tuple]]
-
-
-def passes(model: Model, batch: TokenBatch, modules: dict, stack: str) -> Iterator[Pass]:
+def passes(model: Model, batch: TokenBatch, modules: dict, stack: str) -> Iterator[tuple]:
     """Forward passes: which real tokens they have, where these stand among the pass's tokens, and
     of each module (arguments, output)."""
     check_batch(model, batch)
@@ -350,13 +287,12 @@ def predictions(model: Model, batch: TokenBatch) -> pd.DataFrame:
     tables, device = [], model.cfg.device
     for text in range(len(batch)):
         few = batch[[text]]
-        tokens, real = few.tokens[0], few.real[0]
         with torch.inference_mode():
             logits = model(few.tokens.to(device), attention_mask=few.attention.long().to(device))
-        log_p = logits[0].float().log_softmax(-1).cpu()  # [pos, vocabulary]
-        best, loss = log_p.max(-1), torch.full(tokens.shape, torch.nan)
-        loss[:-1] = -log_p[:-1].gather(1, tokens[1:, None])[:, 0].where(real[1:], torch.nan)
-        columns = {"token": tokens, "predicted": best.indices, "probability": best.values.exp()}
-        columns = {name: value[real] for name, value in (columns | {"loss": loss}).items()}
-        tables.append(pd.DataFrame({"text": text} | columns))
+        logits, token = logits[0].cpu()[few.real[0]].float(), few.tokens[few.real]
+        probability, predicted = logits.softmax(-1).max(-1)
+        loss = functional.cross_entropy(logits[:-1], token[1:], reduction="none")
+        table = pd.DataFrame({"text": text, "token": token, "predicted": predicted})
+        loss = pd.Series(loss.numpy())  # none after the last
+        tables.append(table.assign(probability=probability.numpy(), loss=loss))
     return pd.concat(tables, ignore_index=True)
