@@ -145,7 +145,7 @@ def test_shuffled_layers_give_alarms_in_at_most_7_of_100(monkeypatch):
 
 
 def test_coverage_of_many_tokens_is_that_of_some(monkeypatch):
-    """The number of paths grows with that of tokens: 300 of 600 have fewer, and cost half."""
+    """The number of paths grows with that of tokens: 300 of 600 have fewer."""
     routing, *_ = random_routing(7, layers=3, experts=6, k=1)
     every = paths.path_coverage(routing).set_index(["layer", "statistic"])["value"]
     monkeypatch.setattr(paths, "SOME", 300)
