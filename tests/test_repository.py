@@ -197,6 +197,7 @@ FLOORS = (  # each may import those before it, and its own
     ("hooks", "tokens", "capture", "store", "records"),
     ("sae",),
     ("features", "circuits"),
+    ("moe",),
     ("compare",),
     ("show",),
 )

@@ -1,0 +1,1 @@
+"""Mixtures of experts: which expert reads which token, and what that means."""
