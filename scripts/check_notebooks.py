@@ -82,15 +82,21 @@ CLAIM = (
 )
 
 # One line per condition: threads, then instruction sets. Torch's own kernels, oneDNN and MKL each
-# choose theirs.
+# choose theirs. Processors without AVX-512 have no fast bf16 either; emulated it takes hours.
 CONDITIONS = {
     "1 thread": {"OMP_NUM_THREADS": "1"},
     "2 threads": {"OMP_NUM_THREADS": "2"},
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"},
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_CBWR": "AVX2",
+        "LENSLAB_COMPUTE": "float32",
+    },
     "default": {
         "ATEN_CPU_CAPABILITY": "default",
         "ONEDNN_MAX_CPU_ISA": "SSE41",
         "MKL_CBWR": "COMPATIBLE",
+        "LENSLAB_COMPUTE": "float32",
     },
 }
 

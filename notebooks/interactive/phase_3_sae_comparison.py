@@ -1307,25 +1307,26 @@ else:
 # %%
 half_rows = held_rows[::2]
 of_kind = labels.inside[half_rows]
+ours = best[best["sae"] == beside]["feature"].to_numpy()
+asked = {
+    model_name(model): (model, saes[beside], fas[beside], ours),
+    there: (second, second_sae, second_fa, second_best["feature"].to_numpy()),
+}
 
+# %% [markdown]
+# Millinats that the loss of each kind rises by when a feature is set to zero:
 
-def effects_of(model, sae, fa, features) -> pd.DataFrame:
-    """Millinats that the loss of each kind rises by, its own feature set to zero or another's."""
-    rises = 1000 * ablate_features(model, sae, fa[half_rows.tolist()], features)  # [feature, text]
+# %%
+rise_of = []
+for one, its_sae, its_fa, its_features in asked.values():
+    rises = 1000 * ablate_features(one, its_sae, its_fa[half_rows.tolist()], its_features)
     by_kind = rises @ of_kind / of_kind.sum(0)  # [feature, kind]
     table = pd.DataFrame({"own feature": np.diag(by_kind)}, list(labels.categories))
     table["on other kinds"] = (rises.sum(1) - (rises * of_kind.T).sum(1)) / (~of_kind).sum(0)
-    return table.assign(**{CROSS: (by_kind.sum(0) - np.diag(by_kind)) / (len(by_kind) - 1)})
-
-
-# %% [markdown]
-# The first model, and the second:
-
-# %%
-ours = best[best["sae"] == beside]["feature"].to_numpy()
-first_effects = effects_of(model, saes[beside], fas[beside], ours)
-second_effects = effects_of(second, second_sae, second_fa, second_best["feature"].to_numpy())
-table = pd.concat({model_name(model): first_effects, there: second_effects})
+    crossed = (by_kind.sum(0) - np.diag(by_kind)) / (len(by_kind) - 1)
+    rise_of.append(table.assign(**{CROSS: crossed}))
+first_effects, second_effects = rise_of
+table = pd.concat(dict(zip(asked, rise_of, strict=True)))
 print(table.round(2).to_string())
 
 # %% [markdown]

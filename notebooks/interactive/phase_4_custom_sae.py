@@ -738,17 +738,16 @@ from lenslab.features.readings import firing_summary
 
 fires = firing_summary(fas["my SAE"], found["my SAE"]["feature"].tolist(), labels)
 narrow = fires[fires["share"] > 0.8]
-lost = narrow[narrow["auroc_without"] < narrow["auroc"] - 0.1]
 HTML(fires.to_html(float_format="{:.2f}".format, index=False))
 
 # %% [markdown]
 # In the table `share` is how much of the activation falls on that class.
 
 # %%
+many = "most" if len(narrow) > len(fires) / 2 else "fewer than half"
 so(
-    f"{'some' if len(narrow) else 'none'} of the chosen features put more than 80 % of their "
-    f"activation on one class of tokens, and {'some' if len(lost) else 'none'} of those tell "
-    f"their kind apart much less without it{': an AUROC is no meaning yet' if len(lost) else ''}."
+    f"{many} of the chosen features put more than 80 % of their activation on one class of tokens; "
+    "what is left of such a one without that class stands in the table's last column."
 )
 
 # %% [markdown]
