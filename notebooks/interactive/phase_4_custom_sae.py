@@ -66,8 +66,7 @@ share = len(written) // 46  # between both parts lies a gap: neighbours are of o
 texts = list(dict.fromkeys(written[: 40 * share]))
 text, held_out = pack(model, texts), pack(model, written[-share:])
 source, unseen = (ModelSource(model, part, HOOK) for part in (text, held_out))
-there = unseen.documents()
-shared = len(there & source.documents())
+there, shared = unseen.documents(), len(unseen.documents() & source.documents())
 print(f"{text.n_real:,} tokens to train on, {held_out.n_real:,} held out")
 print(f"of {len(there)} held-out pieces of documents {shared} also stand in the training text")
 
@@ -359,8 +358,7 @@ if sweep is not None and floors is not None:
 
 # %%
 if sweep is not None:
-    losses = pd.Series({n: found["ce_difference"][1] for n, found in read.items()})
-    losses = losses.dropna().sort_values()
+    losses = pd.Series({n: f["ce_difference"][1] for n, f in read.items()}).dropna().sort_values()
     same = losses.index.tolist() == order.index.intersection(losses.index).tolist()
     so(
         f"at L0 16 {losses.index[0]} adds {losses.iloc[0]:.2f} nats, {losses.index[-1]} "
