@@ -302,7 +302,7 @@ def main(words: list[str] | None = None) -> dict[str, Any] | None:
     file = str(entries.vectors_file(1 << 14 if a.quick else VECTORS))
     curves = Curves(job, targets, file)
     kinds = {}
-    if a.choose:
+    if not a.quick:
         curves.measure("topk", "lenslab-holds", HOLDS)
     for kind in a.only:
         names = [name for name in ENTERED[kind] if name in a.contestants]

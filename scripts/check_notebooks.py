@@ -82,7 +82,7 @@ CLAIM = (
 )
 
 # One line per condition: threads, then instruction sets. Torch's own kernels, oneDNN and MKL each
-# choose theirs. Processors without AVX-512 have no fast bf16 either; emulated it takes hours.
+# choose theirs. Processors without AVX-512 have no fast bf16 either, and to emulate it is slow.
 CONDITIONS = {
     "1 thread": {"OMP_NUM_THREADS": "1"},
     "2 threads": {"OMP_NUM_THREADS": "2"},

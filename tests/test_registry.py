@@ -49,40 +49,21 @@ def test_places_agree_with_what_ids_and_paths_say():
             assert 0 <= place.layer < 100
 
 
-@pytest.mark.parametrize(
-    ("release", "sae_id", "place"),
-    [
-        (
-            "gpt2-small-res-jb",
-            "blocks.8.hook_resid_pre",
-            Place("residual_pre", 8, "mean over d_model removed"),
-        ),
-        (
-            "gpt2-small-attn-out-v5-32k",
-            "blocks.10.hook_attn_out",
-            Place("attention", 10, "as it stands"),
-        ),
-        ("gpt2-small-mlp-out-v5-32k", "blocks.6.hook_mlp_out", Place("mlp", 6, "as it stands")),
-        (
-            "gemma-scope-2-1b-pt-att",
-            "layer_13_width_16k_l0_small",
-            Place("heads", 13, "as it stands"),
-        ),
-        ("llama_scope_lxm_8x", "l31m_8x", Place("mlp", 31, "scaled to a mean norm of sqrt(d_in)")),
-        (
-            "mistral-7b-res-wg",
-            "blocks.16.hook_resid_pre",
-            Place("residual_pre", 16, "constant_norm_rescale"),
-        ),
-        (
-            "gemma-scope-2b-pt-res",
-            "embedding/width_4k/average_l0_6",
-            Place("embedding", 0, "as it stands"),
-        ),
-    ],
-)
-def test_some_places_that_are_known(release, sae_id, place):
-    assert place_of(release, sae_id) == place
+KNOWN = """
+gpt2-small-res-jb blocks.8.hook_resid_pre  residual_pre 8  mean over d_model removed
+gpt2-small-attn-out-v5-32k blocks.10.hook_attn_out  attention 10  as it stands
+gpt2-small-mlp-out-v5-32k blocks.6.hook_mlp_out  mlp 6  as it stands
+gemma-scope-2-1b-pt-att layer_13_width_16k_l0_small  heads 13  as it stands
+llama_scope_lxm_8x l31m_8x  mlp 31  scaled to a mean norm of sqrt(d_in)
+mistral-7b-res-wg blocks.16.hook_resid_pre  residual_pre 16  constant_norm_rescale
+gemma-scope-2b-pt-res embedding/width_4k/average_l0_6  embedding 0  as it stands
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.split()[0])
+def test_some_places_that_are_known(known):
+    release, sae_id, stream, layer, processing = known.split(maxsplit=4)
+    assert place_of(release, sae_id) == Place(stream, int(layer), processing)
 
 
 def test_names_that_say_no_place_are_refused(monkeypatch):
