@@ -11,8 +11,7 @@
 #
 # **What you will learn**: how SAEs of several layers, streams, widths and seeds compare on the same
 # texts; how far apart two numbers must lie before they mean anything; which features two SAEs
-# share, beyond what the data alone makes alike; where a well-known trend over layers may
-# come from;
+# share, beyond what the data alone makes alike; where a well-known trend over layers may come from;
 # whether a feature for a kind of text follows its syntax or its topic; whether a selective feature
 # matters to the model; and what a second model says to the same questions.
 #
@@ -1516,8 +1515,9 @@ from lenslab.show.explore import linked_table, side_by_side
 latents = pd.DataFrame()
 if others:
     kind = comparable_kinds(dictionaries[main], dictionaries[others[0]])[0]
-    pair = compare(dictionaries[main], dictionaries[others[0]], nulls, (kind,))
-    latents = pair.latents[pair.latents["latent"].isin(own)].sort_values("similarity")
+    compared = dictionaries[main], dictionaries[others[0]], nulls, (kind,)
+    pair = seed_pair if others[0] in seeds else compare(*compared)  # that of section 5
+    latents = pair.latents.query("kind == @kind and latent in @own").sort_values("similarity")
 
 # %% [markdown]
 # The nearest and the farthest:
