@@ -179,7 +179,6 @@ def main(arguments: list[str] | None = None) -> Path:
     add("--validation", type=float, default=4e4, help="held-out tokens to measure on")
     add("--work", type=Path, default=Path("runs/sae-floors"), help="finished rows")
     given = parser.parse_args(arguments)
-    given.seeds = [0]  # of the windows
     bench, file = Bench(given), given.work / "rows.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     done = {tuple(row.pop("of")): row for row in written(file)}

@@ -343,7 +343,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if given.smoke:
         given.d_sae, given.vectors, given.batch, given.validation = 64, 4096, 1024, 200
-    given.seeds = [0]  # of the windows
     return given
 
 

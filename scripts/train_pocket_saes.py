@@ -123,7 +123,9 @@ def _tokenizer_key(model) -> str:
     return hashlib.sha256(model.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
 
 
-def texts(given: argparse.Namespace, model) -> tuple[TokenBatch, TokenBatch]:
+def texts(
+    given: argparse.Namespace, model, seed: int = 0, window: int | None = None
+) -> tuple[TokenBatch, TokenBatch]:
     """(windows to train on, held-out windows), from the corpus or from a file of tokens."""
     amounts = {"train": int(given.vectors), "held_out": int(given.validation)}
     if given.tokens:
@@ -131,8 +133,7 @@ def texts(given: argparse.Namespace, model) -> tuple[TokenBatch, TokenBatch]:
     parts = corpus.load_documents(given.corpus)
     counts = zip(parts, amounts.values(), strict=True)
     # some more: separators are no vectors
-    options = given.seeds[0], given.window
-    return tuple(windows(model, texts, int(1.02 * n), *options) for texts, n in counts)
+    return tuple(windows(model, texts, int(1.02 * n), seed, window) for texts, n in counts)
 
 
 # Training and measures
@@ -248,7 +249,7 @@ def main(arguments: list[str] | None = None) -> list[Path]:
     model = random_twin(model) if given.twin else model
     # "pocket-gpt (random twin)" as a folder's name
     called = re.sub(r"[^\w.-]+", "-", model_name(model)).strip("-")
-    batch, held_out = both = texts(given, model)
+    batch, held_out = both = texts(given, model, given.seeds[0], given.window)
     if given.write_tokens:
         write_tokens(given.write_tokens, model, {"train": batch, "held_out": held_out})
         return [given.write_tokens]

@@ -593,6 +593,17 @@ def test_windows_are_as_long_as_they_are_asked_to_be(tokens_file, model):
         tokens_file.script.parse(["--tokens", str(tokens_file.file), "--window", "16"])
 
 
+def test_what_measures_reads_the_corpus_as_what_trains_does(tokens_file, model, monkeypatch):
+    words = {"math": ["two and two are four, and four and four are eight. " * 9] * 20}
+    corpus = tokens_file.script.corpus
+    monkeypatch.setattr(corpus, "load_documents", lambda folder: (words, words))
+    import sae_sweep
+
+    given = sae_sweep.parse(["rates", "--corpus", "anywhere", "--smoke"])
+    windows, held_out = tokens_file.script.texts(given, model)
+    assert windows.n_real > 4000 > held_out.n_real > 190
+
+
 def test_windows_kept_in_a_file_come_back_and_another_tokenizer_is_refused(
     tokens_file, model, monkeypatch
 ):
