@@ -1,5 +1,7 @@
 """Activation records: what one text did inside one model, kept with the words to read it by, saved
-and compared.
+and opened again. Two are compared by PyTorch: `torch.cosine_similarity(a.activations[hook][-1],
+b.activations[hook][-1], 0)` at their last tokens. `a.activations[hook][torch.tensor(a.real)]` is
+without BOS, which is often a hundred times as long as the others.
 
 | suffix              | values                       | opens in                 | use it for       |
 |---------------------|------------------------------|--------------------------|------------------|
@@ -24,9 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -189,46 +189,6 @@ def _read(path: Path, suffix: str) -> dict[str, Any]:
             return dict(file)
     raw = path.read_bytes()
     return json.loads(gzip.decompress(raw) if suffix == ".json.gz" else raw)
-
-
-def compare_records(
-    a: ActivationRecord, b: ActivationRecord, hook: str, metric: str = "cosine", position: int = -1
-) -> float:
-    """How alike two records are at one hook and position (default the last token; each record
-    counts its own).
-
-    'cosine' is the cosine similarity (NaN for a zero vector), 'l2' and 'l1' are distances. Raises
-    KeyError for another metric and a hook that one lacks, IndexError for a position outside,
-    RuntimeError for widths that differ.
-    """
-    x, y = (_vectors(record, hook)[position].double() for record in (a, b))
-    if metric == "cosine":
-        return float(torch.dot(x, y) / (x.norm() * y.norm()))
-    return float(torch.dist(x, y, {"l1": 1, "l2": 2}[metric]))
-
-
-def record_statistics(record: ActivationRecord, hook: str) -> dict[str, float | list[float] | None]:
-    """Of the components of all real tokens at one hook: 'mean', 'std' (pandas': of a sample),
-    'min', 'max' and 'mean_norm'; beside them 'norm' of every position and 'bos_norm', apart because
-    it is often a hundred times larger (None where the model has no BOS).
-
-    Raises KeyError for a hook that the record lacks, ValueError for one without a vector per
-    position.
-    """
-    values = _vectors(record, hook).double()  # [pos, d]
-    real = torch.tensor(record.real)
-    norm = values.norm(dim=1)
-    components = pd.Series(values[real].flatten())
-    found = components.agg(["mean", "std", "min", "max"]).to_dict()
-    found |= {"mean_norm": float(norm[real].mean()), "norm": norm.tolist()}
-    return found | {"bos_norm": None if record.real[0] else float(norm[0])}
-
-
-def _vectors(record: ActivationRecord, hook: str) -> Float[Tensor, "pos d"]:
-    value = record.activations[hook]
-    if len(value) != len(record.tokens) or value.ndim < 2:
-        raise ValueError(f"{hook} has no vector for each token: its shape is {tuple(value.shape)}.")
-    return value.detach().cpu().flatten(1)  # heads side by side
 
 
 def _suffix(path: Path) -> str:
