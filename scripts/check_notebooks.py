@@ -198,7 +198,8 @@ def figure_faults(figure: dict) -> Iterator[str]:
         shown = axis in ("x", "y") or options.get("showticklabels", True)
         if shown and not text.strip():
             yield f"a {axis} axis without a name"
-    if not any(_points(trace.get("z", trace.get("y"))) for trace in traces):
+    drawn = (t.get("z", t.get("y", t.get("link", {}).get("value"))) for t in traces)
+    if not any(map(_points, drawn)):
         yield "nothing in it"
 
 

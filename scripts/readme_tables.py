@@ -1,9 +1,9 @@
-"""Fill in what README.md and benchmarks/README.md show of the results: tables, one finding, a
-picture.
+"""Fill in what the READMEs show of the results: tables, findings, pictures.
 
 Nothing between the markers is typed: `make notebooks` and the benchmarks measure, this writes, and
-a test compares. The picture is a screenshot of `assets/feature.html`, which holds what a
-notebook's cell shows: that page is compared, since no two machines draw the same bytes.
+a test compares. The first picture is a screenshot of `assets/feature.html`, which holds what a
+notebook's cell shows: that page is compared, since no two machines draw the same bytes. The others
+are the PNGs that stand beside the notebooks' figures.
 
     python scripts/readme_tables.py          # write
     python scripts/readme_tables.py --check  # exit 1 where a file differs from the results
@@ -36,6 +36,21 @@ PICTURE = {
 # Notebook, words of the section's heading, how its lines begin.
 FINDING = ("phase_2_feature_exploration", "Does it take an SAE?", "So: ")
 BESIDE = "how it is written"  # what those features fire on: the first line of that section
+# Notebook, a figure's title, words of its section's heading, file in assets/
+FIGURES = [
+    (
+        "phase_3_sae_comparison",
+        "What SAEs share, and what the data makes alike",
+        "Other widths, layers and streams",
+        "phase_3_shared",
+    ),
+    (
+        "phase_5_moe_routing",
+        "What a slot says of the kind of text",
+        "What are experts for?",
+        "phase_5_specialisation",
+    ),
+]
 TITLES = {
     "phase_1_loading": "Load a model, find its hook points, read its streams, encode with an SAE",
     "phase_2_feature_exploration": "Which features tell kinds of text apart, and does it take an "
@@ -44,6 +59,8 @@ TITLES = {
     "story? Nulls beside every likeness",
     "phase_4_custom_sae": "Build and train an SAE. Did it work, beside floors, planted "
     "features and other decisions?",
+    "phase_5_moe_routing": "Which experts does a token go to, by itself or by its context? What "
+    "are they for, beyond chance?",
 }
 PARAMETERS = {  # a test counts them by transformers' own classes
     "pocket-gpt": 6_901_760,
@@ -175,6 +192,27 @@ def finding() -> str:
     raise ValueError(f"No notebook prints a line as described in FINDING: {FINDING}")
 
 
+def figures_lines() -> str:
+    """Each figure under what its section says."""
+    told = []
+    for name, title, heading, file in FIGURES:
+        if not (lines := printed(notebook_cells(name), heading, "So: ")):
+            raise ValueError(f"{name} prints no finding in {heading!r}: see FIGURES.")
+        told += [f"> {line}" for line in lines]
+        told += ["", f"![{title}, drawn by {name}](assets/{file}.png)", ""]
+    return "\n".join(told[:-1])
+
+
+def figure_png(name: str, title: str) -> bytes:
+    """The PNG beside a notebook's figure. ValueError where no cell holds it."""
+    outputs = (output for cell in notebook_cells(name) for output in cell.get("outputs", []))
+    for data in (output.get("data", {}) for output in outputs):
+        figure = data.get("application/vnd.plotly.v1+json", {"layout": {}})
+        if figure["layout"].get("title", {}).get("text") == title and "image/png" in data:
+            return base64.b64decode("".join(data["image/png"]))
+    raise ValueError(f"{name} has no figure {title!r} with a PNG: run `make notebooks`")
+
+
 def feature_page() -> str:
     """The page of the first HTML in the notebook whose title begins as PICTURE says. ValueError
     where no cell holds it."""
@@ -233,6 +271,7 @@ MARKERS = {  # file -> marker -> what stands between it and its end
     "README.md": {
         "picture": picture_line,
         "finding": finding,
+        "figures": figures_lines,
         "notebooks": notebooks_table,
         "families": families_sentence,
         "memory": memory_table,
@@ -254,6 +293,8 @@ def filled(text: str, markers: dict) -> str:
 def main() -> None:
     asset = REPOSITORY / "assets" / f"{PICTURE['file']}.html"
     wanted: dict[Path, bytes] = {asset: feature_page().encode()}
+    for name, title, _, file in FIGURES:
+        wanted[asset.with_name(f"{file}.png")] = figure_png(name, title)
     for name, markers in MARKERS.items():
         file = REPOSITORY / name
         wanted[file] = filled(file.read_text(encoding="utf-8"), markers).encode()

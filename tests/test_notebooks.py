@@ -198,6 +198,8 @@ HIDDEN = {"xaxis2": {"title": {"text": "layer"}}, "yaxis2": {"showticklabels": F
         ([FLAT, SECOND], NAMED | HIDDEN, []),
         ([FLAT, SECOND], NAMED, ["a x2 axis without a name", "a y2 axis without a name"]),
         ([GAPS], NAMED, ["nothing in it"]),
+        ([{"type": "sankey", "link": {"value": [2.0]}}], {}, []),
+        ([{"type": "sankey", "link": {"value": []}}], {}, ["nothing in it"]),
         ([{"type": "heatmap", "x": [1], "y": [2], "z": [[None]]}], NAMED, ["nothing in it"]),
         ([SOLID], {"scene2": ROOM}, []),
         ([SOLID], {"scene": ROOM}, [f"a {axis} axis without a name" for axis in "xyz"]),

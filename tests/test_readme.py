@@ -116,11 +116,11 @@ def test_tables_and_picture_come_from_the_results():
 
 
 def test_the_glossary_defines_what_the_notebooks_talk_about():
-    terms = re.findall(
-        r"^\| ([a-zA-Z0-9 ,-]+?) \|", README.split("## Glossary")[1], flags=re.MULTILINE
-    )
-    assert len(terms) >= 27
-    for term in ("hook point", "residual stream", "L0", "FVU", "padding", "superposition"):
+    glossary = (REPOSITORY / "GLOSSARY.md").read_text(encoding="utf-8")
+    terms = re.findall(r"^\| ([a-zA-Z0-9 ,-]+?) \|", glossary, flags=re.MULTILINE)
+    assert len(terms) >= 34 and terms[1:] == sorted(terms[1:], key=str.lower)
+    words = ("hook point", "residual stream", "L0", "FVU", "padding", "superposition")
+    for term in (*words, "expert", "router", "load", "path", "ICS", "specialisation"):
         assert any(term in entry for entry in terms), term
 
 
@@ -194,6 +194,26 @@ def test_a_notebook_without_a_finding_is_not_passed_over(tables, monkeypatch):
     monkeypatch.setattr(tables, "notebook_cells", lambda name: cells)
     with pytest.raises(ValueError, match="FINDING"):
         tables.finding()
+
+
+def test_a_figure_is_the_png_beside_the_one_of_that_title(tables, monkeypatch):
+    def figure(title, png):
+        plotly = {"layout": {"title": {"text": title}}}
+        return {"application/vnd.plotly.v1+json": plotly, "image/png": png}
+
+    cells = notebook(
+        "## 2. Shared?", ["So: half"], figure("Other", "b3RoZXI="), figure("Shared", "dGhpcw==")
+    )
+    monkeypatch.setattr(tables, "notebook_cells", lambda name: cells)
+    monkeypatch.setattr(tables, "FIGURES", [("phase_0", "Shared", "Shared?", "phase_0_shared")])
+    assert tables.figure_png("phase_0", "Shared") == b"this"
+    picture = "![Shared, drawn by phase_0](assets/phase_0_shared.png)"
+    assert tables.figures_lines() == f"> So: half\n\n{picture}"
+    with pytest.raises(ValueError, match="no figure 'Missing' with a PNG"):
+        tables.figure_png("phase_0", "Missing")
+    monkeypatch.setattr(tables, "FIGURES", [("phase_0", "Shared", "Elsewhere", "a")])
+    with pytest.raises(ValueError, match="no finding in 'Elsewhere'"):
+        tables.figures_lines()
 
 
 def test_above_one_is_better_in_every_row_of_the_benchmarks(tables, tmp_path, monkeypatch):

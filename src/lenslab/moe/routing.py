@@ -100,7 +100,7 @@ class Routing:
         `to_frame().to_parquet(path)`, which keeps float32."""
         held, error = {n: getattr(self, n) for n in ("ids", *ORIGIN, *FLOATS)}, {}
         stored = {n: torch.as_tensor(v).contiguous() for n, v in held.items() if v is not None}
-        for name in stored.keys() & {*FLOATS}:
+        for name in (name for name in FLOATS if name in stored):
             exact, stored[name] = stored[name], stored[name].to(dtype)
             error[name] = float((stored[name].double() - exact.double()).abs().max())
             if not np.isfinite(error[name]):

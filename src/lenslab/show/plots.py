@@ -23,7 +23,7 @@ from torch import Tensor
 from lenslab.metrics import as_mask
 
 Values = Any  # numbers in a list, an array, a sparse matrix or a tensor
-Labels = Sequence | np.ndarray | pd.Series | Tensor  # names or numbers
+Labels = Sequence | np.ndarray | pd.Series | pd.Index | Tensor  # names or numbers
 Number = int | float | np.number | Tensor
 
 ACCENT, CONTROL, INK = "#c8502d", "#9aa0a6", "#3c4043"

@@ -18,32 +18,38 @@ from lenslab.show import plots
 from lenslab.show.plots import Labels, label, styled
 from lenslab.tokens import token_string, tokenize
 
-MOST_TOKENS = 60  # of a figure
-NEURONS = 24  # of an expert
+MOST_TOKENS = 24  # of a figure
+NEURONS = 12  # of an expert
 
 
 def flows(routing: Routing, groups: Labels, title: str) -> go.Figure:
     """First experts from layer to layer as a Sankey diagram: a band is the tokens of one group that
     go from one expert to another. `groups` has a label for each token."""
-    experts = routing.ids[..., 0] + np.arange(len(routing.layers)) * (routing.n_experts + 1)
+    several = routing.n_experts + 1  # the first is that of no expert
+    experts = routing.ids[..., 0] + 1 + np.arange(len(routing.layers)) * several
     pairs = zip(experts.T[:-1], experts.T[1:], strict=True)
     table = pd.concat([pd.DataFrame({"a": a, "b": b, "group": groups}) for a, b in pairs])
     bands = table.value_counts().reset_index().sort_values(["group", "a", "b"])
     nodes = np.unique(experts)
-    layer, expert = np.divmod(nodes, routing.n_experts + 1)
-    colour = plots.colours(map(str, np.unique(groups)))
-    names = [f"{routing.layers[i]}: {e}" for i, e in zip(layer, expert, strict=True)]
+    layer, expert = np.divmod(nodes, several)
+    colour = plots.colours(np.unique(groups).tolist())
+    names = [f"{routing.layers[i]}: {e - 1}" for i, e in zip(layer, expert, strict=True)]
     link = {key: np.searchsorted(nodes, bands[n]) for key, n in (("source", "a"), ("target", "b"))}
-    link |= {"value": bands["count"], "color": bands["group"].map(colour), "label": bands["group"]}
+    link |= {"value": bands["count"], "label": bands["group"]}
+    link["color"] = bands["group"].map(colour) + "88"  # half transparent: bands cross
     node = {"label": names, "color": plots.CONTROL, "pad": 6, "thickness": 10}
     told = [f"<span style='color:{c}'>{label(name)}</span>" for name, c in colour.items()]
     title = {"text": f"{title}<br><sup>layer: expert; {', '.join(told)}</sup>", "x": 0.01}
-    layout = {"title": title, "height": 460, "width": 860, "template": "plotly_white"}
+    layout = {"title": title, "height": 380, "width": 760, "template": "plotly_white"}
     return go.Figure(go.Sankey(link=link, node=node), layout)
 
 
 def analyze_texts(
-    texts: Sequence[str], model: Model, layer: int | None = None, expert: int | None = None
+    texts: Sequence[str],
+    model: Model,
+    layer: int | None = None,
+    expert: int | None = None,
+    stack: str = "",
 ) -> dict[str, go.Figure]:
     """What a mixture of experts does with some texts, as figures by name: "gates" (the weights as
     they are used), "first experts" (by number, in every layer), "logits" (their spread),
@@ -54,13 +60,13 @@ def analyze_texts(
     Raises as `capture_routing` and `expert_neurons`; ValueError for a layer without experts.
     """
     batch = tokenize(model, list(texts), truncate=True)
-    routing = capture_routing(model, batch)
+    routing = capture_routing(model, batch, stack=stack)
     layer = routing.layers[len(routing.layers) // 2] if layer is None else layer
-    added = expert_contributions(model, batch, layer).norm(dim=-1)  # [token, rank]
+    added = expert_contributions(model, batch, layer, stack).norm(dim=-1)  # [token, rank]
     index, experts = routing.layers.index(layer), range(routing.n_experts)
     chosen = routing.ids[:, index].astype(int)  # [token, rank]
     expert = int(np.bincount(chosen[chosen >= 0]).argmax()) if expert is None else expert
-    neurons = expert_neurons(model, batch, layer, expert)  # [token, neuron]
+    neurons = expert_neurons(model, batch, layer, expert, stack)  # [token, neuron]
     sent = np.flatnonzero((chosen == expert).any(1))[:MOST_TOKENS]
     most = neurons[sent].abs().mean(0).argsort(descending=True)[:NEURONS].tolist()
     names = [token_string(model.tokenizer, token) for token in routing.token.tolist()]

@@ -1,0 +1,839 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Phase 5: watch a mixture of experts route
+#
+# **What you will learn**: how to read, at any layer with a router, which experts a token is sent to
+# and what they add; whether the route follows the token or what it means in its context; how it
+# came about in training; what experts are *for*, beyond what random routers on the same inputs
+# show; whether there are paths through the layers; and what foretells a route.
+#
+# **Runs on** the bundled `pocket-moe` (6 layers of 16 experts, two for each token), offline; the
+# README says how long it takes and how much memory. For another mixture of experts set
+# `LENSLAB_MODEL`, to `olmoe`, a name on the hub or a folder. Sections that need what a model has
+# not (a record of its training, two experts a token) say so and go on.
+#
+# **How to read it**: one question per section, then code, a printed check, the control, a picture.
+# Lines that begin with *So:* say what was found, whatever model you run. The number of an expert is
+# an arbitrary name: expert 3 of one layer has nothing to do with expert 3 of the next.
+
+# %% [markdown]
+# ## 1. What one text does
+# A model with experts. With a dense one the notebook goes on with the one that ships, and with an
+# encoder-decoder too: `capture_routing` and `analyze_texts` take its `stack`.
+
+# %%
+import os
+
+import numpy as np
+import pandas as pd
+
+from lenslab.models import load_model, model_name, random_twin
+from lenslab.moe.routing import capture_routing, sparse_layers
+from lenslab.show.images import set_up_figures
+from lenslab.show.words import so
+from lenslab.texts import load_probes
+from lenslab.tokens import token_string, tokenize
+
+# %% [markdown]
+# Which layers have a router, and of which family it is:
+
+# %%
+set_up_figures()
+model = load_model(os.environ.get("LENSLAB_MODEL") or "pocket-moe")
+try:
+    routers = sparse_layers(model)
+except ValueError as dense:  # or an encoder-decoder
+    print(dense, "Instead:")
+    model = load_model("pocket-moe")
+    routers = sparse_layers(model)
+families = ", ".join(sorted({layer.family for layer in routers.values()}))
+print(f"{model_name(model)}: layers {list(routers)} have experts ({families})")
+
+# %% [markdown]
+# Some texts of seven kinds. Every real token has, at every such layer, the experts it is sent to,
+# sorted by weight, and the weights they are used with. On every pass the weights are checked to
+# follow from the logits; positions without a token of text (BOS, padding) take no part.
+
+# %%
+look = load_probes("first_look")
+seen = tokenize(model, look["text"].tolist(), truncate=True)
+routing = capture_routing(model, seen)
+shape = dict(zip(("token", "layer", "rank"), routing.ids.shape, strict=True))
+print(f"{shape}, {routing.n_experts} experts in each layer")
+print(f"weights of the ranks, mean: {np.round(routing.weights.mean((0, 1)).tolist(), 2)}")
+
+# %% [markdown]
+# As a table, one row for each token, layer and rank: what a data frame or R can read.
+
+# %%
+table = routing.to_frame()
+first = table[(table["text"] == table["text"].iloc[0]) & (table["layer"] == routing.layers[0])]
+first = first.assign(token=[token_string(model.tokenizer, t) for t in first["token"]])
+print(f"{len(table):,} rows; the first ones:")
+print(first[["position", "token", "rank", "expert", "weight"]].head(6).round(2).to_string())
+
+# %% [markdown]
+# **Check**: what the experts of all ranks add, together, is what stands at the hook behind them.
+# Where a model also has shared experts, which read every token, the rest is theirs. **Control**:
+# the same sum with the experts of another token.
+
+# %%
+from lenslab.capture import harvest
+from lenslab.moe.experts import expert_contributions
+
+LAYER = routing.layers[len(routing.layers) // 2]
+behind = [f"blocks.{LAYER}.hook_{name}" for name in ("mlp_out", "mixer_out", "out")]
+SITE = next(hook for hook in behind if hook in model.hook_dict)
+whole = harvest(model, seen, SITE)[SITE][seen.real]  # [token, d_model]
+added = expert_contributions(model, seen, LAYER)  # [token, rank, d_model]
+parts = added.sum(1)
+apart = [float((whole - part).norm() / whole.norm()) for part in (parts, parts.roll(1, 0))]
+print(f"{SITE}: relative difference {apart[0]:.3f}, with other tokens' {apart[1]:.1f}")
+
+# %% [markdown]
+# What the model says next, token by token, belongs to the same rows: so routes can be held against
+# probability and loss.
+
+# %%
+from scipy.stats import spearmanr
+
+from lenslab.moe.routing import predictions
+
+said = predictions(model, seen)
+known = said["loss"].notna()
+sure = routing.weights[known, routing.layers.index(LAYER), 0]
+told = spearmanr(sure, said["loss"][known]).statistic
+print(f"loss {said['loss'].mean():.1f} nats a token; its rank correlation with the weight of the")
+print(f"first expert at layer {LAYER}: {told:z.1f}")
+
+# %% [markdown]
+# One call draws what a mixture does with any texts: `analyze_texts(texts, model, layer, expert)`.
+# **Which layer, which expert?** By default the middle layer and the expert that most of these
+# tokens go to. Early layers often sort by the token alone, later ones also by its context
+# (section 2 says how it is here). Take an expert that section 6 finds specialised
+# beyond chance; one that is merely busy may be busy with everything.
+
+# %%
+from lenslab.show.routing import analyze_texts
+
+figures = analyze_texts(seen.texts[:2], model)
+print(list(figures))
+figures["gates"].show()
+
+# %% [markdown]
+# The first expert of every layer, by number, its weight as colour:
+
+# %%
+figures["first experts"].show()
+
+# %% [markdown]
+# How the logits of each expert are spread over these tokens:
+
+# %%
+few = routing[routing.text < 2]
+spread = few.logits[:, routing.layers.index(LAYER)].std(0)
+print(f"layer {LAYER}: logits spread by {spread.min():.1f} to {spread.max():.1f}")
+figures["logits"].show()
+
+# %% [markdown]
+# What the expert of each rank adds, as its length:
+
+# %%
+length = added.norm(dim=-1).median(0).values.tolist()
+print("median length by rank:", [round(value, 1) for value in length])
+figures["contributions"].show()
+
+# %% [markdown]
+# The neurons of one expert, at the tokens that are sent to it; elsewhere they do not exist.
+
+# %%
+figures["neurons"].show()
+
+# %% [markdown]
+# ### An SAE on what the experts write
+# Sparse features of the same sum. The SAE that ships, where there is one for these weights; else a
+# small one is trained now.
+
+# %%
+from lenslab.compare import open_saes
+from lenslab.features.activations import encode_features
+from lenslab.sae.find import bundled_saes, small_sae
+from lenslab.sae.load import sae_hook
+from lenslab.texts import sampled_text
+from lenslab.tokens import pack
+
+# %% [markdown]
+# It reads the hook behind the experts.
+
+# %%
+opened = {}
+try:
+    opened, _ = open_saes(model, bundled_saes(model))
+except ValueError as reason:
+    print(str(reason)[:60], "...")
+sae = next((sae for sae in opened.values() if sae_hook(sae) == SITE), None)
+if sae is None:
+    sae = small_sae(model, SITE, pack(model, sampled_text(200, model_name(model))), 100)
+fa = encode_features(model, sae, seen)
+print(f"{SITE}: {fa.matrix.nnz / len(fa.text):.0f} latents active at a token")
+
+# %% [markdown]
+# How important is a feature? By size: its mean over texts. By effect: the rise of the loss when it
+# is set to zero, the SAE's error kept, in millinats a token. **Control**: as many features drawn
+# among those that fire on five texts or more.
+
+# %%
+from lenslab.circuits.interventions import ablate_features
+from lenslab.show.plots import bars
+
+size = np.asarray(fa.pool("mean").mean(0)).ravel()
+fires = np.asarray((fa.pool("max") > 0).sum(0)).ravel()
+top = np.argsort(-size, kind="stable")[:8]
+able = np.setdiff1d(np.flatnonzero(fires >= min(5, np.sort(fires)[-20])), top)
+drawn = np.random.default_rng(0).choice(able, 8, replace=False)
+effect = 1000 * ablate_features(model, sae, fa, [*top, *drawn]).mean(1)
+print(f"millinats: largest {effect[:8].mean():.1f}, drawn {effect[8:].mean():.1f}")
+found = {
+    "largest features": np.sort(effect[:8])[::-1],
+    "random features": np.sort(effect[8:])[::-1],
+}
+titles = {"x_title": "features, sorted", "y_title": "loss rises by, millinats a token"}
+bars(found, title="Features of what experts write, set to zero", **titles).show()
+
+# %% [markdown]
+# Where the largest fire that do not fire everywhere, by kind of text:
+
+# %%
+from lenslab.show.feature_plots import coactivation_heatmap, text_feature_heatmap
+
+partly = np.flatnonzero((fires >= 4) & (fires <= len(seen) / 2))
+partly = partly[np.argsort(-size[partly], kind="stable")][:8]
+print(f"{len(partly)} features, on {fires[partly].min()} to {fires[partly].max()} texts")
+text_feature_heatmap(fa.pool("max")[:, partly], partly, look["category"]).show()
+
+# %% [markdown]
+# And which fire together, against firings shuffled between texts:
+
+# %%
+from lenslab.features.together import coactivation as feature_pairs
+
+pairs = feature_pairs(fa.pool("max"), partly)
+found = pairs.to_frame()
+print(f"{(found['q'] < 0.05).sum()} of {len(found)} pairs fire together beyond chance")
+coactivation_heatmap(pairs.pmi, partly).show()
+
+# %% [markdown]
+# ## 2. Context or token?
+# 24 words and symbols with three meanings each, twelve contexts for each meaning, in the same
+# styles for every meaning of a word. The route of the word itself is read: what tells its meaning
+# stands before it. A word that is no single token here is dropped.
+
+# %%
+contexts = load_probes("contextual")
+ends = contexts["start"] + contexts["target"].str.len()
+upto = [text[:end] for text, end in zip(contexts["text"], ends, strict=True)]
+reads = tokenize(model, upto, truncate=True)
+routes = capture_routing(model, reads)
+last = np.flatnonzero(np.diff(routes.text, append=-1))  # of each text
+spelled = np.array([token_string(model.tokenizer, token) for token in routes.token[last].tolist()])
+kept = spelled == contexts["token"].to_numpy()
+here, its = routes[last[kept]], contexts[kept].reset_index(drop=True)
+print(f"{kept.sum()} of {len(kept)} contexts end in their word as one token")
+print(f"{its['token'].nunique()} words, {its.groupby('token')['meaning'].nunique().sum()} meanings")
+
+# %% [markdown]
+# **ICS**: how far the experts of one meaning are from those of the word's other meanings
+# (Jensen-Shannon divergence in bits). Few contexts make every divergence too large, so chance is
+# the same number with the meanings shuffled among a word's contexts. **Control**: the
+# random-weight twin, whose routers also see the context.
+
+# %%
+from lenslab.moe.statistics import contrast
+
+word, meaning = its["token"].to_numpy(), its["meaning"].to_numpy()
+ics = contrast(here, meaning, word, average=True)
+twin = random_twin(model, label="random twin")
+twins = contrast(capture_routing(twin, reads)[last[kept]], meaning, word, average=True)
+print(ics.groupby("layer")[["value", "chance", "excess"]].mean().round(2).to_string())
+
+# %% [markdown]
+# **TIS**: the same divergence between a word and all other tokens of these texts: what the token
+# alone decides.
+
+# %%
+from lenslab.moe.statistics import token_statistics
+
+ids = pd.unique(here.token)
+tis = token_statistics(routes, ids)
+by_layer = tis.query("statistic == 'TIS'").groupby("layer")["excess"].mean()
+share = tis.query("statistic != 'TIS'").groupby("statistic")[["value", "chance"]].mean()
+print(share.round(2).to_string())
+
+# %% [markdown]
+# Side by side, with the interval over words:
+
+# %%
+parts = {"meaning (ICS)": ics, "meaning, random twin": twins}
+by_word = {n: t.pivot(index="stratum", columns="layer", values="excess") for n, t in parts.items()}
+mean = {"token (TIS)": by_layer} | {name: values.mean() for name, values in by_word.items()}
+half = {name: 1.96 * values.sem() for name, values in by_word.items()}
+spread = {name: (mean[name] - half[name], mean[name] + half[name]) for name in half}
+print(pd.DataFrame(mean).round(2).to_string())
+
+# %% [markdown]
+# As a picture:
+
+# %%
+from lenslab.show.plots import heatmap, lines
+
+titles = {"x_title": "layer", "y_title": "bits beyond chance"}
+lines(mean, routing.layers, spread=spread, title="Token and meaning", **titles).show()
+
+# %% [markdown]
+# In words:
+
+# %%
+ours, theirs = (by_word[name].mean() for name in parts)
+deep = ours.idxmax()
+beyond = (ics.query("layer == @deep")["p"] < 0.05).sum()
+lasts = (ours - half["meaning (ICS)"] > theirs + half["meaning, random twin"]).sum()
+so(
+    f"the token decides more than the meaning at {(by_layer > ours).sum()} of {len(ours)} layers; "
+    f"meaning moves the route most at layer {deep}, by {ours[deep]:z.2f} bits beyond chance "
+    f"(random twin {theirs[deep]:z.2f}), for {beyond} of {len(ids)} words surely; at {lasts} "
+    "layers by more than in the twin, intervals apart."
+)
+
+# %% [markdown]
+# ### One word
+# The word whose meanings part most on the discovery half, seen on the held-out half, where nothing
+# was chosen. A band is the contexts of one meaning that go from one expert to another.
+
+# %%
+from lenslab.show.routing import flows
+
+discovery = (its["split"] == "discovery").to_numpy()
+chosen = contrast(here[discovery], meaning[discovery], word[discovery], average=True)
+chosen = chosen.groupby("stratum")["excess"].mean().idxmax()
+rows = np.flatnonzero(~discovery & (word == chosen))
+rows = rows[np.argsort(meaning[rows], kind="stable")]
+one = contrast(here[rows], meaning[rows], average=True)
+print(f"{chosen!r}, {len(rows)} held-out contexts; beyond chance by layer:")
+print(one.set_index("layer")[["value", "chance", "p"]].round(2).T.to_string())
+
+# %% [markdown]
+# Its routes:
+
+# %%
+flows(here[rows], meaning[rows], f"Routes of {chosen!r} by its meaning").show()
+
+# %% [markdown]
+# The same without numbers of experts: in how many layers two contexts go to the same first expert.
+
+# %%
+experts = here[rows].ids[..., 0]
+alike = (experts[:, None] == experts[None]).mean(-1)  # [context, context]
+same = meaning[rows][:, None] == meaning[rows][None]
+other = ~np.eye(len(rows), dtype=bool)
+within, across = alike[same & other].mean(), alike[~same].mean()
+order, names = np.random.default_rng(0), meaning[rows]
+null = []
+for _ in range(200):
+    mixed = order.permutation(names)
+    mixed = mixed[:, None] == mixed[None]
+    null.append(alike[mixed & other].mean() - alike[~mixed].mean())
+p = (1 + sum(gap >= within - across for gap in null)) / 201
+
+# %% [markdown]
+# In words, and as a picture:
+
+# %%
+so(
+    f"held-out contexts of {chosen!r} share their first expert in {within:.0%} of the layers "
+    f"within a meaning and in {across:.0%} across (p {p:.3f} with the meanings shuffled)."
+)
+titles = {"x_title": "context, in the same order", "y_title": "context, by meaning"}
+heatmap(alike, range(len(names)), names, title=f"Shared experts of {chosen!r}", **titles).show()
+
+# %% [markdown]
+# ## 3. Weight by rank and by position
+# How a token's weight is shared, by layer: the first rank's part of what its chosen experts have
+# together. Even shares are the control.
+
+# %%
+
+share = routing.weights / routing.weights.sum(-1, keepdims=True).clip(1e-9)  # [token, layer, rank]
+ranks = [f"rank {rank + 1}" for rank in range(share.shape[2])]
+by_rank = pd.DataFrame(share.mean(0), routing.layers, ranks)
+print(f"even shares: {1 / len(ranks):.2f}")
+print(by_rank.round(2).to_string())
+
+# %% [markdown]
+# Is a router surer late in a text than at its beginning? The first rank's weight at tokens after
+# the tenth, less its mean at the first ten, text by text.
+
+# %%
+late = routing.position > 10
+texts = [t for t in np.unique(routing.text) if late[routing.text == t].any()]
+weight = routing.weights[..., 0]
+gap = [
+    weight[late & (routing.text == t)].mean(0) - weight[~late & (routing.text == t)].mean(0)
+    for t in texts
+]
+gap = pd.DataFrame(gap, columns=routing.layers)
+late = pd.DataFrame({"later less early": gap.mean(), "half interval": 1.96 * gap.sem()})
+late["first ten"] = weight[routing.position <= 10].mean(0)
+print(late.round(3).to_string())
+
+# %% [markdown]
+# In words, and by position:
+
+# %%
+sure = late.index[late["later less early"].abs() > late["half interval"]].tolist()
+most = by_rank.iloc[:, 0]
+so(
+    f"of what a token's experts have together the first has {most.min():.0%} to {most.max():.0%} "
+    f"(even: {1 / len(ranks):.0%}); its weight changes along a text beyond the interval at "
+    f"{len(sure)} of {len(late)} layers."
+)
+spots = np.minimum(routing.position // 5 * 5, 30)
+curve = pd.DataFrame(weight, columns=routing.layers).groupby(spots).mean()
+drawn = {f"layer {n}": curve[n] for n in (routing.layers[0], LAYER, routing.layers[-1])}
+titles = {
+    "x_title": "position in the text, by fives (30: and later)",
+    "y_title": "weight of the first expert",
+}
+lines(drawn, curve.index, title="Weight of the first expert, by position", **titles).show()
+
+# %% [markdown]
+# ## 4. How routing came about in training
+# Where a record of it ships: the experts of the texts of section 1 at some steps of the training.
+
+# %%
+from lenslab.files import data_path
+from lenslab.moe.routing import training_routing
+
+steps, trace = {}, data_path("models", model_name(model), "routing.parquet")
+if trace.is_file():
+    steps = training_routing(trace, seen)
+    ends = steps[max(steps)]
+    shared = (ends.ids[..., 0] == routing.ids[..., 0]).mean()
+    print(f"{len(steps)} checkpoints; the last has {shared:.0%} of this model's first experts")
+    steps = steps if shared > 0.9 else {}  # else of other weights
+if not steps:
+    print("No record of the training of these weights is at hand.")
+
+# %% [markdown]
+# Of two checkpoints: the share of tokens with the same first expert. **Chance**: the same loads,
+# independent.
+
+# %%
+agreement = {}
+for step, then in steps.items():
+    for name, other in (("the first", steps[min(steps)]), ("the last", steps[max(steps)])):
+        same = (then.ids[..., 0] == other.ids[..., 0]).mean(0)
+        loads = [np.eye(then.n_experts)[r.ids[..., 0]].mean(0) for r in (then, other)]
+        agreement[step, f"like {name}"] = same.mean()
+        agreement[step, f"like {name}, chance control"] = (loads[0] * loads[1]).sum(-1).mean()
+agreement = pd.Series(agreement, dtype=float)
+agreement = agreement.unstack() if steps else pd.DataFrame()
+print(agreement.iloc[:: max(len(steps) // 6, 1)].round(2).to_string() if steps else "none")
+
+# %% [markdown]
+# When was a route settled? At the first checkpoint from which on nine tenths of what the last one
+# agrees on beyond chance are there.
+
+# %%
+if steps:
+    now, chance = (agreement[f"like the last{part}"] for part in ("", ", chance control"))
+    saturated = ((now - chance) / (1 - chance)).ge(0.9)
+    step = next(s for s in agreement.index if saturated[agreement.index >= s].all())
+    settled = "at the last record" if step == max(steps) else f"from step {step} on"
+    so(
+        f"after the first record {agreement['like the first'].iloc[-1]:.0%} of first experts are "
+        f"still the same (chance {agreement['like the first, chance control'].iloc[-1]:.0%}); nine "
+        f"tenths of the routes are final {settled} (of {max(steps)} steps)."
+    )
+else:
+    so("of this model's training there is no record, so when its routes settled cannot be told.")
+
+# %% [markdown]
+# Both as curves, and the experts of one frequent token through training at one layer:
+
+# %%
+if steps:
+    titles = {"x_title": "step, and one", "y_title": "share of first experts that are the same"}
+    options = {"log_x": True, "title": "Routes in training"} | titles
+    lines(agreement, agreement.index + 1, **options).show()
+
+# %% [markdown]
+# The token that occurs most often; each row is an expert.
+
+# %%
+if steps:
+    frequent, at = np.bincount(routing.token).argmax(), routing.layers.index(LAYER)
+    mine = {s: r.ids[r.token == frequent, at].ravel() for s, r in steps.items()}
+    parts = [np.bincount(e, minlength=routing.n_experts) / len(e) for e in mine.values()]
+    name = token_string(model.tokenizer, int(frequent))
+    print(f"{name!r}: its largest share goes from {max(parts[0]):.2f} to {max(parts[-1]):.2f}")
+    titles = {"title": f"Slots of {name!r}, layer {LAYER}", "x_title": "step", "y_title": "expert"}
+    heatmap(np.array(parts).T, list(mine), range(routing.n_experts), **titles).show()
+
+# %% [markdown]
+# ## 5. Load, and who fires with whom
+# From here on 420 texts of seven kinds. Load: a multiple of the fair share. As entropy (1: even),
+# and as divergence from even loads, chance being as many slots drawn evenly.
+
+# %%
+from lenslab.moe.routing import router_weights
+from lenslab.moe.statistics import balance, coactivation, load, router_geometry
+
+probes = load_probes("categories")
+batch = tokenize(model, probes["text"].tolist(), truncate=True)
+full = capture_routing(model, batch, inputs=True)
+kinds = probes["category"].to_numpy()[full.text]
+loads, even = load(full), balance(full)
+columns = ["value", "chance", "low", "high"]
+shown = even.query("statistic == 'divergence'").set_index("layer")[columns]
+print(f"{len(full.ids):,} tokens; loads {loads['value'].min():.1f} to {loads['value'].max():.1f}")
+print(shown.round(2).to_string())
+
+# %% [markdown]
+# Pairs of experts: the smaller of the two conditional probabilities, which is 1 for a pair that is
+# never apart, whatever its ranks. Chance: experts drawn with the same loads, as many a token.
+
+# %%
+together = pd.DataFrame({"q": [], "excess": []})
+if full.ids.shape[2] > 1:
+    together = coactivation(full)
+    best = together.loc[together["excess"].idxmax()]
+    print(f"layer {best['layer']:.0f}: {best['expert']:.0f} and {best['other']:.0f} ", end="")
+    print(f"together {best['value']:.2f}, by chance {best['chance']:.2f}")
+else:
+    print("A token has one expert: none fires together with another.")
+
+# %% [markdown]
+# And the routers' rows: how far from right angles, beside rows of normal numbers.
+
+# %%
+angles = router_geometry(router_weights(model))
+print(angles[["value", "chance", "low", "high"]].round(1).to_string())
+
+# %% [markdown]
+# In words:
+
+# %%
+uneven = (shown["low"] > 0).sum()
+paired = f"{((together['q'] < 0.05) & (together['excess'] > 0)).mean():.0%} of"
+paired = paired if len(together) else "no"
+so(
+    f"loads are uneven beyond chance at {uneven} of {len(shown)} layers, by up to "
+    f"{shown['value'].max():.2f} bits; {paired} pairs of experts fire together "
+    f"more than their loads make them (q < .05); routers are off right angles beyond normal rows "
+    f"at {(angles['p'] < 0.05).sum()} of {len(angles)} layers."
+)
+
+# %% [markdown]
+# Loads by layer:
+
+# %%
+grid = loads.pivot(index="layer", columns="expert", values="value")
+titles = {"x_title": "expert", "y_title": "layer", "title": "Load (1: fair share)"}
+heatmap(grid.to_numpy(), grid.columns, grid.index, **titles).show()
+
+# %% [markdown]
+# ## 6. What are experts for?
+# **Routing signatures**: how far the experts of one kind of text are from those of the other kinds.
+# Chance: kinds shuffled among texts, so loads are the same.
+
+# %%
+signature = contrast(full, kinds)
+wide = signature.pivot(index="label", columns="layer", values="excess")
+print(wide.round(2).to_string())
+
+# %% [markdown]
+# **Specialisation**, in bits: what an expert's slots say of the kind. A linear router with random
+# weights also tells kinds apart, since what it reads does. So chance is 200 random linear routers
+# on the same inputs, their biases tuned to the same loads. On every third token.
+
+# %%
+from lenslab.moe.experts import specialisation
+
+some = np.arange(0, len(full.ids), 3)
+special = specialisation(full[some], {"kind": kinds[some]})
+layers_, each = (special[special["expert"].lt(0) == whole] for whole in (True, False))
+shown = layers_.set_index("layer")[["value", "chance", "low", "high", "p"]]
+print(shown.round(2).to_string())
+
+# %% [markdown]
+# The experts that stand out:
+
+# %%
+out = each[each["p"] < 0.05].nlargest(6, "excess")
+for _, row in out.iterrows():
+    slots = (full.ids[:, full.layers.index(row["layer"])] == row["expert"]).any(1)
+    parts = pd.Series(kinds[slots]).value_counts(normalize=True)
+    print(f"layer {row['layer']:.0f} expert {row['expert']:.0f}: ", end="")
+    print(f"{parts.index[0]} {parts.iloc[0]:.0%} of its tokens, {row['excess']:.1f} bits beyond")
+print(f"{(each['p'] < 0.05).sum()} of {len(each)} experts, corrected for all of them")
+
+# %% [markdown]
+# In words:
+
+# %%
+surely = (layers_["p"] < 0.05).sum()
+strong = (signature["p"] < 0.05).sum()
+so(
+    f"{strong} of {len(signature)} pairs of kind and layer have a routing signature beyond "
+    f"shuffled kinds; but beyond random linear routers with the same loads {surely} of "
+    f"{len(layers_)} layers and {(each['p'] < 0.05).sum()} of {len(each)} experts are specialised: "
+    f"random ones reach "
+    f"{layers_['chance'].mean() / layers_['value'].mean():.0%} of the bits."
+)
+
+# %% [markdown]
+# Layer by layer, beside the random routers:
+
+# %%
+drawn = {"routers": layers_["value"], "random routers": layers_["chance"]}
+titles = {"x_title": "layer", "y_title": "bits about the kind, per slot"}
+bars(drawn, list(full.layers), title="What a slot says of the kind of text", **titles).show()
+
+# %% [markdown]
+# ## 7. Paths through the layers
+# A path is the first expert of one layer after the other. How many are there, and do a few carry
+# most tokens? `paths`, and how many of them cover most tokens, for each token; `top`: the share of
+# tokens on the commonest. Chance: each layer's experts shuffled among tokens.
+
+# %%
+from lenslab.moe.paths import continuity, path_clusters, path_coverage, paths_as_experts
+
+cover = path_coverage(full)
+through = cover[cover["layer"] == full.layers[-1]].set_index("statistic")[["value", "chance"]]
+through.iloc[:3] /= len(full.ids)  # of paths: how many for each token
+print(through.round(2).to_string())
+
+# %% [markdown]
+# **EC**: tokens that keep an expert's number in the next layer. Numbers are arbitrary, so this says
+# something only in a model whose layers share a router.
+
+# %%
+stays = continuity(full).set_index("layer")
+print(stays[["value", "chance", "low", "high"]].round(2).to_string())
+
+# %% [markdown]
+# What neighbouring layers tell of each other, whatever the numbers: mutual information of their
+# first experts, in bits. **Controls**: tokens shuffled, and shuffled among those with the same id:
+# what the token decides in both layers is left in there.
+
+# %%
+from itertools import pairwise
+
+from sklearn.metrics import mutual_info_score
+
+tops, random, rows = full.ids[..., 0].T, np.random.default_rng(0), []
+for a, b in pairwise(tops):
+    same = pd.Series(b).groupby(full.token).transform(random.permutation)
+    others = {"bits": b, "same token": same, "shuffled": random.permutation(b)}
+    rows.append({name: mutual_info_score(a, one) / np.log(2) for name, one in others.items()})
+bits = pd.DataFrame(rows, [f"{a} to {b}" for a, b in pairwise(full.layers)])
+print(bits.round(2).to_string())
+
+# %% [markdown]
+# The transitions of the middle layer, as shares of all tokens:
+
+# %%
+at = full.layers.index(LAYER)
+counts = np.histogram2d(*tops[at - 1 : at + 1], bins=np.arange(full.n_experts + 1))[0]
+names, titles = range(full.n_experts), {"y_title": f"expert of layer {full.layers[at - 1]}"}
+titles |= {"x_title": f"expert of layer {LAYER}", "title": "From layer to layer: share of tokens"}
+heatmap(counts / counts.sum(), names, names, **titles).show()
+
+# %% [markdown]
+# Common paths through three layers, as if each were an expert: which tokens take them, and which
+# kinds?
+
+# %%
+window = full.layers[-3:]
+as_experts, paths = paths_as_experts(full, window)
+for number in range(min(4, len(paths))):
+    on = np.flatnonzero(as_experts.ids[:, 0, 0] == number)
+    text = pd.Series([token_string(model.tokenizer, t) for t in full.token[on].tolist()])
+    kind = pd.Series(kinds[on]).value_counts(normalize=True)
+    common = text.value_counts().index[:4].tolist()
+    print(f"{'-'.join(map(str, paths[number]))}: {len(on) / len(kinds):.1%} of tokens, ", end="")
+    print(f"{kind.iloc[0]:.0%} of them {kind.index[0]}; {common}")
+
+# %% [markdown]
+# Are kinds, and languages, told apart by paths, beyond shuffled labels?
+
+# %%
+language = probes["language"].to_numpy()[full.text]
+foreign = np.isin(kinds, ["non_english"])
+by_kind = contrast(as_experts, kinds).set_index("label")
+by_language = contrast(as_experts[foreign], language[foreign]).set_index("label")
+both = pd.concat({"kind": by_kind, "language": by_language})
+both["beyond chance"] = both["p"] < 0.05
+print(both[["value", "chance", "beyond chance"]].round(2).to_string())
+
+# %% [markdown]
+# Clusters of whole paths, by the share of layers in which they differ (HDBSCAN). Chance: the same
+# on shuffled layers, which have no clusters but by accident.
+
+# %%
+clustered, centres, found = path_clusters(full)
+found = found.iloc[0]
+print(f"{len(centres)} clusters with {found['value']:.2f} of the tokens, by chance ", end="")
+print(f"{found['chance']:.2f}")
+for number in range(min(3, len(centres))):
+    on = np.flatnonzero(clustered.ids[:, 0, 0] == number)
+    print(
+        f"{number}:", [token_string(model.tokenizer, t) for t in clustered.token[on[:7]].tolist()]
+    )
+
+# %% [markdown]
+# In words:
+
+# %%
+so(
+    f"there are {through.loc['paths', 'value']:.2f} paths for each token where independent layers "
+    f"would give {through.loc['paths', 'chance']:.2f}; the ten commonest carry "
+    f"{through.loc['top 10', 'value']:.1%} ({through.loc['top 10', 'chance']:.1%}); neighbouring "
+    f"layers share {bits['bits'].mean():.1f} bits, {bits['same token'].mean():.1f} of them by the "
+    f"token alone ({bits['shuffled'].mean():.1f} shuffled); "
+    f"{(by_kind['p'] < 0.05).sum()} of {len(by_kind)} kinds and {(by_language['p'] < 0.05).sum()} "
+    f"of {len(by_language)} languages differ in their common paths; clusters "
+    + ("hold more" if found["low"] > 0 else "do not surely hold more")
+    + " tokens than shuffled layers give."
+)
+
+# %% [markdown]
+# A picture of paths (t-SNE of the same distances): for the eye only, nothing is measured on it.
+
+# %%
+from sklearn.manifold import TSNE
+
+from lenslab.show.plots import scatter
+
+few = np.arange(0, len(full.ids), max(len(full.ids) // 300, 1))
+layout = TSNE(metric="hamming", init="random", random_state=0).fit_transform(tops.T[few])
+marked = signature.groupby("label")["excess"].mean().idxmax()
+options = {"marked": kinds[few] == marked, "marked_name": marked}
+titles = {"x_title": "t-SNE 1", "y_title": "t-SNE 2", "title": "Paths that are alike lie together"}
+print(f"{len(few):,} tokens, {marked} marked: the kind whose routes are farthest from the others'")
+scatter(*layout.T, **options, **titles).show()
+
+# %% [markdown]
+# ## 8. What foretells a route?
+# The first expert, foretold from one thing at a time. Fitted on half of the texts, scored on the
+# other half; chance is always naming the expert that was most frequent.
+
+# %%
+from lenslab.moe.paths import predict_experts, predict_from_dimensions
+
+told = predict_experts(full, kinds)
+by_predictor = told.pivot(index="layer", columns="predictor", values="value")
+by_predictor["chance"] = told.groupby("layer")["chance"].first()
+print(by_predictor.round(2).to_string())
+
+# %% [markdown]
+# And from what the router reads: a logistic regression on some of its dimensions, the largest or
+# as many random ones. All these are lower bounds: a token that the fitted half does not have is
+# guessed, and the regression is fitted on few tokens, while the route is exactly a linear function
+# of what it reads.
+
+# %%
+few = full[np.arange(0, len(full.ids), 4)]
+probe = predict_from_dimensions(few, shares=(0.02, 0.1, 1.0))
+by_share = probe.groupby(["dimensions", "share"])[["value", "chance"]].mean()
+print(by_share.round(2).to_string())
+
+# %% [markdown]
+# How far the largest are ahead of random ones:
+
+# %%
+largest, drawn = (probe[probe["dimensions"] == name] for name in ("largest", "random"))
+ahead = (largest["value"].to_numpy() - drawn["value"].to_numpy()).reshape(-1, 3)
+ahead = pd.DataFrame(ahead, full.layers, [f"{share:.0%}" for share in (0.02, 0.1, 1.0)])
+print((ahead.round(1) + 0.0).to_string())
+
+# %% [markdown]
+# In words:
+
+# %%
+means_ = by_predictor.mean()
+gain = told.query("predictor == 'bigram'").set_index("layer")["value"] - by_predictor["token"]
+so(
+    f"on held-out texts the token alone foretells {means_['token']:.0%} of first experts (chance "
+    f"{means_['chance']:.0%}), with the token before it {100 * gain.mean():z.0f} points more, the "
+    f"kind of text {means_['kind']:.0%}, the position {means_['position']:.0%}; what the router "
+    f"reads {by_share.loc[('largest', 1.0), 'value']:.0%}, a tenth of it "
+    f"{by_share.loc[('largest', 0.1), 'value']:.0%} (the largest dimensions) and "
+    f"{by_share.loc[('random', 0.1), 'value']:.0%} (random ones)."
+)
+
+# %% [markdown]
+# Predictor by predictor:
+
+# %%
+drawn = {name: by_predictor[name] for name in ("token", "kind", "position")}
+drawn["chance (control)"] = by_predictor["chance"]
+titles = {"x_title": "layer", "y_title": "share foretold on held-out texts"}
+lines(drawn, full.layers, title="What foretells the first expert", **titles).show()
+
+# %% [markdown]
+# ## 9. Keep it
+# As safetensors, in half the bytes, with the error that makes, and as Parquet for any program.
+
+# %%
+import torch
+
+from lenslab.files import outputs_path
+from lenslab.moe.routing import load_routing
+
+file = outputs_path("results", "phase_5_routing.safetensors")
+error = full.save(file, torch.bfloat16)
+again = load_routing(file)
+same = np.array_equal(again.ids, full.ids)
+file.with_suffix(".parquet").parent.mkdir(parents=True, exist_ok=True)
+full.to_frame().to_parquet(file.with_suffix(".parquet"), index=False)
+worst = {name: f"{value / np.abs(getattr(full, name)).max():.1%}" for name, value in error.items()}
+so(
+    f"ids come back {'the same' if same else 'CHANGED'}; the largest error of bfloat16, of the "
+    f"largest value: {worst}."
+)
+
+# %% [markdown]
+# ## What was found, and what was not
+# **Found**: what the lines that begin with *So:* say. Section 2 says whether a word is routed by
+# what it means there; section 6, how much of what looks like specialisation random routers have
+# too; section 7, whether there are paths; section 8, how much of a route the token alone decides.
+#
+# **Not shown**: that an expert *causes* anything: what happens without it is another question
+# (phase 6). The meanings are those of 24 words, in contexts that were written for this; a word's
+# contexts share a style, not all else. A router may split a kind of text by something that
+# correlates with it. Random routers are linear, as these routers are, and see the same inputs, but
+# those inputs were made by layers that routed. Where a token goes to several experts, paths and
+# predictors follow the first. Clusters and paths of few tokens are not shown, which does not mean
+# that there are none.
+#
+# **Exercises**
+# 1. Draw `analyze_texts` for an expert that section 6 names. Do its neurons agree with its kind?
+# 2. Are the meanings of symbols told apart at other layers than those of words?
+# 3. Foretell the *second* expert. Is it easier or harder than the first?
+#
+# <details><summary>Solutions</summary>
+#
+# 1. `analyze_texts(texts, model, layer, expert)["neurons"].show()` with the numbers printed there.
+# 2. `ics[ics["stratum"].str.strip().str.isalpha()].groupby("layer")["excess"].mean()`, then with
+#    `~`.
+# 3. `from dataclasses import replace`, then
+#    `predict_experts(replace(full, ids=full.ids[..., ::-1], weights=full.weights[..., ::-1]))`.
+# </details>
