@@ -26,7 +26,9 @@ from test_sae_pretrained import fill_cache, hub, tiny_sae  # noqa: F401
 
 from lenslab.compare import LAYERS, PUBLISHED, children
 from lenslab.features.activations import encode_features
+from lenslab.features.ranking import matched_features
 from lenslab.files import REPOSITORY, data_path
+from lenslab.metrics import auroc
 from lenslab.sae.find import find_sae
 from lenslab.sae.registry import repository_of
 from lenslab.sae.save import save_sae
@@ -222,16 +224,57 @@ def test_ablations_are_averaged_over_the_right_texts():
 
 
 def test_the_sign_test_is_said_beside_its_chance(capsys):
-    own, cross = np.array([2.0, 3, 1, 0, 5, 6, 7]), np.array([1.0, 1, 1, 0, 1, 1, 1])
-    table = pd.DataFrame({"own feature": own, "other": cross})
-    names = dict(
-        first_effects=table, second_effects=table * 0, CROSS="other", there="second", so=so
+    own, alike = np.array([2.0, 3, 1, 0, 5, 6, 7]), np.array([1.0, 1, 1, 0, 1, 1, 1])
+    table = pd.DataFrame({"own feature": own, "matched feature": alike, "other": 0.5})
+    relation = SimpleNamespace(estimate=0.42, low=-0.1, high=0.9)
+    names = dict(asked={"first": None, "second": None}, rise_of=[table, table * 0], so=so)
+    run_cells("from scipy.stats import binomtest", **names, CROSS="other", relations=[relation] * 2)
+    first, second = capsys.readouterr().out.split("in second")
+    assert "of other kinds by 0.5, matched ones by 0.9: more in 5 of 5 kinds" in first
+    assert (
+        "(by chance 2.5, p = 0.06); selectivity and effect correlate at 0.4 (-0.1 to 0.9)" in first
     )
-    names |= dict(model=None, model_name=lambda model: "first")
-    run_cells("from scipy.stats import binomtest", **names)
-    printed = capsys.readouterr().out
-    assert "more in 5 of 5 kinds (by chance 2.5, p = 0.06)" in printed
-    assert "in second" in printed and "more in 0 of 0 kinds (by chance 0.0, p = 1.00)" in printed
+    assert "more in 0 of 0 kinds (by chance 0.0, p = 1.00)" in second
+
+
+def test_two_models_are_asked_the_same_with_the_same_controls(capsys):
+    """Features 0 and 1 are chosen, 3 and 2 fire as they do; what they do is planted."""
+    texts = np.array([[4.0, 0, 0, 4.1], [4, 0, 0, 4], [0, 6, 6, 0], [0, 5, 5.2, 0]])
+    inside = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], dtype=bool)
+    rises = {0: [4, 2, 1, 1], 1: [0, 1, 6, 8], 3: [1, 1, 0, 0], 2: [0, 0, 2, 1]}
+
+    def ablate(model, sae, fa, features):
+        assert list(features) == [0, 1, 3, 2]
+        return np.array([rises[int(feature)] for feature in features]) / 1000
+
+    class Rows:
+        pool = staticmethod(lambda how: scipy.sparse.csr_array(texts))
+        __getitem__ = lambda self, rows: self  # noqa: E731
+
+    names = dict(asked={"m": (None, None, Rows(), np.array([0, 1]))}, half_rows=np.arange(4))
+    names |= dict(of_kind=inside, labels=SimpleNamespace(categories=["a", "b"]), CROSS="other")
+    names |= dict(ablate_features=ablate, matched_features=matched_features, auroc=auroc)
+    names |= dict(bootstrap_by_document=lambda pairs, documents, draw, rank: pairs, rank=None)
+    found = run_cells("rise_of, relations, kinds = ", **names)
+    table = found["rise_of"][0]
+    assert table["own feature"].tolist() == pytest.approx([3, 7])
+    assert table["other"].tolist() == pytest.approx([0.5, 1])
+    assert table["matched feature"].tolist() == pytest.approx([1, 1.5])
+    pairs = np.array([[1, 3], [1, 7], [1, 1], [1, 1.5]])  # selectivity and effect
+    assert found["relations"][0] == pytest.approx(pairs)
+
+
+def test_matched_features_fire_as_often_and_as_strongly_and_are_taken_once():
+    values = np.zeros((6, 6))
+    values[:3, 0] = [3, 3, 3]
+    values[:3, 1] = [3, 3, 3]  # alike, chosen for the other kind
+    values[:3, 2] = [3, 3, 3.3]
+    values[:3, 3] = [3, 0, 3]
+    values[3:, 4] = [3, 3, 3]  # alike, on other texts
+    values[:3, 5] = [9, 9, 9]
+    inside = np.array([[1, 0]] * 3 + [[0, 1]] * 3, dtype=bool)
+    assert matched_features(values, inside, [0, 1], n=1).tolist() == [[2], [3]]
+    assert matched_features(values, inside[:, :1], [0]).tolist() == [[1, 2]]
 
 
 def test_cloze_scores_are_the_right_answer_less_the_mean_of_the_others_and_its_usual_score():

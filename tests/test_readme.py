@@ -141,6 +141,15 @@ def test_the_statistics_of_phase_2_were_measured_and_take_seconds():
     assert min(result["ratios"].values()) > 1 and not result["left_out"]
 
 
+def test_the_routing_benchmark_was_measured_and_says_what_it_claims():
+    result = json.loads((RESULTS / "routing.json").read_text())
+    same = [ratio for peer, ratio in result["ratios"].items() if "eager attention" in peer]
+    assert len(same) == 3 and min(same) >= 0.8 and not result["left_out"]
+    one, four = (result["statistics"][f"statistics of {n} million"] for n in (1, 4))
+    assert one["seconds"] < 20 and one["peak_mb"] < 2000
+    assert four["seconds"] < 4.4 * one["seconds"] and four["peak_mb"] < 4.4 * one["peak_mb"]
+
+
 def test_the_notebooks_fit_a_small_machine():
     runs = json.loads((RESULTS / "notebook_runs.json").read_text())["notebooks"]
     assert all(run["seconds"] <= 180 and run["peak_mb"] <= 4000 for run in runs)

@@ -33,6 +33,7 @@ import os
 
 import numpy as np
 import pandas as pd
+from IPython.display import HTML
 
 from lenslab.models import load_model, model_name, random_twin
 from lenslab.moe.routing import capture_routing, sparse_layers
@@ -109,16 +110,15 @@ from lenslab.moe.routing import predictions
 said = predictions(model, seen)
 known = said["loss"].notna()
 sure = routing.weights[known, routing.layers.index(LAYER), 0]
-told = spearmanr(sure, said["loss"][known]).statistic
+told, null = spearmanr(sure, said["loss"][known]).statistic, 1.96 / known.sum() ** 0.5
 print(f"loss {said['loss'].mean():.1f} nats a token; its rank correlation with the weight of the")
-print(f"first expert at layer {LAYER}: {told:z.1f}")
+print(f"first expert at layer {LAYER}: {told:z.1f} (shuffled tokens: within {null:.1f})")
 
 # %% [markdown]
 # One call draws what a mixture does with any texts: `analyze_texts(texts, model, layer, expert)`.
 # **Which layer, which expert?** By default the middle layer and the expert that most of these
-# tokens go to. Early layers often sort by the token alone, later ones also by its context
-# (section 2 says how it is here). Take an expert that section 6 finds specialised
-# beyond chance; one that is merely busy may be busy with everything.
+# tokens go to. Section 2 says at which layers the context counts. Take an expert that section 6
+# finds specialised beyond chance; one that is merely busy may be busy with everything.
 
 # %%
 from lenslab.show.routing import analyze_texts
@@ -186,24 +186,27 @@ print(f"{SITE}: {fa.matrix.nnz / len(fa.text):.0f} latents active at a token")
 
 # %% [markdown]
 # How important is a feature? By size: its mean over texts. By effect: the rise of the loss when it
-# is set to zero, the SAE's error kept, in millinats a token. **Control**: as many features drawn
-# among those that fire on five texts or more.
+# is set to zero, the SAE's error kept, in millinats a token. **Control**: as many features, drawn
+# among the forty that fire on about as many texts.
 
 # %%
 from lenslab.circuits.interventions import ablate_features
-from lenslab.show.plots import bars
 
 size = np.asarray(fa.pool("mean").mean(0)).ravel()
 fires = np.asarray((fa.pool("max") > 0).sum(0)).ravel()
 top = np.argsort(-size, kind="stable")[:8]
-able = np.setdiff1d(np.flatnonzero(fires >= min(5, np.sort(fires)[-20])), top)
-drawn = np.random.default_rng(0).choice(able, 8, replace=False)
+near = np.argsort(np.abs(fires - np.median(fires[top])), kind="stable")
+drawn = np.random.default_rng(0).choice(near[~np.isin(near, top)][:40], 8, replace=False)
 effect = 1000 * ablate_features(model, sae, fa, [*top, *drawn]).mean(1)
 print(f"millinats: largest {effect[:8].mean():.1f}, drawn {effect[8:].mean():.1f}")
-found = {
-    "largest features": np.sort(effect[:8])[::-1],
-    "random features": np.sort(effect[8:])[::-1],
-}
+
+# %% [markdown]
+# One by one:
+
+# %%
+from lenslab.show.plots import bars
+
+found = {"largest": np.sort(effect[:8])[::-1], "random": np.sort(effect[8:])[::-1]}
 titles = {"x_title": "features, sorted", "y_title": "loss rises by, millinats a token"}
 bars(found, title="Features of what experts write, set to zero", **titles).show()
 
@@ -213,8 +216,8 @@ bars(found, title="Features of what experts write, set to zero", **titles).show(
 # %%
 from lenslab.show.feature_plots import coactivation_heatmap, text_feature_heatmap
 
-partly = np.flatnonzero((fires >= 4) & (fires <= len(seen) / 2))
-partly = partly[np.argsort(-size[partly], kind="stable")][:8]
+some = np.flatnonzero((fires >= 4) & (fires <= len(seen) / 2))
+partly = some[np.argsort(-size[some], kind="stable")][:8] if len(some) > 1 else top
 print(f"{len(partly)} features, on {fires[partly].min()} to {fires[partly].max()} texts")
 text_feature_heatmap(fa.pool("max")[:, partly], partly, look["category"]).show()
 
@@ -231,9 +234,9 @@ coactivation_heatmap(pairs.pmi, partly).show()
 
 # %% [markdown]
 # ## 2. Context or token?
-# 24 words and symbols with three meanings each, twelve contexts for each meaning, in the same
+# 16 words and 8 symbols with three meanings each, twelve contexts for each meaning, in the same
 # styles for every meaning of a word. The route of the word itself is read: what tells its meaning
-# stands before it. A word that is no single token here is dropped.
+# stands before it.
 
 # %%
 contexts = load_probes("contextual")
@@ -242,17 +245,26 @@ upto = [text[:end] for text, end in zip(contexts["text"], ends, strict=True)]
 reads = tokenize(model, upto, truncate=True)
 routes = capture_routing(model, reads)
 last = np.flatnonzero(np.diff(routes.text, append=-1))  # of each text
-spelled = np.array([token_string(model.tokenizer, token) for token in routes.token[last].tolist()])
-kept = spelled == contexts["token"].to_numpy()
+print(f"{len(routes.ids):,} tokens; {len(last)} contexts that end in their word")
+
+# %% [markdown]
+# A word is dropped where it is no single token here, or where too few contexts are left of it.
+
+# %%
+spelled = [token_string(model.tokenizer, token) for token in routes.token[last].tolist()]
+contexts["kept"] = spelled == contexts["token"]
+number = contexts.groupby(["token", "meaning", "split"])["kept"].sum().groupby("token").min()
+kept = (contexts["kept"] & contexts["token"].map(number >= 2)).to_numpy()
 here, its = routes[last[kept]], contexts[kept].reset_index(drop=True)
 print(f"{kept.sum()} of {len(kept)} contexts end in their word as one token")
 print(f"{its['token'].nunique()} words, {its.groupby('token')['meaning'].nunique().sum()} meanings")
 
 # %% [markdown]
-# **ICS**: how far the experts of one meaning are from those of the word's other meanings
-# (Jensen-Shannon divergence in bits). Few contexts make every divergence too large, so chance is
-# the same number with the meanings shuffled among a word's contexts. **Control**: the
-# random-weight twin, whose routers also see the context.
+# How far are the experts of one meaning from those of the word's other meanings (Jensen-Shannon
+# divergence in bits; known as ICS)? Few contexts make every divergence too large, so chance is the
+# same number with the meanings shuffled among a word's contexts; a little too high a chance, since
+# the meanings share their styles and shuffled ones do not. **Control**: the random-weight twin,
+# whose routers also see the context.
 
 # %%
 from lenslab.moe.statistics import contrast
@@ -260,19 +272,21 @@ from lenslab.moe.statistics import contrast
 word, meaning = its["token"].to_numpy(), its["meaning"].to_numpy()
 ics = contrast(here, meaning, word, average=True)
 twin = random_twin(model, label="random twin")
-twins = contrast(capture_routing(twin, reads)[last[kept]], meaning, word, average=True)
-print(ics.groupby("layer")[["value", "chance", "excess"]].mean().round(2).to_string())
+twin_routes = capture_routing(twin, reads)
+twins = contrast(twin_routes[last[kept]], meaning, word, average=True)
+print((ics.groupby("layer")[["value", "chance", "excess"]].mean().round(2) + 0.0).to_string())
 
 # %% [markdown]
-# **TIS**: the same divergence between a word and all other tokens of these texts: what the token
-# alone decides.
+# The same divergence between a word and all other tokens of these texts (known as TIS), and the
+# share of a word's slots that its one and its four most used experts have (`coverage`; with k
+# experts a token, one has at most 1/k of them). Chance: other tokens of the same texts.
 
 # %%
 from lenslab.moe.statistics import token_statistics
 
 ids = pd.unique(here.token)
 tis = token_statistics(routes, ids)
-by_layer = tis.query("statistic == 'TIS'").groupby("layer")["excess"].mean()
+of_twin = token_statistics(twin_routes, ids)
 share = tis.query("statistic != 'TIS'").groupby("statistic")[["value", "chance"]].mean()
 print(share.round(2).to_string())
 
@@ -280,12 +294,15 @@ print(share.round(2).to_string())
 # Side by side, with the interval over words:
 
 # %%
-parts = {"meaning (ICS)": ics, "meaning, random twin": twins}
+ICS, TIS, TWIN = "meaning", "token", ", random twin"
+parts = {TIS: tis, TIS + TWIN: of_twin, ICS: ics, ICS + TWIN: twins}
+for name in (TIS, TIS + TWIN):
+    parts[name] = parts[name].query("statistic == 'TIS'").rename(columns={"token": "stratum"})
 by_word = {n: t.pivot(index="stratum", columns="layer", values="excess") for n, t in parts.items()}
-mean = {"token (TIS)": by_layer} | {name: values.mean() for name, values in by_word.items()}
+mean = {name: values.mean() for name, values in by_word.items()}
 half = {name: 1.96 * values.sem() for name, values in by_word.items()}
 spread = {name: (mean[name] - half[name], mean[name] + half[name]) for name in half}
-print(pd.DataFrame(mean).round(2).to_string())
+print((pd.DataFrame(mean).round(2) + 0.0).to_string())
 
 # %% [markdown]
 # As a picture:
@@ -300,15 +317,16 @@ lines(mean, routing.layers, spread=spread, title="Token and meaning", **titles).
 # In words:
 
 # %%
-ours, theirs = (by_word[name].mean() for name in parts)
-deep = ours.idxmax()
-beyond = (ics.query("layer == @deep")["p"] < 0.05).sum()
-lasts = (ours - half["meaning (ICS)"] > theirs + half["meaning, random twin"]).sum()
+ours, theirs = mean[ICS], mean[ICS + TWIN]
+beyond = (ics.groupby("stratum")["p"].min() < 0.05).sum()
+apart = (ours - half[ICS] > theirs + half[ICS + TWIN]).sum()
 so(
-    f"the token decides more than the meaning at {(by_layer > ours).sum()} of {len(ours)} layers; "
-    f"meaning moves the route most at layer {deep}, by {ours[deep]:z.2f} bits beyond chance "
-    f"(random twin {theirs[deep]:z.2f}), for {beyond} of {len(ids)} words surely; at {lasts} "
-    "layers by more than in the twin, intervals apart."
+    f"routes differ more between tokens than between meanings at {(mean[TIS] > ours).sum()} of "
+    f"{len(ours)} layers: by {mean[TIS].min():.1f} to {mean[TIS].max():.1f} bits beyond chance "
+    f"(random twin {mean[TIS + TWIN].min():.1f} to {mean[TIS + TWIN].max():.1f}) against "
+    f"{ours.max():z.2f} at most (random twin {theirs.max():z.2f}). At {apart} layers meaning moves "
+    f"them more than in the twin, intervals over words apart; for {beyond} of {len(ids)} words it "
+    "does so somewhere with p < .05, corrected."
 )
 
 # %% [markdown]
@@ -338,15 +356,20 @@ flows(here[rows], meaning[rows], f"Routes of {chosen!r} by its meaning").show()
 # The same without numbers of experts: in how many layers two contexts go to the same first expert.
 
 # %%
-experts = here[rows].ids[..., 0]
+experts, names = here[rows].ids[..., 0], meaning[rows]
 alike = (experts[:, None] == experts[None]).mean(-1)  # [context, context]
-same = meaning[rows][:, None] == meaning[rows][None]
-other = ~np.eye(len(rows), dtype=bool)
+same, other = names[:, None] == names[None], ~np.eye(len(rows), dtype=bool)
 within, across = alike[same & other].mean(), alike[~same].mean()
-order, names = np.random.default_rng(0), meaning[rows]
-null = []
+print(f"first experts shared: {within:.2f} within a meaning, {across:.2f} across")
+
+# %% [markdown]
+# **Control**: meanings shuffled among the contexts of a style.
+
+# %%
+order, null = np.random.default_rng(0), []
+by_style = pd.Series(names).groupby(its["style"].to_numpy()[rows])
 for _ in range(200):
-    mixed = order.permutation(names)
+    mixed = by_style.transform(order.permutation).to_numpy()
     mixed = mixed[:, None] == mixed[None]
     null.append(alike[mixed & other].mean() - alike[~mixed].mean())
 p = (1 + sum(gap >= within - across for gap in null)) / 201
@@ -357,59 +380,65 @@ p = (1 + sum(gap >= within - across for gap in null)) / 201
 # %%
 so(
     f"held-out contexts of {chosen!r} share their first expert in {within:.0%} of the layers "
-    f"within a meaning and in {across:.0%} across (p {p:.3f} with the meanings shuffled)."
+    f"within a meaning and in {across:.0%} across (p {p:.3f} with the meanings shuffled among "
+    "contexts of a style)."
 )
 titles = {"x_title": "context, in the same order", "y_title": "context, by meaning"}
 heatmap(alike, range(len(names)), names, title=f"Shared experts of {chosen!r}", **titles).show()
 
 # %% [markdown]
 # ## 3. Weight by rank and by position
-# How a token's weight is shared, by layer: the first rank's part of what its chosen experts have
-# together. Even shares are the control.
+# How a token's weight is shared, by layer: each rank's part of what its chosen experts have
+# together. Ranks are sorted, so the first has more than an even share even where a router says
+# nothing. **Control**: the random twin.
 
 # %%
 
-share = routing.weights / routing.weights.sum(-1, keepdims=True).clip(1e-9)  # [token, layer, rank]
-ranks = [f"rank {rank + 1}" for rank in range(share.shape[2])]
-by_rank = pd.DataFrame(share.mean(0), routing.layers, ranks)
+by_rank = {}
+for name, its_routing in ((model_name(model), routing), ("twin", capture_routing(twin, seen))):
+    together = its_routing.weights.sum(-1, keepdims=True).clip(1e-9)
+    share = (its_routing.weights / together).mean(0)  # [layer, rank]
+    ranks = [f"rank {rank + 1}" for rank in range(share.shape[1])]
+    by_rank[name] = pd.DataFrame(share, routing.layers, ranks)
 print(f"even shares: {1 / len(ranks):.2f}")
-print(by_rank.round(2).to_string())
+print(pd.concat(by_rank, axis=1).round(2).to_string())
 
 # %% [markdown]
-# Is a router surer late in a text than at its beginning? The first rank's weight at tokens after
-# the tenth, less its mean at the first ten, text by text.
+# Is a router surer late in a text than at its beginning? The first rank's weight after the tenth
+# position, less its mean up to there, text by text; the interval is wide enough for all layers
+# together.
 
 # %%
+from scipy.stats import norm
+
 late = routing.position > 10
-texts = [t for t in np.unique(routing.text) if late[routing.text == t].any()]
-weight = routing.weights[..., 0]
-gap = [
-    weight[late & (routing.text == t)].mean(0) - weight[~late & (routing.text == t)].mean(0)
-    for t in texts
-]
-gap = pd.DataFrame(gap, columns=routing.layers)
-late = pd.DataFrame({"later less early": gap.mean(), "half interval": 1.96 * gap.sem()})
-late["first ten"] = weight[routing.position <= 10].mean(0)
-print(late.round(3).to_string())
+weight = pd.DataFrame(routing.weights[..., 0], columns=routing.layers)
+by_text = weight.groupby([late, routing.text]).mean()
+gap, wide = (by_text.loc[True] - by_text.loc[False]).dropna(), norm.ppf(1 - 0.025 / weight.shape[1])
+early = weight[~late].mean()
+late = pd.DataFrame({"later less early": gap.mean(), "half interval": wide * gap.sem()})
+late["up to the tenth"] = early
+print((late.round(2) + 0.0).to_string())
 
 # %% [markdown]
-# In words, and by position:
+# In words:
 
 # %%
 sure = late.index[late["later less early"].abs() > late["half interval"]].tolist()
-most = by_rank.iloc[:, 0]
+most, least = (table["rank 1"] for table in by_rank.values())
 so(
     f"of what a token's experts have together the first has {most.min():.0%} to {most.max():.0%} "
-    f"(even: {1 / len(ranks):.0%}); its weight changes along a text beyond the interval at "
-    f"{len(sure)} of {len(late)} layers."
+    f"(random twin {least.min():.0%} to {least.max():.0%}); along a text its weight changes at "
+    f"{len(sure)} of {len(late)} layers by more than chance (interval without 0)."
 )
-spots = np.minimum(routing.position // 5 * 5, 30)
-curve = pd.DataFrame(weight, columns=routing.layers).groupby(spots).mean()
+
+# %% [markdown]
+# By position, in fives; from 30 on together:
+
+# %%
+curve = weight.groupby(np.minimum(routing.position // 5 * 5, 30)).mean()
 drawn = {f"layer {n}": curve[n] for n in (routing.layers[0], LAYER, routing.layers[-1])}
-titles = {
-    "x_title": "position in the text, by fives (30: and later)",
-    "y_title": "weight of the first expert",
-}
+titles = {"x_title": "position in the text, from", "y_title": "weight of the first expert"}
 lines(drawn, curve.index, title="Weight of the first expert, by position", **titles).show()
 
 # %% [markdown]
@@ -447,19 +476,21 @@ agreement = agreement.unstack() if steps else pd.DataFrame()
 print(agreement.iloc[:: max(len(steps) // 6, 1)].round(2).to_string() if steps else "none")
 
 # %% [markdown]
-# When was a route settled? At the first checkpoint from which on nine tenths of what the last one
-# agrees on beyond chance are there.
+# When was a route settled? At the first checkpoint from which on nine tenths of its agreement with
+# the last one, beyond chance, are there.
 
 # %%
 if steps:
     now, chance = (agreement[f"like the last{part}"] for part in ("", ", chance control"))
     saturated = ((now - chance) / (1 - chance)).ge(0.9)
     step = next(s for s in agreement.index if saturated[agreement.index >= s].all())
-    settled = "at the last record" if step == max(steps) else f"from step {step} on"
+    settled = f"nine tenths of the final routes are there from step {step} on"
+    if step == max(steps):
+        settled = f"no record before the last has nine tenths of its routes (step {step})"
     so(
-        f"after the first record {agreement['like the first'].iloc[-1]:.0%} of first experts are "
-        f"still the same (chance {agreement['like the first, chance control'].iloc[-1]:.0%}); nine "
-        f"tenths of the routes are final {settled} (of {max(steps)} steps)."
+        f"at the last record {agreement['like the first'].iloc[-1]:.0%} of first experts are those "
+        f"of the first record (chance {agreement['like the first, chance control'].iloc[-1]:.0%}); "
+        f"{settled}."
     )
 else:
     so("of this model's training there is no record, so when its routes settled cannot be told.")
@@ -480,16 +511,20 @@ if steps:
 if steps:
     frequent, at = np.bincount(routing.token).argmax(), routing.layers.index(LAYER)
     mine = {s: r.ids[r.token == frequent, at].ravel() for s, r in steps.items()}
-    parts = [np.bincount(e, minlength=routing.n_experts) / len(e) for e in mine.values()]
+    parts = [np.bincount(e, minlength=routing.n_experts) for e in mine.values()]
+    parts = [counts * routing.ids.shape[2] / counts.sum() for counts in parts]
     name = token_string(model.tokenizer, int(frequent))
-    print(f"{name!r}: its largest share goes from {max(parts[0]):.2f} to {max(parts[-1]):.2f}")
-    titles = {"title": f"Slots of {name!r}, layer {LAYER}", "x_title": "step", "y_title": "expert"}
-    heatmap(np.array(parts).T, list(mine), range(routing.n_experts), **titles).show()
+    print(f"{name!r}: sent to its commonest expert {max(parts[0]):.0%} of the time, then ", end="")
+    print(f"{max(parts[-1]):.0%}")
+    titles = {"title": f"Experts of {name!r}, layer {LAYER}", "x_title": "step"}
+    shares = np.array(parts).T  # [expert, step]
+    heatmap(shares, list(mine), range(routing.n_experts), y_title="expert", **titles).show()
 
 # %% [markdown]
 # ## 5. Load, and who fires with whom
-# From here on 420 texts of seven kinds. Load: a multiple of the fair share. As entropy (1: even),
-# and as divergence from even loads, chance being as many slots drawn evenly.
+# From here on 420 texts of seven kinds. Load: a multiple of the fair share; as divergence from even
+# loads in bits, chance being as many slots drawn evenly. `excess` is value less chance, `low` to
+# `high` its 95 % interval over texts, here and in the tables below.
 
 # %%
 from lenslab.moe.routing import router_weights
@@ -500,7 +535,7 @@ batch = tokenize(model, probes["text"].tolist(), truncate=True)
 full = capture_routing(model, batch, inputs=True)
 kinds = probes["category"].to_numpy()[full.text]
 loads, even = load(full), balance(full)
-columns = ["value", "chance", "low", "high"]
+columns = ["value", "chance", "excess", "low", "high"]
 shown = even.query("statistic == 'divergence'").set_index("layer")[columns]
 print(f"{len(full.ids):,} tokens; loads {loads['value'].min():.1f} to {loads['value'].max():.1f}")
 print(shown.round(2).to_string())
@@ -508,14 +543,15 @@ print(shown.round(2).to_string())
 # %% [markdown]
 # Pairs of experts: the smaller of the two conditional probabilities, which is 1 for a pair that is
 # never apart, whatever its ranks. Chance: experts drawn with the same loads, as many a token.
+# **Control**: the random twin, whose routers read inputs that are alike, too.
 
 # %%
 together = pd.DataFrame({"q": [], "excess": []})
 if full.ids.shape[2] > 1:
-    together = coactivation(full)
+    together, control = coactivation(full), coactivation(capture_routing(twin, batch))
     best = together.loc[together["excess"].idxmax()]
     print(f"layer {best['layer']:.0f}: {best['expert']:.0f} and {best['other']:.0f} ", end="")
-    print(f"together {best['value']:.2f}, by chance {best['chance']:.2f}")
+    print(f"together {best['value']:.2f}, by chance {best['chance']:.2f} (q {best['q']:.2f})")
 else:
     print("A token has one expert: none fires together with another.")
 
@@ -523,20 +559,21 @@ else:
 # And the routers' rows: how far from right angles, beside rows of normal numbers.
 
 # %%
-angles = router_geometry(router_weights(model))
-print(angles[["value", "chance", "low", "high"]].round(1).to_string())
+angles = router_geometry(router_weights(model)).assign(layer=full.layers).set_index("layer")
+print(angles[columns].round(1).to_string())
 
 # %% [markdown]
 # In words:
 
 # %%
 uneven = (shown["low"] > 0).sum()
-paired = f"{((together['q'] < 0.05) & (together['excess'] > 0)).mean():.0%} of"
-paired = paired if len(together) else "no"
+tables = (together, control) if len(together) else ()
+paired = [f"{((t['q'] < 0.05) & (t['excess'] > 0)).mean():.0%}" for t in tables]
+paired = f"{paired[0]} of pairs (random twin {paired[1]})" if paired else "no pairs"
 so(
-    f"loads are uneven beyond chance at {uneven} of {len(shown)} layers, by up to "
-    f"{shown['value'].max():.2f} bits; {paired} pairs of experts fire together "
-    f"more than their loads make them (q < .05); routers are off right angles beyond normal rows "
+    f"loads are less even than drawn slots at {uneven} of {len(shown)} layers, by up to "
+    f"{shown['excess'].max():.2f} bits; {paired} of experts fire together more than their loads "
+    f"make them (q < .05); routers are off right angles beyond normal rows "
     f"at {(angles['p'] < 0.05).sum()} of {len(angles)} layers."
 )
 
@@ -561,7 +598,8 @@ print(wide.round(2).to_string())
 # %% [markdown]
 # **Specialisation**, in bits: what an expert's slots say of the kind. A linear router with random
 # weights also tells kinds apart, since what it reads does. So chance is 200 random linear routers
-# on the same inputs, their biases tuned to the same loads. On every third token.
+# on the same inputs, their biases tuned to the same loads; `p` is of these draws, corrected for all
+# layers and experts. On every third token.
 
 # %%
 from lenslab.moe.experts import specialisation
@@ -569,32 +607,33 @@ from lenslab.moe.experts import specialisation
 some = np.arange(0, len(full.ids), 3)
 special = specialisation(full[some], {"kind": kinds[some]})
 layers_, each = (special[special["expert"].lt(0) == whole] for whole in (True, False))
-shown = layers_.set_index("layer")[["value", "chance", "low", "high", "p"]]
+shown = layers_.set_index("layer")[[*columns, "p"]]
 print(shown.round(2).to_string())
 
 # %% [markdown]
 # The experts that stand out:
 
 # %%
-out = each[each["p"] < 0.05].nlargest(6, "excess")
+usual = pd.Series(kinds).value_counts(normalize=True)
+out = each[each["p"] < 0.02].nlargest(6, "excess").sort_values(["layer", "expert"])
 for _, row in out.iterrows():
     slots = (full.ids[:, full.layers.index(row["layer"])] == row["expert"]).any(1)
     parts = pd.Series(kinds[slots]).value_counts(normalize=True)
-    print(f"layer {row['layer']:.0f} expert {row['expert']:.0f}: ", end="")
-    print(f"{parts.index[0]} {parts.iloc[0]:.0%} of its tokens, {row['excess']:.1f} bits beyond")
-print(f"{(each['p'] < 0.05).sum()} of {len(each)} experts, corrected for all of them")
+    print(f"layer {row['layer']:.0f} expert {row['expert']:.0f}: {parts.index[0]} ", end="")
+    print(f"{parts.iloc[0]:.0%} of its tokens, of all {usual[parts.index[0]]:.0%}")
+print(f"of {(each['p'] < 0.02).sum()} of {len(each)} that have p < .02")
 
 # %% [markdown]
 # In words:
 
 # %%
-surely = (layers_["p"] < 0.05).sum()
+surely = (layers_["p"] < 0.02).sum()
 strong = (signature["p"] < 0.05).sum()
 so(
     f"{strong} of {len(signature)} pairs of kind and layer have a routing signature beyond "
     f"shuffled kinds; but beyond random linear routers with the same loads {surely} of "
-    f"{len(layers_)} layers and {(each['p'] < 0.05).sum()} of {len(each)} experts are specialised: "
-    f"random ones reach "
+    f"{len(layers_)} layers and {(each['p'] < 0.02).sum()} of {len(each)} experts are specialised "
+    f"(p < .02, corrected); random ones reach "
     f"{layers_['chance'].mean() / layers_['value'].mean():.0%} of the bits."
 )
 
@@ -613,6 +652,8 @@ bars(drawn, list(full.layers), title="What a slot says of the kind of text", **t
 # tokens on the commonest. Chance: each layer's experts shuffled among tokens.
 
 # %%
+from dataclasses import replace
+
 from lenslab.moe.paths import continuity, path_clusters, path_coverage, paths_as_experts
 
 cover = path_coverage(full)
@@ -621,17 +662,25 @@ through.iloc[:3] /= len(full.ids)  # of paths: how many for each token
 print(through.round(2).to_string())
 
 # %% [markdown]
-# **EC**: tokens that keep an expert's number in the next layer. Numbers are arbitrary, so this says
-# something only in a model whose layers share a router.
+# Tokens that keep an expert's number in the next layer (known as EC). Numbers are arbitrary, so it
+# says something only in a model whose layers share a router. **Control**: the experts of each layer
+# numbered anew, twenty times.
 
 # %%
-stays = continuity(full).set_index("layer")
-print(stays[["value", "chance", "low", "high"]].round(2).to_string())
+stays, draw = continuity(full).set_index("layer")[["value"]], []
+random = np.random.default_rng(0)
+for _ in range(20):
+    names = [np.append(random.permutation(full.n_experts), -1) for _ in full.layers]  # -1: none
+    ids = np.stack([n[full.ids[:, i]] for i, n in enumerate(names)], 1)
+    draw.append(continuity(replace(full, ids=ids))["value"])
+stays["anew, least"], stays["anew, most"] = np.min(draw, 0), np.max(draw, 0)
+print(stays.round(2).to_string())
 
 # %% [markdown]
 # What neighbouring layers tell of each other, whatever the numbers: mutual information of their
 # first experts, in bits. **Controls**: tokens shuffled, and shuffled among those with the same id:
-# what the token decides in both layers is left in there.
+# what the token decides in both layers is left in there. Only tokens that occur ten times or more
+# are read: shuffled among few, a token would keep its experts.
 
 # %%
 from itertools import pairwise
@@ -639,8 +688,9 @@ from itertools import pairwise
 from sklearn.metrics import mutual_info_score
 
 tops, random, rows = full.ids[..., 0].T, np.random.default_rng(0), []
-for a, b in pairwise(tops):
-    same = pd.Series(b).groupby(full.token).transform(random.permutation)
+often = np.isin(full.token, np.flatnonzero(np.bincount(full.token) >= 10))
+for a, b in pairwise(tops[:, often]):
+    same = pd.Series(b).groupby(full.token[often]).transform(random.permutation)
     others = {"bits": b, "same token": same, "shuffled": random.permutation(b)}
     rows.append({name: mutual_info_score(a, one) / np.log(2) for name, one in others.items()})
 bits = pd.DataFrame(rows, [f"{a} to {b}" for a, b in pairwise(full.layers)])
@@ -662,17 +712,18 @@ heatmap(counts / counts.sum(), names, names, **titles).show()
 
 # %%
 window = full.layers[-3:]
-as_experts, paths = paths_as_experts(full, window)
+as_experts, paths = paths_as_experts(full, window, 5)
 for number in range(min(4, len(paths))):
     on = np.flatnonzero(as_experts.ids[:, 0, 0] == number)
     text = pd.Series([token_string(model.tokenizer, t) for t in full.token[on].tolist()])
     kind = pd.Series(kinds[on]).value_counts(normalize=True)
-    common = text.value_counts().index[:4].tolist()
+    common = sorted(text.value_counts().index[:3])
     print(f"{'-'.join(map(str, paths[number]))}: {len(on) / len(kinds):.1%} of tokens, ", end="")
     print(f"{kind.iloc[0]:.0%} of them {kind.index[0]}; {common}")
 
 # %% [markdown]
-# Are kinds, and languages, told apart by paths, beyond shuffled labels?
+# Are kinds, and languages, told apart by these paths, beyond shuffled labels? Their tokens differ,
+# too: that is not taken away here.
 
 # %%
 language = probes["language"].to_numpy()[full.text]
@@ -685,18 +736,17 @@ print(both[["value", "chance", "beyond chance"]].round(2).to_string())
 
 # %% [markdown]
 # Clusters of whole paths, by the share of layers in which they differ (HDBSCAN). Chance: the same
-# on shuffled layers, which have no clusters but by accident.
+# on shuffled layers, whose clusters are accidents.
 
 # %%
 clustered, centres, found = path_clusters(full)
 found = found.iloc[0]
-print(f"{len(centres)} clusters with {found['value']:.2f} of the tokens, by chance ", end="")
-print(f"{found['chance']:.2f}")
-for number in range(min(3, len(centres))):
-    on = np.flatnonzero(clustered.ids[:, 0, 0] == number)
-    print(
-        f"{number}:", [token_string(model.tokenizer, t) for t in clustered.token[on[:7]].tolist()]
-    )
+print(f"clusters have {found['value']:.1f} of the tokens, by chance {found['chance']:.1f}")
+examples = [np.flatnonzero(clustered.ids[:, 0, 0] == n)[:7] for n in range(len(centres))]
+examples = [
+    [token_string(model.tokenizer, t) for t in clustered.token[on].tolist()] for on in examples
+]
+HTML(pd.DataFrame({"some of its tokens": examples[:5]}).to_html())
 
 # %% [markdown]
 # In words:
@@ -710,8 +760,8 @@ so(
     f"token alone ({bits['shuffled'].mean():.1f} shuffled); "
     f"{(by_kind['p'] < 0.05).sum()} of {len(by_kind)} kinds and {(by_language['p'] < 0.05).sum()} "
     f"of {len(by_language)} languages differ in their common paths; clusters "
-    + ("hold more" if found["low"] > 0 else "do not surely hold more")
-    + " tokens than shuffled layers give."
+    + ("hold more" if found["low"] > 0 and found["p"] < 0.2 else "do not surely hold more")
+    + " tokens than in each of five shuffles."
 )
 
 # %% [markdown]
@@ -746,8 +796,8 @@ print(by_predictor.round(2).to_string())
 # %% [markdown]
 # And from what the router reads: a logistic regression on some of its dimensions, the largest or
 # as many random ones. All these are lower bounds: a token that the fitted half does not have is
-# guessed, and the regression is fitted on few tokens, while the route is exactly a linear function
-# of what it reads.
+# guessed, and the regression is fitted on few tokens, while a router's scores are linear in what it
+# reads (in some families with a bias or groups).
 
 # %%
 few = full[np.arange(0, len(full.ids), 4)]
@@ -772,7 +822,7 @@ means_ = by_predictor.mean()
 gain = told.query("predictor == 'bigram'").set_index("layer")["value"] - by_predictor["token"]
 so(
     f"on held-out texts the token alone foretells {means_['token']:.0%} of first experts (chance "
-    f"{means_['chance']:.0%}), with the token before it {100 * gain.mean():z.0f} points more, the "
+    f"{means_['chance']:.0%}), with the token before it {100 * gain.mean():+z.0f} points, the "
     f"kind of text {means_['kind']:.0%}, the position {means_['position']:.0%}; what the router "
     f"reads {by_share.loc[('largest', 1.0), 'value']:.0%}, a tenth of it "
     f"{by_share.loc[('largest', 0.1), 'value']:.0%} (the largest dimensions) and "
@@ -820,7 +870,8 @@ so(
 # (phase 6). The meanings are those of 24 words, in contexts that were written for this; a word's
 # contexts share a style, not all else. A router may split a kind of text by something that
 # correlates with it. Random routers are linear, as these routers are, and see the same inputs, but
-# those inputs were made by layers that routed. Where a token goes to several experts, paths and
+# those inputs were made by layers that routed. That kinds or languages are routed apart by more
+# than their tokens is not shown. Where a token goes to several experts, paths and
 # predictors follow the first. Clusters and paths of few tokens are not shown, which does not mean
 # that there are none.
 #
@@ -831,9 +882,9 @@ so(
 #
 # <details><summary>Solutions</summary>
 #
-# 1. `analyze_texts(texts, model, layer, expert)["neurons"].show()` with the numbers printed there.
+# 1. `some = probes.query("category == 'python'")["text"].tolist()`, or another kind, then
+#    `analyze_texts(some, model, layer, expert)["neurons"].show()` with the numbers printed there.
 # 2. `ics[ics["stratum"].str.strip().str.isalpha()].groupby("layer")["excess"].mean()`, then with
 #    `~`.
-# 3. `from dataclasses import replace`, then
-#    `predict_experts(replace(full, ids=full.ids[..., ::-1], weights=full.weights[..., ::-1]))`.
+# 3. `predict_experts(replace(full, ids=full.ids[..., 1:], weights=full.weights[..., 1:]))`.
 # </details>

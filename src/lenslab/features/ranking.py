@@ -96,6 +96,26 @@ class FeatureSummary(Result):
         return self.to_frame().loc[order].assign(tied=tied)
 
 
+def matched_features(
+    values: Float[np.ndarray, "text f"],
+    inside: Shaped[np.ndarray, "text kind"],
+    chosen: Indices,
+    n: int = 2,
+) -> Int[np.ndarray, "kind n"]:
+    """For the chosen feature of each kind the `n` nearest to it on that kind's texts, by the share
+    on which they fire and the logarithm of their mean: the control of what is said of it. None is
+    chosen itself, none is taken twice; so there must be enough."""
+    each, alike, taken = inside / inside.sum(0), [], list(chosen)
+    rates, means = (values > 0).T @ each, np.log(values.T.astype(float) @ each + 0.1)  # [f, kind]
+    for kind, feature in enumerate(chosen):
+        far = np.abs(rates[:, kind] - rates[feature, kind])
+        far = far + np.abs(means[:, kind] - means[feature, kind])
+        far[taken] = np.inf
+        alike.append(np.argsort(far, kind="stable")[:n])
+        taken += alike[-1].tolist()
+    return np.array(alike)
+
+
 def summarize_features(
     matrix: Matrix, categories: Labels | None = None, *, threshold: Threshold = "half"
 ) -> FeatureSummary:

@@ -196,7 +196,7 @@ def predict_from_dimensions(routing: Routing, shares: Sequence = SHARES, seed: i
         told = [np.full((~fit).sum(), np.bincount(experts[fit] + 1).argmax() - 1)]
         for order in (largest, rng.permutation(len(largest))):
             for n in (max(1, round(share * len(order))) for share in shares):
-                probe = LogisticRegression().fit(x[some][:, order[:n]], experts[some])
+                probe = LogisticRegression(tol=0.01).fit(x[some][:, order[:n]], experts[some])
                 told.append(probe.predict(x[~fit][:, order[:n]]))
         right.append([one == experts[~fit] for one in told])
     rows = grid(layer=routing.layers, dimensions=["largest", "random"], share=shares)
