@@ -16,7 +16,7 @@ from lenslab.models import load_model
 from lenslab.moe import experts as experts_of
 from lenslab.moe import routing as moe
 from lenslab.texts import load_probes
-from lenslab.tokens import tokenize
+from lenslab.tokens import pack, tokenize
 
 SMALL = dict(hidden_size=32, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4)
 SMALL |= dict(num_key_value_heads=2, max_position_embeddings=64)
@@ -417,6 +417,20 @@ def test_predictions_are_those_of_each_text_alone(olmoe, found, pad_side):
     loss = -log_p[1:-1].gather(1, alone.tokens[0, 2:, None])[:, 0].numpy()
     assert rows["loss"][:-1].to_numpy() == pytest.approx(loss, abs=1e-5)
     assert np.isnan(rows["loss"].iloc[-1])
+
+
+def test_the_loss_of_a_documents_last_token_is_not_that_of_the_next_document(olmoe):
+    windows = pack(olmoe, TEXTS * 3, length=24)
+    found = moe.predictions(olmoe, windows)
+    row = 0
+    for text, real in enumerate(windows.real):
+        logits = olmoe(windows.tokens[[text]])[0].log_softmax(-1)
+        for pos in real.nonzero()[:, 0].tolist():
+            follows = pos + 1 < len(real) and bool(real[pos + 1])
+            loss = -float(logits[pos, windows.tokens[text, pos + 1]]) if follows else np.nan
+            assert found["loss"][row] == pytest.approx(loss, abs=1e-3, nan_ok=True)
+            row += 1
+    assert row == len(found) and found["loss"].isna().sum() > len(windows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

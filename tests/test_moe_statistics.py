@@ -2,6 +2,7 @@
 what was planted, with the right number; on random routers nothing beyond the error rate."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_bad_input_is_refused():
         moe.token_statistics(routing, np.array([0, 77]))
     with pytest.raises(ValueError, match="A text has several labels"):
         moe.contrast(routing, np.arange(600) % 2)
-    with pytest.raises(ValueError, match="single label"):
+    with pytest.raises(ValueError, match="one label in stratum 0"):
         moe.contrast(routing, np.zeros(600, int))
     with pytest.raises(ValueError, match="inputs=True"):
         experts.specialisation(route(np.zeros((4, 1, 3)), np.arange(4)), {"kind": np.arange(4)})
@@ -262,3 +263,81 @@ def test_random_routers_give_alarms_in_at_most_7_of_100(name, monkeypatch):
         routing, *_ = random_routing(1000 + seed, tokens=10, experts=4)
         alarms += bool((ALARMS[name](routing) <= 0.05).any())
     assert alarms <= 14
+
+
+# Labels that say nothing
+
+
+def few_texts():
+    rng = np.random.default_rng(0)
+    text = np.repeat(np.arange(6), 5)
+    ids = rng.integers(4, size=(30, 2, 1))
+    origin = dict(text=text, position=np.tile(np.arange(5), 6), token=np.r_[99, np.arange(29) % 7])
+    return Routing(ids, np.ones(ids.shape, np.float32), (0, 1), 4, **origin)
+
+
+def test_labels_of_texts_or_missing_ones_are_refused_and_told_what_to_give():
+    routing = few_texts()
+    of_texts = np.array(list("aabbcc"))
+    with_inputs = replace(routing, inputs=np.ones((30, 2, 3), np.float32))
+    for measure in (
+        lambda labels: moe.contrast(routing, labels),
+        lambda labels: paths.predict_experts(routing, labels),
+        lambda labels: experts.specialisation(with_inputs, {"kind": labels}),
+    ):
+        with pytest.raises(ValueError, match=r"6 labels for 30 tokens.*labels\[routing\.text\]"):
+            measure(of_texts)
+        missing = of_texts.astype(object)[routing.text]
+        missing[3] = None
+        with pytest.raises(ValueError, match="none missing"):
+            measure(missing)
+
+
+def test_a_stratum_of_one_label_and_strata_that_are_missing_are_refused():
+    routing = few_texts()
+    labels, strata = np.array(list("abcabc"))[routing.text], (routing.text > 2).astype(float)
+    with pytest.raises(ValueError, match="one label in stratum 0"):
+        moe.contrast(routing, 0 * routing.text)
+    with pytest.raises(ValueError, match=r"one label in stratum 1\.0"):
+        moe.contrast(routing, np.where(strata > 0, "a", labels), strata)
+    with pytest.raises(ValueError, match="none missing"):
+        moe.contrast(routing, labels, np.where(strata > 0, np.nan, 0))
+
+
+def test_what_has_no_value_has_no_p_and_takes_none_from_the_others():
+    routing = few_texts()
+    ids = routing.ids.copy()
+    ids[:, 0] = -1  # the experts of the first layer were full
+    table = moe.balance(replace(routing, ids=ids)).set_index(["layer", "statistic"])
+    assert table.loc[0, "p"].isna().any() and table.loc[1, "p"].notna().all()
+    alone = moe.balance(
+        replace(routing, ids=routing.ids[:, 1:], layers=(1,), weights=routing.weights[:, 1:])
+    )
+    assert (table.loc[1, "p"] > 0.004).all() and alone["p"].notna().all()
+
+
+def test_the_chance_of_a_token_is_that_of_other_tokens():
+    text = np.repeat(np.arange(8), 4)
+    token = np.tile([5, 5, 5, 9], 8)
+    ids = np.where(token == 5, 0, 1)[:, None, None]
+    origin = dict(text=text, position=np.tile(np.arange(4), 8), token=token)
+    routing = Routing(ids, np.ones(ids.shape, np.float32), (0,), 2, **origin)
+    found = moe.token_statistics(routing, np.array([5])).set_index("statistic")
+    assert found.loc["TIS", ["value", "chance"]].tolist() == pytest.approx([1, 0])
+    alone = moe.token_statistics(replace(routing, token=0 * token), np.array([0]))
+    assert alone["chance"].tolist() == [0, 0, 0]
+
+
+def test_one_text_has_no_interval():
+    """Drawn with replacement it is always the same: an interval of no width would be a lie."""
+    routing = few_texts()
+    found = moe.token_statistics(routing, np.array([99, 3]))
+    once = found[found["token"] == 99]
+    assert once[["low", "high"]].isna().all(axis=None) and once["value"].notna().all()
+    assert found.loc[found["token"] == 3, ["low", "high"]].notna().all(axis=None)
+    labels = np.array(list("aaabbc"))[routing.text]  # "c" is one text
+    table = moe.contrast(routing, labels).set_index("label")
+    assert table.loc["c", ["low", "high"]].isna().all(axis=None)
+    assert table.loc[["a", "b"], ["low", "high"]].notna().all(axis=None)
+    mean = moe.contrast(routing, labels, average=True)
+    assert mean[["low", "high"]].isna().all(axis=None) and mean["p"].notna().all()

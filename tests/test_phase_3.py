@@ -254,14 +254,13 @@ def test_two_models_are_asked_the_same_with_the_same_controls(capsys):
     names = dict(asked={"m": (None, None, Rows(), np.array([0, 1]))}, half_rows=np.arange(4))
     names |= dict(of_kind=inside, labels=SimpleNamespace(categories=["a", "b"]), CROSS="other")
     names |= dict(ablate_features=ablate, matched_features=matched_features, auroc=auroc)
-    names |= dict(bootstrap_by_document=lambda pairs, documents, draw, rank: pairs, rank=None)
-    found = run_cells("rise_of, relations, kinds = ", **names)
+    found = run_cells("rise_of, pairs_of, kinds = ", **names)
     table = found["rise_of"][0]
     assert table["own feature"].tolist() == pytest.approx([3, 7])
     assert table["other"].tolist() == pytest.approx([0.5, 1])
     assert table["matched feature"].tolist() == pytest.approx([1, 1.5])
     pairs = np.array([[1, 3], [1, 7], [1, 1], [1, 1.5]])  # selectivity and effect
-    assert found["relations"][0] == pytest.approx(pairs)
+    assert found["pairs_of"][0][1] == pytest.approx(pairs)
 
 
 def test_matched_features_fire_as_often_and_as_strongly_and_are_taken_once():
@@ -275,6 +274,11 @@ def test_matched_features_fire_as_often_and_as_strongly_and_are_taken_once():
     inside = np.array([[1, 0]] * 3 + [[0, 1]] * 3, dtype=bool)
     assert matched_features(values, inside, [0, 1], n=1).tolist() == [[2], [3]]
     assert matched_features(values, inside[:, :1], [0]).tolist() == [[1, 2]]
+    assert matched_features(values / 1e4, inside, [0, 1], n=1).tolist() == [[2], [3]]
+    with pytest.raises(ValueError, match="0 features are left to match 1"):
+        matched_features(values, inside, [0, 1], n=4)
+    with pytest.raises(ValueError, match="0 features are left to match 1"):
+        matched_features(values, np.c_[inside[:, 0], np.zeros(6, bool)], [0, 1])
 
 
 def test_cloze_scores_are_the_right_answer_less_the_mean_of_the_others_and_its_usual_score():

@@ -97,12 +97,14 @@ def test_bands_of_a_sankey_are_the_tokens_of_a_group():
         ("5: 1", "6: 1", "bank"): 1,
         ("5: 1", "6: 0", "river"): 1,
         ("5: 1", "6: 1", "river"): 1,
-        ("5: 0", "6: -1", "<b>"): 1,
+        ("5: 0", "6: none", "<b>"): 1,
     }
     colour = plots.colours(["<b>", "bank", "river"])
     assert {name: shade for (_, _, name), (_, shade) in bands.items()} == {
         name: shade + "88" for name, shade in colour.items()
     }
+    numbered = show.flows(routing, np.array([1, 2, 2, np.nan]), "Routes").data[0]
+    assert sum(numbered.link.value) == 8 and set(numbered.link.label) == {"1.0", "2.0", "nan"}
     assert "&lt;b&gt;" in figure.layout.title.text and "<b>" not in figure.layout.title.text
 
 
@@ -158,7 +160,8 @@ def test_the_phase_runs_on_other_families_and_says_what_is_missing(
 def test_a_dense_model_is_named_and_the_mixture_that_ships_is_read(run_whole):
     printed = run_whole("pocket-gpt")
     assert (
-        "pocket-gpt (GPT2LMHeadModel) is dense: it has no layer with experts. Instead:" in printed
+        "pocket-gpt (GPT2LMHeadModel) is dense: it has no layer with experts. Instead of"
+        " pocket-gpt:" in printed
     )
     assert "pocket-moe: layers [0, 1, 2, 3, 4, 5] have experts" in printed
 

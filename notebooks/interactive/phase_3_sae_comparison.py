@@ -1312,7 +1312,7 @@ asked = {
 # Millinats that the loss of each kind rises by when a feature is set to zero:
 
 # %%
-rise_of, relations, kinds = [], [], list(labels.categories)
+rise_of, pairs_of, kinds = [], [], list(labels.categories)
 for one, its_sae, its_fa, its_features in asked.values():
     few = its_fa[half_rows.tolist()]
     texts = few.pool("max").toarray()
@@ -1323,7 +1323,14 @@ for one, its_sae, its_fa, its_features in asked.values():
     table[CROSS] = (by_kind.sum(0) - np.diag(by_kind)) / (len(kinds) - 1)
     rise_of.append(table.assign(**{"matched feature": np.diag(of_matched)}))
     scores = [auroc(texts[:, [f]], of_kind[:, i % len(kinds)])[0] for i, f in enumerate(tested)]
-    pairs = np.c_[scores, [*np.diag(by_kind), *np.diag(of_matched)]]
+    pairs_of.append((tested, np.c_[scores, [*np.diag(by_kind), *np.diag(of_matched)]]))
+
+# %% [markdown]
+# As a table, and the rank correlation of selectivity and effect in each model:
+
+# %%
+relations = []
+for tested, pairs in pairs_of:
     draw = derive_generator(0, "selectivity of another model")
     relations.append(bootstrap_by_document(pairs, np.array(tested), draw, rank))
 print(pd.concat(dict(zip(asked, rise_of, strict=True))).round(2).to_string())

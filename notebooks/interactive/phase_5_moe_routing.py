@@ -25,8 +25,8 @@
 
 # %% [markdown]
 # ## 1. What one text does
-# A model with experts. With a dense one the notebook goes on with the one that ships, and with an
-# encoder-decoder too: `capture_routing` and `analyze_texts` take its `stack`.
+# A model with two layers of experts or more. With another the notebook goes on with the one that
+# ships; of an encoder-decoder `capture_routing` and `analyze_texts` read a `stack`.
 
 # %%
 import os
@@ -50,8 +50,10 @@ set_up_figures()
 model = load_model(os.environ.get("LENSLAB_MODEL") or "pocket-moe")
 try:
     routers = sparse_layers(model)
-except ValueError as dense:  # or an encoder-decoder
-    print(dense, "Instead:")
+    if len(routers) < 2:
+        raise ValueError("It has one layer with experts, and a path takes two.")
+except ValueError as reason:  # dense, or an encoder-decoder
+    print(f"{reason} Instead of {model_name(model)}:")
     model = load_model("pocket-moe")
     routers = sparse_layers(model)
 families = ", ".join(sorted({layer.family for layer in routers.values()}))
@@ -214,7 +216,7 @@ bars(found, title="Features of what experts write, set to zero", **titles).show(
 # Where the largest fire that do not fire everywhere, by kind of text:
 
 # %%
-from lenslab.show.feature_plots import coactivation_heatmap, text_feature_heatmap
+from lenslab.show.feature_plots import text_feature_heatmap
 
 some = np.flatnonzero((fires >= 4) & (fires <= len(seen) / 2))
 partly = some[np.argsort(-size[some], kind="stable")][:8] if len(some) > 1 else top
@@ -229,8 +231,10 @@ from lenslab.features.together import coactivation as feature_pairs
 
 pairs = feature_pairs(fa.pool("max"), partly)
 found = pairs.to_frame()
-print(f"{(found['q'] < 0.05).sum()} of {len(found)} pairs fire together beyond chance")
-coactivation_heatmap(pairs.pmi, partly).show()
+beyond = found[found["q"] < 0.05]
+print(f"{len(beyond)} of {len(found)} pairs fire together beyond chance")
+told = beyond[["feature", "other", "pmi"]].head(3).round(1)  # pmi: in nats
+print(told.to_string(index=False) if len(told) else "so none is named")
 
 # %% [markdown]
 # ## 2. Context or token?
@@ -426,11 +430,12 @@ print((late.round(2) + 0.0).to_string())
 # %%
 sure = late.index[late["later less early"].abs() > late["half interval"]].tolist()
 most, least = (table["rank 1"] for table in by_rank.values())
-so(
+shared = (
     f"of what a token's experts have together the first has {most.min():.0%} to {most.max():.0%} "
     f"(random twin {least.min():.0%} to {least.max():.0%}); along a text its weight changes at "
-    f"{len(sure)} of {len(late)} layers by more than chance (interval without 0)."
 )
+shared = shared if len(ranks) > 1 else "a token has one expert; along a text its weight changes at "
+so(shared + f"{len(sure)} of {len(late)} layers by more than chance (interval without 0).")
 
 # %% [markdown]
 # By position, in fives; from 30 on together:
@@ -569,7 +574,11 @@ print(angles[columns].round(1).to_string())
 uneven = (shown["low"] > 0).sum()
 tables = (together, control) if len(together) else ()
 paired = [f"{((t['q'] < 0.05) & (t['excess'] > 0)).mean():.0%}" for t in tables]
-paired = f"{paired[0]} of pairs (random twin {paired[1]})" if paired else "no pairs"
+paired = (
+    f"{paired[0]} of pairs (random twin {paired[1]})"
+    if paired
+    else "no pairs, where a token has one,"
+)
 so(
     f"loads are less even than drawn slots at {uneven} of {len(shown)} layers, by up to "
     f"{shown['excess'].max():.2f} bits; {paired} of experts fire together more than their loads "
@@ -883,8 +892,10 @@ so(
 # <details><summary>Solutions</summary>
 #
 # 1. `some = probes.query("category == 'python'")["text"].tolist()`, or another kind, then
-#    `analyze_texts(some, model, layer, expert)["neurons"].show()` with the numbers printed there.
+#    `analyze_texts(some, model, layer, expert)["neurons"].show()` with the numbers printed there,
+#    beside the same for texts of another kind.
 # 2. `ics[ics["stratum"].str.strip().str.isalpha()].groupby("layer")["excess"].mean()`, then with
-#    `~`.
-# 3. `predict_experts(replace(full, ids=full.ids[..., 1:], weights=full.weights[..., 1:]))`.
+#    `~`: nearly all of it is symbols.
+# 3. `predict_experts(replace(full, ids=full.ids[..., 1:], weights=full.weights[..., 1:]))`: harder.
+#    It takes a model with two experts a token.
 # </details>

@@ -104,13 +104,17 @@ def matched_features(
 ) -> Int[np.ndarray, "kind n"]:
     """For the chosen feature of each kind the `n` nearest to it on that kind's texts, by the share
     on which they fire and the logarithm of their mean: the control of what is said of it. None is
-    chosen itself, none is taken twice; so there must be enough."""
+    chosen itself, none is taken twice. ValueError where there are not enough, and for a kind
+    without texts."""
     each, alike, taken = inside / inside.sum(0), [], list(chosen)
-    rates, means = (values > 0).T @ each, np.log(values.T.astype(float) @ each + 0.1)  # [f, kind]
+    rates, means = (values > 0).T @ each, values.T.astype(float) @ each  # [f, kind]
+    means = np.log(means + 0.001 * values.max())
     for kind, feature in enumerate(chosen):
         far = np.abs(rates[:, kind] - rates[feature, kind])
         far = far + np.abs(means[:, kind] - means[feature, kind])
         far[taken] = np.inf
+        if np.isfinite(far).sum() < n:
+            raise ValueError(f"{np.isfinite(far).sum()} features are left to match {feature}.")
         alike.append(np.argsort(far, kind="stable")[:n])
         taken += alike[-1].tolist()
     return np.array(alike)

@@ -121,6 +121,8 @@ def specialisation(routing: Routing, labels: Mapping[str, Labels], seed: int = 0
     """
     if routing.inputs is None:
         raise ValueError("Capture with inputs=True: random routers read what the routers read.")
+    for label in labels.values():
+        statistics.check_labels(routing, label)
     blocks, e, results = statistics.blocks_of(routing), routing.n_experts, []
     codes = [np.unique(label, return_inverse=True)[1] for label in labels.values()]
     for index in range(len(routing.layers)):

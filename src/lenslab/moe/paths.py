@@ -1,7 +1,7 @@
 """Paths: the expert of largest weight, layer after layer, and what foretells it.
 
 A path, or a cluster of paths, can stand in the place of an expert: `paths_as_experts` and
-`path_clusters` give a `Routing` of one layer, of which `load` is the paths' shares, `contrast` what
+`path_clusters` give a `Routing` of one layer, of which `load` compares the paths, `contrast` what
 kinds of text have to do with them, and `token_statistics` what tokens have.
 
 How predictors are scored (`predict_experts`, `predict_from_dimensions`): they are fitted on half of
@@ -52,7 +52,8 @@ def paths_as_experts(
     paths, codes, counts = np.unique(experts, axis=0, return_inverse=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")[: (counts >= at_least).sum()]
     if not len(order):
-        raise ValueError(f"No path has {at_least} tokens; the commonest has {counts.max()}.")
+        told = f"No path has {at_least} tokens (`at_least`)"
+        raise ValueError(f"{told}; the commonest has {counts.max()}.")
     number = np.full(len(counts), -1)
     number[order] = np.arange(len(order))
     return _as_experts(routing, number[codes], len(order)), paths[order]
@@ -164,6 +165,8 @@ def predict_experts(routing: Routing, kinds: Labels | None = None, seed: int = 0
     """Share of held-out tokens whose expert of largest weight is foretold, by `layer` and
     `predictor`: "position" in the text, "kind" of the text, "token", and "bigram": the token with
     the one before it (a new pair is left to the token, a new token to the most frequent expert)."""
+    if kinds is not None:
+        statistics.check_labels(routing, kinds)
     fit, e = fitted_half(routing, seed), routing.n_experts + 1
     follows = (np.diff(routing.text) == 0) & (np.diff(routing.position) == 1)
     before = np.r_[0, np.where(follows, routing.token[:-1] + 1, 0)].astype(np.int64)

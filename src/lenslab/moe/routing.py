@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,15 +61,18 @@ class NoRouting(ValueError):
 class Routing:
     """The experts of every real token at every layer that has some; rows by text, then position."""
 
-    ids: Int[np.ndarray, "token layer rank"]  # -1: none, since the expert was full (Switch)
-    weights: Float[np.ndarray, "token layer rank"]  # as they are used, the largest first
+    # -1: none, since the expert was full (Switch)
+    ids: Int[np.ndarray, "token layer rank"] = field(repr=False)
+    # as they are used, the largest first
+    weights: Float[np.ndarray, "token layer rank"] = field(repr=False)
     layers: tuple[int, ...]  # numbers of the layers
     n_experts: int
-    text: Codes
-    position: Codes  # within the text, BOS included
-    token: Codes  # its id
-    logits: Float[np.ndarray, "token layer expert"] | None = None
-    inputs: Float[np.ndarray, "token layer d_model"] | None = None  # what the routers read
+    text: Codes = field(repr=False)
+    position: Codes = field(repr=False)  # within the text, BOS included
+    token: Codes = field(repr=False)  # its id
+    logits: Float[np.ndarray, "token layer expert"] | None = field(default=None, repr=False)
+    # what the routers read
+    inputs: Float[np.ndarray, "token layer d_model"] | None = field(default=None, repr=False)
     model: str = ""
 
     def __post_init__(self) -> None:
@@ -278,7 +281,7 @@ def passes(model: Model, batch: TokenBatch, modules: dict, stack: str) -> Iterat
 def predictions(model: Model, batch: TokenBatch) -> pd.DataFrame:
     """One row per real token, in the rows of `capture_routing`: `text`, `token`; `predicted`, the
     id that is most probable after it, and its `probability`; `loss`, in nats, of the token that
-    comes after it, NaN where none does.
+    comes after it, NaN where none does, or only a separator.
 
     Raises as `check_batch` and `check_eval`.
     """
@@ -293,6 +296,7 @@ def predictions(model: Model, batch: TokenBatch) -> pd.DataFrame:
         probability, predicted = logits.softmax(-1).max(-1)
         loss = functional.cross_entropy(logits[:-1], token[1:], reduction="none")
         table = pd.DataFrame({"text": text, "token": token, "predicted": predicted})
-        loss = pd.Series(loss.numpy())  # none after the last
+        apart = few.real[0].nonzero()[:, 0].diff() > 1  # between documents
+        loss = pd.Series(loss.numpy()).mask(apart.numpy())  # none after the last
         tables.append(table.assign(probability=probability.numpy(), loss=loss))
     return pd.concat(tables, ignore_index=True)

@@ -51,7 +51,8 @@ def measured(rows: Table, value: Array, null: Array, drawn: Array) -> Table:
     if len(null) > 1:
         both = np.vstack([value, null])
         z = (both - both.mean(0)) / np.maximum(both.std(0), 1e-12)
-        table["p"] = (z.max(1)[:, None] >= z[0] - 1e-9).mean(0)
+        largest = np.nanmax(z, 1, initial=-np.inf, keepdims=True)
+        table["p"] = np.where(np.isnan(z[0]), np.nan, (largest >= z[0] - 1e-9).mean(0))
     return table
 
 
@@ -64,12 +65,21 @@ def divergence(counts: Num[Array, "... e"], others: Num[Array, "... e"]) -> Arra
     """Jensen-Shannon divergence in bits, the square of the distance, of two distributions given as
     counts; 0 where one has none."""
     with np.errstate(invalid="ignore"):
-        return np.nan_to_num(jensenshannon(counts, others, base=2, axis=-1) ** 2)
+        bits = np.nan_to_num(jensenshannon(counts, others, base=2, axis=-1) ** 2)
+    return bits + 0 * counts.sum(-1)  # NaN stays NaN
 
 
 def random(seed: int, what: str) -> np.random.Generator:
     """NumPy's generator for a seed and what it is for."""
     return np.random.default_rng(derive_generator(seed, what).initial_seed())
+
+
+def check_labels(routing: Routing, labels: Labels) -> None:
+    """ValueError for labels that are not one for each token, none missing."""
+    n = len(routing.token)
+    if np.shape(labels) != (n,) or pd.isna(labels).any():
+        told = f"{len(labels)} labels for {n} tokens: one each is needed, none missing"
+        raise ValueError(f"{told}. Of labels of texts give labels[routing.text].")
 
 
 def texts_of(routing: Routing) -> Codes:
@@ -159,8 +169,8 @@ def coactivation(routing: Routing, seed: int = 0) -> Table:
     all pairs. ValueError where a token has one expert.
     """
     k, e = routing.ids.shape[2], routing.n_experts
-    if k < 2:
-        raise ValueError("A token has one expert: none fires together with another.")
+    if k < 2 or (routing.ids < 0).any():
+        raise ValueError("A token has one expert, or fewer than others: nothing to fire together.")
     blocks, tables, pairs = blocks_of(routing), [], np.triu_indices(e, 1)
     order, size = np.argsort(blocks, kind="stable"), np.bincount(blocks)
     for index, layer in enumerate(routing.layers):
@@ -219,6 +229,8 @@ def contrast(
 
     ValueError where a text has several labels or strata, and as `shuffled_orders`.
     """
+    for given in (labels, strata) if np.ndim(strata) else (labels,):
+        check_labels(routing, given)
     texts = texts_of(routing)
     facts = pd.DataFrame({"stratum": strata, "label": labels}).groupby(texts)
     if (facts.nunique() > 1).any(axis=None):
@@ -226,6 +238,8 @@ def contrast(
     grouped = facts.first().groupby(["stratum", "label"])
     group, rows = grouped.ngroup().to_numpy(), grouped.size().index.to_frame(index=False)
     above = pd.factorize(rows["stratum"])[0]  # [group]
+    if (alone := rows[~rows["stratum"].duplicated(keep=False)]["stratum"].tolist())[:1]:
+        raise ValueError(f"There is one label in stratum {alone[0]}: it has no others.")
     counts = counts_of(routing.ids, texts, routing.n_experts)  # [text, layer, expert]
 
     def apart(group: Array, texts: Array | slice = slice(None)) -> Array:
@@ -238,6 +252,9 @@ def contrast(
     same, rng = pd.Series(np.arange(len(group))).groupby(group), random(seed, "texts")
     draws = (same.sample(frac=1, replace=True, random_state=rng).to_numpy() for _ in range(DRAWS))
     drawn = np.stack([apart(group[draw], draw) for draw in draws])  # as many of each label
+    if (single := same.size().to_numpy() < 2).any():  # drawn again it is the same text
+        single = sums_of(above, single.astype(float)) > 0 if average else single
+        drawn[:, np.repeat(single, len(routing.layers))] = np.nan
     rows = rows[["stratum"]].drop_duplicates() if average else rows
     rows = rows.merge(pd.DataFrame({"layer": routing.layers}), how="cross")
     return measured(rows, apart(group), null, drawn)
@@ -251,17 +268,20 @@ def token_statistics(routing: Routing, tokens: Codes, per: int = 300, seed: int 
     ValueError for a token that never occurs.
     """
     rng, texts, e = random(seed, "occurrences"), texts_of(routing), routing.n_experts
-    order, size, zeros = np.argsort(texts, kind="stable"), np.bincount(texts), np.zeros_like(texts)
-    first, total, results = size.cumsum() - size, counts_of(routing.ids, zeros, e), []
+    order, zeros, results = np.argsort(texts, kind="stable"), np.zeros_like(texts), []
+    total = counts_of(routing.ids, zeros, e)
     for token in tokens:
         rows = np.flatnonzero(routing.token == token)
         if not len(rows):
             raise ValueError(f"Token {token} never occurs in these texts.")
         others = total - counts_of(routing.ids[rows], zeros[rows], e)
         rows = rng.permutation(rows)[:per]
-        where = texts[rows]
-        place = first[where] + rng.integers(size[where], size=(DRAWS, len(rows)))
-        null = counts_of(routing.ids[order[place].ravel()], np.arange(DRAWS).repeat(len(rows)), e)
+        where, rest = texts[rows], order[routing.token[order] != token]
+        size = np.bincount(texts[rest], minlength=texts.max() + 1)
+        some = where[size[where] > 0]  # of a text of this token alone nothing can be drawn
+        place = (size.cumsum() - size)[some] + rng.integers(size[some], size=(DRAWS, len(some)))
+        draws = np.arange(DRAWS).repeat(len(some))
+        null = counts_of(routing.ids[rest[place].ravel()], draws, e, DRAWS)
         own = counts_of(routing.ids[rows], np.unique(where, return_inverse=True)[1], e)
         for counts in (own.sum(0, keepdims=True), null, resampled(own, seed)):
             shares = -np.sort(-counts / np.maximum(counts.sum(-1, keepdims=True), 1), -1)

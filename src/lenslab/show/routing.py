@@ -28,12 +28,14 @@ def flows(routing: Routing, groups: Labels, title: str) -> go.Figure:
     several = routing.n_experts + 1  # the first is that of no expert
     experts = routing.ids[..., 0] + 1 + np.arange(len(routing.layers)) * several
     pairs = zip(experts.T[:-1], experts.T[1:], strict=True)
+    groups = [str(group) for group in groups]
     table = pd.concat([pd.DataFrame({"a": a, "b": b, "group": groups}) for a, b in pairs])
     bands = table.value_counts().reset_index().sort_values(["group", "a", "b"])
     nodes = np.unique(experts)
     layer, expert = np.divmod(nodes, several)
     colour = plots.colours(np.unique(groups).tolist())
-    names = [f"{routing.layers[i]}: {e - 1}" for i, e in zip(layer, expert, strict=True)]
+    names = zip(layer, expert, strict=True)
+    names = [f"{routing.layers[i]}: {e - 1 if e else 'none'}" for i, e in names]
     link = {key: np.searchsorted(nodes, bands[n]) for key, n in (("source", "a"), ("target", "b"))}
     link |= {"value": bands["count"], "label": bands["group"]}
     link["color"] = bands["group"].map(colour) + "88"  # half transparent: bands cross
@@ -59,7 +61,7 @@ def analyze_texts(
 
     Raises as `capture_routing` and `expert_neurons`; ValueError for a layer without experts.
     """
-    batch = tokenize(model, list(texts), truncate=True)
+    batch = tokenize(model, texts, truncate=True)
     routing = capture_routing(model, batch, stack=stack)
     layer = routing.layers[len(routing.layers) // 2] if layer is None else layer
     added = expert_contributions(model, batch, layer, stack).norm(dim=-1)  # [token, rank]
@@ -70,23 +72,26 @@ def analyze_texts(
     sent = np.flatnonzero((chosen == expert).any(1))[:MOST_TOKENS]
     most = neurons[sent].abs().mean(0).argsort(descending=True)[:NEURONS].tolist()
     names = [token_string(model.tokenizer, token) for token in routing.token.tolist()]
-    at_expert, few = [names[i] for i in sent], routing[:MOST_TOKENS]
+    at_expert, few, n = [names[i] for i in sent], routing[:MOST_TOKENS], len(names)
     names = names[:MOST_TOKENS]
     gates = np.full((len(names), routing.n_experts + 1), np.nan)  # the last is -1: none
     np.put_along_axis(gates, chosen[:MOST_TOKENS], few.weights[:, index], 1)
     by_rank = {f"rank {rank + 1}": each for rank, each in enumerate(added[:MOST_TOKENS].T)}
     logits = routing.logits[:, index].T.round(3)  # [expert, token]
     box = go.Box(x=np.repeat(experts, logits.shape[1]), y=logits.ravel(), boxpoints=False)
-    x, where = {"x_title": "token"}, f"layer {layer}"
+    x, where = {"x_title": f"the first {len(names)} of {n} tokens"}, f"layer {layer}"
     wide = {"title": f"Gates, {where}", "y_title": "expert"} | x
     first = {"title": "The first expert of each layer", "y_title": "layer"} | x
     adds = {"title": f"What experts add, {where}", "y_title": "length"} | x
-    spread = {"title": f"Logits, {where}", "x_title": "expert", "y_title": "router logit"}
-    inside = {"title": f"Expert {expert}, {where}", "y_title": "neuron", "centre": True} | x
+    spread = {"title": f"Logits of all {n} tokens, {where}", "x_title": "expert"}
+    inside = {"title": f"Expert {expert}, {where}", "y_title": "neuron", "centre": True}
+    inside["x_title"] = "tokens that are sent there"
     drawn = {
         "gates": plots.heatmap(gates[:, :-1].T, names, experts, **wide),
         "first experts": plots.heatmap(few.weights[..., 0].T, names, few.layers, **first),
-        "logits": styled(go.Figure(box.update(marker_color=plots.ACCENT)), **spread),
+        "logits": styled(
+            go.Figure(box.update(marker_color=plots.ACCENT)), y_title="router logit", **spread
+        ),
         "contributions": plots.bars(by_rank, names, **adds),
         "neurons": plots.heatmap(neurons[sent][:, most].T, at_expert, most, **inside),
     }
