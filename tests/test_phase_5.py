@@ -9,7 +9,10 @@ import pytest
 import test_moe_routing
 from conftest import TEXTS
 from test_moe_routing import FAMILIES, save_and_load
+from test_sae_pretrained import tiny_sae
 
+from lenslab.circuits.interventions import ablate_features
+from lenslab.features.activations import encode_features
 from lenslab.files import REPOSITORY, data_path
 from lenslab.moe.experts import expert_contributions, expert_neurons
 from lenslab.moe.routing import NoRouting, Routing, capture_routing
@@ -53,6 +56,21 @@ def test_one_call_draws_what_a_layer_does(olmoe):
     assert drawn(figures["neurons"]) == pytest.approx(neurons.T.numpy(), abs=1e-3)
     sizes = expert_neurons(olmoe, batch, 2, 4)[sent].abs().mean(0)
     assert sizes[most].min() >= np.delete(sizes.numpy(), most).max()
+
+
+def test_an_saes_features_are_drawn_with_what_they_are_needed_for(olmoe):
+    sae = tiny_sae(olmoe, "blocks.1.hook_mlp_out")
+    figures = show.analyze_texts(TEXTS, olmoe, sae=sae)
+    batch = tokenize(olmoe, TEXTS)
+    fa = encode_features(olmoe, sae, batch, progress=False)
+    dense = fa.matrix.toarray()
+    top = np.argsort(-dense.mean(0), kind="stable")[: show.NEURONS]
+    assert [int(name) for name in figures["features"].layout.yaxis.ticktext] == top.tolist()
+    assert drawn(figures["features"]) == pytest.approx(dense[: show.MOST_TOKENS, top].T, abs=1e-4)
+    rise = 1000 * ablate_features(olmoe, sae, fa, top).mean(1)
+    assert figures["importance"].data[0].y == pytest.approx(rise.tolist(), abs=1e-3)
+    both = np.corrcoef(dense[:, top[0]], dense[:, top[1]])[0, 1]
+    assert drawn(figures["correlation"])[0, 1] == pytest.approx(both, abs=1e-3)
 
 
 def test_by_default_it_is_the_busiest_expert_of_the_middle_layer(olmoe):

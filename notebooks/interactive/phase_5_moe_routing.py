@@ -117,7 +117,8 @@ print(f"loss {said['loss'].mean():.1f} nats a token; its rank correlation with t
 print(f"first expert at layer {LAYER}: {told:z.1f} (shuffled tokens: within {null:.1f})")
 
 # %% [markdown]
-# One call draws what a mixture does with any texts: `analyze_texts(texts, model, layer, expert)`.
+# One call draws what a mixture does with any texts: `analyze_texts(texts, model, layer, expert)`;
+# with `sae=` also what is below about an SAE.
 # **Which layer, which expert?** By default the middle layer and the expert that most of these
 # tokens go to. Section 2 says at which layers the context counts. Take an expert that section 6
 # finds specialised beyond chance; one that is merely busy may be busy with everything.
@@ -751,11 +752,14 @@ print(both[["value", "chance", "beyond chance"]].round(2).to_string())
 clustered, centres, found = path_clusters(full)
 found = found.iloc[0]
 print(f"clusters have {found['value']:.1f} of the tokens, by chance {found['chance']:.1f}")
-examples = [np.flatnonzero(clustered.ids[:, 0, 0] == n)[:7] for n in range(len(centres))]
-examples = [
-    [token_string(model.tokenizer, t) for t in clustered.token[on].tolist()] for on in examples
-]
-HTML(pd.DataFrame({"some of its tokens": examples[:5]}).to_html())
+rows = []
+for number in range(min(6, len(centres))):
+    for on in np.flatnonzero(clustered.ids[:, 0, 0] == number)[:4]:
+        text, end = clustered.text[on], clustered.position[on] + 1
+        context = "".join(batch.strings(text)[max(end - 8, 0) : end - 1])
+        token = token_string(model.tokenizer, int(clustered.token[on]))
+        rows.append({"cluster": number, "before": context, "token": token})
+HTML(pd.DataFrame(rows).to_html(index=False))
 
 # %% [markdown]
 # In words:

@@ -12,8 +12,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from lenslab.circuits.interventions import ablate_features
+from lenslab.features.activations import columns_of, encode_features
 from lenslab.moe.experts import expert_contributions, expert_neurons
 from lenslab.moe.routing import Model, Routing, capture_routing
+from lenslab.sae.load import SparseAutoencoder
 from lenslab.show import plots
 from lenslab.show.plots import Labels, label, styled
 from lenslab.tokens import token_string, tokenize
@@ -52,12 +55,15 @@ def analyze_texts(
     layer: int | None = None,
     expert: int | None = None,
     stack: str = "",
+    sae: SparseAutoencoder | None = None,
 ) -> dict[str, go.Figure]:
     """What a mixture of experts does with some texts, as figures by name: "gates" (the weights as
     they are used), "first experts" (by number, in every layer), "logits" (their spread),
     "contributions" (how long is what the expert of each rank adds) and "neurons" (of one expert,
     those that are most active). By default of the middle layer that has experts, and of the expert
     that is sent most of these tokens. `MOST_TOKENS` tokens are drawn; texts are cut to the context.
+    Of an SAE, such as one of what the experts write, also "features" (the largest by their mean),
+    "importance" (what the loss rises by when each is set to zero) and "correlation" over tokens.
 
     Raises as `capture_routing` and `expert_neurons`; ValueError for a layer without experts.
     """
@@ -98,4 +104,20 @@ def analyze_texts(
     drawn["gates"].update_traces(colorbar_title_text="weight", hoverongaps=False, zmin=0)
     drawn["first experts"].update_traces(text=few.ids[..., 0].T, texttemplate="%{text}", zmin=0)
     drawn["first experts"].update_traces(colorbar_title_text="its weight")
+    if sae is not None:
+        fa = encode_features(model, sae, batch, progress=False)
+        top = np.argsort(-np.asarray(fa.matrix.mean(0)).ravel(), kind="stable")[:NEURONS]
+        values = columns_of(fa.matrix, top)  # [token, feature]
+        rise, features = 1000 * ablate_features(model, sae, fa, top).mean(1), [*map(str, top)]
+        fire = {"title": "The SAE's features", "y_title": "feature"} | x
+        need = {
+            "title": "What features are needed for",
+            "y_title": "loss rises by, millinats a token",
+        }
+        alike = {"title": "Features that go together", "y_title": "feature", "centre": True}
+        with np.errstate(invalid="ignore"):  # of one that never fires
+            pairs = np.corrcoef(values.T)
+        drawn["features"] = plots.heatmap(values[:MOST_TOKENS].T, names, features, **fire)
+        drawn["importance"] = plots.bars({"": rise}, features, x_title="feature", **need)
+        drawn["correlation"] = plots.heatmap(pairs, features, features, x_title="feature", **alike)
     return drawn
