@@ -271,8 +271,8 @@ def at_levels(runs: pd.DataFrame, column: str) -> np.ndarray:
 
 
 def penalty_of_l0(runs: pd.DataFrame) -> dict[str, Any]:
-    """log penalty = a + b log L0, and what it suggests; fitted where L0 is between 2 and 128, to the
-    first seed, which has every penalty once."""
+    """log penalty = a + b log L0, and what that suggests; fitted where L0 is between 2 and 128, to
+    the first seed, which has every penalty once."""
     rows = runs[(runs["seed"] == 0) & runs["l0"].between(2, 128)]
     if rows["l0"].nunique() < 2:
         return {}

@@ -292,7 +292,10 @@ from lenslab.moe.statistics import token_statistics
 ids = pd.unique(here.token)
 tis = token_statistics(routes, ids)
 of_twin = token_statistics(twin_routes, ids)
-share = tis.query("statistic != 'TIS'").groupby("statistic")[["value", "chance"]].mean()
+cover = tis.query("statistic != 'TIS'").groupby(["statistic", "token"])
+cover = cover[["value", "chance", "excess"]].mean()
+share = cover.groupby("statistic").mean()
+share["half interval"] = 1.96 * cover["excess"].groupby("statistic").sem()  # over words
 print(share.round(2).to_string())
 
 # %% [markdown]
@@ -308,6 +311,7 @@ mean = {name: values.mean() for name, values in by_word.items()}
 half = {name: 1.96 * values.sem() for name, values in by_word.items()}
 spread = {name: (mean[name] - half[name], mean[name] + half[name]) for name in half}
 print((pd.DataFrame(mean).round(2) + 0.0).to_string())
+print("half intervals:", {name: round(float(each.max()), 2) for name, each in half.items()})
 
 # %% [markdown]
 # As a picture:
@@ -667,7 +671,7 @@ from dataclasses import replace
 from lenslab.moe.paths import continuity, path_clusters, path_coverage, paths_as_experts
 
 cover = path_coverage(full)
-through = cover[cover["layer"] == full.layers[-1]].set_index("statistic")[["value", "chance"]]
+through = cover[cover["layer"] == full.layers[-1]].set_index("statistic")[columns]
 through.iloc[:3] /= len(full.ids)  # of paths: how many for each token
 print(through.round(2).to_string())
 
@@ -742,7 +746,7 @@ by_kind = contrast(as_experts, kinds).set_index("label")
 by_language = contrast(as_experts[foreign], language[foreign]).set_index("label")
 both = pd.concat({"kind": by_kind, "language": by_language})
 both["beyond chance"] = both["p"] < 0.05
-print(both[["value", "chance", "beyond chance"]].round(2).to_string())
+print(both[["value", "chance", "low", "high", "beyond chance"]].round(2).to_string())
 
 # %% [markdown]
 # Clusters of whole paths, by the share of layers in which they differ (HDBSCAN). Chance: the same
@@ -796,7 +800,8 @@ scatter(*layout.T, **options, **titles).show()
 # %% [markdown]
 # ## 8. What foretells a route?
 # The first expert, foretold from one thing at a time. Fitted on half of the texts, scored on the
-# other half; chance is always naming the expert that was most frequent.
+# other half; chance is always naming the expert that was most frequent. Below, the lead over chance
+# and its interval, means over layers.
 
 # %%
 from lenslab.moe.paths import predict_experts, predict_from_dimensions
@@ -805,6 +810,7 @@ told = predict_experts(full, kinds)
 by_predictor = told.pivot(index="layer", columns="predictor", values="value")
 by_predictor["chance"] = told.groupby("layer")["chance"].first()
 print(by_predictor.round(2).to_string())
+print(told.groupby("predictor")[["excess", "low", "high"]].mean().round(2).to_string())
 
 # %% [markdown]
 # And from what the router reads: a logistic regression on some of its dimensions, the largest or
@@ -815,7 +821,7 @@ print(by_predictor.round(2).to_string())
 # %%
 few = full[np.arange(0, len(full.ids), 4)]
 probe = predict_from_dimensions(few, shares=(0.02, 0.1, 1.0))
-by_share = probe.groupby(["dimensions", "share"])[["value", "chance"]].mean()
+by_share = probe.groupby(["dimensions", "share"])[columns].mean()
 print(by_share.round(2).to_string())
 
 # %% [markdown]
