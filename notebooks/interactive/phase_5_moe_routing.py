@@ -512,7 +512,7 @@ else:
 if steps:
     titles = {"x_title": "step, and one", "y_title": "share of first experts that are the same"}
     options = {"log_x": True, "title": "Routes in training"} | titles
-    lines(agreement, agreement.index + 1, **options).show()
+    lines(dict(agreement.items()), agreement.index + 1, **options).show()
 
 # %% [markdown]
 # The token that occurs most often; each row is an expert.
@@ -759,7 +759,7 @@ print(f"clusters have {found['value']:.1f} of the tokens, by chance {found['chan
 rows = []
 for number in range(min(6, len(centres))):
     for on in np.flatnonzero(clustered.ids[:, 0, 0] == number)[:4]:
-        text, end = clustered.text[on], clustered.position[on] + 1
+        text, end = int(clustered.text[on]), int(clustered.position[on]) + 1
         context = "".join(batch.strings(text)[max(end - 8, 0) : end - 1])
         token = token_string(model.tokenizer, int(clustered.token[on]))
         rows.append({"cluster": number, "before": context, "token": token})
