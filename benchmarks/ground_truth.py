@@ -686,7 +686,8 @@ def write_truth(bench: Bench, only: Sequence[str], work: Path, *, ships: bool) -
     from lenslab.files import Result, save_result
     from lenslab.models import load_model, model_key
     from lenslab.runtime import machine_summary
-    from lenslab.sae.load import load_sae, sae_key
+    from lenslab.sae.inputs import sae_key
+    from lenslab.sae.load import load_sae
 
     @dataclass(frozen=True)
     class Truth(Result):

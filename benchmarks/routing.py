@@ -117,7 +117,7 @@ def all_statistics(millions: int):
             lambda: moe.contrast(paths.paths_as_experts(routing, (3, 4, 5), common)[0], kind),
             lambda: [paths.path_clusters(routing), paths.predict_experts(routing, kind)],
             lambda: experts.specialisation(few, {"kind": its}),
-            lambda: paths.predict_from_dimensions(few[::3], shares=(0.1, 1.0)),
+            lambda: paths.predict_from_dimensions(few, shares=(0.02, 0.1, 1.0)),
         ]
         seconds = []
         for job in jobs:

@@ -40,7 +40,8 @@ from lenslab.metrics import auroc
 from lenslab.models import load_model, model_key, model_name, random_twin
 from lenslab.sae.controls import KINDS, untrained_sae
 from lenslab.sae.evaluate import evaluate_sae
-from lenslab.sae.load import SparseAutoencoder, load_sae
+from lenslab.sae.inputs import SparseAutoencoder
+from lenslab.sae.load import load_sae
 from lenslab.sae.registry import CARD, CONFIG
 from lenslab.sae.train.base import FROZEN
 from lenslab.texts import label_texts, load_probes

@@ -27,7 +27,7 @@ from lenslab.features.activations import encode_saes
 from lenslab.files import Result, save_result
 from lenslab.hooks import stream_hook
 from lenslab.models import load_model, model_key, model_name
-from lenslab.sae.load import input_transform
+from lenslab.sae.inputs import input_transform
 from lenslab.sae.train import ModelSource, TrainingConfig, build_sae, starting_penalty, train
 from lenslab.sae.train.architectures import PENALISED
 from lenslab.texts import load_probes, sampled_text

@@ -48,7 +48,8 @@ from lenslab.models import load_model, model_key, model_name, random_twin
 from lenslab.runtime import default_device, machine_summary
 from lenslab.sae.controls import evaluate_null
 from lenslab.sae.evaluate import evaluate_sae
-from lenslab.sae.load import SparseAutoencoder, load_sae
+from lenslab.sae.inputs import SparseAutoencoder
+from lenslab.sae.load import load_sae
 from lenslab.sae.save import save_sae
 from lenslab.sae.train import ModelSource, TrainingConfig, build_sae, train
 from lenslab.sae.train.architectures import TOPK_FAMILY

@@ -15,7 +15,8 @@ from lenslab.hooks import UnknownHook, stream_hook
 from lenslab.models import load_model, model_key, model_name, summarize
 from lenslab.sae.controls import evaluate_null
 from lenslab.sae.evaluate import evaluate_sae
-from lenslab.sae.load import SAEMismatch, check_sae, load_sae, sae_hook
+from lenslab.sae.inputs import SAEMismatch, check_sae, sae_hook
+from lenslab.sae.load import load_sae
 from lenslab.sae.save import save_sae
 from lenslab.sae.train.architectures import build_sae
 from lenslab.sae.train.convert import from_saelens

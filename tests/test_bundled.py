@@ -12,7 +12,8 @@ from lenslab.hooks import stream_hook
 from lenslab.models import load_model, random_twin
 from lenslab.sae import find
 from lenslab.sae.find import card_table, find_sae
-from lenslab.sae.load import bundled_saes, check_sae, finish, load_sae, sae_hook, sae_key
+from lenslab.sae.inputs import check_sae, sae_hook, sae_key
+from lenslab.sae.load import bundled_saes, finish, load_sae
 from lenslab.sae.registry import NotAnSAE
 
 TWINS = {"pocket-gpt-random-twin-resid-3", "smollm2-135m-q4-random-twin-resid-15"}

@@ -27,7 +27,7 @@ from lenslab.compare import (
 )
 from lenslab.features.activations import encode_features, encode_saes
 from lenslab.features.readings import direct_logits
-from lenslab.sae.load import SAEMismatch
+from lenslab.sae.inputs import SAEMismatch
 from lenslab.sae.registry import repository_of
 from lenslab.sae.save import save_sae
 from lenslab.tokens import tokenize

@@ -15,7 +15,7 @@ from lenslab.features.contexts import find_contexts
 from lenslab.features.readings import direct_logits, final_norm, vocabulary_effects
 from lenslab.models import load_model
 from lenslab.sae.controls import untrained_sae
-from lenslab.sae.load import SAEMismatch
+from lenslab.sae.inputs import SAEMismatch
 from lenslab.tokens import pack, token_string, tokenize
 
 WORDS = ["cat", "mat", "sat", "add", "city", "river", "they", "say", "Paris", "a", "2", "def"]

@@ -21,7 +21,7 @@ from lenslab.features.ranking import category_profile, summarize_features
 from lenslab.features.readings import token_classes, vocabulary_effects
 from lenslab.features.together import coactivation, concept_features
 from lenslab.runtime import derive_generator
-from lenslab.sae.load import SAEMismatch, sae_hook
+from lenslab.sae.inputs import SAEMismatch, sae_hook
 from lenslab.show.explore import explore_feature
 from lenslab.stats import shuffled_orders
 from lenslab.tokens import tokenize

@@ -13,7 +13,8 @@ from test_sae_training import CONFIG, D_SAE, SHORT, equal, interrupted, new, pla
 from lenslab.capture import harvest
 from lenslab.models import load_model, model_name
 from lenslab.sae import controls
-from lenslab.sae.load import bundled_saes, load_sae, sae_key
+from lenslab.sae.inputs import sae_key
+from lenslab.sae.load import bundled_saes, load_sae
 from lenslab.sae.save import save_sae
 from lenslab.sae.train import TrainingConfig, build_sae, trainer
 from lenslab.sae.train.architectures import ARCHITECTURES

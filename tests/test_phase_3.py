@@ -55,7 +55,7 @@ def grouped(saes, active):
     names["sae_hook"] = lambda sae: sae.cfg.metadata.hook_name
     names["model"] = SimpleNamespace(cfg=SimpleNamespace(n_layers=12))
     sites = next(cell for cell in cells() if "read most closely" in cell)
-    exec(sites.replace("from lenslab.sae.load import input_transform, sae_hook", ""), names)
+    exec(sites.replace("from lenslab.sae.inputs import input_transform, sae_hook", ""), names)
     return run_cells("seeds = [main]", **names)
 
 

@@ -140,7 +140,7 @@ def run_whole(tmp_path, monkeypatch, capsys):
         runpy.run_path(str(SOURCE))
         printed = capsys.readouterr().out
         told = [line for line in printed.splitlines() if line.startswith("So:")]
-        assert len(told) == 9 and not re.search(r"\bnan\b|\binf\b", "\n".join(told))
+        assert len(told) == 10 and not re.search(r"\bnan\b|\binf\b", "\n".join(told))
         return printed
 
     return run

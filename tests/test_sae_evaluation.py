@@ -17,7 +17,8 @@ from lenslab.sae import evaluate
 from lenslab.sae.controls import evaluate_null, untrained_sae
 from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.find import small_sae
-from lenslab.sae.load import SAEMismatch, load_sae, sae_key
+from lenslab.sae.inputs import SAEMismatch, sae_key
+from lenslab.sae.load import load_sae
 from lenslab.show.feature_plots import firing_density
 from lenslab.texts import sampled_text
 from lenslab.tokens import TokenBatch, pack, tokenize

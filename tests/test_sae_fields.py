@@ -19,17 +19,15 @@ from lenslab.files import data_path
 from lenslab.models import load_model, model_key, model_name, random_twin
 from lenslab.sae import find, load, save
 from lenslab.sae.evaluate import evaluate_sae
-from lenslab.sae.load import (
+from lenslab.sae.inputs import (
     SAEMismatch,
-    bundled_saes,
     check_sae,
     encode,
-    finish,
     input_transform,
-    load_sae,
     neuronpedia_link,
     sae_key,
 )
+from lenslab.sae.load import bundled_saes, finish, load_sae
 from lenslab.sae.registry import NotAnSAE
 from lenslab.sae.save import save_sae
 from lenslab.tokens import TokenBatch, tokenize

@@ -23,14 +23,8 @@ from lenslab.models import load_model, model_name, random_twin
 from lenslab.sae import hub as hub_commands
 from lenslab.sae import registry, save
 from lenslab.sae.find import TRAIN_BATCH, find_sae, small_sae
-from lenslab.sae.load import (
-    SAEMismatch,
-    check_sae,
-    input_transform,
-    load_sae,
-    neuronpedia_link,
-    sae_hook,
-)
+from lenslab.sae.inputs import SAEMismatch, check_sae, input_transform, neuronpedia_link, sae_hook
+from lenslab.sae.load import load_sae
 from lenslab.sae.registry import NotAnSAE, SAENotHere
 from lenslab.sae.save import save_sae
 from lenslab.tokens import pack

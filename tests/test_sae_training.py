@@ -22,7 +22,8 @@ from lenslab.capture import harvest
 from lenslab.files import NotWritten, latest_checkpoint, save_checkpoint
 from lenslab.models import model_key, model_name, random_twin
 from lenslab.runtime import derive_generator, progress_bar
-from lenslab.sae.load import SAEMismatch, input_transform, load_sae
+from lenslab.sae.inputs import SAEMismatch, input_transform
+from lenslab.sae.load import load_sae
 from lenslab.sae.save import save_sae
 from lenslab.sae.train import (
     ModelSource,

@@ -9,7 +9,7 @@ from lenslab.circuits.interventions import ablate_features, splice, text_losses
 from lenslab.features.activations import encode_features
 from lenslab.hooks import UnknownHook
 from lenslab.models import load_model
-from lenslab.sae.load import SAEMismatch
+from lenslab.sae.inputs import SAEMismatch
 from lenslab.tokens import tokenize
 
 TEXTS = ["A cat sat on the mat.", "2 + 2", "Paris is a city on a river, they say."]

@@ -11,7 +11,8 @@ from test_sae_training import CONFIG, SPARSITY, K, new, planted, run
 from lenslab.capture import harvest
 from lenslab.metrics import FeatureActivity, ReconstructionError
 from lenslab.models import load_model, model_key, model_name, random_twin
-from lenslab.sae.load import load_sae, sae_key
+from lenslab.sae.inputs import sae_key
+from lenslab.sae.load import load_sae
 from lenslab.sae.save import save_sae
 from lenslab.sae.train import ModelSource, TensorSource, TrainingConfig, from_saelens, train
 from lenslab.sae.train.architectures import ARCHITECTURES, TOPK_FAMILY

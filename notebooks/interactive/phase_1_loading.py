@@ -462,7 +462,7 @@ so(
 
 # %%
 from lenslab.sae.find import find_sae
-from lenslab.sae.load import sae_hook
+from lenslab.sae.inputs import sae_hook
 
 sae, name, origin = find_sae(model)  # of the middle layer
 print(f"{name} ({origin}) reads {sae_hook(sae)}")
@@ -474,7 +474,7 @@ print(f"{sae.cfg.d_in} dimensions -> {sae.cfg.d_sae} features")
 # SAE was trained on: some published SAEs read activations without their mean.
 
 # %%
-from lenslab.sae.load import SAEMismatch, input_transform
+from lenslab.sae.inputs import SAEMismatch, input_transform
 
 prepare = input_transform(sae, model)
 try:
@@ -517,7 +517,7 @@ so(
 # %%
 import pandas as pd
 
-from lenslab.sae.load import neuronpedia_link
+from lenslab.sae.inputs import neuronpedia_link
 
 top = features[0, last[0]].topk(6)
 rate = (f > 0).float().mean(0)

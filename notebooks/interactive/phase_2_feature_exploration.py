@@ -123,7 +123,7 @@ else:
 # activations without their mean: `prepare` gives what this one was trained on.
 
 # %%
-from lenslab.sae.load import input_transform, sae_hook
+from lenslab.sae.inputs import input_transform, sae_hook
 
 CHOSEN = None  # or a bundled name, such as "pocket-gpt-resid-1", or the absolute path of a folder
 sae, SAE, origin = find_sae(model, CHOSEN)

@@ -80,7 +80,7 @@ print(f"{len(saes)} SAEs; left out:", "\n".join(left_out) or "none")
 # %%
 import re
 
-from lenslab.sae.load import input_transform, sae_hook
+from lenslab.sae.inputs import input_transform, sae_hook
 
 hook = {name: sae_hook(sae) for name, sae in saes.items()}
 site = {n: re.match(r"(?:blocks\.(\d+)\.)?(.*)", where) for n, where in hook.items()}

@@ -191,7 +191,7 @@ so(
 from lenslab.sae.controls import KINDS, untrained_sae
 from lenslab.sae.evaluate import evaluate_sae
 from lenslab.sae.find import find_sae
-from lenslab.sae.load import sae_hook
+from lenslab.sae.inputs import sae_hook
 
 sae = trained["my SAE"].sae
 ships, ships_name, origin = find_sae(model)
@@ -507,7 +507,8 @@ bars(shown, list(left), title="One decision at a time", **axes).update_xaxes(tic
 # and by SAELens's own training. **Control**: a dictionary that learned nothing.
 
 # %%
-from lenslab.sae.load import load_sae, sae_key
+from lenslab.sae.inputs import sae_key
+from lenslab.sae.load import load_sae
 
 reference = load_sae("pocket-gpt-resid-3")
 pocket = reference.cfg.metadata.model_key

@@ -119,6 +119,7 @@ print(f"first expert at layer {LAYER}: {told:z.1f} (shuffled tokens: within {nul
 # %% [markdown]
 # One call draws what a mixture does with any texts: `analyze_texts(texts, model, layer, expert)`;
 # with `sae=` also what is below about an SAE.
+#
 # **Which layer, which expert?** By default the middle layer and the expert that most of these
 # tokens go to. Section 2 says at which layers the context counts. Take an expert that section 6
 # finds specialised beyond chance; one that is merely busy may be busy with everything.
@@ -168,7 +169,7 @@ figures["neurons"].show()
 from lenslab.compare import open_saes
 from lenslab.features.activations import encode_features
 from lenslab.sae.find import bundled_saes, small_sae
-from lenslab.sae.load import sae_hook
+from lenslab.sae.inputs import sae_hook
 from lenslab.texts import sampled_text
 from lenslab.tokens import pack
 
@@ -204,10 +205,19 @@ effect = 1000 * ablate_features(model, sae, fa, [*top, *drawn]).mean(1)
 print(f"millinats: largest {effect[:8].mean():.1f}, drawn {effect[8:].mean():.1f}")
 
 # %% [markdown]
-# One by one:
+# In words (rank-sum test of the two eights), and one by one:
 
 # %%
+from scipy.stats import mannwhitneyu
+
 from lenslab.show.plots import bars
+
+p = mannwhitneyu(effect[:8], effect[8:], alternative="greater").pvalue
+so(
+    f"set to zero, the eight largest features raise the loss by {effect[:8].mean():.1f} millinats "
+    f"each, eight others that fire on as many texts by {effect[8:].mean():z.1f}: that the largest "
+    f"matter more is {'shown' if p < 0.05 else 'not shown'} (p {p:.2f})."
+)
 
 found = {"largest": np.sort(effect[:8])[::-1], "random": np.sort(effect[8:])[::-1]}
 titles = {"x_title": "features, sorted", "y_title": "loss rises by, millinats a token"}
@@ -247,7 +257,7 @@ print(told.to_string(index=False) if len(told) else "so none is named")
 contexts = load_probes("contextual")
 ends = contexts["start"] + contexts["target"].str.len()
 upto = [text[:end] for text, end in zip(contexts["text"], ends, strict=True)]
-reads = tokenize(model, upto, truncate=True)
+reads = tokenize(model, upto)  # not cut: a cut text ends elsewhere
 routes = capture_routing(model, reads)
 last = np.flatnonzero(np.diff(routes.text, append=-1))  # of each text
 print(f"{len(routes.ids):,} tokens; {len(last)} contexts that end in their word")
@@ -402,7 +412,6 @@ heatmap(alike, range(len(names)), names, title=f"Shared experts of {chosen!r}", 
 # nothing. **Control**: the random twin.
 
 # %%
-
 by_rank = {}
 for name, its_routing in ((model_name(model), routing), ("twin", capture_routing(twin, seen))):
     together = its_routing.weights.sum(-1, keepdims=True).clip(1e-9)
@@ -506,7 +515,7 @@ else:
     so("of this model's training there is no record, so when its routes settled cannot be told.")
 
 # %% [markdown]
-# Both as curves, and the experts of one frequent token through training at one layer:
+# As curves:
 
 # %%
 if steps:
@@ -515,7 +524,7 @@ if steps:
     lines(dict(agreement.items()), agreement.index + 1, **options).show()
 
 # %% [markdown]
-# The token that occurs most often; each row is an expert.
+# And the experts of the token that occurs most often, at one layer; each row is an expert.
 
 # %%
 if steps:
@@ -890,9 +899,9 @@ so(
 # contexts share a style, not all else. A router may split a kind of text by something that
 # correlates with it. Random routers are linear, as these routers are, and see the same inputs, but
 # those inputs were made by layers that routed. That kinds or languages are routed apart by more
-# than their tokens is not shown. Where a token goes to several experts, paths and
-# predictors follow the first. Clusters and paths of few tokens are not shown, which does not mean
-# that there are none.
+# than their tokens is not shown. Where a token goes to several experts, paths and predictors follow
+# the first. Clusters and paths of few tokens are not shown, which does not mean that there are
+# none.
 #
 # **Exercises**
 # 1. Draw `analyze_texts` for an expert that section 6 names. Do its neurons agree with its kind?

@@ -37,17 +37,16 @@ from lenslab.hooks import UnknownHook
 from lenslab.models import model_key, model_name
 from lenslab.runtime import derive_generator
 from lenslab.sae.controls import NULLS, untrained_sae
-from lenslab.sae.load import (
+from lenslab.sae.inputs import (
     RESIDUAL,
     SAEMismatch,
     SparseAutoencoder,
-    bundled_saes,
     check_sae,
     encode,
-    load_sae,
     refuse_transcoder,
     sae_hook,
 )
+from lenslab.sae.load import bundled_saes, load_sae
 from lenslab.sae.registry import COMMAND, NotAnSAE, SAENotHere, paths_of, place_of
 
 KINDS = ("decoder", "encoder", "firing", "vocabulary")

@@ -4,7 +4,7 @@ models.
 `load_model` returns TransformerLens's own `TransformerBridge`, never a wrapper; hook names are
 those of HookedTransformer (`blocks.3.hook_resid_post`). The weights are left as they were trained:
 nothing is folded or centred, because an SAE may have been trained on either and says so itself (see
-`lenslab.sae.load`).
+`lenslab.sae.inputs`).
 """
 
 from __future__ import annotations

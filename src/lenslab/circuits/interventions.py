@@ -26,7 +26,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lenslab.features.activations import FeatureActivations, Indices
 from lenslab.metrics import next_token_nats
 from lenslab.runtime import progress_bar
-from lenslab.sae.load import SparseAutoencoder, input_transform, refuse_transcoder, sae_hook
+from lenslab.sae.inputs import SparseAutoencoder, input_transform, refuse_transcoder, sae_hook
 from lenslab.tokens import TokenBatch
 
 Edit = Callable[[Tensor], Tensor]  # features [text, pos, d_sae] -> the same shape

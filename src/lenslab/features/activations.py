@@ -32,7 +32,7 @@ from lenslab.capture import harvest
 from lenslab.files import atomic_write, content_key
 from lenslab.models import model_key, model_name
 from lenslab.runtime import progress_bar
-from lenslab.sae.load import SparseAutoencoder, encode, input_transform, neuronpedia_link, sae_key
+from lenslab.sae.inputs import SparseAutoencoder, encode, input_transform, neuronpedia_link, sae_key
 from lenslab.tokens import TokenBatch
 
 Matrix = np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix  # [text, feature], pooled

@@ -27,7 +27,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lenslab.capture import harvest
 from lenslab.features.activations import Index, Indices, check_features, marked_context
 from lenslab.runtime import derive_generator, progress_bar
-from lenslab.sae.load import SparseAutoencoder, encode, input_transform, sae_hook
+from lenslab.sae.inputs import SparseAutoencoder, encode, input_transform, sae_hook
 from lenslab.tokens import TokenBatch, token_string
 
 CELLS = 1 << 23  # activations held dense at a time: 32 MB

@@ -34,7 +34,7 @@ from lenslab.features.activations import (
 )
 from lenslab.metrics import as_mask, auroc
 from lenslab.runtime import derive_generator
-from lenslab.sae.load import RESIDUAL, SparseAutoencoder, check_sae, sae_hook
+from lenslab.sae.inputs import RESIDUAL, SparseAutoencoder, check_sae, sae_hook
 from lenslab.texts import LabelledTexts
 from lenslab.tokens import token_string
 

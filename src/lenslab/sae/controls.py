@@ -33,7 +33,7 @@ from lenslab.capture import harvest
 from lenslab.hooks import hook_names
 from lenslab.runtime import derive_generator, progress_bar
 from lenslab.sae.evaluate import SAEMetrics, evaluate_sae
-from lenslab.sae.load import SparseAutoencoder, input_transform, sae_hook
+from lenslab.sae.inputs import SparseAutoencoder, input_transform, sae_hook
 from lenslab.tokens import TokenBatch
 
 TEXTS = 32  # texts whose candidates are held per token at a time

@@ -31,7 +31,7 @@ from lenslab.files import Result
 from lenslab.hooks import check_unhooked
 from lenslab.models import model_name
 from lenslab.runtime import progress_bar
-from lenslab.sae.load import SparseAutoencoder, input_transform, refuse_transcoder, sae_hook
+from lenslab.sae.inputs import SparseAutoencoder, input_transform, refuse_transcoder, sae_hook
 from lenslab.tokens import TokenBatch
 
 TEXTS = 16  # per forward pass; fewer where logits or features would be large

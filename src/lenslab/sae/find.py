@@ -22,7 +22,8 @@ from lenslab.files import cache_path, content_key, data_path, versions
 from lenslab.hooks import UnknownHook, stream_hook
 from lenslab.models import model_key, model_name
 from lenslab.runtime import compute_dtype
-from lenslab.sae.load import SAEMismatch, SparseAutoencoder, bundled_saes, check_sae, load_sae
+from lenslab.sae.inputs import SAEMismatch, SparseAutoencoder, check_sae
+from lenslab.sae.load import bundled_saes, load_sae
 from lenslab.sae.registry import CARD, NotAnSAE, SAENotHere, cached_ids, releases_of
 from lenslab.sae.save import save_sae
 from lenslab.sae.train import ModelSource, TrainingConfig, build_sae, train

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from lenslab.files import sha256_file, write_json
 from lenslab.sae.fields import config_key
-from lenslab.sae.load import SparseAutoencoder, check_finite, left_over, sae_hook
+from lenslab.sae.inputs import SparseAutoencoder, sae_hook
+from lenslab.sae.load import check_finite, left_over
 from lenslab.sae.registry import CARD, CONFIG, WEIGHTS, NotAnSAE
 
 

@@ -29,7 +29,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lenslab.features.activations import FeatureActivations, Index, check_features, encode_features
 from lenslab.features.ranking import category_profile
 from lenslab.metrics import DENSE
-from lenslab.sae.load import SparseAutoencoder
+from lenslab.sae.inputs import SparseAutoencoder
 from lenslab.show.plots import Labels, Number
 from lenslab.show.tokens import View, coloured, feature_strips, heading, highlight_batch
 from lenslab.tokens import tokenize

@@ -26,7 +26,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lenslab.features.activations import FeatureActivations, Index
 from lenslab.features.readings import vocabulary_effects
-from lenslab.sae.load import RESIDUAL, SparseAutoencoder
+from lenslab.sae.inputs import RESIDUAL, SparseAutoencoder
 from lenslab.sae.train import TrainingConfig
 from lenslab.show import images
 from lenslab.show.explore import explore_feature

@@ -16,7 +16,7 @@ from lenslab.circuits.interventions import ablate_features
 from lenslab.features.activations import columns_of, encode_features
 from lenslab.moe.experts import expert_contributions, expert_neurons
 from lenslab.moe.routing import Model, Routing, capture_routing
-from lenslab.sae.load import SparseAutoencoder
+from lenslab.sae.inputs import SparseAutoencoder
 from lenslab.show import plots
 from lenslab.show.plots import Labels, label, styled
 from lenslab.tokens import token_string, tokenize

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from lenslab.sae.load import SparseAutoencoder, finish, recorded_key, sae_key
+from lenslab.sae.inputs import SparseAutoencoder, recorded_key, sae_key
+from lenslab.sae.load import finish
 from lenslab.sae.train.architectures import TOPK_FAMILY, build_sae
 from lenslab.sae.train.base import TrainableSAE
 

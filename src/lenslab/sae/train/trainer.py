@@ -29,7 +29,7 @@ import pandas as pd
 from lenslab import __version__, files
 from lenslab.metrics import FeatureActivity, ReconstructionError
 from lenslab.runtime import interrupts_wait, machine_summary, progress_bar
-from lenslab.sae.load import SparseAutoencoder
+from lenslab.sae.inputs import SparseAutoencoder
 from lenslab.sae.registry import plain_name
 from lenslab.sae.train.base import SAEConfig, TrainableSAE
 from lenslab.sae.train.convert import to_saelens
