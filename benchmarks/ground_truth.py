@@ -52,7 +52,7 @@ import sae_contestants as entries
 from sae_quality import enclosing
 
 SEEDS, CHOOSING = (0, 1, 2, 3, 4), 5  # the last chooses rates and first penalties
-RATES = (1e-2, 3e-2)
+RATES = (1e-2, 2e-2, 3e-2)
 STEP = 3.0  # between rates that are added at an end
 MOST_RATES = 4
 RESEEDED = ("batchtopk",)  # as the bundled SAEs are

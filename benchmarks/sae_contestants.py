@@ -61,6 +61,7 @@ class Job:
     batch: int = 4096
     steps: int = 100  # enough for AuxK to begin, and for every library to reconstruct
     lr: float | None = 1e-3  # None: lenslab's default
+    momentum: float = 0.8  # of Adam: ours
     hold: float = 0.8  # share of the steps before the rate falls: ours, and SAELens's
     seed: int = 0
 
@@ -225,7 +226,7 @@ def _lenslab(job: Job, source: Any, d_in: int) -> Trained:
     metadata = {"hook_name": HOOK, "model_name": MODEL}
     options = {"sparsity": job.l1} if job.architecture in PENALISED else {"k": job.k}
     sae = build_sae(job.architecture, d_in, job.d_sae, seed=job.seed, metadata=metadata, **options)
-    options = dict(lr=job.lr, hold=job.hold, seed=job.seed)
+    options = dict(lr=job.lr, momentum=job.momentum, hold=job.hold, seed=job.seed)
     config = TrainingConfig(job.samples, batch=job.batch, **options)
     return train({"sae": sae}, source, config, progress=False)["sae"].sae
 

@@ -52,7 +52,7 @@ TRAINERS = {
     "saelens centred": entries.saelens_centred,
 }
 SEEDS, PEERS, ARCHITECTURES = 5, ("saelens", "saelens centred"), ("topk", "batchtopk", "relu")
-JOB = Job(d_sae=2048, k=32, l1=4.0, batch=1024, steps=512, hold=0.0)
+JOB = Job(d_sae=2048, k=32, l1=4.0, batch=1024, steps=512, momentum=0.9, hold=0.0)
 # l1: where the first search starts; hold: a cosine, with which the result was made
 QUICK = dict(d_sae=512, k=16, batch=256, steps=60)
 SEARCH = 6  # trainings at most, to find the weight of the penalty

@@ -58,8 +58,10 @@ TRAINERS: dict[str, Train] = {
     "dictionary-learning": entries.dictionary_learning,
     "eai-sparsify": lambda job, vectors: entries.eai_sparsify(job, vectors, job.lr),
 }
-TRAINERS["lenslab-holds"] = entries.lenslab  # how our default schedule was chosen; not timed
+# how our default schedule and momentum were chosen; not timed
+TRAINERS |= dict.fromkeys(("lenslab-holds", "lenslab-momenta"), entries.lenslab)
 HOLDS = [{"lr": None, "hold": hold, "steps": n} for n in (32, 256) for hold in (0.0, 0.5, 0.8, 0.9)]
+MOMENTA = [{"lr": None, "momentum": m, "steps": n} for n in (32, 256) for m in (0.7, 0.8, 0.9)]
 OURS = ("lenslab", "lenslab-default")
 APART = ("dictionary-learning", "eai-sparsify")  # in an environment of their own
 LIBRARIES = ("lenslab", "saelens", "dictionary-learning")
@@ -304,6 +306,7 @@ def main(words: list[str] | None = None) -> dict[str, Any] | None:
     kinds = {}
     if not a.quick:
         curves.measure("topk", "lenslab-holds", HOLDS)
+        curves.measure("topk", "lenslab-momenta", MOMENTA)
     for kind in a.only:
         names = [name for name in ENTERED[kind] if name in a.contestants]
         chosen = {name: curves.chosen(kind, name) for name in names}

@@ -88,7 +88,9 @@ def main(arguments: list[str] | None = None) -> Path:
     }
     silent = int(given.vectors) // 4
     # hold=0: the cosine that the saved result was made with
-    config = TrainingConfig(int(given.vectors), given.batch, dead_after=silent, hold=0.0)
+    config = TrainingConfig(
+        int(given.vectors), given.batch, dead_after=silent, momentum=0.9, hold=0.0
+    )
     trained = train(new, source, config, held_out=held_out)
     probes = load_probes("categories")["text"].tolist()[: given.texts]
     batch = tokenize(model, probes, truncate=True)

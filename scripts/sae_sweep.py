@@ -178,7 +178,9 @@ class Bench:
         saes = {title(run): self.build(run) for run in group}
         length, lr = group[0]["vectors"], group[0]["lr"]
         # the cosine that the runs that ship were made with
-        config = TrainingConfig(length, self.given.batch, lr, hold=0.0, dead_after=DEAD_AFTER)
+        config = TrainingConfig(
+            length, self.given.batch, lr, momentum=0.9, hold=0.0, dead_after=DEAD_AFTER
+        )
         folder = self.given.work / content_key(group)
         started = time.perf_counter()
         trained = train(saes, self.source, config, folder=folder, held_out=self.checked)

@@ -277,7 +277,8 @@ def main(arguments: list[str] | None = None) -> list[Path]:
     options = dict(batch_size=PASS[default_device()], pool=given.pool)
     source, checked = (ModelSource(model, t, list(hooks.values()), **options) for t in both)
     count = min(batch.n_real, int(given.vectors)) // given.batch * given.batch
-    config = TrainingConfig(count, given.batch, given.lr, hold=0.0)  # as the SAEs that ship
+    as_ships = {"momentum": 0.9, "hold": 0.0}  # what the SAEs that ship were trained with
+    config = TrainingConfig(count, given.batch, given.lr, **as_ships)
     started = time.perf_counter()
     key = hashlib.sha256("".join(saes).encode()).hexdigest()[:8]
     folder = given.work / f"{called}-{key}"

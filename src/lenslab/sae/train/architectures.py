@@ -23,8 +23,9 @@ the gradient (SAELens rescales by the norm instead); the estimate of BatchTopK's
 over the last tenth of the batches (over the last hundred once there were a thousand), not one that
 leaves zero by a hundredth a batch; a transcoder, which SAELens does not train, is batchtopk because
 SAELens has no topk transcoder to save it as; jumprelu's thresholds, which a step moves by no more
-than the rate, begin where few latents are active, not at .01 where half of them are, and its
-bandwidth is ten times as wide. Saving is `lenslab.sae.train.convert`.
+than the rate, begin where few latents are active, not at .01 where half of them are, its
+bandwidth is ten times as wide, and its encoder columns begin at full length. Saving is
+`lenslab.sae.train.convert`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from lenslab.sae.train import sparse
 from lenslab.sae.train.base import FROZEN, Losses, SAEConfig, TrainableSAE
 
 START = 8  # jumprelu begins with d_in over this many latents active on average
+SHORT = 0.3  # length of jumprelu's decoder rows at first: long ones explain all before they turn
 BANDWIDTH = 0.5  # how near its threshold a pre-activation of jumprelu moves it
 NESTED = (16, 4, 1)  # matryoshka: d_sae over the latents in each nested dictionary
 AT_A_TIME = 512  # vectors whose dead latents are looked at together
@@ -178,6 +180,8 @@ class JumpReLU(TrainableSAE):
     def __init__(self, config: SAEConfig):
         super().__init__(config)
         self.threshold = nn.Parameter(torch.zeros(config.d_sae))
+        if config.frozen != "decoder":
+            self.W_dec.data.mul_(SHORT)
 
     def begin(self, pre):
         l0 = min(max(1, self.config.d_in // START), self.config.d_sae)

@@ -44,6 +44,9 @@ class TrainingConfig:
     # row by the rate; over all steps, as a random walk, rows of norm 1 then move alike at every
     # width and length (`data/results/phase_4_rates.json`: 256 dimensions, 98 and 366 steps)
     lr: float | None = None
+    # of Adam. The usual .9 ends with more error after 32 and after 256 steps (`lenslab-momenta` in
+    # `benchmarks/results/time_to_quality.json`); what ships was made with it
+    momentum: float = 0.8
     warm_up: float = 0.05  # share of the steps in which the rate rises
     # share of `decay` after which it falls. At 0, a cosine from the start, a training of 32 or of
     # 256 steps ends with more error (`benchmarks/results/time_to_quality.json`: lenslab-holds)
@@ -59,7 +62,7 @@ class TrainingConfig:
     checkpoint_minutes: float = 5.0  # where a folder is given
 
     def __post_init__(self) -> None:
-        names = ("warm_up", "hold", "floor", "decay", "sparsity_warm_up")
+        names = ("momentum", "warm_up", "hold", "floor", "decay", "sparsity_warm_up")
         if not all(0 <= getattr(self, name) <= 1 for name in names):
             raise ValueError(f"{', '.join(names)} are shares: 0 to 1.")
         counts = (self.batch, self.dead_after, 1 if self.log_every is None else self.log_every)
@@ -104,7 +107,8 @@ class Member:
         self.hook_out = described.metadata.get("hook_name_out") or self.hook
         walk = math.sqrt(described.d_in * max(1, config.steps))
         self.lr = config.lr or min(WARM if sae.saved else FASTEST, WALK / walk)
-        self.optimizer = torch.optim.Adam(sae.parameters(), lr=self.lr, fused=True)
+        betas = (config.momentum, 0.999)
+        self.optimizer = torch.optim.Adam(sae.parameters(), self.lr, betas, fused=True)
         device = sae.W_enc.device
         self.silent = torch.zeros(described.d_sae, dtype=torch.long, device=device)  # vectors
         self.variance = self.square = 0.0
