@@ -1,7 +1,7 @@
 """Time to quality: how long each library trains until its held-out FVU is that of a target, at 32
 active latents and at the best of its learning rates.
 
-1. The curves (`--choose`): for each contestant trainings of 32, 64, 128, ... steps until one
+1. The curves (`--choose`): for each contestant trainings of 16, 32, 64, ... steps until one
    reaches the target, each with the whole of its schedule: its end, where the rate falls, is worth
    many steps, and a curve read along one long run would hide it. At the first length four rates
    and the library's own are tried, then the best of the length before with half and twice of it,
@@ -46,7 +46,7 @@ VECTORS = 1 << 18
 JOB = Job(d_sae=2048, lr=4e-3)
 QUICK = dict(d_sae=256, k=8, batch=512)
 TARGETS = {"topk": 0.2, "batchtopk": 0.2}  # FVU
-FIRST, LONGEST = 32, 512  # steps
+FIRST, LONGEST = 16, 512  # steps
 FIXED = 64  # steps where a penalty, not a rate, was chosen
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # tried first, beside the library's own
 PENALTY = {"jumprelu": 0.5, "gated": 2.0}  # where the search begins

@@ -286,8 +286,9 @@ if floors is not None:
 # | transcoder | as batchtopk, but it reads what goes into an MLP and writes what comes out |
 #
 # All (but the transcoder) at one hook, 1.5 million vectors each, every one at the rate that was
-# best of those tried: by FVU, or by loss where a penalty decides how many are active; all rates
-# fell along a cosine (`hold=0.0`). A saved result of `pocket-gpt`, too (`scripts/sae_sweep.py`).
+# best of those tried: by FVU, or by loss where a penalty decides how many are active. All rates
+# fell along a cosine, with Adam's usual momentum (`hold=0.0, momentum=0.9`), and jumprelu's decoder
+# rows began at full length. A saved result of `pocket-gpt`, too (`scripts/sae_sweep.py`).
 
 # %%
 inputs = {"layer": layer, "d_sae": 2048, "vectors": 1_500_000, "model_key": key}
@@ -492,10 +493,10 @@ bars(shown, list(left), title="One decision at a time", **axes).update_xaxes(tic
 # Why this notebook decides as it does. Measured above: **TopK**, at the front of the sweep, needs
 # no penalty to be found; **8 x wide**, because width lowers the FVU slowly and costs time in
 # proportion; **centred**; **a high rate**. Measured elsewhere: a rate that **stays at its peak and
-# falls in the last fifth** leaves less variance than one that falls from the start, at 32 and at
-# 256 steps (`benchmarks/results/time_to_quality.json`). Taken from the literature: **warm-up**,
-# **dead latents revived** (a latent that never fires is width wasted), **BOS left out** (in many
-# models its vector is many times as long as others).
+# falls in the last fifth** leaves less variance than one that falls from the start, and **Adam's
+# momentum of .8** less than .9, at 32 and at 256 steps (`benchmarks/results/time_to_quality.json`).
+# Taken from the literature: **warm-up**, **dead latents revived** (a latent that never fires is
+# width wasted), **BOS left out** (in many models its vector is many times as long as others).
 
 # %% [markdown]
 # ## 7. Does an SAE find what is there?

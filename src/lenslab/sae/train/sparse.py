@@ -136,8 +136,10 @@ def largest(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]
 def places_of_largest(integers: Int[Tensor, "row column"], k: int) -> Int[Tensor, "row k"]:
     """Where each row's k largest are, in no order: numpy parts integers that hold value and place
     (vectorised) in a fifth of the time of torch's topk. Of equal ones the last."""
-    bits, n = 8 * integers.itemsize, integers.shape[1]
-    wide = {16: torch.int32, 32: torch.int64}[bits]
+    n = integers.shape[1]
+    bits, wide = 32, torch.int64
+    if integers.itemsize == 2 and n <= 1 << 16:
+        bits, wide = 16, torch.int32
     held = integers.to(wide).mul_(1 << bits).add_(torch.arange(n, dtype=wide)).numpy()
     held.partition(n - k, axis=1)
     return torch.from_numpy(held[:, n - k :] & ((1 << bits) - 1)).long()
