@@ -85,15 +85,12 @@ def explore_feature(
 
 
 def side_by_side(
-    features: Sequence[tuple[FeatureActivations, Index]],
-    *,
-    categories: Labels | None = None,
-    n: int = 4,
+    features: Sequence[tuple[FeatureActivations, Index]], *, categories: Labels | None = None
 ) -> View:
     """`explore_feature` of several features, one beside the other, such as two that `match` pairs;
     on narrow pages one below the other. Each keeps a scale of its own."""
     style = "display:flex;flex-wrap:wrap;gap:2em", "flex:1 1 24em;min-width:0"
-    views = [explore_feature(fa, f, categories=categories, n=n, spread=0) for fa, f in features]
+    views = [explore_feature(fa, f, categories=categories, n=4, spread=0) for fa, f in features]
     inside = "".join(f'<div style="{style[1]}">{view.body}</div>' for view in views)
     title = " and ".join(f"{fa.name} {feature}" for fa, feature in features)
     return View(f'<div style="{style[0]}">{inside}</div>', title)
