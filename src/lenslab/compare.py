@@ -36,18 +36,11 @@ from lenslab.features.readings import direct_logits
 from lenslab.hooks import UnknownHook
 from lenslab.models import model_key, model_name
 from lenslab.runtime import derive_generator
+from lenslab.sae import inputs
 from lenslab.sae.controls import NULLS, untrained_sae
-from lenslab.sae.inputs import (
-    RESIDUAL,
-    SAEMismatch,
-    SparseAutoencoder,
-    check_sae,
-    encode,
-    refuse_transcoder,
-    sae_hook,
-)
+from lenslab.sae.inputs import SAEMismatch, SparseAutoencoder, check_sae, encode
 from lenslab.sae.load import bundled_saes, load_sae
-from lenslab.sae.registry import COMMAND, NotAnSAE, SAENotHere, paths_of, place_of
+from lenslab.sae.registry import COMMAND, NotAnSAE, SAENotHere, paths_of
 
 KINDS = ("decoder", "encoder", "firing", "vocabulary")
 SHARED = 0.7  # similarity from which two features are called one
@@ -68,8 +61,8 @@ def comparable_saes(model: TransformerBridge) -> list[Name]:
     releases in `PUBLISHED`, by (release, id), whether they are on this machine or not."""
     names: list[Name] = list(bundled_saes(model))
     for release in () if names else PUBLISHED.get(model_name(model), ()):
-        first = {place_of(release, i).layer: (release, i) for i in reversed(paths_of(release))}
-        names += [first[layer] for layer in LAYERS if layer in first]
+        hooks = [next(i for i in paths_of(release) if f".{layer}." in i) for layer in LAYERS]
+        names += [(release, hook) for hook in hooks]
     return names
 
 
@@ -85,7 +78,7 @@ def open_saes(
         try:
             sae = load_sae(*place)
             check_sae(sae, model)
-            refuse_transcoder(sae)
+            inputs.refuse_transcoder(sae)
             saes[short] = sae
         except (SAENotHere, NotAnSAE, SAEMismatch, UnknownHook, ValueError) as error:
             missing[short] = str(error).splitlines()[0]
@@ -122,14 +115,14 @@ def describe(
     """An SAE as `compare` takes it; `fa` are its activations. Of more than 4,096 latents those that
     fire at most tokens. Raises as `check_sae`; ValueError for a transcoder."""
     check_sae(sae, model)
-    refuse_transcoder(sae)
+    inputs.refuse_transcoder(sae)
     fires = scipy.sparse.csc_array((fa.matrix > 0).astype(np.float32))
     latents = np.sort(np.argsort(-fires.sum(axis=0), kind="stable")[:MOST])
     learned = hasattr(sae, "W_dec")
     decoder = (sae.W_dec if learned else sae.directions).detach()[latents].float().cpu()
     encoder = sae.W_enc.detach()[:, latents].float().cpu().T if learned else decoder
     vocabulary = None
-    if RESIDUAL.search(sae_hook(sae)):
+    if inputs.RESIDUAL.search(inputs.sae_hook(sae)):
         effects = direct_logits(model, torch.eye(decoder.shape[1]).to(model.cfg.device)).cpu()
         values, axes = torch.linalg.eigh(effects.double() @ effects.double().T)
         vocabulary = _unit(decoder @ (axes * values.clamp_min(0).sqrt()).float())
