@@ -182,10 +182,8 @@ def auroc_difference(
     drawn_outside = rng.multinomial(k, np.full(k, 1 / k), size=n) / k  # [resample, outside]
     estimate, resampled = 0.0, np.zeros(n)
     for member, our, their in zip(inside.T, ours.T, theirs.T, strict=True):
-        wins, their_wins = (
-            np.sign(np.subtract.outer(scores[member], scores[outside])) for scores in (our, their)
-        )
-        gain = (wins - their_wins) / 2  # [inside, outside]
+        wins = [np.sign(np.subtract.outer(s[member], s[outside])) for s in (our, their)]
+        gain = (wins[0] - wins[1]) / 2  # [inside, outside]
         m = int(member.sum())
         drawn_inside = rng.multinomial(m, np.full(m, 1 / m), size=n) / m  # [resample, inside]
         estimate += float(gain.mean()) / groups

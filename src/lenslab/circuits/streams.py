@@ -179,9 +179,8 @@ def head_scores(
         if not len(text):
             raise ValueError("No text is long enough for a previous token that is not the first.")
         scores["previous_token_on_text"] = _mean_weights(patterns, hooks, text, query, query - 1)
-    nats = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().mT, tokens[:, 1:].to(logits.device), reduction="none"
-    )
+    targets = tokens[:, 1:].to(logits.device)
+    nats = torch.nn.functional.cross_entropy(logits[:, :-1].float().mT, targets, reduction="none")
     return HeadScores(
         **scores,
         # the second copy's first token is announced by nothing: left out

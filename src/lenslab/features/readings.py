@@ -38,19 +38,9 @@ from lenslab.sae.inputs import RESIDUAL, SparseAutoencoder, check_sae, sae_hook
 from lenslab.texts import LabelledTexts
 from lenslab.tokens import token_string
 
-CLASSES = (
-    "digits",
-    "bracket or quote",
-    "operator or punctuation",
-    "line break or indent",
-    "word start",
-    "word piece",
-    "letters beyond ASCII",
-    "emoji or other symbol",
-    "part of a character",
-)
-
-
+CLASSES = ("digits", "bracket or quote", "operator or punctuation", "line break or indent")
+CLASSES += ("word start", "word piece", "letters beyond ASCII", "emoji or other symbol")
+CLASSES += ("part of a character",)
 BRACKETS = frozenset("()[]{}<>\"'`“”‘’«»")
 CONTROLS = 20  # random directions
 SEEN = 5  # times that a token must have been seen for its mean to say something
