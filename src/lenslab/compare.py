@@ -49,18 +49,16 @@ LEAST = 10  # firings of a feature that is followed
 MOST = 4096  # latents of an SAE that are compared, those that fire most: matching grows as a cube
 
 # One name for what is compared of a published model: release by release, at LAYERS of its twelve
-PUBLISHED = {
-    "gpt2": ("gpt2-small-res-jb", "gpt2-small-attn-out-v5-32k", "gpt2-small-mlp-out-v5-32k")
-}
+ON_HUB = {"gpt2": ("gpt2-small-res-jb", "gpt2-small-attn-out-v5-32k", "gpt2-small-mlp-out-v5-32k")}
 LAYERS = (6, 8, 10, 11)
 Name = str | tuple[str, str]  # bundled or a folder; or (release, id)
 
 
 def comparable_saes(model: TransformerBridge) -> list[Name]:
     """The SAEs that a comparison of this model is about: the bundled ones; else those of the
-    releases in `PUBLISHED`, by (release, id), whether they are on this machine or not."""
+    releases in `ON_HUB`, by (release, id), whether they are on this machine or not."""
     names: list[Name] = list(bundled_saes(model))
-    for release in () if names else PUBLISHED.get(model_name(model), ()):
+    for release in () if names else ON_HUB.get(model_name(model), ()):
         hooks = [next(i for i in paths_of(release) if f".{layer}." in i) for layer in LAYERS]
         names += [(release, hook) for hook in hooks]
     return names

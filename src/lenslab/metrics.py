@@ -234,12 +234,11 @@ def next_token_nats(logits: Logits, tokens: Ids, real: Real) -> Float[Tensor, " 
     """
     real = as_mask(real)
     texts = zip(logits[:, :-1], tokens[:, 1:], real[:, 1:], strict=True)  # one by one: large
-    nats = torch.cat(
-        [
-            functional.cross_entropy(row[scored].float(), target[scored].long(), reduction="none")
-            for row, target, scored in texts
-        ]
-    )
+    losses = []
+    for row, target, scored in texts:
+        row, target = row[scored].float(), target[scored].long()
+        losses.append(functional.cross_entropy(row, target, reduction="none"))
+    nats = torch.cat(losses)
     if not len(nats):
         raise ValueError("no real token follows another token: there is nothing to predict")
     if not torch.isfinite(nats).all():

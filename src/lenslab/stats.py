@@ -102,9 +102,7 @@ def matched_auroc_permutations(
     return _rank_test(columns, shuffled_orders(rows, generator, n, strata))
 
 
-def _rank_test(
-    tests: list[tuple[np.ndarray, np.ndarray]], orders: Iterator[np.ndarray]
-) -> PermutationResult:
+def _rank_test(tests: list[tuple], orders: Iterator[np.ndarray]) -> PermutationResult:
     """Scores `[text, feature]` against labels `[text]`, test by test under the same orders."""
     orders = np.stack(list(orders))  # [shuffle, text]
     results = []

@@ -70,7 +70,20 @@ def splice(
         past = 0 if cache is None else cache.get_seq_length()
 
     def replace(value: Tensor, hook: object) -> Tensor:
-        new = transform.inverse(_spliced(sae, transform(value), error_term, edit), value)
+        x = transform(value)  # [text, pos, d_in]
+        if isinstance(sae, torch.nn.Module):
+            x = x.to(next(iter(sae.parameters())).dtype)
+        error = torch.zeros_like(x)
+        if error_term:  # first, and encoded twice: an edit may work in place, an SAE keep a norm
+            with torch.no_grad():
+                error = x - sae.decode(sae.encode(x))
+        features = sae.encode(x)  # [text, pos, d_sae]
+        spliced = sae.decode(features if edit is None else edit(features)) + error
+        if not torch.isfinite(spliced).all():
+            raise ValueError(
+                "The splice gives NaN or Inf: check the edit and what the model gives."
+            )
+        new = transform.inverse(spliced, value)
         if mask is None:
             return new
         texts, positions = value.shape[:2]
@@ -85,23 +98,6 @@ def splice(
             yield model
     finally:
         counter.remove()
-
-
-def _spliced(
-    sae: SparseAutoencoder, x: Float[Tensor, "text pos d_in"], error_term: bool, edit: Edit | None
-) -> Float[Tensor, "text pos d_in"]:
-    """decode(edit(encode(x))), with the error of the unedited SAE where asked."""
-    if isinstance(sae, torch.nn.Module):
-        x = x.to(next(iter(sae.parameters())).dtype)
-    error = torch.zeros_like(x)
-    if error_term:  # first, and encoded twice: an edit may work in place, an SAE keep a norm
-        with torch.no_grad():
-            error = x - sae.decode(sae.encode(x))
-    features = sae.encode(x)  # [text, pos, d_sae]
-    new = sae.decode(features if edit is None else edit(features)) + error
-    if not torch.isfinite(new).all():
-        raise ValueError("The splice gives NaN or Inf: check the edit and the model's activations.")
-    return new
 
 
 @torch.inference_mode()

@@ -56,11 +56,10 @@ def dense(matrix: Matrix) -> Shaped[np.ndarray, "text feature"]:
     return matrix.toarray() if scipy.sparse.issparse(matrix) else np.asarray(matrix)
 
 
-def check_matrix(
-    matrix: Matrix, labels: Labels | None = None
-) -> np.ndarray | scipy.sparse.csc_array:
-    """The matrix, columns ready to be read, as floats: small integers would wrap around. ValueError
-    on NaN, Inf, no text, labels of another number, and a label that is missing."""
+def check_matrix(matrix: Matrix, labels: Labels | None = None) -> Matrix:
+    """The matrix, NumPy's or a `csc_array`, columns ready to be read, as floats: small integers
+    would wrap around. ValueError on NaN, Inf, no text, labels of another number, and a label that
+    is missing."""
     if len(matrix.shape) != 2 or 0 in matrix.shape:
         raise ValueError(f"Pooled activations are [text, feature], not empty: {matrix.shape}.")
     if labels is not None and len(labels) != matrix.shape[0]:

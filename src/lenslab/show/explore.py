@@ -155,7 +155,6 @@ class FeatureExplorer:
         categories: Labels | None = None,
         text: str = EXAMPLE,
         feature: Index | None = None,
-        n: int = 4,
     ) -> None:
         """
         Args:
@@ -164,7 +163,6 @@ class FeatureExplorer:
             text: to begin with.
             feature: to begin with; default the strongest in `text`, of those that are not dense on
                 the texts.
-            n: texts shown of each feature.
 
         Raises as `encode_features`, `tokenize` and `explore_feature` for what it begins with; later
         faults are said in the widget.
@@ -173,7 +171,7 @@ class FeatureExplorer:
         if fa.n_features != sae.cfg.d_sae:
             raise ValueError(f"Texts with {fa.n_features} features, this SAE has {sae.cfg.d_sae}.")
         self.model, self.sae, self.fa = model, sae, fa
-        self.options = {"categories": categories, "n": n, "spread": n // 2}
+        self.options = {"categories": categories, "n": 4, "spread": 2}
         self.static_class = f"lenslab-static-{next(_numbers)}"
         # share of the other texts' tokens on which each feature fires
         self.rates = np.asarray((fa.matrix > 0).sum(0)).ravel() / max(fa.batch.n_real, 1)

@@ -110,14 +110,12 @@ def analyze_texts(
         values = columns_of(fa.matrix, top)  # [token, feature]
         rise, features = 1000 * ablate_features(model, sae, fa, top).mean(1), [*map(str, top)]
         fire = {"title": "The SAE's features", "y_title": "feature"} | x
-        need = {
-            "title": "What features are needed for",
-            "y_title": "loss rises by, millinats a token",
-        }
+        need = {"title": "What features are needed for", "x_title": "feature"}
+        need["y_title"] = "loss rises by, millinats a token"
         alike = {"title": "Features that go together", "y_title": "feature", "centre": True}
         with np.errstate(invalid="ignore"):  # of one that never fires
             pairs = np.corrcoef(values.T)
         drawn["features"] = plots.heatmap(values[:MOST_TOKENS].T, names, features, **fire)
-        drawn["importance"] = plots.bars({"": rise}, features, x_title="feature", **need)
+        drawn["importance"] = plots.bars({"": rise}, features, **need)
         drawn["correlation"] = plots.heatmap(pairs, features, features, x_title="feature", **alike)
     return drawn
