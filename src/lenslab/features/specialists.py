@@ -39,6 +39,7 @@ from lenslab.stats import auroc_difference, benjamini_hochberg, matched_auroc_pe
 from lenslab.texts import LabelledTexts, label_texts
 
 PRECISION = 0.5  # held-out precision that a specialist needs
+Q = 0.05  # level of the false discovery rate
 FEATURES = 2048  # candidates made dense at a time
 
 
@@ -164,7 +165,6 @@ def discriminate(
     *,
     n: int = 1000,
     seed: int = 0,
-    q: float = 0.05,
 ) -> pd.DataFrame:
     """The category-discriminating features of one SAE, a pooled matrix `[text, feature]`, or of
     several: `{name: matrix}`. Plain labels, one a row, are taken as by `label_rows`.
@@ -172,7 +172,7 @@ def discriminate(
     One row per SAE and category: `feature`, `tied` (features with the same AUROC on discovery),
     `auroc_discovery`; from the held-out half `auroc`, `worst_register` (lowest AUROC of one
     register's texts against the rest), `p`, `q` (Benjamini-Hochberg over all rows),
-    `discriminating` (`q` at most the level given as `q`), and `precision` and `recall` at
+    `discriminating` (`q` at most .05), and `precision` and `recall` at
     `threshold`, which is best on discovery and NaN where the feature is silent inside.
 
     `n` shuffles of the held-out labels: p cannot fall below 1 / (1 + n). ValueError on NaN and for
@@ -202,7 +202,7 @@ def discriminate(
         tables.append(pd.DataFrame(columns).join(precision_at_best_f1(values, inside, held_out)))
     table = pd.concat(tables, ignore_index=True)
     table["q"] = benjamini_hochberg(table["p"].to_numpy())
-    return table.assign(discriminating=table["q"] <= q)
+    return table.assign(discriminating=table["q"] <= Q)
 
 
 def precision_at_best_f1(
@@ -320,15 +320,12 @@ def find_specialists(
             row = {"control": control, "category": category}
             row |= {"control_feature": theirs[c], "control_auroc": scores[control][c]}
             pairs = {"": (ours, theirs), "equal_": (as_many, theirs_as_many)}
+            inside = np.stack([folds[i].member & folds[i].scored for i in own], axis=1)
+            outside = labels.held_out & ~folds[c].member
             for prefix, (mine, against) in pairs.items():
-                interval = auroc_difference(
-                    columns_of(matrix, mine[own]),
-                    columns_of(other, against[own]),
-                    np.stack([folds[i].member & folds[i].scored for i in own], axis=1),
-                    labels.held_out & ~folds[c].member,
-                    derive_generator(seed, f"{control} {category}"),
-                    n,
-                )
+                sides = columns_of(matrix, mine[own]), columns_of(other, against[own])
+                generator = derive_generator(seed, f"{control} {category}")
+                interval = auroc_difference(*sides, inside, outside, generator, n)
                 row[f"{prefix}difference"] = interval.estimate
                 row[f"{prefix}low"] = interval.low
                 row[f"{prefix}high"] = interval.high
