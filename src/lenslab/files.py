@@ -283,14 +283,12 @@ def saved_result(name: str, inputs: Any) -> pd.DataFrame | None:
     damaged file counts as none.
     """
     for origin, file in _result_files(name, inputs).items():
-        try:
+        with suppress(OSError, ValueError, KeyError, TypeError):
             config = verified(json.loads(file.read_text(encoding="utf-8")))["config"]
             if (config["name"], config["key"]) == (name, content_key(inputs)):
                 table = pd.DataFrame(config["table"])
                 table.attrs["origin"] = origin
                 return table
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
     return None
 
 

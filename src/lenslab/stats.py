@@ -209,15 +209,13 @@ def bootstrap_by_document(
     if pd.isna(documents).any():
         raise ValueError("A document is None or NaN: its rows would be in no resample.")
     rows = list(pd.Series(range(len(values))).groupby(documents).indices.values())
-    drawn = scipy.stats.bootstrap(
-        (np.arange(len(rows)),),
-        lambda chosen: statistic(values[np.concatenate([rows[i] for i in chosen])]),
-        n_resamples=n,
-        confidence_level=LEVEL,
-        vectorized=False,
-        method="percentile",
-        rng=_numpy_generator(generator),
-    ).confidence_interval
+
+    def redrawn(chosen: np.ndarray) -> Any:
+        return statistic(values[np.concatenate([rows[i] for i in chosen])])
+
+    options = dict(confidence_level=LEVEL, vectorized=False, method="percentile")
+    options |= dict(n_resamples=n, rng=_numpy_generator(generator))
+    drawn = scipy.stats.bootstrap((np.arange(len(rows)),), redrawn, **options).confidence_interval
     return Interval(float(statistic(values)), float(drawn.low), float(drawn.high), LEVEL, len(rows))
 
 

@@ -90,14 +90,13 @@ def analyze_texts(
     first = {"title": "The first expert of each layer", "y_title": "layer"} | x
     adds = {"title": f"What experts add, {where}", "y_title": "length"} | x
     spread = {"title": f"Logits of all {n} tokens, {where}", "x_title": "expert"}
+    spread["y_title"] = "router logit"
     inside = {"title": f"Expert {expert}, {where}", "y_title": "neuron", "centre": True}
     inside["x_title"] = "tokens that are sent there"
     drawn = {
         "gates": plots.heatmap(gates[:, :-1].T, names, experts, **wide),
         "first experts": plots.heatmap(few.weights[..., 0].T, names, few.layers, **first),
-        "logits": styled(
-            go.Figure(box.update(marker_color=plots.ACCENT)), y_title="router logit", **spread
-        ),
+        "logits": styled(go.Figure(box.update(marker_color=plots.ACCENT)), **spread),
         "contributions": plots.bars(by_rank, names, **adds),
         "neurons": plots.heatmap(neurons[sent][:, most].T, at_expert, most, **inside),
     }
