@@ -58,7 +58,7 @@ def test_neurons_are_those_of_the_saes_block_however_many_texts_at_a_time(
     neurons = harvest(model, batch, "blocks.1.mlp.hook_post", compute="float32")[
         "blocks.1.mlp.hook_post"
     ]
-    found = controls.raw_neurons(model, tiny_sae(model), batch, how)
+    found = controls.control_matrices(model, tiny_sae(model), batch, how)["raw neurons"]
     assert np.allclose(found, pooled_by_hand(neurons, batch.real, how), atol=1e-5)
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from test_factorial import cells, run_cells
 from test_sae_pretrained import fill_cache, hub, tiny_sae  # noqa: F401
 
-from lenslab.compare import LAYERS, PUBLISHED, children
+from lenslab.compare import LAYERS, ON_HUB, children
 from lenslab.features.activations import encode_features
 from lenslab.features.ranking import matched_features
 from lenslab.files import REPOSITORY, data_path
@@ -479,7 +479,7 @@ def test_the_phase_runs_on_gpt2_with_its_releases_at_a_tiny_width(run_whole, sha
     assert config.tie_word_embeddings
     GPT2LMHeadModel(config).save_pretrained(folder)
     streams = ("resid_pre", "attn_out", "mlp_out")
-    for release, stream in zip(PUBLISHED["gpt2"], streams, strict=True):
+    for release, stream in zip(ON_HUB["gpt2"], streams, strict=True):
         for layer in LAYERS:
             published(hub, 32, release, f"blocks.{layer}.hook_{stream}", seed=layer)
     printed = run_whole(folder)

@@ -11,7 +11,7 @@ from test_sae_pretrained import HOOK, shaken_folder, tiny_sae  # noqa: F401  (a 
 
 from lenslab.capture import TooLargeForMemory, harvest
 from lenslab.circuits.interventions import splice
-from lenslab.metrics import cross_entropy
+from lenslab.metrics import next_token_nats
 from lenslab.models import load_model, random_twin
 from lenslab.sae import evaluate
 from lenslab.sae.controls import evaluate_null, untrained_sae
@@ -131,9 +131,11 @@ def test_losses_are_those_of_the_splice_at_real_tokens(bold, batch):
     m = evaluate_sae(bold, sae, batch)
     attention = dict(attention_mask=batch.attention.long())
     with torch.inference_mode():
-        clean = cross_entropy(bold(batch.tokens, **attention), batch.tokens, batch.real)
+        logits = bold(batch.tokens, **attention)
+        clean = next_token_nats(logits, batch.tokens, batch.real).mean().item()
         with splice(bold, sae, error_term=False, mask=batch.real):
-            spliced = cross_entropy(bold(batch.tokens, **attention), batch.tokens, batch.real)
+            logits = bold(batch.tokens, **attention)
+            spliced = next_token_nats(logits, batch.tokens, batch.real).mean().item()
     assert (
         close(m.ce_clean, clean)
         and close(m.ce_spliced, spliced)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_sae_pretrained import HOOK, shaken_folder, tiny_sae  # noqa: F401  (a fixture)
 
+from lenslab.circuits import interventions
 from lenslab.circuits.interventions import ablate_features, splice, text_losses
 from lenslab.features.activations import encode_features
 from lenslab.hooks import UnknownHook
@@ -246,7 +247,7 @@ def test_gradients_flow_through_the_features_and_not_through_the_error(bold):
         assert (gradient is not None and bool(gradient.abs().max() > 0)) == arrives
 
 
-def test_a_feature_set_to_zero_changes_the_loss_of_the_texts_it_fires_on(bold):
+def test_a_feature_set_to_zero_changes_the_loss_of_the_texts_it_fires_on(bold, monkeypatch):
     sae = tiny_sae(bold)
     batch = tokenize(bold, TEXTS)
     fa = encode_features(bold, sae, batch, progress=False)
@@ -260,7 +261,8 @@ def test_a_feature_set_to_zero_changes_the_loss_of_the_texts_it_fires_on(bold):
 
     with splice(bold, sae, edit=edit, mask=batch.real):
         by_hand = text_losses(bold, batch) - by_hand
-    found = ablate_features(bold, sae, fa, [often, often], batch_size=2)
+    monkeypatch.setattr(interventions, "TEXTS", 2)
+    found = ablate_features(bold, sae, fa, [often, often])
     assert found.shape == (2, len(TEXTS)) and (found[0] == found[1]).all()
     assert found[0] == pytest.approx(by_hand, abs=1e-6) and abs(by_hand).max() > 1e-4
 
@@ -277,8 +279,9 @@ def test_what_never_fires_has_no_effect_and_a_text_of_one_token_no_loss(bold):
         text_losses(bold, single)
 
 
-def test_losses_of_texts_are_those_of_each_alone(bold):
+def test_losses_of_texts_are_those_of_each_alone(bold, monkeypatch):
     batch = tokenize(bold, TEXTS)
-    together = text_losses(bold, batch, batch_size=3)
+    monkeypatch.setattr(interventions, "TEXTS", 3)
+    together = text_losses(bold, batch)
     alone = [text_losses(bold, tokenize(bold, [text]))[0] for text in TEXTS]
     assert together == pytest.approx(alone, abs=1e-4)

@@ -212,11 +212,10 @@ def _by_text(model: TransformerBridge, hook: str, value: Tensor, keep: Tensor) -
 
 def _check_finite(hook: str, value: Tensor, texts: Tensor) -> None:
     fine = value < torch.inf if hook.endswith("attn_scores") else value.isfinite()  # masked: -Inf
-    bad = ~fine.flatten(1).all(1)  # [text]
-    if not bool(bad.any()):
-        return
-    advice = "Check the weights, or run in float32 (float16 holds values up to 65,504)."
-    raise BadActivations(f"NaN or Inf at {hook} of text {int(texts[bad.cpu()][0])}. {advice}")
+    bad = texts[~fine.flatten(1).all(1).cpu()]
+    if len(bad):
+        advice = "Check the weights, or run in float32 (float16 holds values up to 65,504)."
+        raise BadActivations(f"NaN or Inf at {hook} of text {int(bad[0])}. {advice}")
 
 
 def check_batch(model: TransformerBridge, batch: TokenBatch) -> None:
@@ -268,10 +267,8 @@ def texts_per_pass(
     if str(model.cfg.device).startswith("cuda"):
         room = free = free_memory(model.cfg.device)
     if need > room:
-        raise TooLargeForMemory(
-            f"One text of {length:,} tokens takes {need / 1e9:.1f} GB in the model, "
-            f"{free / 1e9:.1f} GB free: cut texts into shorter windows (pack(..., length=1024))."
-        )
+        told = f"One text of {length:,} tokens takes {need / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
+        raise TooLargeForMemory(f"{told}: cut texts into shorter windows (pack(..., length=1024)).")
     return min(limit, max(1, int(min(room, PASS_BYTES) // need)))
 
 

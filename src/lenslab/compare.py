@@ -36,18 +36,11 @@ from lenslab.features.readings import direct_logits
 from lenslab.hooks import UnknownHook
 from lenslab.models import model_key, model_name
 from lenslab.runtime import derive_generator
+from lenslab.sae import inputs
 from lenslab.sae.controls import NULLS, untrained_sae
-from lenslab.sae.inputs import (
-    RESIDUAL,
-    SAEMismatch,
-    SparseAutoencoder,
-    check_sae,
-    encode,
-    refuse_transcoder,
-    sae_hook,
-)
+from lenslab.sae.inputs import SAEMismatch, SparseAutoencoder, check_sae, encode
 from lenslab.sae.load import bundled_saes, load_sae
-from lenslab.sae.registry import COMMAND, NotAnSAE, SAENotHere, paths_of, place_of
+from lenslab.sae.registry import COMMAND, NotAnSAE, SAENotHere, paths_of
 
 KINDS = ("decoder", "encoder", "firing", "vocabulary")
 SHARED = 0.7  # similarity from which two features are called one
@@ -56,20 +49,18 @@ LEAST = 10  # firings of a feature that is followed
 MOST = 4096  # latents of an SAE that are compared, those that fire most: matching grows as a cube
 
 # One name for what is compared of a published model: release by release, at LAYERS of its twelve
-PUBLISHED = {
-    "gpt2": ("gpt2-small-res-jb", "gpt2-small-attn-out-v5-32k", "gpt2-small-mlp-out-v5-32k")
-}
+ON_HUB = {"gpt2": ("gpt2-small-res-jb", "gpt2-small-attn-out-v5-32k", "gpt2-small-mlp-out-v5-32k")}
 LAYERS = (6, 8, 10, 11)
 Name = str | tuple[str, str]  # bundled or a folder; or (release, id)
 
 
 def comparable_saes(model: TransformerBridge) -> list[Name]:
     """The SAEs that a comparison of this model is about: the bundled ones; else those of the
-    releases in `PUBLISHED`, by (release, id), whether they are on this machine or not."""
+    releases in `ON_HUB`, by (release, id), whether they are on this machine or not."""
     names: list[Name] = list(bundled_saes(model))
-    for release in () if names else PUBLISHED.get(model_name(model), ()):
-        first = {place_of(release, i).layer: (release, i) for i in reversed(paths_of(release))}
-        names += [first[layer] for layer in LAYERS if layer in first]
+    for release in () if names else ON_HUB.get(model_name(model), ()):
+        hooks = [next(i for i in paths_of(release) if f".{layer}." in i) for layer in LAYERS]
+        names += [(release, hook) for hook in hooks]
     return names
 
 
@@ -85,7 +76,7 @@ def open_saes(
         try:
             sae = load_sae(*place)
             check_sae(sae, model)
-            refuse_transcoder(sae)
+            inputs.refuse_transcoder(sae)
             saes[short] = sae
         except (SAENotHere, NotAnSAE, SAEMismatch, UnknownHook, ValueError) as error:
             missing[short] = str(error).splitlines()[0]
@@ -122,14 +113,14 @@ def describe(
     """An SAE as `compare` takes it; `fa` are its activations. Of more than 4,096 latents those that
     fire at most tokens. Raises as `check_sae`; ValueError for a transcoder."""
     check_sae(sae, model)
-    refuse_transcoder(sae)
+    inputs.refuse_transcoder(sae)
     fires = scipy.sparse.csc_array((fa.matrix > 0).astype(np.float32))
     latents = np.sort(np.argsort(-fires.sum(axis=0), kind="stable")[:MOST])
     learned = hasattr(sae, "W_dec")
     decoder = (sae.W_dec if learned else sae.directions).detach()[latents].float().cpu()
     encoder = sae.W_enc.detach()[:, latents].float().cpu().T if learned else decoder
     vocabulary = None
-    if RESIDUAL.search(sae_hook(sae)):
+    if inputs.RESIDUAL.search(inputs.sae_hook(sae)):
         effects = direct_logits(model, torch.eye(decoder.shape[1]).to(model.cfg.device)).cpu()
         values, axes = torch.linalg.eigh(effects.double() @ effects.double().T)
         vocabulary = _unit(decoder @ (axes * values.clamp_min(0).sqrt()).float())

@@ -28,11 +28,9 @@ from safetensors import SafetensorError
 
 REPOSITORY = Path(__file__).resolve().parents[2]  # the package is installed editable
 
-BUNDLED = {  # name -> what it is; the weights are in data/models/NAME
-    "pocket-gpt": "GPT-2 architecture, 6 layers, d_model 256, trained by this project",
-    "pocket-moe": "OLMoE architecture, 6 layers, d_model 192, 16 experts, two per token",
-    "pocket-switch": "as pocket-moe, with 8 experts, one per token (Switch routing)",
-}
+# Trained by this project, in data/models/NAME: of GPT-2's architecture, of OLMoE's with two of 16
+# experts per token, and the same with one of 8 (Switch routing)
+BUNDLED = ("pocket-gpt", "pocket-moe", "pocket-switch")
 DEFAULT = "pocket-gpt"
 HUB = {  # short names for models people ask for; any other hub name works as it is
     "gpt2": "openai-community/gpt2",
@@ -41,9 +39,9 @@ HUB = {  # short names for models people ask for; any other hub name works as it
     "gemma-3-1b-it": "google/gemma-3-1b-it",
     "olmoe": "allenai/OLMoE-1B-7B-0924",
 }
-FETCHED = {  # from the package index: name -> what it is shown as, which is no name of the hub
-    "smollm2": "smollm2-135m-q4"  # in four bits its results and SAEs are its own
-}
+# From the package index: name -> what it is shown as, which is no name of the hub; in four bits its
+# results and SAEs are its own
+FETCHED = {"smollm2": "smollm2-135m-q4"}
 VERSIONED = ("lenslab", "torch", "transformer-lens", "sae-lens", "transformers")
 VERSIONED += ("scipy", "scikit-learn")
 SHIPPED, CACHED = "saved result that ships", "saved result of this machine"
@@ -285,14 +283,12 @@ def saved_result(name: str, inputs: Any) -> pd.DataFrame | None:
     damaged file counts as none.
     """
     for origin, file in _result_files(name, inputs).items():
-        try:
+        with suppress(OSError, ValueError, KeyError, TypeError):
             config = verified(json.loads(file.read_text(encoding="utf-8")))["config"]
             if (config["name"], config["key"]) == (name, content_key(inputs)):
                 table = pd.DataFrame(config["table"])
                 table.attrs["origin"] = origin
                 return table
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
     return None
 
 

@@ -86,9 +86,7 @@ def stream_hook(model: TransformerBridge, layer: int | np.integer, stream: str =
     encoder-decoder, which has two of each.
     """
     check_decoder_only(model)
-    name = f"blocks.{layer}.{STREAMS[stream]}"
-    check_hooks(model, [name])
-    return name
+    return check_hooks(model, f"blocks.{layer}.{STREAMS[stream]}")[0]
 
 
 def hook_table(model: TransformerBridge, layer: int | None = None) -> pd.DataFrame:

@@ -223,9 +223,7 @@ def fused_gelu(weights: PreTrainedModel) -> None:
 
 
 @torch.inference_mode(False)
-def random_twin(
-    model: TransformerBridge, seed: int = 0, label: str | None = None
-) -> TransformerBridge:
+def random_twin(model: TransformerBridge, seed: int = 0, label: str = "") -> TransformerBridge:
     """The same architecture and tokenizer with random weights, spread as they are before training.
 
     What a finding on the twin shares with the finding on the model was not learned. `label` is the

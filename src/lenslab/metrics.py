@@ -108,11 +108,6 @@ class Moments:
         """Mean squared deviation per dimension (divided by count, not by count - 1)."""
         return self.M2 / self.count
 
-    @property
-    def total_variance(self) -> float:
-        """Mean squared distance of a token from the mean: the variances, summed."""
-        return float(self.variance.sum())
-
 
 class ReconstructionError:
     """How far reconstructions lie from what they reconstruct, over data seen in any pieces."""
@@ -154,7 +149,7 @@ class ReconstructionError:
         """Fraction of variance unexplained: sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, mean per
         dimension over all tokens seen. An average of it over batches is another number. ValueError
         when x is constant: there is no variance to explain."""
-        total = self.moments.total_variance
+        total = float(self.moments.variance.sum())  # mean squared distance from the mean
         if total <= 1e-24 * float(self.moments.mean.square().sum()):  # a constant leaves 1e-32
             raise ValueError("x is the same at every token: there is no variance to explain")
         return self.mse / total
@@ -239,12 +234,11 @@ def next_token_nats(logits: Logits, tokens: Ids, real: Real) -> Float[Tensor, " 
     """
     real = as_mask(real)
     texts = zip(logits[:, :-1], tokens[:, 1:], real[:, 1:], strict=True)  # one by one: large
-    nats = torch.cat(
-        [
-            functional.cross_entropy(row[scored].float(), target[scored].long(), reduction="none")
-            for row, target, scored in texts
-        ]
-    )
+    losses = []
+    for row, target, scored in texts:
+        row, target = row[scored].float(), target[scored].long()
+        losses.append(functional.cross_entropy(row, target, reduction="none"))
+    nats = torch.cat(losses)
     if not len(nats):
         raise ValueError("no real token follows another token: there is nothing to predict")
     if not torch.isfinite(nats).all():
@@ -252,14 +246,9 @@ def next_token_nats(logits: Logits, tokens: Ids, real: Real) -> Float[Tensor, " 
     return nats
 
 
-def cross_entropy(logits: Logits, tokens: Ids, real: Real) -> float:
-    """Mean of `next_token_nats`: every real target weighs the same, whichever text it is in."""
-    return float(in_float64(next_token_nats(logits, tokens, real)).mean())
-
-
 def kl_divergence(clean_logits: Logits, other_logits: Logits, real: Real) -> float:
     """Mean KL(clean || other) in nats over the positions that predict a real token, as
-    `cross_entropy`; never negative, NaN where a logit is.
+    `next_token_nats`; never negative, NaN where a logit is.
 
     In float64: the differences of two nearly equal float32 distributions are rounding below 1e-3.
     """

@@ -108,10 +108,9 @@ def open_weights(source: str, label: str, dtype: torch.dtype) -> PreTrainedModel
     }
     if wrong := {what: sorted(names) for what, names in wrong.items() if names}:
         listed = "; ".join(f"{len(n)} {what} ({', '.join(n[:3])})" for what, n in wrong.items())
-        raise NotAModel(
-            f"{label}: weights and config do not belong together: {listed}. Save it again with "
-            "model.save_pretrained(folder), from the plain model and not a compiled or wrapped one."
-        )
+        advice = "save it with model.save_pretrained(folder), plain, not compiled or wrapped"
+        told = f"weights and config do not belong together: {listed}"
+        raise NotAModel(f"{label}: {told}: {advice}.")
     head, config = weights.get_output_embeddings(), text_config(weights)
     if head is not None and head.weight is not weights.get_input_embeddings().weight:
         if config.tie_word_embeddings:

@@ -194,10 +194,8 @@ def _read(path: Path, suffix: str) -> dict[str, Any]:
 def _suffix(path: Path) -> str:
     name = path.name.lower()
     if name.endswith((".pkl", ".pickle")):
-        raise NotARecord(
-            f"{path.name} is a pickle, and opening one can run any code, so none is written or read"
-            " here. Use .safetensors, which keeps the same values."
-        )
+        advice = "none is written or read here. Use .safetensors, which keeps the same values."
+        raise NotARecord(f"{path.name} is a pickle, and opening one can run any code: {advice}")
     for suffix in SUFFIXES:
         if name.endswith(suffix):
             return suffix

@@ -17,7 +17,7 @@ import platform
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -107,10 +107,9 @@ def has_fast_bf16() -> bool:
 @lru_cache
 def _processor(field: str) -> str:
     """What /proc/cpuinfo says of the first processor under `field`; nothing where it does not."""
-    try:
+    text = ""
+    with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""
     lines = (line for line in text.splitlines() if line.startswith(field))
     return next(lines, "").partition(":")[2].strip()
 

@@ -102,9 +102,7 @@ def matched_auroc_permutations(
     return _rank_test(columns, shuffled_orders(rows, generator, n, strata))
 
 
-def _rank_test(
-    tests: list[tuple[np.ndarray, np.ndarray]], orders: Iterator[np.ndarray]
-) -> PermutationResult:
+def _rank_test(tests: list[tuple], orders: Iterator[np.ndarray]) -> PermutationResult:
     """Scores `[text, feature]` against labels `[text]`, test by test under the same orders."""
     orders = np.stack(list(orders))  # [shuffle, text]
     results = []
@@ -182,10 +180,8 @@ def auroc_difference(
     drawn_outside = rng.multinomial(k, np.full(k, 1 / k), size=n) / k  # [resample, outside]
     estimate, resampled = 0.0, np.zeros(n)
     for member, our, their in zip(inside.T, ours.T, theirs.T, strict=True):
-        wins, their_wins = (
-            np.sign(np.subtract.outer(scores[member], scores[outside])) for scores in (our, their)
-        )
-        gain = (wins - their_wins) / 2  # [inside, outside]
+        wins = [np.sign(np.subtract.outer(s[member], s[outside])) for s in (our, their)]
+        gain = (wins[0] - wins[1]) / 2  # [inside, outside]
         m = int(member.sum())
         drawn_inside = rng.multinomial(m, np.full(m, 1 / m), size=n) / m  # [resample, inside]
         estimate += float(gain.mean()) / groups
@@ -213,15 +209,13 @@ def bootstrap_by_document(
     if pd.isna(documents).any():
         raise ValueError("A document is None or NaN: its rows would be in no resample.")
     rows = list(pd.Series(range(len(values))).groupby(documents).indices.values())
-    drawn = scipy.stats.bootstrap(
-        (np.arange(len(rows)),),
-        lambda chosen: statistic(values[np.concatenate([rows[i] for i in chosen])]),
-        n_resamples=n,
-        confidence_level=LEVEL,
-        vectorized=False,
-        method="percentile",
-        rng=_numpy_generator(generator),
-    ).confidence_interval
+
+    def redrawn(chosen: np.ndarray) -> Any:
+        return statistic(values[np.concatenate([rows[i] for i in chosen])])
+
+    options = dict(confidence_level=LEVEL, vectorized=False, method="percentile")
+    options |= dict(n_resamples=n, rng=_numpy_generator(generator))
+    drawn = scipy.stats.bootstrap((np.arange(len(rows)),), redrawn, **options).confidence_interval
     return Interval(float(statistic(values)), float(drawn.low), float(drawn.high), LEVEL, len(rows))
 
 

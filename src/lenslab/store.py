@@ -175,11 +175,8 @@ class ActivationStore:
         """One shard: `{hook: [row, d]}` of the real tokens of its texts. Raises NotWritten,
         ValueError for another number of rows than the manifest says."""
         text, position = texts.real.nonzero().int().T.contiguous()
-        origin = {
-            "text": text + shard * self.manifest["texts_per_shard"],
-            "position": position,
-            "token": texts.tokens[texts.real].int(),
-        }
+        text = text + shard * self.manifest["texts_per_shard"]
+        origin = {"text": text, "position": position, "token": texts.tokens[texts.real].int()}
         name, tensors = self.shards[shard], vectors | origin
         if {len(value) for value in tensors.values()} != {self.manifest["rows"][shard]}:
             raise ValueError(f"{name} is to hold one row for each real token of its own texts.")

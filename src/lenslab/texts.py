@@ -170,9 +170,7 @@ def _rows(file: Path, column: str = "text") -> Iterator[Any]:
         raise ValueError(f"{file.name} is cut off, damaged or not UTF-8 ({error}).") from error
 
 
-def _documents(
-    rows: Iterable[Any], column: str, name: str, skip_empty: bool = False
-) -> Iterator[str]:
+def _documents(rows: Iterable[Any], column: str, name: str, skip_empty: bool) -> Iterator[str]:
     """The text of every row that has one."""
     wrong, named = "", False
     for number, row in enumerate(rows):

@@ -147,10 +147,8 @@ def tokenize(
     beyond = [len(row) - room for row in rows if len(row) > room]
     if beyond and not truncate:
         longest = max(range(len(rows)), key=lambda i: len(rows[i]))
-        raise TextTooLong(
-            f"{len(beyond)} of {len(texts)} texts exceed {length} tokens; text {longest} by most. "
-            "Pass truncate=True to cut them, or use pack() to spread them over windows."
-        )
+        told = f"{len(beyond)} of {len(texts)} texts exceed {length} tokens; text {longest} by most"
+        raise TextTooLong(f"{told}. truncate=True cuts them, pack() spreads them over windows.")
     if beyond:
         cut = f"Cut {len(beyond)} of {len(texts)} texts to {length} tokens"
         warnings.warn(f"{cut}; {sum(beyond)} tokens left out.", stacklevel=2)

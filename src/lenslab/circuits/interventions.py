@@ -29,6 +29,7 @@ from lenslab.runtime import progress_bar
 from lenslab.sae.inputs import SparseAutoencoder, input_transform, refuse_transcoder, sae_hook
 from lenslab.tokens import TokenBatch
 
+TEXTS = 16  # per forward pass
 Edit = Callable[[Tensor], Tensor]  # features [text, pos, d_sae] -> the same shape
 
 
@@ -69,7 +70,20 @@ def splice(
         past = 0 if cache is None else cache.get_seq_length()
 
     def replace(value: Tensor, hook: object) -> Tensor:
-        new = transform.inverse(_spliced(sae, transform(value), error_term, edit), value)
+        x = transform(value)  # [text, pos, d_in]
+        if isinstance(sae, torch.nn.Module):
+            x = x.to(next(iter(sae.parameters())).dtype)
+        error = torch.zeros_like(x)
+        if error_term:  # first, and encoded twice: an edit may work in place, an SAE keep a norm
+            with torch.no_grad():
+                error = x - sae.decode(sae.encode(x))
+        features = sae.encode(x)  # [text, pos, d_sae]
+        spliced = sae.decode(features if edit is None else edit(features)) + error
+        if not torch.isfinite(spliced).all():
+            raise ValueError(
+                "The splice gives NaN or Inf: check the edit and what the model gives."
+            )
+        new = transform.inverse(spliced, value)
         if mask is None:
             return new
         texts, positions = value.shape[:2]
@@ -86,30 +100,9 @@ def splice(
         counter.remove()
 
 
-def _spliced(
-    sae: SparseAutoencoder, x: Float[Tensor, "text pos d_in"], error_term: bool, edit: Edit | None
-) -> Float[Tensor, "text pos d_in"]:
-    """decode(edit(encode(x))), with the error of the unedited SAE where asked."""
-    if isinstance(sae, torch.nn.Module):
-        x = x.to(next(iter(sae.parameters())).dtype)
-    error = torch.zeros_like(x)
-    if error_term:  # first, and encoded twice: an edit may work in place, an SAE keep a norm
-        with torch.no_grad():
-            error = x - sae.decode(sae.encode(x))
-    features = sae.encode(x)  # [text, pos, d_sae]
-    new = sae.decode(features if edit is None else edit(features)) + error
-    if not torch.isfinite(new).all():
-        raise ValueError("The splice gives NaN or Inf: check the edit and the model's activations.")
-    return new
-
-
 @torch.inference_mode()
 def ablate_features(
-    model: TransformerBridge,
-    sae: SparseAutoencoder,
-    fa: FeatureActivations,
-    features: Indices,
-    batch_size: int = 16,
+    model: TransformerBridge, sae: SparseAutoencoder, fa: FeatureActivations, features: Indices
 ) -> Float[np.ndarray, "feature text"]:
     """How much the loss of each text rises, in nats per token, where a feature is set to zero at
     its real tokens (zero ablation), the SAE's error kept.
@@ -118,29 +111,27 @@ def ablate_features(
     `splice`; ValueError for a text of a single token.
     """
     effect = np.zeros((len(features), len(fa.batch)))
-    clean = text_losses(model, fa.batch, batch_size)
+    clean = text_losses(model, fa.batch)
     for row, feature in enumerate(progress_bar(features, desc="ablate")):
         texts = (fa.of(feature) > 0).any(1).nonzero()[:, 0].tolist()
 
         def zero(latents: Tensor, feature: int = int(feature)) -> Tensor:
             return latents.index_fill(-1, torch.tensor(feature, device=latents.device), 0)
 
-        for start in range(0, len(texts), batch_size):
-            some = texts[start : start + batch_size]
+        for start in range(0, len(texts), TEXTS):
+            some = texts[start : start + TEXTS]
             few = fa.batch[some]
             with splice(model, sae, edit=zero, mask=few.real):
-                effect[row, some] = text_losses(model, few, batch_size) - clean[some]
+                effect[row, some] = text_losses(model, few) - clean[some]
     return effect
 
 
 @torch.inference_mode()
-def text_losses(
-    model: TransformerBridge, batch: TokenBatch, batch_size: int = 16
-) -> Float[np.ndarray, " text"]:
+def text_losses(model: TransformerBridge, batch: TokenBatch) -> Float[np.ndarray, " text"]:
     """Mean loss of each text in nats per real token that follows another, as the model stands."""
     losses = []
-    for start in range(0, len(batch), batch_size):
-        few, device = batch[start : start + batch_size], model.cfg.device
+    for start in range(0, len(batch), TEXTS):
+        few, device = batch[start : start + TEXTS], model.cfg.device
         logits = model(few.tokens.to(device), attention_mask=few.attention.long().to(device))
         nats = next_token_nats(logits.cpu(), few.tokens, few.real).double()
         text = few.real[:, 1:].nonzero()[:, 0]

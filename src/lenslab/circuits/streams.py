@@ -107,16 +107,14 @@ def context_similarity(model: TransformerBridge, batch: TokenBatch, layer: int) 
     return pd.DataFrame(rows).T.assign(tokens=len(repeated))
 
 
-def repeated_tokens(
-    model: TransformerBridge, n: int = 16, length: int = 50, seed: int = 0
-) -> Int[Tensor, "text pos"]:
+def repeated_tokens(model: TransformerBridge, n: int, length: int) -> Int[Tensor, "text pos"]:
     """BOS, a random sequence of `length` tokens, and the same sequence again: `[n, 1 + 2 *
     length]`; as long as the context allows."""
     length = min(length, (model.cfg.n_ctx - 1) // 2)
     special = set(model.tokenizer.all_special_ids)
     named = min(model.cfg.d_vocab, len(model.tokenizer))  # an embedding may be padded
     allowed = torch.tensor([i for i in range(named) if i not in special])
-    generator = derive_generator(seed, "repeated tokens")
+    generator = derive_generator(0, "repeated tokens")
     once = allowed[torch.randint(len(allowed), (n, length), generator=generator)]
     bos = torch.tensor(bos_ids(model.tokenizer), dtype=torch.long).expand(n, -1)
     return torch.cat([bos, once, once], dim=1)
@@ -179,9 +177,8 @@ def head_scores(
         if not len(text):
             raise ValueError("No text is long enough for a previous token that is not the first.")
         scores["previous_token_on_text"] = _mean_weights(patterns, hooks, text, query, query - 1)
-    nats = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().mT, tokens[:, 1:].to(logits.device), reduction="none"
-    )
+    targets = tokens[:, 1:].to(logits.device)
+    nats = torch.nn.functional.cross_entropy(logits[:, :-1].float().mT, targets, reduction="none")
     return HeadScores(
         **scores,
         # the second copy's first token is announced by nothing: left out

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -56,11 +57,10 @@ def dense(matrix: Matrix) -> Shaped[np.ndarray, "text feature"]:
     return matrix.toarray() if scipy.sparse.issparse(matrix) else np.asarray(matrix)
 
 
-def check_matrix(
-    matrix: Matrix, labels: Labels | None = None
-) -> np.ndarray | scipy.sparse.csc_array:
-    """The matrix, columns ready to be read, as floats: small integers would wrap around. ValueError
-    on NaN, Inf, no text, labels of another number, and a label that is missing."""
+def check_matrix(matrix: Matrix, labels: Labels | None = None) -> Matrix:
+    """The matrix, NumPy's or a `csc_array`, columns ready to be read, as floats: small integers
+    would wrap around. ValueError on NaN, Inf, no text, labels of another number, and a label that
+    is missing."""
     if len(matrix.shape) != 2 or 0 in matrix.shape:
         raise ValueError(f"Pooled activations are [text, feature], not empty: {matrix.shape}.")
     if labels is not None and len(labels) != matrix.shape[0]:
@@ -225,18 +225,12 @@ def encode_saes(
         kept[name] = scipy.sparse.csr_array(scipy.sparse.vstack(encoded, format="csr"))
         if files[name] is not None:
             _keep_matrix(files[name], keys[name], kept[name])
-    return {
-        name: FeatureActivations(
-            matrix=kept[name],
-            batch=batch,
-            name=name,
-            model=model_name(model),
-            hook=hooks[name],
-            key=keys[name],
-            neuronpedia=neuronpedia_link(sae, 0),
-        )
-        for name, sae in saes.items()
-    }
+    result = {}
+    for name, sae in saes.items():
+        facts = dict(name=name, model=model_name(model), hook=hooks[name], key=keys[name])
+        page = neuronpedia_link(sae, 0)
+        result[name] = FeatureActivations(matrix=kept[name], batch=batch, neuronpedia=page, **facts)
+    return result
 
 
 def _seal(key: str, matrix: scipy.sparse.csr_array) -> str:
@@ -261,14 +255,12 @@ def _kept_matrix(file: Path | None, key: str) -> scipy.sparse.csr_array | None:
     written under that key, with a warning."""
     if file is None or not file.is_file():
         return None
-    try:
-        with np.load(file) as parts:
-            rows = (parts["data"], parts["indices"], parts["indptr"])
-            matrix = scipy.sparse.csr_array(rows, shape=tuple(parts["shape"]))
-            if str(parts["seal"]) == _seal(key, matrix):
-                return matrix
-    except Exception:  # a damaged file makes zipfile and NumPy raise almost anything
-        pass
+    # a damaged file makes zipfile and NumPy raise almost anything
+    with suppress(Exception), np.load(file) as parts:
+        rows = (parts["data"], parts["indices"], parts["indptr"])
+        matrix = scipy.sparse.csr_array(rows, shape=tuple(parts["shape"]))
+        if str(parts["seal"]) == _seal(key, matrix):
+            return matrix
     warnings.warn(f"{file.name} is damaged or of something else: encoding again.", stacklevel=3)
     return None
 

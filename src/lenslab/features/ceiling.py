@@ -94,10 +94,8 @@ def probe(
 
     fitted = ~as_mask(labels.held_out)
     select = [] if k is None else [VarianceThreshold(), SelectKBest(k=k)]
-    scores = [
-        make_pipeline(*select, StandardScaler(), LogisticRegression(max_iter=1000))
-        .fit(x[fitted], member)
-        .decision_function(x)
-        for member in labels.inside[fitted].T
-    ]
+    scores = []
+    for member in labels.inside[fitted].T:
+        regression = make_pipeline(*select, StandardScaler(), LogisticRegression(max_iter=1000))
+        scores.append(regression.fit(x[fitted], member).decision_function(x))
     return np.stack(scores, axis=1)

@@ -38,19 +38,9 @@ from lenslab.sae.inputs import RESIDUAL, SparseAutoencoder, check_sae, sae_hook
 from lenslab.texts import LabelledTexts
 from lenslab.tokens import token_string
 
-CLASSES = (
-    "digits",
-    "bracket or quote",
-    "operator or punctuation",
-    "line break or indent",
-    "word start",
-    "word piece",
-    "letters beyond ASCII",
-    "emoji or other symbol",
-    "part of a character",
-)
-
-
+CLASSES = ("digits", "bracket or quote", "operator or punctuation", "line break or indent")
+CLASSES += ("word start", "word piece", "letters beyond ASCII", "emoji or other symbol")
+CLASSES += ("part of a character",)
 BRACKETS = frozenset("()[]{}<>\"'`“”‘’«»")
 CONTROLS = 20  # random directions
 SEEN = 5  # times that a token must have been seen for its mean to say something
@@ -188,10 +178,9 @@ def form_and_concept(
     return table.assign(form_p=p[0], concept_p=p[1])
 
 
-def _epsilon_squared(
-    table: Float[np.ndarray, "form concept feature"],
-) -> Float[np.ndarray, "2 feature"]:
-    """(form, concept): sums of squares less what noise alone would give, over the total."""
+def _epsilon_squared(table: np.ndarray) -> np.ndarray:
+    """Of `[form, concept, feature]`, (form, concept) `[2, feature]`: sums of squares less what
+    noise alone would give, over the total."""
     f, c, _ = table.shape
     grand = table.mean(axis=(0, 1))
     ss_form = c * ((table.mean(axis=1) - grand) ** 2).sum(axis=0)

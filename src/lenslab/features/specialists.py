@@ -33,12 +33,13 @@ from jaxtyping import Bool, Float, Int
 from lenslab.features.activations import Labels, Matrix, check_matrix, columns_of, dense
 from lenslab.features.ranking import CountNull, Threshold, count_specialists, count_specialists_null
 from lenslab.files import Result
-from lenslab.metrics import Mask, as_mask, auroc, auroc_of_rank_sums, mid_ranks
+from lenslab.metrics import as_mask, auroc, auroc_of_rank_sums, mid_ranks
 from lenslab.runtime import derive_generator
 from lenslab.stats import auroc_difference, benjamini_hochberg, matched_auroc_permutations
 from lenslab.texts import LabelledTexts, label_texts
 
 PRECISION = 0.5  # held-out precision that a specialist needs
+Q = 0.05  # level of the false discovery rate
 FEATURES = 2048  # candidates made dense at a time
 
 
@@ -142,28 +143,20 @@ def search(
     return np.concatenate(best, axis=1)
 
 
-def label_rows(
-    categories: Labels, *, held_out: Mask = None, strata: Labels | None = None, seed: int = 0
-) -> LabelledTexts:
-    """One label per row of a matrix made ready for `discriminate`, whatever the rows are of.
-
-    Args:
-        held_out: rows that are scored, not searched; default half of each category, drawn.
-        strata: labels are shuffled within them, such as bins of length; default one for all.
+def label_rows(categories: Labels, *, seed: int = 0) -> LabelledTexts:
+    """One label per row of a matrix made ready for `discriminate`, whatever the rows are of: half
+    of each category, drawn, is scored and not searched, and labels are shuffled among all rows
+    (with other halves or strata: `dataclasses.replace` in what is returned).
 
     Categories with fewer than three rows in a half are not analysed; their rows stay as some of the
-    rest. ValueError for a label or stratum that is missing, and where no category is left.
+    rest. ValueError for a label that is missing, and where no category is left.
     """
     table = pd.DataFrame({"category": np.asarray(categories, dtype=object)})
     table["text"] = table.index.astype(str)  # the texts are not at hand
-    if held_out is not None:
-        table["split"] = np.where(as_mask(held_out), "held_out", "discovery")
     labels = label_texts(table, seed=seed)
-    strata = np.zeros(len(table)) if strata is None else np.asarray(strata, dtype=object)
-    stratum = pd.factorize(strata)[0]
-    if len(labels) < len(table) or (stratum < 0).any():
-        raise ValueError("A label or stratum is missing: leave such rows out, or name it.")
-    return replace(labels, stratum=stratum)
+    if len(labels) < len(table):
+        raise ValueError("A label is missing: leave such rows out, or name it.")
+    return replace(labels, stratum=np.zeros(len(table), dtype=np.int64))
 
 
 def discriminate(
@@ -172,7 +165,6 @@ def discriminate(
     *,
     n: int = 1000,
     seed: int = 0,
-    q: float = 0.05,
 ) -> pd.DataFrame:
     """The category-discriminating features of one SAE, a pooled matrix `[text, feature]`, or of
     several: `{name: matrix}`. Plain labels, one a row, are taken as by `label_rows`.
@@ -180,7 +172,7 @@ def discriminate(
     One row per SAE and category: `feature`, `tied` (features with the same AUROC on discovery),
     `auroc_discovery`; from the held-out half `auroc`, `worst_register` (lowest AUROC of one
     register's texts against the rest), `p`, `q` (Benjamini-Hochberg over all rows),
-    `discriminating` (`q` at most the level given as `q`), and `precision` and `recall` at
+    `discriminating` (`q` at most .05), and `precision` and `recall` at
     `threshold`, which is best on discovery and NaN where the feature is silent inside.
 
     `n` shuffles of the held-out labels: p cannot fall below 1 / (1 + n). ValueError on NaN and for
@@ -189,15 +181,14 @@ def discriminate(
     matrices = matrices if isinstance(matrices, Mapping) else {"SAE": matrices}
     labels = labels if isinstance(labels, LabelledTexts) else label_rows(labels, seed=seed)
     held_out, inside = as_mask(labels.held_out), labels.inside
+    strata = labels.stratum[held_out]
     tables = []
     for name, matrix in matrices.items():
         matrix = check_matrix(matrix, labels.category)
         best = Ranked(matrix, ~held_out).best(inside)
         values = columns_of(matrix, best.candidate)  # [text, category]
         generator = derive_generator(seed, "held-out labels")  # the same shuffles for every SAE
-        test = matched_auroc_permutations(
-            values[held_out], inside[held_out], generator, n, labels.stratum[held_out]
-        )
+        test = matched_auroc_permutations(values[held_out], inside[held_out], generator, n, strata)
         columns = {
             "sae": name,
             "category": labels.categories,
@@ -211,7 +202,7 @@ def discriminate(
         tables.append(pd.DataFrame(columns).join(precision_at_best_f1(values, inside, held_out)))
     table = pd.concat(tables, ignore_index=True)
     table["q"] = benjamini_hochberg(table["p"].to_numpy())
-    return table.assign(discriminating=table["q"] <= q)
+    return table.assign(discriminating=table["q"] <= Q)
 
 
 def precision_at_best_f1(
@@ -329,15 +320,12 @@ def find_specialists(
             row = {"control": control, "category": category}
             row |= {"control_feature": theirs[c], "control_auroc": scores[control][c]}
             pairs = {"": (ours, theirs), "equal_": (as_many, theirs_as_many)}
+            inside = np.stack([folds[i].member & folds[i].scored for i in own], axis=1)
+            outside = labels.held_out & ~folds[c].member
             for prefix, (mine, against) in pairs.items():
-                interval = auroc_difference(
-                    columns_of(matrix, mine[own]),
-                    columns_of(other, against[own]),
-                    np.stack([folds[i].member & folds[i].scored for i in own], axis=1),
-                    labels.held_out & ~folds[c].member,
-                    derive_generator(seed, f"{control} {category}"),
-                    n,
-                )
+                sides = columns_of(matrix, mine[own]), columns_of(other, against[own])
+                generator = derive_generator(seed, f"{control} {category}")
+                interval = auroc_difference(*sides, inside, outside, generator, n)
                 row[f"{prefix}difference"] = interval.estimate
                 row[f"{prefix}low"] = interval.low
                 row[f"{prefix}high"] = interval.high

@@ -5,8 +5,8 @@ An SAE offers thousands of candidates and the best of thousands is good by luck.
 give another set of candidates for the same search, as a matrix `[text, candidate]` pooled as the
 SAE's features are:
 1. `pca_axes`: principal axes of the SAE's own input, both directions of each;
-2. `raw_neurons`: the MLP's neurons after their non-linearity, in the block that wrote last into the
-   SAE's input;
+2. raw neurons (`neuron_hook`): those of the MLP after their non-linearity, in the block that wrote
+   last into the SAE's input;
 3. `ngram_features`: character n-grams of the text, hashed into buckets; no model at all.
 A fourth, an SAE on the random-weight twin, is any SAE's features: `encode_features(twin, its_sae,
 batch).pool(how)`.
@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,9 @@ def control_matrices(
     yourself.
     """
     controls = {"PCA axes": pca_axes(model, sae, batch, how)}
-    if neuron_hook(model, sae):
-        controls["raw neurons"] = raw_neurons(model, sae, batch, how)
+    if hook := neuron_hook(model, sae):
+        flat = partial(torch.flatten, start_dim=1)
+        controls["raw neurons"] = _pooled(model, batch, hook, flat, how)
     return controls | {"character n-grams": ngram_features(batch.texts, sae.cfg.d_sae)}
 
 
@@ -95,13 +97,6 @@ def _principal_axes(x: Float[Tensor, "token d_in"]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(pca.components_).float(), torch.from_numpy(pca.mean_).float()
 
 
-def raw_neurons(
-    model: TransformerBridge, sae: SparseAutoencoder, batch: TokenBatch, how: str = "max"
-) -> Float[np.ndarray, "text candidate"]:
-    """The MLP's activations at `neuron_hook`, after its non-linearity."""
-    return _pooled(model, batch, neuron_hook(model, sae), lambda values: values.flatten(1), how)
-
-
 def neuron_hook(model: TransformerBridge, sae: SparseAutoencoder) -> str | None:
     """The hook of the MLP's neurons in the SAE's block, or in the one before for its input; None
     where there is none (embeddings, mixtures of experts)."""
@@ -122,10 +117,8 @@ def ngram_features(texts: Sequence[str], n: int) -> Float[np.ndarray, "text cand
     """
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    hashing = HashingVectorizer(
-        analyzer="char", ngram_range=(1, 4), n_features=n, alternate_sign=False, norm="l1"
-    )
-    return hashing.transform(texts).toarray().astype(np.float32)
+    options = dict(analyzer="char", ngram_range=(1, 4), alternate_sign=False, norm="l1")
+    return HashingVectorizer(n_features=n, **options).transform(texts).toarray().astype(np.float32)
 
 
 def _real_values(

@@ -9,11 +9,10 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
-import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -25,13 +24,6 @@ from lenslab.files import HUB, sha256_file
 
 # SAELens's readers of releases whose weights are pickles, which can run code when opened
 PICKLED = {"connor_rob_hook_z", "goodfire", "deepseek_r1", "qwen_scope", "dictionary_learning_1"}
-
-# How ids and releases name what an SAE reads -> the stream, as `lenslab.hooks` calls it; "heads"
-# are the attention's values before they are mixed (`hook_z`), as in Gemma's releases
-NAMED = {"resid_pre": "residual_pre", "resid_mid": "residual_mid", "resid_post": "residual"}
-NAMED |= {"attn_out": "attention", "mlp_out": "mlp", "embedding": "embedding"}
-GEMMA = {"-res": "residual", "-att": "heads", "-mlp": "mlp"}
-LLAMA = {"r": "residual", "a": "attention", "m": "mlp"}
 
 # A folder of SAELens's format, and beside it what was measured
 WEIGHTS, CONFIG, CARD = "sae_weights.safetensors", "cfg.json", "card.json"
@@ -103,44 +95,6 @@ def repository_of(release: str, sae_id: str) -> tuple[str, str]:
         safe = f"{COMMAND} list --model {releases()[release]['model']}"
         raise NotAnSAE(f"{release} holds pickles, which can run code: refused. Others: {safe}")
     return releases()[release]["repo_id"], paths[sae_id]
-
-
-class Place(NamedTuple):
-    """What a published SAE reads, and what the registry says of its input."""
-
-    stream: str
-    layer: int
-    processing: str  # as it stands; the SAE's own config may add to it, which loading tells
-
-
-def place_of(release: str, sae_id: str) -> Place:
-    """Where an SAE of the registry reads, from the names in it: nothing is fetched. NotAnSAE for
-    transcoders, SAEs over several tokens and pickles, for what the registry has not, and for names
-    that say no place."""
-    repository_of(release, sae_id)
-    entry = releases()[release]
-    reader, options = str(entry.get("conversion_func")), entry.get("config_overrides", {})
-    if re.search("transcoder|clt", f"{release} {reader}"):
-        raise NotAnSAE(f"{release} holds transcoders: what they write is not what they read.")
-    if reader == "temporal":
-        raise NotAnSAE(f"{release} reads several tokens at a time, which is not done here.")
-    layer = re.search(r"(?:blocks\.|layer_|^l)(\d+)", sae_id)
-    words = re.search("|".join(NAMED), sae_id)
-    stream = NAMED[words.group()] if words else None
-    if stream is None and reader.startswith("gemma"):
-        stream = next((GEMMA[part] for part in GEMMA if part in release), None)
-    if letter := re.match(r"l\d+([ram])_", sae_id):
-        stream = LLAMA[letter.group(1)]
-    if stream is None or (layer is None and stream != "embedding"):
-        raise NotAnSAE(f"{release} {sae_id} does not say which stream or layer it reads.")
-    told = []
-    if options.get("model_from_pretrained_kwargs", {}).get("center_writing_weights"):
-        told.append("mean over d_model removed")
-    if scaling := options.get("normalize_activations"):
-        told.append(scaling)
-    if "llama_scope" in reader:
-        told.append("scaled to a mean norm of sqrt(d_in)")
-    return Place(stream, int(layer.group(1)) if layer else 0, ", ".join(told) or "as it stands")
 
 
 def cached_files(repository: str, path: str = "") -> list[Path]:

@@ -85,15 +85,12 @@ def explore_feature(
 
 
 def side_by_side(
-    features: Sequence[tuple[FeatureActivations, Index]],
-    *,
-    categories: Labels | None = None,
-    n: int = 4,
+    features: Sequence[tuple[FeatureActivations, Index]], *, categories: Labels | None = None
 ) -> View:
     """`explore_feature` of several features, one beside the other, such as two that `match` pairs;
     on narrow pages one below the other. Each keeps a scale of its own."""
     style = "display:flex;flex-wrap:wrap;gap:2em", "flex:1 1 24em;min-width:0"
-    views = [explore_feature(fa, f, categories=categories, n=n, spread=0) for fa, f in features]
+    views = [explore_feature(fa, f, categories=categories, n=4, spread=0) for fa, f in features]
     inside = "".join(f'<div style="{style[1]}">{view.body}</div>' for view in views)
     title = " and ".join(f"{fa.name} {feature}" for fa, feature in features)
     return View(f'<div style="{style[0]}">{inside}</div>', title)
@@ -158,7 +155,6 @@ class FeatureExplorer:
         categories: Labels | None = None,
         text: str = EXAMPLE,
         feature: Index | None = None,
-        n: int = 4,
     ) -> None:
         """
         Args:
@@ -167,7 +163,6 @@ class FeatureExplorer:
             text: to begin with.
             feature: to begin with; default the strongest in `text`, of those that are not dense on
                 the texts.
-            n: texts shown of each feature.
 
         Raises as `encode_features`, `tokenize` and `explore_feature` for what it begins with; later
         faults are said in the widget.
@@ -176,7 +171,7 @@ class FeatureExplorer:
         if fa.n_features != sae.cfg.d_sae:
             raise ValueError(f"Texts with {fa.n_features} features, this SAE has {sae.cfg.d_sae}.")
         self.model, self.sae, self.fa = model, sae, fa
-        self.options = {"categories": categories, "n": n, "spread": n // 2}
+        self.options = {"categories": categories, "n": 4, "spread": 2}
         self.static_class = f"lenslab-static-{next(_numbers)}"
         # share of the other texts' tokens on which each feature fires
         self.rates = np.asarray((fa.matrix > 0).sum(0)).ravel() / max(fa.batch.n_real, 1)

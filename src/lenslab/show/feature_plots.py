@@ -24,6 +24,7 @@ from lenslab.show.plots import Labels, Values, label, numbers, styled
 ACTIVATION = [[0, "#fafafa"], [0.12, "#f5ddd4"], [0.6, plots.ACCENT], [1, "#6e2410"]]
 STRIP = ["#c8ccd0", "#80868b"]  # neighbouring categories in turn
 MOST_BARS = 40  # features of a figure in three dimensions
+KIND = "kind of text"  # what the groups of strengths are
 MOST_NUMBERS = 120  # cells of a heatmap that still have room for their number
 
 
@@ -158,11 +159,9 @@ def firing_density(
     return styled(figure, title=title, legend=True, **titles)
 
 
-def strength_map(
-    means: Mapping[str, Values], groups: Labels, *, title: str, y_title: str = "kind of text"
-) -> go.Figure:
+def strength_map(means: Mapping[str, Values], groups: Labels, *, title: str) -> go.Figure:
     """All features at once, `name -> [group, feature]` activations: a column each, grouped by the
-    row in which it is strongest, strongest first. Groups are kinds of text, or the tokens of one.
+    row in which it is strongest, strongest first. Groups are kinds of text.
 
     Colours are shares of the feature's own largest. Each entry has its panel: grouping makes steps
     of random directions, too, so that what counts is the contrast. Features that never fire are
@@ -181,17 +180,15 @@ def strength_map(
         panel = plots.cells(values[:, order] / largest[order], order, groups, coloraxis="coloraxis")
         panel.update_traces(hovertemplate="%{y}: %{z:.0%}<extra></extra>")
         figure.add_trace(panel.data[0], row + 1, 1)
-        figure.update_yaxes(panel.layout.yaxis, row=row + 1, title_text=y_title)
+        figure.update_yaxes(panel.layout.yaxis, row=row + 1, title_text=KIND)
     bar = {"thickness": 12, "title": {"text": "share of its largest", "side": "right"}}
     figure.update_coloraxes(cmin=0, cmax=1, colorscale=ACTIVATION, colorbar=bar)
-    axes = {"x_title": "features, by where they are strongest", "y_title": y_title}
+    axes = {"x_title": "features, by where they are strongest", "y_title": KIND}
     figure = styled(figure, title=title, height=40 + len(means) * (inner + 90), **axes)
     return figure.update_layout(margin_t=74)
 
 
-def strength_bars(
-    means: Mapping[str, Values], groups: Labels, *, title: str, y_title: str = "kind of text"
-) -> go.Figure:
+def strength_bars(means: Mapping[str, Values], groups: Labels, *, title: str) -> go.Figure:
     """The strongest features in three dimensions, `name -> [group, feature]` activations: a bar for
     each group, the strongest feature on the left; all panels have one scale."""
     names = [label(name, 40) for name in means]
@@ -210,9 +207,9 @@ def strength_bars(
             figure.add_trace(go.Scatter3d(**place, **look, **hover), 1, column)
     figure.update_scenes(
         xaxis={"title_text": "rank by strength"},
-        yaxis={"title_text": y_title, **plots.ticks(groups, most=24)},
+        yaxis={"title_text": KIND, **plots.ticks(groups, most=24)},
         zaxis={"title_text": "activation", "range": [0, 1.02 * top]},
         aspectratio={"x": 1.4, "y": 1.0, "z": 0.8},
         camera={"eye": dict(x=1.6, y=-1.85, z=1.1), "center": dict(x=-0.1, y=-0.1, z=-0.2)},
     )
-    return styled(figure, title=title, height=460, width=1000, x_title="", y_title=y_title)
+    return styled(figure, title=title, height=460, width=1000, x_title="", y_title=KIND)

@@ -216,11 +216,9 @@ def heatmap(
     return styled(cells(values, x, y, **scale), height=height, width=width, **titles)
 
 
-def attention_map(
-    patterns: Values | Mapping[str, Values], tokens: Labels, *, title: str
-) -> go.Figure:
+def attention_map(patterns: Values, tokens: Labels, *, title: str) -> go.Figure:
     """Attention `[query, key]`, rows summing to one, with the tokens on both axes: of one head, or
-    of several side by side under their names. Every such figure has one scale, 0 to 1."""
+    of several, by name, side by side under their names. Every such figure has one scale, 0 to 1."""
     named = patterns if isinstance(patterns, Mapping) else {"": patterns}
     names = [label(name, 60) for name in named]
     spaced = {"horizontal_spacing": 0.06 / len(named), "shared_yaxes": True}

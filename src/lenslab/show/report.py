@@ -103,14 +103,13 @@ def feature_page(
     feature: Index,
     *,
     categories: Labels | None = None,
-    n: int = 3,
 ) -> list[Part]:
     """A feature for `save_report`: its texts and kinds (`explore_feature`), how strongly it fires,
     and what it does to the next token (of SAEs that write into the residual stream)."""
     counts, edges = np.histogram(fa.matrix[:, [int(feature)]].data, bins=30)
     titles = {"title": f"How strong feature {feature} is", "x_title": "activation"}
     figure = bars({"tokens": counts}, (edges[:-1] + edges[1:]) / 2, y_title="tokens", **titles)
-    view = explore_feature(fa, feature, categories=categories, n=n, spread=n // 2)
+    view = explore_feature(fa, feature, categories=categories, n=3, spread=1)
     parts = [view, figure.update_layout(height=200)]
     if RESIDUAL.search(fa.hook):
         table = vocabulary_effects(model, sae, [feature], n=5)

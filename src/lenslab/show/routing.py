@@ -90,14 +90,13 @@ def analyze_texts(
     first = {"title": "The first expert of each layer", "y_title": "layer"} | x
     adds = {"title": f"What experts add, {where}", "y_title": "length"} | x
     spread = {"title": f"Logits of all {n} tokens, {where}", "x_title": "expert"}
+    spread["y_title"] = "router logit"
     inside = {"title": f"Expert {expert}, {where}", "y_title": "neuron", "centre": True}
     inside["x_title"] = "tokens that are sent there"
     drawn = {
         "gates": plots.heatmap(gates[:, :-1].T, names, experts, **wide),
         "first experts": plots.heatmap(few.weights[..., 0].T, names, few.layers, **first),
-        "logits": styled(
-            go.Figure(box.update(marker_color=plots.ACCENT)), y_title="router logit", **spread
-        ),
+        "logits": styled(go.Figure(box.update(marker_color=plots.ACCENT)), **spread),
         "contributions": plots.bars(by_rank, names, **adds),
         "neurons": plots.heatmap(neurons[sent][:, most].T, at_expert, most, **inside),
     }
@@ -110,14 +109,12 @@ def analyze_texts(
         values = columns_of(fa.matrix, top)  # [token, feature]
         rise, features = 1000 * ablate_features(model, sae, fa, top).mean(1), [*map(str, top)]
         fire = {"title": "The SAE's features", "y_title": "feature"} | x
-        need = {
-            "title": "What features are needed for",
-            "y_title": "loss rises by, millinats a token",
-        }
+        need = {"title": "What features are needed for", "x_title": "feature"}
+        need["y_title"] = "loss rises by, millinats a token"
         alike = {"title": "Features that go together", "y_title": "feature", "centre": True}
         with np.errstate(invalid="ignore"):  # of one that never fires
             pairs = np.corrcoef(values.T)
         drawn["features"] = plots.heatmap(values[:MOST_TOKENS].T, names, features, **fire)
-        drawn["importance"] = plots.bars({"": rise}, features, x_title="feature", **need)
+        drawn["importance"] = plots.bars({"": rise}, features, **need)
         drawn["correlation"] = plots.heatmap(pairs, features, features, x_title="feature", **alike)
     return drawn
