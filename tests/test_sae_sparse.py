@@ -113,6 +113,14 @@ def test_the_largest_are_those_of_one_long_search_where_positive(d_sae, k, dtype
     assert torch.equal(torch.relu(pre.gather(1, found)).sort(dim=1, descending=True).values, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [9, 300, (1 << 16) + 5])
+def test_places_of_the_largest_hold_however_many_columns(n, dtype):
+    values = torch.randn(2, n, generator=derive_generator(n, "columns")).abs().to(dtype)
+    found = sparse.places_of_largest(sparse.as_integers(values), 3)
+    assert torch.equal(values.gather(1, found).sort(1).values, values.topk(3).values.flip(1))
+
+
 def test_without_a_shift_the_input_is_read_as_it_is(products):
     x, code = drawn(BATCH, WIDTH), code_of_mask(mask_with("some"))
     weight, bias = drawn(WIDTH, LATENTS).requires_grad_(), drawn(LATENTS).requires_grad_()
