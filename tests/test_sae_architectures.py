@@ -266,9 +266,9 @@ def test_jumprelu_begins_with_few_active_latents_whatever_the_units():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_decoder_rows_begin_at_length_one_jumprelus_short_unless_they_are_frozen(architecture):
+def test_decoder_rows_begin_at_length_one_jumprelus_short_but_in_floors(architecture):
     short = architectures.SHORT if architecture == "jumprelu" else 1.0
-    for frozen, length in ((None, short), ("soft decoder", short), ("decoder", 1.0)):
+    for frozen, length in ((None, short), ("soft decoder", 1.0), ("decoder", 1.0)):
         rows = build_sae(architecture, WIDTH, LATENTS, frozen=frozen).W_dec
         assert torch.allclose(rows.norm(dim=1), torch.full((LATENTS,), length))
 

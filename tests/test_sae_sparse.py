@@ -92,7 +92,7 @@ def test_outputs_and_gradients_equal_those_of_dense_products(products, kind, tie
         assert all(float(leaf.grad.abs().max()) > 0.1 for leaf in leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("d_sae", "k"), [(256, 16), (256, 3), (256, 17), (250, 3), (24, 1), (5, 5)]
 )

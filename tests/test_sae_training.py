@@ -772,6 +772,20 @@ def test_other_data_and_checkpoints_of_something_else_are_refused(vectors, tmp_p
             run(new(), vectors, folder=tmp_path / name)
 
 
+def test_a_checkpoint_from_before_momentum_could_be_chosen_goes_on_with_that_of_then(
+    vectors, tmp_path
+):
+    then = replace(SHORT, momentum=0.9)
+    straight = run(new(), vectors, then)
+    interrupted(new(), 25, vectors, then, folder=tmp_path)
+    state = latest_checkpoint(tmp_path)["state"]
+    del state["identity"]["config.momentum"]
+    save_checkpoint(tmp_path, state)
+    with pytest.raises(ValueError, match=r"momentum 0\.9 there, 0\.8 here"):
+        run(new(), vectors, SHORT, folder=tmp_path)
+    assert equal(straight, run(new(), vectors, then, folder=tmp_path))
+
+
 # What it refuses
 
 
@@ -787,6 +801,7 @@ NAN = float("nan")
         ("floor", (-1.0, 5.0, NAN)),
         ("decay", (-0.1, NAN)),
         ("warm_up", (NAN,)),
+        ("momentum", (-0.1, 1.0, NAN)),
         ("lr", (0.0, -1e-3, NAN, float("inf"))),
         ("checkpoint_minutes", (-1.0, NAN)),
         ("seed", (1.5, NAN, "1")),

@@ -706,13 +706,14 @@ aurocs = pd.DataFrame({name: each["auroc"] for name, each in found.items()})
 # In how many kinds is it ahead?
 
 # %%
-won = {n: (aurocs["my SAE"] > aurocs[n]).sum() for n in aurocs.columns[1:]}
+counts = {name: each["discriminating"].sum() for name, each in found.items()}
+counts |= {f"ahead of {n}": (aurocs["my SAE"] > aurocs[n]).sum() for n in aurocs.columns[1:]}
+told = {key: "most" if n > len(aurocs) / 2 else "few" for key, n in counts.items()}
 so(
-    f"{found['my SAE']['discriminating'].sum()} of {len(aurocs)} kinds have a feature that tells "
-    f"them apart (q <= .05), {found['frozen decoder']['discriminating'].sum()} one of the frozen "
-    f"decoder's, {found['PCA axes']['discriminating'].sum()} a principal axis. Mine is ahead of "
-    f"the frozen decoder's in {won['frozen decoder']}, and of the best principal axis in "
-    f"{'most' if won['PCA axes'] > len(aurocs) / 2 else 'few'}."
+    f"{told['my SAE']} of the {len(aurocs)} kinds have a feature that tells them apart (q <= .05), "
+    f"{told['frozen decoder']} one of the frozen decoder's, {told['PCA axes']} a principal axis. "
+    f"Mine is ahead of the frozen decoder's in {told['ahead of frozen decoder']}, and of the best "
+    f"principal axis in {told['ahead of PCA axes']}."
 )
 HTML(aurocs.assign(feature=found["my SAE"]["feature"]).to_html(float_format="{:.2f}".format))
 
@@ -744,7 +745,8 @@ HTML(fires.to_html(float_format="{:.2f}".format, index=False))
 # In the table `share` is how much of the activation falls on that class.
 
 # %%
-many = "most" if len(narrow) > len(fires) / 2 else "fewer than half"
+share = len(narrow) / len(fires)
+many = "hardly any" if share < 0.2 else "nearly all" if share > 0.8 else "some, not all,"
 so(
     f"{many} of the chosen features put more than 80 % of their activation on one class of tokens; "
     "what is left of such a one without that class stands in the table's last column."

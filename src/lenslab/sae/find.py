@@ -107,14 +107,14 @@ def small_sae(
     `batch` is read as often as the steps need. Raises ValueError when its real tokens do not fill
     one step; UnknownHook.
     """
-    settings = [steps, TRAIN_BATCH, LR, str(compute_dtype()), versions()]
+    dead_after = max(20, steps // 20) * TRAIN_BATCH
+    config = TrainingConfig(steps * TRAIN_BATCH, TRAIN_BATCH, LR, dead_after=dead_after)
+    settings = [repr(config), str(compute_dtype()), versions()]
     folder = cache_path("saes", content_key(model_key(model), hook, batch.key, settings))
     with suppress(SAENotHere, NotAnSAE):
         return load_sae(folder, device=str(model.cfg.device))
     source = ModelSource(model, batch, hook, progress=True)
     new = build_sae("topk", source.widths[hook], d_sae=1024, k=16).to(model.cfg.device)
-    dead_after = max(20, steps // 20) * TRAIN_BATCH
-    config = TrainingConfig(steps * TRAIN_BATCH, TRAIN_BATCH, LR, dead_after=dead_after)
     sae = train({"sae": new}, source, config)["sae"].sae
     try:
         save_sae(sae, folder)

@@ -62,9 +62,9 @@ class TrainingConfig:
     checkpoint_minutes: float = 5.0  # where a folder is given
 
     def __post_init__(self) -> None:
-        names = ("momentum", "warm_up", "hold", "floor", "decay", "sparsity_warm_up")
-        if not all(0 <= getattr(self, name) <= 1 for name in names):
-            raise ValueError(f"{', '.join(names)} are shares: 0 to 1.")
+        names = ("warm_up", "hold", "floor", "decay", "sparsity_warm_up")
+        if not all(0 <= getattr(self, name) <= 1 for name in names) or not 0 <= self.momentum < 1:
+            raise ValueError(f"{', '.join(names)} are shares: 0 to 1; momentum is below 1.")
         counts = (self.batch, self.dead_after, 1 if self.log_every is None else self.log_every)
         if not all(count >= 1 and count % 1 == 0 for count in counts):
             raise ValueError("batch, dead_after and log_every are whole numbers from 1 on.")
@@ -107,7 +107,7 @@ class Member:
         self.hook_out = described.metadata.get("hook_name_out") or self.hook
         walk = math.sqrt(described.d_in * max(1, config.steps))
         self.lr = config.lr or min(WARM if sae.saved else FASTEST, WALK / walk)
-        betas = (config.momentum, 0.999)
+        betas = (float(config.momentum), 0.999)
         self.optimizer = torch.optim.Adam(sae.parameters(), self.lr, betas, fused=True)
         device = sae.W_enc.device
         self.silent = torch.zeros(described.d_sae, dtype=torch.long, device=device)  # vectors

@@ -125,7 +125,8 @@ def largest(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]
     """
     n, d_sae = pre.shape
     integers = as_integers(pre)
-    if d_sae % GROUP or 2 * GROUP * k > d_sae or pre.device.type != "cpu":
+    long = d_sae % GROUP or 2 * GROUP * k > d_sae or pre.itemsize > 4
+    if long or pre.device.type != "cpu":
         return integers.topk(k, dim=1, sorted=False).indices
     tops = places_of_largest(integers.view(n, GROUP, d_sae // GROUP).amax(1), k)
     members = torch.arange(0, d_sae, d_sae // GROUP, device=pre.device)

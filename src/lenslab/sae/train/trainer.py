@@ -206,7 +206,7 @@ class _Run:
                 self.save()  # what is interrupted before the next one begins from here again
 
     def restore(self, state: dict[str, Any]) -> None:
-        saved = state.get("identity", {})
+        saved = {"config.momentum": "0.9"} | state.get("identity", {})  # what it was before
         for key in {**self.identity, **saved}:  # the format first: older ones have no such keys
             # an option that is younger than the checkpoint was None then
             there, here = str(saved.get(key)), str(self.identity.get(key))
