@@ -519,8 +519,8 @@ def test_the_curve_finds_the_best_rate_also_beyond_those_tried_first(racing, bes
         return played_curve(rates, steps, best)
 
     points = racing.curve(measure, target=0.15, rates=racing.RATES, own=3e-4)
-    assert {point["steps"] for point in points} == {32, 64, 128}
-    assert 3e-4 in {point["lr"] for point in points if point["steps"] == 32}
+    assert {point["steps"] for point in points} == {16, 32, 64, 128}
+    assert 3e-4 in {point["lr"] for point in points if point["steps"] == 16}
     found = racing.needed(points, 0.15)
     assert found["steps"] == pytest.approx((1.6 / 0.15) ** 2, rel=0.06)
     assert abs(math.log2(found["lr"] / best)) <= 0.5  # the grid doubles

@@ -195,7 +195,7 @@ def _suffix(path: Path) -> str:
     name = path.name.lower()
     if name.endswith((".pkl", ".pickle")):
         advice = "none is written or read here. Use .safetensors, which keeps the same values."
-        raise NotARecord(f"{path.name} is a pickle, and opening one can run any code: {advice}")
+        raise NotARecord(f"{path.name} is a pickle, and opening one can run any code, so {advice}")
     for suffix in SUFFIXES:
         if name.endswith(suffix):
             return suffix
