@@ -347,22 +347,25 @@ def test_a_matrix_and_plain_labels_are_enough():
     pd.testing.assert_frame_equal(found, discriminate(values, frame, n=99))
 
 
-def test_other_halves_and_strata_may_be_put_in():
+def test_halves_and_strata_may_be_given():
     labels = label_texts(table())
     values = noisy(labels, good=0.5)
-    halves = replace(label_rows(labels.category), held_out=labels.held_out)
-    rows = replace(halves, stratum=labels.stratum)
+    marks = labels.held_out.astype(int)
+    rows = label_rows(labels.category, held_out=marks, strata=labels.stratum.astype(str))
     found, expected = (discriminate({"x": values}, one, n=99) for one in (rows, labels))
     pd.testing.assert_frame_equal(found, expected)
-    one = discriminate(values, halves, n=99)
+    one = discriminate(values, label_rows(labels.category, held_out=marks), n=99)
     assert one["auroc"].equals(expected["auroc"]) and not one["p"].equals(expected["p"])
 
 
 @pytest.mark.parametrize("missing", [None, np.nan, ""])
-def test_a_missing_label_is_refused(missing):
+def test_a_missing_label_or_stratum_is_refused(missing):
     labels = ["a", "b"] * 10
     with pytest.raises(ValueError, match="missing"):
         label_rows([*labels[:-1], missing])
+    if missing != "":
+        with pytest.raises(ValueError, match="missing"):
+            label_rows(labels, strata=[*labels[:-1], missing])
     with pytest.raises(ValueError, match="20 texts but 19 labels"):
         discriminate(np.ones((20, 2)), labels[:-1])
 

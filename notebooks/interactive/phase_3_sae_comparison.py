@@ -1329,13 +1329,11 @@ for one, its_sae, its_fa, its_features in asked.values():
 # As a table, and the rank correlation of selectivity and effect in each model:
 
 # %%
-from IPython.display import HTML
-
 relations = []
 for tested, pairs in pairs_of:
     draw = derive_generator(0, "selectivity of another model")
     relations.append(bootstrap_by_document(pairs, np.array(tested), draw, rank))
-HTML(pd.concat(dict(zip(asked, rise_of, strict=True))).to_html(float_format="{:z.2f}".format))
+print((pd.concat(dict(zip(asked, rise_of, strict=True))).round(1) + 0).to_string())  # no -0.0
 
 # %% [markdown]
 # In how many kinds does its own feature raise the loss more than the matched one? By chance in half

@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float, Int
 from lenslab.features.activations import Labels, Matrix, check_matrix, columns_of, dense
 from lenslab.features.ranking import CountNull, Threshold, count_specialists, count_specialists_null
 from lenslab.files import Result
-from lenslab.metrics import as_mask, auroc, auroc_of_rank_sums, mid_ranks
+from lenslab.metrics import Mask, as_mask, auroc, auroc_of_rank_sums, mid_ranks
 from lenslab.runtime import derive_generator
 from lenslab.stats import auroc_difference, benjamini_hochberg, matched_auroc_permutations
 from lenslab.texts import LabelledTexts, label_texts
@@ -143,20 +143,28 @@ def search(
     return np.concatenate(best, axis=1)
 
 
-def label_rows(categories: Labels, *, seed: int = 0) -> LabelledTexts:
-    """One label per row of a matrix made ready for `discriminate`, whatever the rows are of: half
-    of each category, drawn, is scored and not searched, and labels are shuffled among all rows
-    (with other halves or strata: `dataclasses.replace` in what is returned).
+def label_rows(
+    categories: Labels, *, held_out: Mask = None, strata: Labels | None = None, seed: int = 0
+) -> LabelledTexts:
+    """One label per row of a matrix made ready for `discriminate`, whatever the rows are of.
+
+    Args:
+        held_out: rows that are scored, not searched; default half of each category, drawn.
+        strata: labels are shuffled within them, such as bins of length; default one for all.
 
     Categories with fewer than three rows in a half are not analysed; their rows stay as some of the
-    rest. ValueError for a label that is missing, and where no category is left.
+    rest. ValueError for a label or stratum that is missing, and where no category is left.
     """
     table = pd.DataFrame({"category": np.asarray(categories, dtype=object)})
     table["text"] = table.index.astype(str)  # the texts are not at hand
+    if held_out is not None:
+        table["split"] = np.where(as_mask(held_out), "held_out", "discovery")
     labels = label_texts(table, seed=seed)
-    if len(labels) < len(table):
-        raise ValueError("A label is missing: leave such rows out, or name it.")
-    return replace(labels, stratum=np.zeros(len(table), dtype=np.int64))
+    strata = np.zeros(len(table)) if strata is None else np.asarray(strata, dtype=object)
+    stratum = pd.factorize(strata)[0]
+    if len(labels) < len(table) or (stratum < 0).any():
+        raise ValueError("A label or stratum is missing: leave such rows out, or name it.")
+    return replace(labels, stratum=stratum)
 
 
 def discriminate(

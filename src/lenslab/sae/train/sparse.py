@@ -135,8 +135,8 @@ def largest(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]
 
 
 def places_of_largest(integers: Int[Tensor, "row column"], k: int) -> Int[Tensor, "row k"]:
-    """Where each row's k largest are, in no order: numpy parts integers that hold value and place
-    (vectorised) in a fifth of the time of torch's topk. Of equal ones the last."""
+    """Where each row's k largest are, in no order, of equal ones the last. Integers that hold value
+    and place: numpy parts them with vector instructions, which torch's topk does not use."""
     n = integers.shape[1]
     bits, wide = 32, torch.int64
     if integers.itemsize == 2 and n <= 1 << 16:
